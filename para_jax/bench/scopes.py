@@ -1,12 +1,20 @@
-"""`para-jax bench scopes`: the training step with scope response compared with scope all."""
+"""`para-jax bench scopes`: the training step with scope response, also with cached prompts, compared with scope all."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import jax
+import numpy as np
+
 from ..backbone.load import load_backbone
 from ..config import Ia3Config, LoraConfig, ParaConfig, TrainSection
+from ..data.batches import Batch
+from ..data.example_arrays import ExampleArrays
 from ..model import init_adapter
+from ..sharding import make_mesh
+from ..training.prompt_cache import PromptCache, filled
+from ..training.prompt_states import pooler_of, record_of
 from ..training.step import state_of_one, step_of_one
 from .rounds import interleaved, measurement, milliseconds, paired, single
 from .train import CONFIG, random_batch
@@ -17,7 +25,7 @@ METHODS: dict[str, Callable] = {
     "(IA)^3": lambda scope: Ia3Config(scope=scope),
     "LoRA r=9 on q, v, up": lambda scope: LoraConfig(r=9, target_modules=("q_proj", "v_proj", "up_proj"), scope=scope),
 }
-SCOPES = ("all", "response")
+SCOPES = ("all", "response", "response with cached prompts")
 
 
 def bench_scopes(
@@ -41,21 +49,38 @@ def bench_scopes(
         for method, make in METHODS.items():
             names = [f"{method}, {scope}, {prompt} + {completion}" for scope in SCOPES]
             for name, scope in zip(names, SCOPES, strict=True):
-                sides[name] = step_time(model, make(scope), batch, prompt, completion)
-            pairs.append((f"{method}, {prompt} + {completion}: response / all", *reversed(names)))
+                config, cached = make(scope.split()[0]), "cached" in scope
+                sides[name] = step_time(model, config, batch, prompt, completion, cached=cached)
+            what = f"{method}, {prompt} + {completion}"
+            pairs += [(f"{what}: {scope} / all", name, names[0]) for name, scope in zip(names, SCOPES, strict=True)][1:]
     found = measurement("ms", interleaved(sides, rounds))
     ratios = {name: paired(found["rounds"], late, everywhere) for name, late, everywhere in pairs}
     return found | {"ratios": ratios, "dtype": str(model.dtype), "rows": count}
 
 
-def step_time(model, adapter_config, batch, prompt: int, completion: int) -> Callable[[], float]:
-    """A side that trains an adapter of its own, one step each time."""
+def step_time(
+    model, adapter_config, batch: Batch, prompt: int, completion: int, *, cached: bool = False
+) -> Callable[[], float]:
+    """A side that trains an adapter of its own, one step each time. A cached one gathers the states of its prompts on
+    the host, as a run's threads do ahead of the step."""
     config = TrainSection()
     state = state_of_one(init_adapter(adapter_config, model.config), config)
+    cache = prompts_of(model, adapter_config, batch, prompt) if cached else None
 
     def step():
         nonlocal state
-        state, _ = step_of_one(state, model, batch, completion=completion, prompt=prompt, config=config, **CONFIG)
+        states = cache and cache.states(batch, prompt)
+        shape = dict(completion=completion, prompt=prompt)
+        state, _ = step_of_one(state, model, batch, **shape, config=config, states=states, **CONFIG)
         return state
 
     return milliseconds(step)
+
+
+def prompts_of(model, adapter_config, batch: Batch, prompt: int) -> PromptCache:
+    """The states of the prompts of a batch [1, rows, ...], whose rows all have `prompt` of them."""
+    ids = np.ascontiguousarray(batch.tokens[0, :, :prompt])
+    prompts = ExampleArrays(ids.ravel(), np.array([(prompt, 0)] * len(ids), np.int32))
+    pooler = pooler_of(adapter_config, model.config)
+    with jax.set_mesh(make_mesh(data=1, devices=jax.devices()[:1])):
+        return filled("memory", model, pooler, prompts, record_of(model, pooler), len(ids), 0)

@@ -112,10 +112,11 @@ def step_of_one(
     prompt: int | None = None,
     config: TrainSection,
     total_steps: int,
+    states: PromptStates | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """train_step for a single adapter, for training loops other than a run's."""
     index, rates = np.zeros((len(batch.tokens), 1), np.int32), learning_rates([config], [total_steps])
-    return train_step(state, model, batch, index, rates, completion=completion, prompt=prompt, config=config)
+    return train_step(state, model, batch, index, rates, states, completion=completion, prompt=prompt, config=config)
 
 
 # ------------------------------------------------------------------------------------------------------------ gradients

@@ -140,9 +140,11 @@ def test_the_training_step_is_measured_by_what_the_backward_pass_keeps(monkeypat
 def test_the_training_step_is_measured_by_scope(monkeypatch):
     monkeypatch.setattr(bench_scopes, "METHODS", {"(IA)^3": bench_scopes.METHODS["(IA)^3"]})
     measured = bench.BENCHMARKS["scopes"](BACKBONE, rows=(2,), lengths=((4, 3), (9, 3)), rounds=2)
-    sides = [f"(IA)^3, {scope}, {length}" for length in ("4 + 3", "9 + 3") for scope in ("all", "response")]
+    sides = [f"(IA)^3, {scope}, {length}" for length in ("4 + 3", "9 + 3") for scope in bench_scopes.SCOPES]
     assert list(measured["medians"]) == sides and all(value > 0 for value in measured["medians"].values())
-    assert measured["ratios"]["(IA)^3, 9 + 3: response / all"] == paired(measured["rounds"], sides[3], sides[2])
+    ratios = measured["ratios"]
+    assert ratios["(IA)^3, 9 + 3: response / all"] == paired(measured["rounds"], sides[4], sides[3])
+    assert ratios["(IA)^3, 9 + 3: response with cached prompts / all"] == paired(measured["rounds"], sides[5], sides[3])
 
 
 @pytest.mark.long
