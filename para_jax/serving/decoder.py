@@ -103,7 +103,7 @@ class Decoder:
     def keeps(self, sample: Sample) -> bool:
         """Whether the sample's prompt is prefilled already."""
         if self.prefills.takes(sample.entry):
-            return self.prefills.finished(sample.key) is not None
+            return self.prefills.has_finished(sample.key)
         return sample.key in self._kept
 
     def prefilled(self, sample: Sample) -> tuple | Prompt:

@@ -113,13 +113,16 @@ class Prefills:
         """Whether the prompts of an adapter are prefilled here."""
         return entry is None or has_plain_prompts(entry.config)
 
+    def has_finished(self, key: tuple) -> bool:
+        """Whether the prompt of a key is prefilled."""
+        return key in self._prompts and self._prompts[key].made is not None
+
     def finished(self, key: tuple) -> Prompt | None:
-        """The prompt of a key, if it is prefilled."""
-        prompt = self._prompts.get(key)
-        if prompt is None or prompt.made is None:
+        """The prompt of a key, if it is prefilled. It is the most recently used one from now on."""
+        if not self.has_finished(key):
             return None
         self._prompts.move_to_end(key)
-        return prompt
+        return self._prompts[key]
 
     def has_room(self, key: tuple, ids: Sequence[int]) -> bool:
         """Whether a prompt may start now, or has started."""

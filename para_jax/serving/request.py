@@ -36,7 +36,7 @@ class Request:
     stop: str | tuple[str, ...] = ()
     """texts that end an answer, at most 16; special tokens too"""
     n: int = 1
-    """samples, at most 128; the prompt is prefilled once for all of them"""
+    """samples, at most 128. The prompt is prefilled once for all that begin before 4 other prompts come between"""
     id: Hashable = None
     """None: the engine gives a number"""
     stop_token_ids: tuple[int, ...] = ()

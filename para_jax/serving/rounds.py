@@ -26,6 +26,8 @@ from .ticket import Sample, is_request_error
 
 #: Prompts that are prefilled whole or scored between two dispatches, at most, while rows decode.
 PREFILLS = 2
+#: Prompts in blocks that may start before one for which there is no room yet, at most.
+OVERTAKING = 32
 
 
 class Rounds:
@@ -43,6 +45,10 @@ class Rounds:
         self._rows: list[Sample | None] = [None] * decoder.slots
         self._waiting: dict[int, Sample] = {}
         """by slot: samples that will decode there once their prompts are prefilled"""
+        self._late = -1
+        """the number of the sample whose turn it is, while it has to wait"""
+        self._overtaken = 0
+        """how many prompts in blocks have started before it"""
         self.broken = False
         """True during a round; if it is True when the next one starts, something ended that round halfway"""
 
@@ -107,17 +113,13 @@ class Rounds:
         busy, free = len(empty) < len(self._rows), [slot for slot in empty if slot not in self._waiting]
         while True:
             with self._requests.lock:
-                queue = self._requests.queue
-                head, known, in_chunks = queue.head(), False, False
-                if head is not None and head.decodes:
-                    known, in_chunks = self._decoder.keeps(head), self._prefills.takes(head.entry)
-                    room = self._prefills.has_room(head.key, head.ids) if in_chunks else not busy or passes < PREFILLS
-                    if not free or not (known or room):  # meanwhile, prompts that need no slot are scored
-                        head = queue.head(lambda sample: not sample.decodes)
-                if head is None or (head.unscored and passes >= PREFILLS):
+                head = self._next(bool(free), busy, passes)
+                if head is None:
                     break
-                sample = queue.take(head.request.tenant)
-                sample.ticket.start(cached_tokens=len(sample.ids) if known and sample.decodes else 0)
+                sample = self._requests.queue.take(head.request.tenant)
+                known = sample.decodes and self._decoder.keeps(sample)
+                in_chunks = sample.decodes and self._prefills.takes(sample.entry)
+                sample.ticket.start(len(sample.ids) if known else None if in_chunks else 0)
             try:
                 if sample.unscored:
                     passes += 1
@@ -136,7 +138,7 @@ class Rounds:
                 sample.failures += 1
                 if sample.failures == 2:
                     self._fail(sample, error)
-                elif in_chunks and sample.decodes:  # the prompts may be in disorder
+                elif in_chunks:  # the prompts may be in disorder
                     raise
                 else:  # nothing that others use has changed
                     failed[sample] = error
@@ -144,6 +146,39 @@ class Rounds:
             self._insert(free.pop(0), sample, prefilled, first)
         self._put_back(failed)
         return first, scored, next(iter(failed.values()), None)
+
+    def _next(self, free: bool, busy: bool, passes: int) -> Sample | None:
+        """The queued sample that starts next: the one whose turn it is or, while that has to wait, the first that can
+        start. A long prompt waits for room, but not for ever: only so many others in blocks may start before it.
+
+        Args:
+            free: whether a slot is.
+            busy: whether rows decode.
+            passes: prompts that were prefilled whole or scored in this round.
+        """
+
+        def in_blocks(sample: Sample) -> bool:
+            return sample.decodes and self._prefills.takes(sample.entry)
+
+        def can_start(sample: Sample) -> bool:
+            if sample.unscored and passes >= PREFILLS:
+                return False
+            if not sample.decodes or (free and self._decoder.keeps(sample)):
+                return True
+            if in_blocks(sample):
+                return free and self._prefills.has_room(sample.key, sample.ids)
+            return free and (not busy or passes < PREFILLS)
+
+        queue = self._requests.queue
+        head = queue.head()
+        if head is None or can_start(head):
+            return head
+        if head.number != self._late:
+            self._late, self._overtaken = head.number, 0
+        closed = in_blocks(head) and self._overtaken >= OVERTAKING
+        found = queue.head(lambda sample: can_start(sample) and not (closed and in_blocks(sample)))
+        self._overtaken += found is not None and in_blocks(found)
+        return found
 
     def _put_back(self, samples: Iterable[Sample]) -> None:
         """Queues samples again, for a second try in the next round."""
@@ -171,7 +206,8 @@ class Rounds:
             if self._decoder.keeps(sample):
                 prompt = self._decoder.prefilled(sample)
                 assert isinstance(prompt, Prompt)
-                sample.ticket.cached_tokens = max(sample.ticket.cached_tokens, prompt.found)
+                if sample.ticket.cached_tokens is None:
+                    sample.ticket.cached_tokens = prompt.found
                 self._insert(slot, sample, prompt, first)
                 del self._waiting[slot]
         return True

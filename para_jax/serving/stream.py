@@ -43,7 +43,7 @@ class Stream:
     def cached_tokens(self) -> int:
         """How many of the prompt's tokens did not have to be computed, because an earlier prompt began with them; 0
         until the prompt is prefilled."""
-        return self._ticket.cached_tokens
+        return self._ticket.cached_tokens or 0
 
     @property
     def prompt_logprobs(self) -> list[TokenLogprob | None] | None:

@@ -37,10 +37,10 @@ class Ticket:
         self.error: str | None = None
         """why the request was refused"""
         self.times = Times(time.monotonic())
-        self.cached_tokens = 0
-        """tokens of the prompt that an earlier one computed"""
+        self.cached_tokens: int | None = None
+        """tokens of the prompt that another request computed; None: not known yet"""
 
-    def start(self, cached_tokens: int) -> None:
+    def start(self, cached_tokens: int | None) -> None:
         """Notes that a sample has left the queue. The first one gives cached_tokens: the others share its prompt."""
         if self.times.started is None:
             self.times.started, self.cached_tokens = time.monotonic(), cached_tokens

@@ -313,6 +313,35 @@ def test_a_long_prompt_delays_decoding_rows_by_one_chunk_per_round(model, bank, 
     assert answer(engine_of(model, bank, max_length=340, stop_ids=None), ids_of(15, 300), "w4", 9)[1] == texts[0]
 
 
+def test_a_prompt_without_room_does_not_hold_up_those_that_fit(model, bank):
+    """Nor is it held up for ever by those that start before it."""
+    engine, took = engine_of(model, bank, 0, slots=16), {}
+    for i in range(5):  # the pool has room for four such prompts
+        engine.submit(Request(ids_of(i, 60), None, 1, id=("long", i)))
+    engine.step()
+    for name in ("all", "w1"):
+        engine.submit(Request(ids_of(9, 5), name, 1, id=name))
+    for i in range(80):
+        engine.submit(Request(ids_of(100 + i, 6), "ia3", 1, id=("short", i)))
+    while engine.open:
+        took |= dict.fromkeys((completion.id for completion in engine.step()), len(took))
+    early = took["long", 4]
+    assert took["all"] < early and took["w1"] < early, "a prompt that needs no room, and one that fits"
+    assert sum(took["short", i] > early for i in range(80)) >= 30
+
+
+def test_the_samples_of_a_request_do_not_count_as_its_own_cache(model, bank):
+    engine = engine_of(model, bank, slots=2)
+    names = ["w1", "w4", "ia3", "lora", "constant"]  # more prompts than are kept
+    asked = [Request(ids_of(i, 24), name, 3, n=4, temperature=1.0) for i, name in enumerate(names)]
+    streams = [engine.open_stream(request) for request in asked]
+    while engine.open:
+        engine.step()
+    assert [stream.cached_tokens for stream in streams] == [0] * len(names)
+    (again,) = [engine.open_stream(asked[0])]
+    assert list(again) and again.cached_tokens == 20
+
+
 def test_prompts_that_come_together_compute_what_they_share_once(model, bank, monkeypatch):
     engine, log, shared = engine_of(model, bank, prefill_chunk=16), [], ids_of(17, 6 * BLOCK)
     watch(monkeypatch, prefills, "prefill_chunk", log, lambda arguments: int(arguments[3].count.sum()))
