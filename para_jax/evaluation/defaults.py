@@ -7,7 +7,8 @@ Few different completions, each repeated several times, are labels: they are ran
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from ..data.tasks import TASKS
 from ..data.training_data import task_of
 from ..inference.generate import up_to_multiple
 from ..messages import warn
+from .metrics import single_spaced
 
 #: Labels are ranked by their likelihoods if there are at most this many; otherwise the answer is written.
 RANKED = 20
@@ -99,20 +101,33 @@ def scoring_rule(
 
 def completions_of(section: DataSection) -> Completions:
     """The completions of the first LOOKED_AT training examples; none if the training data is not there."""
-    different: set[str] = set()
+    different, often = set[str](), Counter[str]()
     longest: list[tuple[int, int, Record]] = []
     count = 0
     for record in islice(split_records(section, "train") or [], LOOKED_AT) if is_there(section) else []:
         count += 1
         if len(different) <= RANKED:
-            different.add(record.completion)
+            different.add(single_spaced(record.completion))
+            often[record.completion] += 1
         entry = len(record.completion), -count, record  # of equal lengths the first
         if len(longest) < COUNTED:
             heapq.heappush(longest, entry)
         elif entry > longest[0]:
             heapq.heapreplace(longest, entry)
-    few = tuple(sorted(different)) if len(different) <= RANKED else None
+    few = different_answers(often) if len(different) <= RANKED else None
     return Completions(count, few, [record for _, _, record in longest])
+
+
+def different_answers(texts: Iterable[str]) -> tuple[str, ...]:
+    """The different answers among texts, sorted, each as most of them write it: ` yes`, `yes` and `yes\\n` are one."""
+    often = Counter(texts).most_common()
+    return tuple(sorted({single_spaced(text): text for text, _ in reversed(often)}.values()))
+
+
+def without_answer(records: Iterable[Record], choices: Iterable[str]) -> list[Record]:
+    """The records that accept none of the choices as their answer."""
+    answers = set(map(single_spaced, choices))
+    return [record for record in records if answers.isdisjoint(map(single_spaced, record.references))]
 
 
 def is_there(section: DataSection) -> bool:
@@ -132,10 +147,10 @@ def labels_of(section: DataSection, held: Completions | None) -> tuple[tuple[str
     """
     if held is None or held.different is None or not 2 <= len(held.different) <= held.count / REPEATED:
         return (), ()
-    labels, unseen = set(held.different), set()
+    labels, unseen = set(map(single_spaced, held.different)), list[str]()
     for split in ("validation", "test"):
         records = load_records(section, split) or []
-        lacking = [record for record in records if not labels & set(record.references)]
+        lacking = without_answer(records, held.different)
         if not lacking:
             continue
         first = f"{shorten(lacking[0].completion)} ({lacking[0].place})"
@@ -144,10 +159,11 @@ def labels_of(section: DataSection, held: Completions | None) -> tuple[tuple[str
             warn(f"{which}, the first is {first}; so answers are written, not ranked (eval.metric)")
             return (), ()
         warn(f"{which}, the first is {first}; they are choices too (eval.choices)")
-        unseen |= {record.completion for record in lacking}
-    if len(labels | unseen) > RANKED:
+        unseen += [record.completion for record in lacking if single_spaced(record.completion) not in labels]
+    more = different_answers(unseen)
+    if len(labels) + len(more) > RANKED:
         return (), ()
-    return tuple(sorted(labels | unseen)), tuple(sorted(unseen))
+    return tuple(sorted((*held.different, *more))), more
 
 
 def longest_completion(records: Sequence[Record], tokenizer) -> int:

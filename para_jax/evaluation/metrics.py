@@ -18,7 +18,7 @@ from decimal import Decimal
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
     """1.0 if the prediction is one of the references, up to the amount of white space; case and punctuation count."""
-    return float(any(prediction.split() == reference.split() for reference in references))
+    return float(single_spaced(prediction) in map(single_spaced, references))
 
 
 def squad_exact(prediction: str, references: Sequence[str]) -> float:
@@ -145,6 +145,12 @@ def jackknife(metric: Callable, pairs: Sequence[tuple[str, str]]) -> float | Non
 # ---------------------------------------------------------------------------------------------------------- parts of it
 
 
+def single_spaced(text: str) -> str:
+    """The text with one space for each run of white space, and none at its ends. Answers that differ in nothing else
+    are the same answer."""
+    return " ".join(text.split())
+
+
 def squad_words(text: str) -> list[str]:
     """The words after the normalisation of SQuAD's official evaluation: lower case, no punctuation, no articles."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
@@ -174,5 +180,5 @@ def sql_parts(query: str) -> tuple[str, list[str]]:
 
 def labels(prediction: str, references: Sequence[str]) -> tuple[str, str]:
     """The predicted and the expected label: the reference that equals the prediction, else the first one."""
-    predicted, accepted = " ".join(prediction.split()), [" ".join(reference.split()) for reference in references]
+    predicted, accepted = single_spaced(prediction), [single_spaced(reference) for reference in references]
     return predicted, predicted if predicted in accepted else accepted[0]

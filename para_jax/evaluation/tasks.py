@@ -17,8 +17,16 @@ from ..data.row_files import split_file
 from ..data.tasks import TASKS, Task
 from ..data.tfds import is_tfds
 from ..messages import say, warn
-from .defaults import RANKED, ScoringRule, answer_length, longest_completion, scoring_rule
-from .metrics import LABEL_METRICS
+from .defaults import (
+    RANKED,
+    ScoringRule,
+    answer_length,
+    different_answers,
+    longest_completion,
+    scoring_rule,
+    without_answer,
+)
+from .metrics import LABEL_METRICS, single_spaced
 from .questions import Generation, Likelihood, Question
 from .task_file import named_file
 
@@ -156,10 +164,11 @@ def task_of_run(
     section = config.data if config.data.max_seq_length else with_limit(config.data, of_model())
     known = TASKS.get(task_of(config.data) or "")
     metric, also, choices, new, *_ = by or scoring_rule(config, tokenizer, model=model)
-    if known and not choices and {record.completion for record in records} <= set(known.choices):
+    if known and not choices and has_only_choices_of(known, records):
         choices = known.choices  # rows with a prompt of their own may have other answers
     if metric == "accuracy":
-        choices = choices or tuple(sorted({record.completion for record in split_records(config.data, "train") or []}))
+        if not choices:
+            choices = different_answers(record.completion for record in split_records(config.data, "train") or [])
         if not 2 <= len(choices) <= 100:
             raise ValueError(
                 f"eval.choices has {len(choices)} answers; accuracy ranks 2 to 100. Use eval.metric=exact_match instead"
@@ -204,7 +213,7 @@ def say_long(split: str, tasks: Iterable[EvalTask | None]) -> None:
 
 def warn_of_unreachable(split: str, records: list[Record], choices: tuple[str, ...]) -> None:
     """Warns of examples whose answers are not among the choices: they count as wrong whatever is answered."""
-    missed = [record for record in records if not set(record.references) & set(choices)]
+    missed = without_answer(records, choices)
     if missed:
         count, first = f"{len(missed)} of {len(records)} answers", f"{missed[0].completion!r} ({missed[0].place})"
         warn(
@@ -292,8 +301,13 @@ def answer_room(task: EvalTask, tokenizer) -> int:
 def choices_of(file: Path, records: list[Record], known: Task | None) -> tuple[str, ...]:
     """The answers that may be ranked: the task's, if the data has no other; else the different completions of the
     training data next to the file (train.jsonl), or of the file itself."""
-    if known and known.choices and {record.completion for record in records} <= set(known.choices):
+    if known and known.choices and has_only_choices_of(known, records):
         return known.choices
     train = split_file(file.parent, "train")
     held = read_records(train, task=known.name if known else None) if train else records
-    return tuple(sorted({record.completion for record in held}))
+    return different_answers(record.completion for record in held)
+
+
+def has_only_choices_of(task: Task, records: Iterable[Record]) -> bool:
+    """Whether each record's completion is a choice of the task."""
+    return {single_spaced(record.completion) for record in records} <= set(map(single_spaced, task.choices))

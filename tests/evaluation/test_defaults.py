@@ -76,6 +76,17 @@ def test_data_with_other_answers_than_the_training_data_is_written(rule, capsys)
     assert "validation: 2 of 4 answers are not in the training data, the first is 'w77' (" in said and "written" in said
 
 
+def test_answers_that_differ_only_in_white_space_are_one_answer(rule, capsys):
+    same = [" w9", "w10\n"] * 4
+    found = rule(["w9", "w10", "w9 ", "w9"] * 5, validation=same, test=[*same * 5, "w77", "w77 "])
+    assert found.choices == ("w10", "w77", "w9") and found.unseen == ("w77",)
+    said = capsys.readouterr().err
+    assert "validation" not in said and "test: 2 of 42 answers are not in the training data" in said
+    assert rule(["w9", " w9", " w9"] * 5).metric == "exact_match"  # nothing to choose from
+    task = task_of_run(rule.config, "validation", tokenizer())
+    assert task.metric == "exact_match"
+
+
 def test_the_length_of_an_answer_follows_from_the_longest_completion(rule):
     long = words(range(9, 39))  # 30 tokens and the end
     found = rule(["w9 w10", "w11", long])

@@ -81,6 +81,22 @@ def test_a_task_sets_metrics_choices_and_answer_length(folder, tmp_path):
     assert ready.choices == ("w9", "w9 w10", "w9 w10 w11", "w9 w10 w11 w12")
 
 
+def test_choices_that_differ_only_in_white_space_are_one_choice(folder, tmp_path, capsys):
+    def write(split, *completions):
+        rows = [{"prompt": "w20", "completion": text, "label": "1"} for text in completions]
+        return write_rows(tmp_path / f"{split}.jsonl", rows)
+
+    write("train", "w9", " w9", "w9", "w10")
+    own = f"data.train={tmp_path}", f"data.test={write('test', ' w9', 'w10 ')}", "eval.metric=accuracy"
+    assert task_of_run(run_config(folder, *own), "test", tokenizer()).choices == ("w10", "w9")
+    model = load_model_config(folder / "backbone")
+    task = file_task(str(tmp_path), tokenizer(), model, split="test", limit=None)
+    assert task is not None and task.encoded.task.choices == ("w10", "w9")
+    known = f"data.test={write('test', ' yes', 'no')}", "data.task=boolq", "eval.metric=null"
+    assert task_of_run(run_config(folder, *known), "test", tokenizer()).choices == ("yes", "no")
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_one_choice_can_not_be_ranked(folder):
     with pytest.raises(ValueError, match="eval.choices .*1 answers"):
         task_of_run(run_config(folder, "eval.metric=accuracy", "eval.choices=[w9]"), "test", tokenizer())
