@@ -9,7 +9,6 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import islice
 from typing import NamedTuple
 
 from ..backbone.load import load_model_config
@@ -21,6 +20,7 @@ from ..data.tasks import TASKS
 from ..data.training_data import task_of
 from ..inference.generate import up_to_multiple
 from ..messages import warn
+from ..progress import Progress
 from .metrics import single_spaced
 
 #: Labels are ranked by their likelihoods if there are at most this many; otherwise the answer is written.
@@ -29,8 +29,6 @@ RANKED = 20
 REPEATED = 4
 #: The largest share of validation or test answers that the training data may lack if they are ranked.
 UNSEEN = 0.1
-#: Training examples that are looked at.
-LOOKED_AT = 50_000
 #: How many of the longest completions, by characters, are tokenised to find the longest by tokens.
 COUNTED = 32
 #: Tokens of a written answer where nothing is known about it, and the fewest and the most that the data can ask for.
@@ -100,20 +98,22 @@ def scoring_rule(
 
 
 def completions_of(section: DataSection) -> Completions:
-    """The completions of the first LOOKED_AT training examples; none if the training data is not there."""
+    """The completions of all training examples: data may be sorted. None if the training data is not there."""
     different, often = set[str](), Counter[str]()
     longest: list[tuple[int, int, Record]] = []
-    count = 0
-    for record in islice(split_records(section, "train") or [], LOOKED_AT) if is_there(section) else []:
-        count += 1
-        if len(different) <= RANKED:
-            different.add(single_spaced(record.completion))
-            often[record.completion] += 1
-        entry = len(record.completion), -count, record  # of equal lengths the first
-        if len(longest) < COUNTED:
-            heapq.heappush(longest, entry)
-        elif entry > longest[0]:
-            heapq.heapreplace(longest, entry)
+    count, records = 0, split_records(section, "train") if is_there(section) else None
+    with Progress("reading the completions", unit="example") as bar:
+        for record in records or []:
+            count += 1
+            if len(different) <= RANKED:
+                different.add(single_spaced(record.completion))
+                often[record.completion] += 1
+            entry = len(record.completion), -count, record  # of equal lengths the first
+            if len(longest) < COUNTED:
+                heapq.heappush(longest, entry)
+            elif entry > longest[0]:
+                heapq.heapreplace(longest, entry)
+            bar.advance()
     few = different_answers(often) if len(different) <= RANKED else None
     return Completions(count, few, [record for _, _, record in longest])
 

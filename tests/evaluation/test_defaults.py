@@ -1,12 +1,14 @@
 """The metric, the choices and the answer length that follow from a run's training data."""
 
 from dataclasses import replace
+from itertools import chain, repeat
 
 import pytest
 from tiny_run import backbone_folder, run_config, tokenizer, words, write_rows
 
 from para_jax import load_model_config
 from para_jax.data.records import Record
+from para_jax.evaluation import defaults
 from para_jax.evaluation.defaults import (
     FEWEST_NEW_TOKENS,
     MOST_NEW_TOKENS,
@@ -97,6 +99,16 @@ def test_the_length_of_an_answer_follows_from_the_longest_completion(rule):
     assert rule(["w9", "w10"]).max_new_tokens == FEWEST_NEW_TOKENS
     assert rule(["w9", long], "eval.metric=f1").max_new_tokens == 48  # also of a metric that is given
     assert rule(["w9", long], "eval.max_new_tokens=7").max_new_tokens == 7
+
+
+def test_labels_and_lengths_follow_from_every_row_of_sorted_data(rule, monkeypatch):
+    texts = "w9", words(range(9, 39))
+    first, last = (Record("w20", text, (text,), None, "") for text in texts)
+    rule(["w9"], validation=texts)
+    monkeypatch.setattr(defaults, "split_records", lambda *_: chain(repeat(first, 50_000), repeat(last, 100)))
+    assert scoring_rule(rule.config, tokenizer()).choices == tuple(sorted(texts))
+    written = replace(rule.config, eval=replace(rule.config.eval, metric="f1"))
+    assert scoring_rule(written, tokenizer()).max_new_tokens == 48
 
 
 def test_an_answer_has_half_as_many_tokens_again_as_the_longest_completion(tmp_path):
