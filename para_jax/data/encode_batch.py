@@ -33,9 +33,8 @@ def encode_examples(tokenizer, pairs: Sequence[tuple[Prompt, str]]) -> list[Exam
     for prompt, completion in pairs:
         require_filled("prompt", prompt)
         require_filled("completion", completion)
-        if not isinstance(prompt, str):
-            checked_messages("prompt", prompt)
         require_unicode("prompt", prompt)
+    pairs = [(p if isinstance(p, str) else checked_messages("prompt", p), completion) for p, completion in pairs]
     chats = [not isinstance(prompt, str) for prompt, _ in pairs]
     rendered = iter(render_chats(tokenizer, [pair for pair, chat in zip(pairs, chats, strict=True) if chat]))
     prompts, answers = [], []

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..config import Variables, one_of, printable, shorten
 from ..messages import warn
@@ -20,6 +20,8 @@ from .fewest_tokens import fewest_tokens
 
 #: The roles that the messages of a request may have.
 ROLES = ("system", "developer", "user", "assistant")
+#: Keys with which an assistant message calls tools. It may then have no content.
+CALLS = ("tool_calls", "function_call")
 
 #: Text, or chat messages ({"role": ..., "content": ...}) for the tokenizer's chat template.
 Prompt = str | list[dict]
@@ -60,7 +62,7 @@ def encode_prompt(
     """
     require_filled("prompt", prompt)
     if not isinstance(prompt, str):
-        checked_messages("prompt", prompt)
+        prompt = checked_messages("prompt", prompt)
     require_short(prompt, most)
     require_unicode("prompt", prompt)
     if isinstance(prompt, str):
@@ -87,7 +89,8 @@ def encode_completion(tokenizer, prompt: Prompt, completion: str) -> list[int]:
     require_filled("completion", completion)
     if isinstance(prompt, str):
         return encode_continuation(tokenizer, joined_completion(prompt, completion)) + [eos_token_id(tokenizer)]
-    return up_to_end_token(tokenizer, encode_continuation(tokenizer, assistant_turn(tokenizer, prompt, completion)))
+    turn = assistant_turn(tokenizer, checked_messages("prompt", prompt), completion)
+    return up_to_end_token(tokenizer, encode_continuation(tokenizer, turn))
 
 
 def stop_token_ids(tokenizer, config_eos: tuple[int, ...] = ()) -> tuple[int, ...]:
@@ -194,15 +197,21 @@ def show_example(tokenizer, example: Example) -> str:
 
 
 def checked_messages(name: str, value: object) -> list[dict]:
+    """The messages of a chat. One that calls tools, and has no content, gets an empty one."""
     if not isinstance(value, list):
         raise ValueError(f"{name} must be text or a list of messages, not {type(value).__name__}")
-    for message in value:
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise ValueError(f'{name}: {shorten(message)} is not a message; write {{"role": text, "content": text}}')
-        warn_of_role(message["role"])
-        if name != "prompt" and message["role"] == "assistant" and not message["content"].strip():
-            raise ValueError(f"{name} has an empty assistant message")  # nothing to learn
-    return prompt_messages(value) if name == "prompt" else value
+    messages = [checked_message(name, message) for message in value]
+    return prompt_messages(messages) if name == "prompt" else messages
+
+
+def checked_message(name: str, message: Any) -> dict:
+    found = message
+    if isinstance(message, dict) and message.get("content") is None and any(message.get(key) for key in CALLS):
+        found = message | {"content": ""}
+    if not isinstance(found, dict) or not all(isinstance(found.get(k), str) for k in ("role", "content")):
+        raise ValueError(f'{name}: {shorten(message)} is not a message; write {{"role": text, "content": text}}')
+    warn_of_role(found["role"])
+    return found
 
 
 @lru_cache(64)

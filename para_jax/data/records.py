@@ -13,6 +13,7 @@ from ..config import DataSection, expanded, printable, shorten
 from ..storage.bucket import BucketPath
 from .encode_batch import encode_examples
 from .examples import (
+    CALLS,
     Example,
     Prompt,
     checked_messages,
@@ -29,7 +30,7 @@ from .tasks import TASKS, field, names_of
 ENCODED_AT_ONCE = 1024
 SPLITS = ("train", "validation", "test")
 #: Keys of an answer that chat templates read next to its content. Only the content is learnt and scored.
-NOT_LEARNT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "reasoning_details", "thinking")
+NOT_LEARNT = (*CALLS, "reasoning_content", "reasoning", "reasoning_details", "thinking")
 #: What an error adds for rows with `conversations`.
 SHAREGPT = ". ShareGPT's conversations: rename them to messages, their from to role, and their value to content"
 
@@ -186,7 +187,7 @@ def row_fields(row: dict, templates: dict[str, str | None]) -> list[tuple[Prompt
                     raise ValueError(
                         "prompt is empty: messages begins with an assistant turn; give that turn weight 0, or remove it"
                     )
-                answer, is_last = answer_text(turn), turn is turns[-1][1]
+                answer, is_last = answer_text("messages", turn), turn is turns[-1][1]
                 accepted, label = (references(row, answer), row.get("label")) if is_last else ((answer,), None)
                 found.append((prompt_messages(before), answer, accepted, label))
         if not found:
@@ -205,7 +206,7 @@ def row_fields(row: dict, templates: dict[str, str | None]) -> list[tuple[Prompt
             raise ValueError("completion is a message and prompt is text; give both as messages, or both as text")
         if not is_learnt(completion[0]):
             raise ValueError("completion has weight 0; leave the row out, or give it weight 1")
-        completion = answer_text(completion[0])
+        completion = answer_text("completion", completion[0])
     for name, value in (("prompt", prompt), ("completion", completion)):
         if isinstance(value, str) and not value.strip():
             raise ValueError(f"{name} is empty")
@@ -238,13 +239,15 @@ def require_plain_chat(row: dict) -> None:
             )
 
 
-def answer_text(turn: dict) -> str:
+def answer_text(name: str, turn: dict) -> str:
     """What is learnt of an assistant turn: its content."""
     if lost := [name for name in NOT_LEARNT if turn.get(name)]:
         raise ValueError(
             f"an assistant turn has {lost[0]}, and only its content is learnt\nwrite {lost[0]} into the content, as "
             "the model is to answer, or remove it"
         )
+    if not turn["content"].strip():
+        raise ValueError(f"{name} has an empty assistant message")  # nothing to learn
     return turn["content"]
 
 

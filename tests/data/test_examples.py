@@ -1,6 +1,7 @@
 import pytest
 import tiny_tokenizers
 
+from para_jax.data.encode_batch import encode_examples
 from para_jax.data.examples import (
     Example,
     answer_opening,
@@ -39,6 +40,13 @@ def test_training_and_serving_see_the_same_prompt_ids(tokenizer, prompt, complet
     example = encode_example(tokenizer, prompt, completion)
     assert example.prompt_ids == encode_prompt(tokenizer, prompt)
     assert example.completion_ids == encode_completion(tokenizer, prompt, completion)
+
+
+def test_a_call_of_tools_without_a_content_has_an_empty_one(tokenizer):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}
+    empty, none = ([USER, call | {"content": content}, USER] for content in ("", None))
+    assert encode_example(tokenizer, none, "yes") == encode_example(tokenizer, empty, "yes")
+    assert encode_examples(tokenizer, [(none, "yes")]) == [encode_example(tokenizer, empty, "yes")]
 
 
 @pytest.mark.parametrize(("prompt", "completion"), [s for s in SAMPLES if isinstance(s[0], str)])

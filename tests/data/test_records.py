@@ -89,6 +89,23 @@ def test_a_turn_of_weight_0_is_read_and_not_learnt(tmp_path):
             read_records(write(tmp_path, {"messages": messages}))
 
 
+@pytest.mark.parametrize("calls", [{"tool_calls": [{"id": "1"}]}, {"function_call": {"name": "f"}}])
+@pytest.mark.parametrize("content", [{"content": ""}, {"content": None}, {}])
+def test_a_turn_that_is_not_learnt_may_call_tools_without_a_content(tmp_path, content, calls):
+    """As OpenAI writes it."""
+    call, result = {"role": "assistant", **content, **calls}, {"role": "tool", "content": "in stock"}
+    read = [USER, call | {"content": ""}, result]
+    rows = {"messages": [USER, call | {"weight": 0}, result, BOT]}, {"prompt": [USER, call, result], "completion": "hi"}
+    whole, given = read_records(write(tmp_path, *rows))
+    assert (whole.prompt, given.prompt) == ([USER, read[1] | {"weight": 0}, result], read)
+    assert whole.completion == given.completion == "hi"
+    for row in ({"messages": [USER, call, result, BOT]}, {"prompt": [USER], "completion": [call]}):
+        with pytest.raises(ValueError, match="data.jsonl:1: an assistant turn has .*, and only its content is learnt"):
+            read_records(write(tmp_path, row))
+    silent = BOT | {"content": "", "weight": 0}
+    assert read_records(write(tmp_path, {"messages": [USER, silent, USER, BOT]}))[0].prompt == [USER, silent, USER]
+
+
 @pytest.mark.parametrize("name", ["tools", "functions"])
 def test_tools_are_refused_because_no_prompt_would_have_them(tmp_path, name):
     for row in ({"messages": [USER, BOT]}, {"prompt": [USER], "completion": [BOT]}):
