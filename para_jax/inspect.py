@@ -166,7 +166,7 @@ def data_report(config: RunConfig) -> str:
     buckets, plans = plan_batches(config, configs, dict.fromkeys(configs, data), rows)
     examples = shown_examples(tokenizer, data)
     if config.data.max_seq_length is None:
-        examples.append(describe_lengths(data.examples.lengths))
+        examples.append(describe_lengths(data.examples.lengths, config.data.packing))
     batches = f"{next(iter(plans.values())).batches_per_epoch} batches of {rows} rows per epoch"
     return "\n\n".join([*examples, f"{data.report()}; {describe_shapes(buckets)}; {batches}"])
 

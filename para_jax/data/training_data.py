@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..config import DataSection
+from ..config import ASSUMED_LENGTH, DataSection
 from ..messages import say
 from ..progress import Progress
 from . import token_cache
@@ -68,20 +68,22 @@ class TrainingData(NamedTuple):
         return report(len(self.examples), self.cut, self.skipped)
 
 
-def describe_lengths(lengths: np.ndarray) -> str:
+def describe_lengths(lengths: np.ndarray, packing: bool = False) -> str:
     """How long the examples are, and the length that follows from them. A second line names an example that is far
-    longer than the rest, what it costs, and the fields that leave it out.
+    longer than the rest, what it costs, and the fields that leave it out. Packed rows all have one length, so there it
+    costs no more than others.
 
     Args:
         lengths: tokens of each example.
+        packing: data.packing.
     """
     half, most, almost_all = (int(np.quantile(lengths, share, method="lower")) for share in (0.5, 0.95, 0.99))
     longest = int(lengths.max())
     said = (
         f"lengths: half of the examples have up to {half} tokens, 95 % up to {most}, the longest {longest}; "
-        f"data.max_seq_length={chosen_length(lengths)}"
+        f"data.max_seq_length={chosen_length(lengths, packing)}"
     )
-    if longest <= FAR_LONGER * almost_all:
+    if packing or longest <= FAR_LONGER * almost_all:
         return said
     times, limit = f"{longest / almost_all:.0f} times", rounded_up(almost_all)
     return (
@@ -91,9 +93,10 @@ def describe_lengths(lengths: np.ndarray) -> str:
     )
 
 
-def chosen_length(lengths: np.ndarray) -> int:
-    """The data.max_seq_length that holds every example."""
-    return rounded_up(int(lengths.max()))
+def chosen_length(lengths: np.ndarray, packing: bool = False) -> int:
+    """The data.max_seq_length that holds every example. A packed row has room for several short ones."""
+    longest = rounded_up(int(lengths.max()))
+    return max(ASSUMED_LENGTH, longest) if packing else longest
 
 
 def load_training_data(section: DataSection, tokenizer) -> TrainingData:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..adapters.invocation import invocation_tokens, require_invocation
 from ..backbone.load import load_model_config
-from ..config import ASSUMED_LENGTH, ModelConfig, RunConfig, expanded, require
+from ..config import ModelConfig, RunConfig, expanded, require
 from ..data.batches import Bucket, Plan, example_lengths, for_mixed_rows, plan_buckets_of_sizes
 from ..data.example_arrays import ExampleArrays
 from ..data.examples import Example
@@ -183,7 +183,7 @@ def say_data(config: RunConfig, data: dict[str, TrainingData]) -> None:
     else:
         say(f"training data: {data[''].report()}")
     if config.data.max_seq_length is None:
-        for line in describe_lengths(all_lengths(data)).splitlines():
+        for line in describe_lengths(all_lengths(data), config.data.packing).splitlines():
             say(line)
 
 
@@ -213,13 +213,13 @@ def all_lengths(data: dict[str, TrainingData]) -> np.ndarray:
 
 
 def with_length(config: RunConfig) -> RunConfig:
-    """The config with a number as data.max_seq_length, for estimates: null means the tokens of the longest training
-    example of all tenants."""
+    """The config with a number as data.max_seq_length, for estimates: null follows from the longest training example of
+    all tenants."""
     resolve_backbone(config.backbone.source)
     tokenizer, model = run_tokenizer(config), load_model_config(config.backbone.source)
     sections = {with_limit(own.data, model) for own in tenant_configs(config).values()}
-    longest = max(chosen_length(load_training_data(one, tokenizer).examples.lengths) for one in sections)
-    return replace(config, data=replace(config.data, max_seq_length=longest))
+    lengths = np.concatenate([load_training_data(one, tokenizer).examples.lengths for one in sections])
+    return replace(config, data=replace(config.data, max_seq_length=chosen_length(lengths, config.data.packing)))
 
 
 def say_scoring(by: dict[str, ScoringRule]) -> None:
@@ -240,7 +240,7 @@ def plan_batches(
     hold. A plan is cut by the lengths of its own examples, so that it doesn't depend on the other tenants."""
     examples = {name: one.examples for name, one in data.items()}
     if config.data.packing:
-        length = config.data.max_seq_length or packed_length(data)
+        length = config.data.max_seq_length or chosen_length(all_lengths(data), packing=True)
         plans = {
             name: plan_packing(examples[name], length=length, rows=rows, seed=own.seed) for name, own in configs.items()
         }
@@ -258,11 +258,6 @@ def plan_batches(
         return Plan(example_lengths(found), buckets=own_buckets[id(found)], rows=rows, seed=seed, shapes=shapes)
 
     return shapes, {name: plan(examples[name], own.seed) for name, own in configs.items()}
-
-
-def packed_length(data: dict[str, TrainingData]) -> int:
-    """Tokens of a packed row where the config leaves it open: several short examples fit, and the longest one."""
-    return max(ASSUMED_LENGTH, chosen_length(all_lengths(data)))
 
 
 def say_packing(plans: dict[str, PackingPlan], shape: RowShape, examples: int, tokens: int) -> None:

@@ -283,6 +283,12 @@ def test_one_example_that_is_far_longer_is_named_with_what_it_costs():
     assert "has 10 times as many. A batch" in said[1] and "data.max_seq_length=24 with data.truncate=skip" in said[1]
 
 
+def test_a_packed_row_has_room_for_several_examples_and_for_the_longest():
+    short, long = (describe_lengths(np.array([20] * 300 + [most]), packing=True) for most in (30, 700))
+    assert short.endswith("the longest 30; data.max_seq_length=512")
+    assert long.endswith("the longest 700; data.max_seq_length=704")  # one line: every row has this length
+
+
 def test_without_a_number_every_example_is_kept_whole(tmp_path):
     file = written(tmp_path)
     whole, limited = (section_of(file, **fields) for fields in ({"max_seq_length": None}, {}))

@@ -9,10 +9,12 @@ from tiny_run import backbone_folder, rows_of_text, words, write_rows
 from para_jax import train, train_tenants
 from para_jax.config import DataSection, RunConfig, load_config
 from para_jax.data.records import Record
+from para_jax.data.tokenizer import run_tokenizer
+from para_jax.data.training_data import load_training_data
 from para_jax.evaluation.tasks import EvalTask
 from para_jax.inspect import data_report, dry_run, folder_report
 from para_jax.runs.scoring import example_prompt
-from para_jax.runs.tenants import Tenant, warn_of_unread
+from para_jax.runs.tenants import Tenant, plan_batches, say_data, warn_of_unread, with_length
 
 CONFIG = Path(__file__).parents[2] / "configs" / "own-data.yaml"
 QUICK = (
@@ -120,6 +122,17 @@ def test_a_dry_run_assumes_a_length_and_inspect_finds_it(folder):
     assert "of each tenant" in dry_run(swept) and "of each tenant" not in dry_run(config)
     methods = dry_run(own(folder, f"data.train={folder / 'labels'}", "sweep.method=[para, ia3]")).split("\n\n")
     assert [text.splitlines()[0] for text in methods] == ["para", "ia3"] and "; ia3 on k_proj" in methods[1]
+
+
+def test_the_length_of_packed_rows_is_the_one_that_is_said(folder, capsys):
+    config = own(folder, f"data.train={folder / 'labels'}", "data.packing=true", "adapter.summary=raw")
+    data = load_training_data(replace(config.data, max_seq_length=128), run_tokenizer(config))
+    (shape,), _ = plan_batches(config, {"": config}, {"": data}, rows=8)
+    assert shape.length == with_length(config).data.max_seq_length == 512
+    say_data(config, {"": data})
+    said = "lengths: half of the examples have up to 5 tokens, 95 % up to 6, the longest 6; data.max_seq_length=512\n"
+    assert said in capsys.readouterr().err
+    assert said in data_report(config)
 
 
 def test_the_model_card_asks_in_the_form_of_the_data(tmp_path):
