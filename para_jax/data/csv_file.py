@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Iterator
 from itertools import chain
+from typing import BinaryIO
 
 from ..config import printable, shorten
 from ..storage.bucket import Place
@@ -15,6 +16,8 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 #: The largest row, in bytes. A quote that is never closed would otherwise take the rest of the file into memory.
 MAX_ROW = 2**26
 MAX_COLUMNS = 10_000
+#: Bytes that are read at once of a file with CR line ends.
+BLOCK = 2**20
 #: Columns that hold JSON where a text is not enough. An empty cell in these, or in `label`, is a missing value.
 JSON_COLUMNS = ("messages", "references")
 
@@ -30,7 +33,7 @@ def csv_rows(path: Place, delimiter: str, seen=None) -> Iterator[tuple[str, dict
 
     def lines(stream) -> Iterator[str]:
         nonlocal size, number
-        for line in iter(lambda: stream.readline(MAX_ROW + 1), b""):
+        for line in lines_of(stream):
             number, size = number + 1, size + len(line)
             if seen is not None:
                 seen.update(line)
@@ -57,12 +60,42 @@ def csv_rows(path: Place, delimiter: str, seen=None) -> Iterator[tuple[str, dict
         except UnicodeDecodeError as error:
             raise ValueError(f"{place}: not UTF-8 text ({error.reason}); save the file as CSV UTF-8") from None
         except csv.Error as error:
-            said = printable(str(error))
-            raise ValueError(
-                f"{place}: {said}; put a text that has quotes in quotes, and double each quote in it"
-            ) from None
+            raise ValueError(f"{place}: {csv_problem(str(error))}") from None
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{place}: {error}") from None
+
+
+def lines_of(stream: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file with their ends: LF, CR LF, or CR alone as in Excel's "CSV (Macintosh)". A line of more than
+    MAX_ROW bytes is cut to a part that still has more."""
+    first = stream.readline(MAX_ROW + 1)
+    if not ends_with_cr(first):
+        yield first
+        yield from iter(lambda: stream.readline(MAX_ROW + 1), b"")
+        return
+    text, block = b"", first
+    while block:
+        text, start = text + block, 0
+        while end := text.find(b"\r", start) + 1:
+            yield text[start:end]
+            start = end
+        text = text[start:]
+        block = stream.read(BLOCK) if len(text) <= MAX_ROW else b""
+    if text:
+        yield text
+
+
+def ends_with_cr(text: bytes) -> bool:
+    """Whether the header, with which a text begins, ends with CR alone: outside quotes, with no LF after it."""
+    header, end, after = text.partition(b"\r")
+    return bool(end) and not after.startswith(b"\n") and header.count(b'"') % 2 == 0
+
+
+def csv_problem(said: str) -> str:
+    """What is wrong with a row, and what to do."""
+    if said.startswith("new-line"):
+        return "a line break outside quotes, of another kind than the file's; put quotes around a text with a newline"
+    return f"{printable(said)}; put a text that has quotes in quotes, and double each quote in it"
 
 
 def column_names(cells: list[str]) -> list[str]:

@@ -17,12 +17,33 @@ def write(file, rows, header=("prompt", "completion"), **how):
     return file
 
 
-@pytest.mark.parametrize("how", [{}, {"lineterminator": "\n"}, {"quoting": csv.QUOTE_ALL}, {"delimiter": ";"}])
+@pytest.mark.parametrize(
+    "how", [{}, {"lineterminator": "\n"}, {"lineterminator": "\r"}, {"quoting": csv.QUOTE_ALL}, {"delimiter": ";"}]
+)
 def test_texts_with_quotes_commas_and_newlines_are_read_as_they_are(tmp_path, how):
     found = read_records(write(tmp_path / "x.csv", ROWS, **how))
     assert [record[:2] for record in found] == ROWS
     first = tmp_path / "x.csv"
     assert [record.place for record in found] == [f"{first}:2", f"{first}:4", f"{first}:5"]
+
+
+def test_lines_may_end_with_cr_alone_as_in_excels_macintosh_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(csv_file, "MAX_ROW", 40)
+    monkeypatch.setattr(csv_file, "BLOCK", 3)
+    file, rows = tmp_path / "x.csv", [(f"a{i}\nb", "c\rd") for i in range(9)]
+    found = read_records(write(file, rows, lineterminator="\r", quoting=csv.QUOTE_ALL))
+    assert [record[:2] for record in found] == rows
+    file.write_bytes(file.read_bytes().removesuffix(b"\r"))
+    assert read_records(file) == found
+    write(file, [*rows, ("e" * 40, "f")], lineterminator="\r", quoting=csv.QUOTE_ALL)
+    with pytest.raises(ValueError, match="x.csv:20: the row is longer than 40 bytes"):
+        read_records(file)
+    for text, line in ((b"prompt,completion\na,b\nc\rd,e\n", 3), (b"prompt,completion\ra,b\rc\nd,e\r", 3)):
+        file.write_bytes(text)
+        with pytest.raises(ValueError, match=f"x.csv:{line}: a line break outside quotes.*put quotes around"):
+            read_records(file)
+    file.write_bytes(b'"a\rb",completion\nc,d\n')
+    assert read_records(file, prompt="{a\rb}")[0].prompt == "c"
 
 
 def test_tabs_separate_in_tsv_and_commas_do_not(tmp_path):
