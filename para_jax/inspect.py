@@ -86,16 +86,16 @@ def dry_run(config: RunConfig, topology: str | None = None) -> str:
 
 def tenants_of(config: RunConfig) -> int:
     """How many tenants a run trains: those of data.tenants, the combinations of a sweep, or one. If the folder of
-    data.tenants does not exist yet, it is train.tenants_at_once."""
+    data.tenants does not exist yet, or the data came from Python and is not here, it is train.tenants_at_once."""
     if config.data.tenants is None:
         return max(1, len(config.sweep.learning_rate)) * max(1, len(config.sweep.seed))
-    folder = expanded(str(config.data.tenants))
-    if folder.is_dir():
+    folder = config.data.tenants
+    is_here = config.data.given is not None if is_given(folder) else expanded(folder).is_dir()
+    if is_here:
         return len(tenant_sections(folder, config.data))
     if config.train.tenants_at_once is None:
-        raise ValueError(
-            f"data.tenants: {folder} does not exist yet, so its tenants can't be counted; give train.tenants_at_once"
-        )
+        missing = "the data came from Python" if is_given(folder) else f"{expanded(folder)} does not exist yet"
+        raise ValueError(f"data.tenants: {missing}, so its tenants can't be counted; give train.tenants_at_once")
     return config.train.tenants_at_once
 
 

@@ -15,6 +15,7 @@ from tpu_compiler import tpu_devices
 
 from para_jax import load_backbone, make_mesh
 from para_jax.config import load_config
+from para_jax.data.given import with_tenants
 from para_jax.data.packing import Packed
 from para_jax.dry_run.hlo_counts import collectives_run
 from para_jax.dry_run.programs import compile_programs, shares_prompts
@@ -28,7 +29,7 @@ from para_jax.dry_run.topology import (
     step_arguments,
     topology_report,
 )
-from para_jax.inspect import dry_run
+from para_jax.inspect import dry_run, tenants_of
 from para_jax.memory import run_mesh
 from para_jax.roofline import matrix_weights
 from para_jax.runs.train import empty_state
@@ -98,6 +99,16 @@ def test_the_dry_run_of_many_tenants_says_what_each_adds_to_a_chip(tmp_path, no_
         dry_run(none, "v5e:4x4")
     uneven = replace(config, train=replace(config.train, tenants_at_once=12))
     assert "spread over 1 chips, because 16 chips do not divide 12 tenants" in dry_run(uneven, "v5e:4x4")
+
+
+def test_tenants_from_python_are_counted_where_they_are_here():
+    config = load_config(ON_7B[0], [*ON_7B[1], "data.tenants=<python>"])
+    rows = [{"prompt": "a", "completion": "b"}]
+    here = replace(config, data=with_tenants(config.data, {name: rows for name in ("acme", "globex", "umbrella")}))
+    assert tenants_of(here) == 3
+    with pytest.raises(ValueError, match="data.tenants: the data came from Python.*train.tenants_at_once"):
+        tenants_of(config)
+    assert tenants_of(replace(config, train=replace(config.train, tenants_at_once=16))) == 16
 
 
 @pytest.mark.long
