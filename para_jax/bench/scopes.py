@@ -11,6 +11,7 @@ from ..backbone.load import load_backbone
 from ..config import Ia3Config, LoraConfig, ParaConfig, TrainSection
 from ..data.batches import Batch
 from ..data.example_arrays import ExampleArrays
+from ..data.packing import Packed
 from ..model import init_adapter
 from ..sharding import make_mesh
 from ..training.prompt_cache import PromptCache, filled
@@ -59,7 +60,7 @@ def bench_scopes(
 
 
 def step_time(
-    model, adapter_config, batch: Batch, prompt: int, completion: int, *, cached: bool = False
+    model, adapter_config, batch: Batch | Packed, prompt: int, completion: int, *, cached: bool = False
 ) -> Callable[[], float]:
     """A side that trains an adapter of its own, one step each time. A cached one gathers the states of its prompts on
     the host, as a run's threads do ahead of the step."""
@@ -77,7 +78,7 @@ def step_time(
     return milliseconds(step)
 
 
-def prompts_of(model, adapter_config, batch: Batch, prompt: int) -> PromptCache:
+def prompts_of(model, adapter_config, batch: Batch | Packed, prompt: int) -> PromptCache:
     """The states of the prompts of a batch [1, rows, ...], whose rows all have `prompt` of them."""
     ids = np.ascontiguousarray(batch.tokens[0, :, :prompt])
     prompts = ExampleArrays(ids.ravel(), np.array([(prompt, 0)] * len(ids), np.int32))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +23,7 @@ from ..training.step import state_of_one, step_of_one
 from .decode import random_backbone
 from .rounds import interleaved, measurement, paired, single
 
-CONFIG = {"total_steps": 1000}
+CONFIG: dict[str, Any] = {"total_steps": 1000}
 
 
 def bench_train(

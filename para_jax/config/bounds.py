@@ -108,7 +108,7 @@ def check_value(name: str, value: Any, kind: Any) -> None:
         require(whole, name, value, "a whole number")
     elif typing.get_origin(kind) is tuple:
         require(isinstance(value, tuple), name, value, "a list")
-        for item in value:
+        for item in value or ():
             check_value(name, item, arguments[0])
     elif dataclasses.is_dataclass(kind) and isinstance(kind, type):
         require(isinstance(value, kind), name, value, f"a {kind.__name__}")
