@@ -20,6 +20,7 @@ from ..serving.engine import Engine
 from .answering import Answering, Limits
 from .api_keys import ApiKeys, require_unlimited
 from .body import Held
+from .concurrency import ConcurrencyLimit
 from .engine_loop import EngineLoop
 from .errors import ApiError
 from .gate import Gate
@@ -42,6 +43,7 @@ def create_app(
     metrics: Metrics | None = None,
     routes: Sequence[BaseRoute] = (),
     local: bool = False,
+    max_requests: int | None = None,
 ) -> Starlette:
     """The application. Its lifespan starts the thread that warms the engine up and drives it.
 
@@ -49,6 +51,7 @@ def create_app(
         metrics: what /metrics shows.
         routes: further ones. In their endpoints, `request.state.access` says what the client may use.
         local: whether only requests to a name of this machine are taken.
+        max_requests: how many may wait for answers at the same time. None: no limit.
 
     `app.state.loop` is its EngineLoop.
     """
@@ -78,9 +81,10 @@ def create_app(
         Route("/version", version),
         Route("/metrics", partial(show_metrics, metrics)),
     ]
+    limit = [] if max_requests is None else [Middleware(ConcurrencyLimit, most=max_requests)]
     app = Starlette(
         routes=[*own, *routes],
-        middleware=[Middleware(Gate, keys=keys, metrics=metrics, local=local)],
+        middleware=[Middleware(Gate, keys=keys, metrics=metrics, local=local), *limit],
         exception_handlers={HTTPException: http_error},  # pyright: ignore[reportArgumentType]
         lifespan=lifespan,
     )

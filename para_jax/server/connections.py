@@ -177,13 +177,15 @@ def error_bytes(status: int, message: str) -> bytes:
     return f"{head}content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode() + body
 
 
-def allow_open_files(count: int) -> None:
-    """Lets this process have that many open files, or as many as it may. The default of many machines is 1024."""
+def allow_open_files(count: int) -> int:
+    """Lets this process have that many open files, or as many as it may. The default of many machines is 1024. Returns
+    how many it may have now, at most `count`."""
     try:
         import resource
     except ImportError:  # Windows has no such limit
-        return
+        return count
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return wanted

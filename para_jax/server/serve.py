@@ -19,7 +19,8 @@ from .address import bound, is_loopback, url_of
 from .answering import Limits
 from .api_keys import ApiKeys, read_keys, warn_of_missing
 from .app import create_app
-from .connections import BoundedProtocol, allow_open_files
+from .concurrency import concurrency_for
+from .connections import BoundedProtocol
 from .engine_loop import EngineLoop
 from .metrics import Metrics
 from .models import BASE, Models
@@ -82,12 +83,21 @@ def serve(
     metrics = Metrics(engine, models)
     routes += page.routes(engine, models, metrics.traffic)
     local = not api_keys and is_loopback(own)
-    app = create_app(engine, models=models, keys=api_keys, limits=limits, metrics=metrics, routes=routes, local=local)
+    most = concurrency_for(engine.slots, engine.queue_limit)
+    app = create_app(
+        engine,
+        models=models,
+        keys=api_keys,
+        limits=limits,
+        metrics=metrics,
+        routes=routes,
+        local=local,
+        max_requests=most.requests,
+    )
     loop: EngineLoop = app.state.loop
-    allow_open_files(4 * BoundedProtocol.max_connections)
     config = uvicorn.Config(
         app,
-        http=BoundedProtocol,
+        http=type("Protocol", (BoundedProtocol,), {"max_connections": most.connections}),
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         ws="none",
         lifespan="on",

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 import pytest
 import uvicorn
 
-from para_jax.server import serve
+from para_jax.server import concurrency, serve
 from para_jax.server.answering import Limits
 from para_jax.server.connections import PIECE, BoundedProtocol, allow_open_files
 
@@ -267,6 +267,22 @@ def test_a_process_may_open_as_many_files_as_asked_or_allowed():
             assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == before[1]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize(
+    ("queue", "files", "expected"),
+    [
+        (1024, 10**6, (1160, 1416)),
+        (None, 10**6, (1160, 1416)),
+        (12, 10**6, (148, 800)),
+        (5000, 10**6, (5136, 5392)),
+        (5000, 1024, (512, 768)),
+        (12, 100, (1, 75)),
+    ],
+)
+def test_connections_suffice_for_a_full_queue_and_for_probes(monkeypatch, queue, files, expected):
+    monkeypatch.setattr(concurrency, "allow_open_files", lambda count: min(count, files))
+    assert concurrency.concurrency_for(8, queue) == expected
 
 
 def test_the_usual_limits_are_those_of_the_documentation():

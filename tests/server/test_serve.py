@@ -19,7 +19,7 @@ from pathlib import Path
 import httpx
 import pytest
 from quick_compiler import own_flags
-from running_server import chat_tokenizer, eventually, model_and_tenants, new_engine, pass_time, running
+from running_server import QUEUE, SLOTS, chat_tokenizer, eventually, model_and_tenants, new_engine, pass_time, running
 from tiny_engine import prompt
 from tiny_run import backbone_folder
 
@@ -28,6 +28,7 @@ from para_jax import Engine, Request, load_adapter, save_adapter, serve
 from para_jax.adapters.loading_bank import bank_of
 from para_jax.adapters.preview import previews
 from para_jax.cli.serve import served
+from para_jax.server import concurrency
 from para_jax.server.address import bound, is_loopback, url_of
 from para_jax.server.answering import Limits
 from para_jax.server.api_keys import ApiKeys
@@ -291,6 +292,25 @@ def test_the_servers_limits_hold(engine, capfd):
         with server.held():
             assert httpx.post(url, json=LONG | {"timeout": 60}, timeout=60).status_code == 504
     assert prompt(1) in capfd.readouterr().err
+
+
+def test_a_server_with_as_many_requests_as_may_wait_answers_probes_and_refuses_the_rest(engine, monkeypatch):
+    monkeypatch.setattr(concurrency, "SPARE_REQUESTS", 2 - SLOTS - QUEUE)
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 9"
+    with running(engine) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        port = int(server.url.rpartition(":")[2])
+        with server.held(), socket.create_connection(("127.0.0.1", port), timeout=60) as slow:
+            slow.sendall(head + b"\r\n\r\n{")  # a request whose body never ends does not count
+            threads = [stream_in_thread(server, LONG)[0] for _ in range(2)]
+            for refused in (client.post("/v1/completions", json=LONG), client.get("/v1/models")):
+                assert refused.status_code == 503 and refused.json()["error"]["code"] == "overloaded"
+                assert int(refused.headers["retry-after"]) > 0 and "connection" not in refused.headers
+            for path in ("/", "/health", "/ready", "/version"):
+                assert client.get(path).status_code == 200
+            assert 'para_jax_http_responses_total{status="503"} 2.0' in client.get("/metrics").text
+        for thread in threads:
+            thread.join(60)
+        assert client.post("/v1/completions", json=LONG).status_code == 200
 
 
 def test_metrics_count_what_was_served(engine):
