@@ -123,7 +123,7 @@ class Replica:
         while not (self.loop.warm or self.loop.fatal):
             await asyncio.sleep(0.05)
         if not self.loop.healthy:
-            raise RuntimeError(f"the engine fails: {self.loop.fatal or 'see the log'}")
+            raise RuntimeError(f"the engine fails or hangs: {self.loop.fatal or 'see the log'}")
 
 
 def built_app(served: Served):

@@ -57,7 +57,7 @@ def create_app(
     """
     keys, limits = keys or ApiKeys([]), limits or Limits()
     metrics = metrics or Metrics(engine, models)
-    loop = EngineLoop(engine, metrics.count_engine_failure)
+    loop = EngineLoop(engine, metrics.count_engine_failure, limits.timeout)
     chats, texts = (ThreadPoolExecutor(THREADS, f"para-jax-{name}") for name in ("chats", "server"))
     loading = ThreadPoolExecutor(1, "para-jax-loading")
     given = (loop, models, limits, metrics, Held(max(limits.all_bodies, limits.max_body)), loading)
@@ -112,18 +112,23 @@ def show_model(models: Models, request: Request) -> Response:
 
 
 async def health(loop: EngineLoop, request: Request) -> Response:
-    """Whether the engine works: 503 after several rounds that failed."""
-    if loop.healthy:
-        return JSONResponse({"status": "ok"})
-    raise ApiError(503, "the engine fails; see the log", code="engine_failed")
+    """Whether the engine works: 503 after several rounds that failed, and in a round that does not end."""
+    require_healthy(loop)
+    return JSONResponse({"status": "ok"})
 
 
 async def ready(loop: EngineLoop, request: Request) -> Response:
     """Whether requests are taken: 503 before the engine is warm, and while the server stops."""
     loop.require_ready()
-    if not loop.ready:
-        raise ApiError(503, "the engine fails; see the log", code="engine_failed")
+    require_healthy(loop)
     return JSONResponse({"status": "ready"})
+
+
+def require_healthy(loop: EngineLoop) -> None:
+    if loop.hangs:
+        raise ApiError(503, "a round of the engine does not end; its device may hang", code="engine_hangs")
+    if not loop.healthy:
+        raise ApiError(503, "the engine fails; see the log", code="engine_failed")
 
 
 async def version(request: Request) -> Response:

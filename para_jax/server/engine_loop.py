@@ -23,17 +23,23 @@ MOST_FAILURES = 3
 TRIAL_SECONDS = 5
 #: Seconds that the thread waits for a request before it looks whether it should stop.
 IDLE_SECONDS = 0.2
+#: Seconds that any round may take. It may have to compile, and a compilation must not look like a device that hangs.
+LONG_ROUND_SECONDS = 900
+#: Seconds that the last round may take when the server stops.
+LAST_ROUND_SECONDS = 10
 
 
 class EngineLoop:
     """Drives an engine in a thread of its own, from `start` to `stop`."""
 
-    def __init__(self, engine: Engine, on_failure: Callable[[], None] = lambda: None):
+    def __init__(self, engine: Engine, on_failure: Callable[[], None] = lambda: None, timeout: float = 0):
         """
         Args:
             on_failure: called when a round raised an error.
+            timeout: seconds that a request may take. A round that lasts longer, and longer than LONG_ROUND_SECONDS,
+                means that the device hangs.
         """
-        self.engine, self._on_failure = engine, on_failure
+        self.engine, self._on_failure, self._timeout = engine, on_failure, timeout
         self.warm = False
         """whether everything is compiled"""
         self.draining = False
@@ -43,6 +49,8 @@ class EngineLoop:
         self.failures = 0
         """rounds that failed since the last one that did not"""
         self._next_trial = 0.0
+        self._round_began: float | None = None
+        """None between two rounds"""
         self._open: dict[Answer, None] = {}
         self._delivering = threading.Lock()
         """held while streams are read and their pieces handed over, which keeps the pieces in order"""
@@ -55,15 +63,27 @@ class EngineLoop:
         self._thread.start()
 
     async def stop(self) -> None:
-        """Ends the thread after its round. Open requests fail."""
+        """Ends the thread after its round. Open requests fail. Does not wait long for a round that does not end: the
+        thread ends with the process."""
+        if self._stopping.is_set():
+            return
         self._stopping.set()
         self.fail_all(shutting_down())
-        while self._thread.is_alive():
+        until = time.monotonic() + LAST_ROUND_SECONDS
+        while self._thread.is_alive() and time.monotonic() < until:
             await asyncio.sleep(0.01)
+        if self._thread.is_alive():
+            warn(f"engine: the last round has not ended after {LAST_ROUND_SECONDS} s; the server stops without it")
+
+    @property
+    def hangs(self) -> bool:
+        """Whether a round has lasted so long that the device must have stopped working."""
+        began = self._round_began
+        return began is not None and time.monotonic() - began > max(self._timeout, LONG_ROUND_SECONDS)
 
     @property
     def healthy(self) -> bool:
-        return self.fatal is None and self.failures < MOST_FAILURES
+        return self.fatal is None and self.failures < MOST_FAILURES and not self.hangs
 
     @property
     def ready(self) -> bool:
@@ -144,6 +164,7 @@ class EngineLoop:
             has_work = self.engine.wait(IDLE_SECONDS)
             if not has_work and (self.healthy or time.monotonic() < self._next_trial):
                 continue
+            self._round_began = time.monotonic()
             try:
                 if has_work:
                     self.engine.step()
@@ -153,6 +174,7 @@ class EngineLoop:
             except BaseException as error:  # an engine can go on after whatever a round raises
                 if has_work or not self.engine.open:  # a request that has just come keeps warm_up from its work
                     self._note_failure(error)
+            self._round_began = None
             self._deliver(list(self._open))
 
     def _note_failure(self, error: BaseException) -> None:

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,7 @@ from para_jax import Engine, Request, load_adapter, save_adapter, serve
 from para_jax.adapters.loading_bank import bank_of
 from para_jax.adapters.preview import previews
 from para_jax.cli.serve import served
-from para_jax.server import concurrency
+from para_jax.server import concurrency, engine_loop
 from para_jax.server.address import bound, is_loopback, url_of
 from para_jax.server.answering import Limits
 from para_jax.server.api_keys import ApiKeys
@@ -131,6 +132,38 @@ def test_requests_that_take_too_long_end_with_an_error_when_the_server_stops(eng
             server.stop.set()
             thread.join(60)
     assert '"shutting_down"' in texts[0] and texts[0].endswith("data: [DONE]\n\n") and engine.open == 0
+
+
+def test_a_round_that_does_not_end_is_noticed_and_does_not_keep_the_server_from_stopping(engine, monkeypatch, capfd):
+    monkeypatch.setattr(engine_loop, "LONG_ROUND_SECONDS", 0.3)
+    monkeypatch.setattr(engine_loop, "LAST_ROUND_SECONDS", 0.1)
+    with running(engine, drain_seconds=0, limits=Limits(timeout=0.2)) as server:
+
+        def statuses():
+            return [httpx.get(f"{server.url}/{path}").status_code for path in ("health", "ready")]
+
+        def hangs():
+            asked = httpx.post(f"{server.url}/v1/completions", json=LONG, timeout=60)
+            return asked.status_code == 504 and statuses() == [503, 503]
+
+        with server.held():
+            eventually(hangs)
+        eventually(lambda: statuses() == [200, 200])
+        with server.held():
+            eventually(hangs)
+            server.stop.set()
+            server.thread.join(20)
+            assert not server.thread.is_alive()
+    assert "has not ended" in capfd.readouterr().err
+
+
+def test_a_long_compilation_does_not_look_like_a_device_that_hangs(engine):
+    assert engine_loop.LONG_ROUND_SECONDS >= 900
+    for timeout, after, hangs in [(10, 890, False), (10, 910, True), (2000, 1990, False), (2000, 2010, True)]:
+        loop = EngineLoop(engine, timeout=timeout)
+        assert loop.healthy
+        loop._round_began = time.monotonic() - after
+        assert loop.hangs == hangs != loop.healthy
 
 
 def test_what_warming_up_raises_ends_the_server(engine):
