@@ -12,8 +12,10 @@ from .examples import (
     Prompt,
     adds_own_space,
     checked_messages,
+    continuation_text,
     eos_token_id,
     failures,
+    following,
     joined_completion,
     may_have_added,
     require_filled,
@@ -26,7 +28,7 @@ RENDERED_AT_ONCE = 64
 
 
 def encode_examples(tokenizer, pairs: Sequence[tuple[Prompt, str]]) -> list[Example]:
-    """The example of each (prompt, completion). A fast tokenizer uses all cores, in two calls for all of them.
+    """The example of each (prompt, completion). A fast tokenizer uses all cores, in a few calls for all of them.
 
     Raises ValueError if one of them fails; `encode_example` shows which.
     """
@@ -45,12 +47,9 @@ def encode_examples(tokenizer, pairs: Sequence[tuple[Prompt, str]]) -> list[Exam
             before, answer = next(rendered)
         prompts.append(before)
         answers.append(answer)
-    if any(answer.startswith(" ") for answer in answers) and adds_own_space(tokenizer):
-        answers = [answer.removeprefix(" ") for answer in answers]
-    prompt_ids = encode_prompts(tokenizer, prompts, chats)
+    prompt_ids, completions = encode_pairs(tokenizer, prompts, answers, chats)
     seen: dict[int, bool | None] = {}
     end = [] if all(chats) else [eos_token_id(tokenizer)]
-    completions = encode_texts(tokenizer, answers, add_special_tokens=False)
     return [
         Example(prompt, up_to_end_token(tokenizer, ids, seen) if chat else [*ids, *end])
         for prompt, ids, chat in zip(prompt_ids, completions, chats, strict=True)
@@ -61,6 +60,19 @@ def render_chats(tokenizer, pairs: Sequence[tuple[Any, str]]) -> list[tuple[str,
     """`answered`, some conversations per request."""
     parts = (pairs[start : start + RENDERED_AT_ONCE] for start in range(0, len(pairs), RENDERED_AT_ONCE))
     return [found for part in parts for found in answered(tokenizer, part)]
+
+
+def encode_pairs(
+    tokenizer, prompts: list[str], answers: list[str], chats: list[bool]
+) -> tuple[list[list[int]], list[list[int]]]:
+    """The ids of prompts, and of the answers that follow them, as `encode_following` gives them."""
+    joined = list(map(str.__add__, prompts, answers)) if adds_own_space(tokenizer) else []
+    ids = encode_prompts(tokenizer, prompts + joined, chats + chats[: len(joined)])
+    prompt_ids = ids[: len(prompts)]
+    found = list(map(following, prompt_ids, ids[len(prompts) :])) if joined else [None] * len(prompts)
+    texts = [continuation_text(tokenizer, text) for text, one in zip(answers, found, strict=True) if one is None]
+    alone = iter(encode_texts(tokenizer, texts, add_special_tokens=False))
+    return prompt_ids, [next(alone) if one is None else one for one in found]
 
 
 def encode_prompts(tokenizer, texts: list[str], chats: list[bool]) -> list[list[int]]:

@@ -1,21 +1,21 @@
 """Token ids of prompts and completions: the one place that decides where a prompt ends. Training, generate, evaluation
 and the engine all use it.
 
-Prompt and completion are encoded separately. Training therefore sees the same prompt ids as serving, and the model must
+The prompt is encoded without its completion. Training therefore sees the same prompt ids as serving, and the model must
 produce every token from the first completion id on, including the end of sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 from ..config import Variables, one_of, printable, shorten
 from ..messages import warn
 from ..untrusted import require_unicode
-from .chats import assistant_turn, render_all
+from .chats import answered, assistant_turn, render_all
 from .fewest_tokens import fewest_tokens
 
 #: The roles that the messages of a request may have.
@@ -88,9 +88,10 @@ def encode_completion(tokenizer, prompt: Prompt, completion: str) -> list[int]:
     require_filled("prompt", prompt)
     require_filled("completion", completion)
     if isinstance(prompt, str):
-        return encode_continuation(tokenizer, joined_completion(prompt, completion)) + [eos_token_id(tokenizer)]
-    turn = assistant_turn(tokenizer, checked_messages("prompt", prompt), completion)
-    return up_to_end_token(tokenizer, encode_continuation(tokenizer, turn))
+        text = joined_completion(prompt, completion)
+        return encode_following(tokenizer, prompt, text, encode_text) + [eos_token_id(tokenizer)]
+    ((before, turn),) = answered(tokenizer, [(checked_messages("prompt", prompt), completion)])
+    return up_to_end_token(tokenizer, encode_following(tokenizer, before, turn, encode))
 
 
 def stop_token_ids(tokenizer, config_eos: tuple[int, ...] = ()) -> tuple[int, ...]:
@@ -254,15 +255,44 @@ def failures(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: {printable(lines[0], 300)}") from None
 
 
+def encode_following(tokenizer, prompt: str, text: str, ids_of: Callable[..., list[int]]) -> list[int]:
+    """The ids of a text that follows a prompt.
+
+    A tokenizer that puts a space before each text would also put one between a newline and an answer. So it encodes
+    prompt and text together, and the text's ids are those after the prompt's. If the prompt has other ids in the joined
+    text, the text is encoded alone, as other tokenizers do it.
+
+    Args:
+        ids_of: ids_of(tokenizer, prompt) gives the prompt's ids.
+    """
+    found = None
+    if adds_own_space(tokenizer):
+        found = following(ids_of(tokenizer, prompt), ids_of(tokenizer, prompt + text))
+    return encode_continuation(tokenizer, text) if found is None else found
+
+
+def following(prompt: list[int], ids: list[int]) -> list[int] | None:
+    """The ids after the prompt's; None if the ids do not begin with them."""
+    return ids[len(prompt) :] if ids[: len(prompt)] == prompt else None
+
+
 def encode_continuation(tokenizer, text: str) -> list[int]:
-    """The ids of a text that follows a prompt. A leading space is left out for tokenizers that add one themselves."""
-    return encode(tokenizer, text[1:] if text.startswith(" ") and adds_own_space(tokenizer) else text)
+    """The ids of a text that is encoded without its prompt."""
+    return encode(tokenizer, continuation_text(tokenizer, text))
 
 
+def continuation_text(tokenizer, text: str) -> str:
+    """The text without its leading space if the tokenizer adds one itself."""
+    return text[1:] if text.startswith(" ") and adds_own_space(tokenizer) else text
+
+
+@lru_cache(8)
 def adds_own_space(tokenizer) -> bool:
     """Whether the tokenizer adds a space before each text, as SentencePiece's do."""
-    word = encode(tokenizer, "a")
-    return " " in tokenizer.decode(word + word)
+    with suppress(ValueError):  # it may lack the word
+        word = encode(tokenizer, "a")
+        return " " in tokenizer.decode(word + word)
+    return False
 
 
 def joined_completion(prompt: str, completion: str) -> str:

@@ -9,7 +9,8 @@ from para_jax.data import encode_batch
 from para_jax.data.encode_batch import encode_examples
 from para_jax.data.examples import encode_example
 
-KINDS = ("plain", "with_bos", "own_space", "moved_system", "adds_eos", "adds_both")
+OWN_SPACE = ("own_space", "own_space_zephyr", "own_space_chatml")
+KINDS = ("plain", "with_bos", *OWN_SPACE, "moved_system", "adds_eos", "adds_both")
 USER, BOT = {"role": "user", "content": "where is my parcel?"}, {"role": "assistant", "content": "the movie"}
 TEXTS = [
     ("Message: where is my parcel?\nTeam:", "shipping"),

@@ -65,6 +65,29 @@ def test_a_tokenizer_that_adds_its_own_space_gets_no_second_one(completion):
     assert tokenizer.decode(prompt_ids + completion_ids, skip_special_tokens=True) == "Team: shipping"
 
 
+@pytest.mark.parametrize("kind", ["own_space_zephyr", "own_space_chatml"])
+def test_an_answer_after_a_newline_has_the_ids_that_it_has_in_the_next_prompt(kind):
+    tokenizer = getattr(tiny_tokenizers, kind)()
+    prompt, completion = encode_example(tokenizer, [USER], "shipping")
+    chat = [USER, {"role": "assistant", "content": "shipping"}, USER]
+    assert encode_prompt(tokenizer, chat)[: len(prompt + completion)] == prompt + completion
+    assert not tokenizer.convert_ids_to_tokens(completion)[0].startswith("▁")
+
+
+@pytest.mark.parametrize(("prompt", "completion"), [("Answer:\n", "yes"), ("Answer:\n", "  yes"), ("Answer:", "\nyes")])
+def test_a_tokenizers_own_space_is_not_put_after_a_newline(prompt, completion):
+    tokenizer = tiny_tokenizers.own_space()
+    prompt_ids, completion_ids = encode_example(tokenizer, prompt, completion)
+    assert prompt_ids + completion_ids == tokenizer(prompt + completion + "</s>")["input_ids"]
+
+
+def test_a_completion_that_would_change_the_ids_of_its_prompt_is_encoded_alone():
+    tokenizer = tiny_tokenizers.own_space()
+    prompt_ids, completion_ids = encode_example(tokenizer, "Team:", "shipping")
+    assert tokenizer("Team: shipping")["input_ids"][: len(prompt_ids)] != prompt_ids
+    assert completion_ids == tokenizer("shipping</s>", add_special_tokens=False)["input_ids"]
+
+
 def test_a_text_completion_ends_in_one_eos(tokenizer):
     ids = encode_completion(tokenizer, "Answer:", "yes")
     assert ids[-1] == tokenizer.eos_token_id and ids.count(tokenizer.eos_token_id) == 1

@@ -1,4 +1,4 @@
-"""Three tiny tokenizers of the kinds that published models have, with chat templates, for the tests of data/."""
+"""Tiny tokenizers of the kinds that published models have, with chat templates, for the tests of data/."""
 
 import json
 from functools import cache
@@ -40,6 +40,11 @@ REASON = (  # DeepSeek-R1's and QwQ's: the generation prompt begins a thought, a
 INST = (  # Llama 2's: no generation prompt, the turn starts with a space and ends in EOS
     "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ ' ' + message['content'] + ' ' + eos_token"
     " }}{% else %}{{ bos_token + '[INST] ' + message['content'] + ' [/INST]' }}{% endif %}{% endfor %}"
+)
+
+ZEPHYR = (  # Zephyr's and TinyLlama's: a newline before the answer, which ends in EOS
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 
 MOVED = (  # Mistral's, of Nemo: the system message is written into the last message, if that is the user's
@@ -86,20 +91,34 @@ def moved_system():
 @cache
 def own_space():
     """A BPE with SentencePiece's spaces, which adds BOS and its own leading space, as Llama 2's."""
+    return sentencepiece([], eos_token="</s>", chat_template=INST)
+
+
+@cache
+def own_space_zephyr():
+    """As `own_space`, with Zephyr's chat template."""
+    return sentencepiece([], eos_token="</s>", chat_template=ZEPHYR)
+
+
+@cache
+def own_space_chatml():
+    """As `own_space`, with ChatML and its special tokens, as OpenHermes' for Mistral."""
+    return sentencepiece(["<|im_start|>", "<|im_end|>"], eos_token="<|im_end|>", chat_template=CHATML)
+
+
+def sentencepiece(added, **settings):
     made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     made.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    special = ["<unk>", "<s>", "</s>"]
+    special = ["<unk>", "<s>", "</s>", *added]
     bytes_ = [f"<0x{i:02X}>" for i in range(256)]
     trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special + bytes_, show_progress=False)
     made.train_from_iterator(TEXT, trainer)
     made = without_special(made, special)
     add_bos(made, "<s>")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=INST
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", unk_token="<unk>", **settings)
 
 
 def byte_level(special, *, bos=False, **settings):
