@@ -46,7 +46,13 @@ def load_tokenizer(source: str | Path, chat_template_kwargs: Variables | str | N
         from transformers import AutoTokenizer
 
         with failures(f"{source}: cannot load a tokenizer"):
-            found = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+            found = AutoTokenizer.from_pretrained(
+                path,
+                config=model_type_config(path),
+                mistral_format=False,  # else it would read tekken.json if mistral-common is installed
+                trust_remote_code=False,
+                local_files_only=True,
+            )
             tokenizer = with_own_ends(as_published(found, path), path)
     require_working(str(source), tokenizer)
     if variables := template_variables("chat_template_kwargs", chat_template_kwargs):
@@ -64,6 +70,17 @@ def set_variables(tokenizer, variables: Variables, source: str) -> None:
         if not re.search(rf"\b{name}\b", template):
             raise ValueError(f"chat_template_kwargs: the chat template of {source} reads no {name}; leave it out")
     tokenizer.chat_template = with_variables(template, variables)
+
+
+def model_type_config(folder: Path):
+    """What transformers chooses the tokenizer's class by: a config of the model's type, with default values. With its
+    own values transformers refuses some models that para_jax reads, such as the first Phi-3 128k."""
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+    said = read_json(folder / "config.json", MAX_TEXT_BYTES)
+    named = {key: said[key] for key in ("model_type", "tokenizer_class") if isinstance(said.get(key), str)}
+    known = named.get("model_type") in CONFIG_MAPPING
+    return AutoConfig.for_model(**named) if known else PreTrainedConfig(**named)
 
 
 def as_published(tokenizer, folder: Path):
