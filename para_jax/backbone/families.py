@@ -202,7 +202,6 @@ def model_config(config: dict[str, Any]) -> ModelConfig:
     head_dim = config_int(c, "hidden_size") // heads if c["head_dim"] is None else config_int(c, "head_dim")
     check(1 <= head_dim <= MAX_HEAD_DIM, "head_dim", head_dim, f"at most {MAX_HEAD_DIM}")
     kinds = layer_kinds(c, family, head_dim)
-    cut = [kind.rotary.original_max_positions for kind in kinds if kind.rotary.scaling == "longrope"]
     values = {
         "model_type": config["model_type"],
         "vocab_size": config_int(c, "vocab_size"),
@@ -212,7 +211,7 @@ def model_config(config: dict[str, Any]) -> ModelConfig:
         "num_kv_heads": kv_heads,
         "head_dim": head_dim,
         "kinds": kinds,
-        "max_positions": min([config_int(c, "max_position_embeddings"), *cut]),
+        "max_positions": max_positions(config_int(c, "max_position_embeddings"), kinds),
         "activation": config_activation(c, "hidden_act"),
         "norm_eps": float(config_number(c, "rms_norm_eps")),
         "qkv_bias": config_bool(c, "attention_bias"),
@@ -242,6 +241,15 @@ def supported_family(config: dict[str, Any]) -> Family:
     if found:
         raise ValueError(f"config.json is not supported: it has {', '.join(found)}; choose another backbone")
     return family
+
+
+def max_positions(given: int, kinds: tuple[LayerKind, ...]) -> int:
+    """The most positions of a model with `max_position_embeddings` given. longrope ends at its original length. yarn
+    makes it longer, and Qwen's model cards add yarn without changing max_position_embeddings."""
+    rotary = [kind.rotary for kind in kinds]
+    cut = [one.original_max_positions for one in rotary if one.scaling == "longrope"]
+    longer = [int(one.original_max_positions * one.factor) for one in rotary if one.scaling == "yarn"]
+    return min([max([given, *longer]), *cut])
 
 
 def layer_kinds(c: dict, family: Family, head_dim: int) -> tuple[LayerKind, ...]:

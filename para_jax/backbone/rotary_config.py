@@ -93,8 +93,9 @@ def yarn(plain: RotaryConfig, rope: dict, c: dict) -> RotaryConfig:
     fast, slow = float(config_number(given, "beta_fast")), float(config_number(given, "beta_slow"))
     check(slow < fast, "beta_slow", slow, f"less than beta_fast {fast}")
     check(plain.theta > 1, "rope_theta", plain.theta, "more than 1 with rope_type 'yarn'")
+    check(original * factor < 2**31, "factor", factor, f"less than 2**31 / {original} with rope_type 'yarn'")
     divisors = yarn_divisors(plain, factor, original, fast, slow, config_bool(given, "truncate"))
-    return divided(plain, "yarn", original, divisors, rope, yarn_attention(rope, factor))
+    return divided(replace(plain, factor=factor), "yarn", original, divisors, rope, yarn_attention(rope, factor))
 
 
 def yarn_attention(rope: dict, factor: float) -> float:
@@ -138,6 +139,7 @@ def divided(
         dims=plain.dims,
         theta=plain.theta,
         scaling=scaling,
+        factor=plain.factor,
         original_max_positions=original,
         divisors=divisors,
         attention_factor=attention,

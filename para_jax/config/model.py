@@ -20,6 +20,7 @@ class RotaryConfig:
     scaling: Literal["none", "linear", "llama3", "yarn", "longrope"] = "none"
     """linear divides all frequencies by `factor`, llama3 only the low ones, yarn and longrope each by its own number"""
     factor: float = 1.0
+    """with yarn, how many times the original length the model can read"""
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 0

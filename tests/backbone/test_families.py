@@ -92,7 +92,14 @@ def test_longrope_ends_at_the_original_length():
     llama = model_config(minimal("llama", rope_scaling=LONGROPE, max_position_embeddings=128))
     assert llama.max_positions == 64 and llama.kinds[0].rotary.divisors == (1.5,) * 8
     assert llama.kinds[0].rotary.attention_factor == pytest.approx((1 + 1 / 6) ** 0.5)  # log 2 / log 64
-    assert model_config(minimal("llama", rope_scaling=YARN, max_position_embeddings=128)).max_positions == 128
+
+
+@pytest.mark.parametrize("name", ["llama", "olmo3"])
+@pytest.mark.parametrize(("given", "longest"), [(64, 160), (128, 160), (512, 512)])
+def test_yarn_makes_the_original_length_longer(name, given, longest):
+    """Qwen's model cards add it to a config without changing max_position_embeddings."""
+    yarn = model_config(minimal(name, rope_scaling=YARN | {"factor": 2.5}, max_position_embeddings=given))
+    assert yarn.max_positions == longest
 
 
 def test_a_given_attention_factor_is_taken():
@@ -274,6 +281,7 @@ def test_a_missing_size_is_named(key):
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' has no original_max_position_embeddings"),
         ({"rope_scaling": YARN | {"beta_slow": 64}}, "beta_slow is 64.*less than beta_fast 32"),
         ({"rope_scaling": YARN | {"truncate": 1}}, "truncate is 1"),
+        ({"rope_scaling": YARN | {"factor": 1e30}}, "factor is 1e.30.*less than"),
         ({"rope_scaling": YARN | {"attention_factor": 0}}, "attention_factor is 0"),
         ({"rope_scaling": YARN, "rope_theta": 1.0}, "rope_theta is 1.0.*'yarn'"),
         ({"rope_scaling": LONGROPE | {"short_factor": None}}, "'longrope' has no short_factor"),
