@@ -17,6 +17,7 @@ from ..gguf.file import GgufFile
 from ..hub import local_backbone, resolve_backbone, resolve_config
 from ..messages import warn
 from ..sharding import tree_shardings, with_sharding
+from ..text_part import text_config
 from ..untrusted import read_json
 from .config_values import as_list
 from .families import model_config
@@ -24,6 +25,7 @@ from .kernel_choice import choice_named
 from .kernel_trial import choose_attention
 from .known_configs import KNOWN_CONFIGS
 from .quantize import quantised
+from .rotary_config import ignored_attn_factor
 from .safetensors import Safetensors
 from .transformer import Layer, Transformer, require_layout
 from .weights import fingerprint, load_parameters, recipes
@@ -70,7 +72,7 @@ def load_backbone(
     require_layout(layout)
     dtype, path = chosen_dtype(dtype), resolve_backbone(source)
     config = config_at(path, source)
-    warn_of_settings(path / "generation_config.json")
+    warn_of_settings(path)
     weights = GgufFile(path) if path.suffix == ".gguf" else Safetensors(path)
     recipes(config, weights)  # checks the config against the file before anything is traced
     if jax.default_backend() == "cpu" and dtype == jnp.bfloat16:
@@ -146,7 +148,12 @@ def config_at(path: Path, source: str | Path) -> ModelConfig:
 NOT_APPLIED = {"repetition_penalty": 1, "no_repeat_ngram_size": 0, "suppress_tokens": []}
 
 
-def warn_of_settings(file: Path) -> None:
+def warn_of_settings(folder: Path) -> None:
+    """Warns of settings that would give other answers, and are not applied. A .gguf file has none."""
+    config, file = folder / "config.json", folder / "generation_config.json"
+    factor = ignored_attn_factor(text_config(read_json(config))) if config.is_file() else None
+    if factor is not None:
+        warn(f"{config}: attn_factor {shorten(factor)} of yarn is not applied, as in transformers; vLLM applies it")
     settings = read_json(file) if file.is_file() else {}
     for name, neutral in NOT_APPLIED.items():
         if settings.get(name) not in (None, neutral):

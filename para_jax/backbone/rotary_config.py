@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from ..config import DividedRotaryConfig, RotaryConfig, shorten
 from .config_values import check, config_bool, config_int, config_mapping, config_number
@@ -107,6 +107,14 @@ def yarn_attention(rope: dict, factor: float) -> float:
     if rope.get("mscale") and rope.get("mscale_all_dim"):
         return of(config_number(rope, "mscale")) / of(config_number(rope, "mscale_all_dim"))
     return of(1.0)
+
+
+def ignored_attn_factor(c: dict) -> Any:
+    """What a config gives as yarn's attn_factor, which transformers does not apply; None if it has no effect."""
+    parameters = config_mapping(c, "rope_parameters")
+    given = [config_mapping(c, "rope_scaling"), parameters, *(config_mapping(parameters, name) for name in LAYER_TYPES)]
+    yarn = [rope for rope in given if rope.get("rope_type", rope.get("type")) == "yarn"]
+    return next((rope["attn_factor"] for rope in yarn if rope.get("attn_factor") not in (None, 1)), None)
 
 
 def longrope(plain: RotaryConfig, rope: dict, c: dict) -> RotaryConfig:

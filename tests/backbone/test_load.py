@@ -145,6 +145,16 @@ def test_a_penalty_that_other_libraries_apply_is_named(tmp_path, capsys):
         assert said.count("is not applied") == named and ("repetition_penalty 1.05" in said) == bool(named)
 
 
+def test_yarns_attn_factor_which_vllm_applies_is_named(tmp_path, capsys):
+    """DeepSeek-R1-0528-Qwen3-8B has one."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 1e4}
+    for form in ("rope_scaling", "rope_parameters"):
+        for factor, named in ((0.875, 1), (1.0, 0), (None, 0)):
+            keys = {"rope_scaling": None, "rope_parameters": None} | {form: yarn | {"attn_factor": factor}}
+            load_backbone(folder_of(tmp_path, changed(**keys)))
+            assert capsys.readouterr().err.count("attn_factor 0.875 of yarn is not applied") == named
+
+
 @pytest.mark.parametrize("content", [b'{"eos_token_id": "</s>"}', b'{"eos_token_id": [true]}', b"[2]"])
 def test_a_wrong_generation_config_is_named(content, tmp_path):
     folder = folder_of(tmp_path, changed())
