@@ -28,7 +28,7 @@ from .quantize import quantised
 from .rotary_config import ignored_attn_factor
 from .safetensors import Safetensors
 from .transformer import Layer, Transformer, require_layout
-from .weights import fingerprint, load_parameters, recipes
+from .weights import fingerprint, load_parameters, recipes, with_own_head
 
 #: The dtypes of weights and compute.
 DTYPES = ("float32", "bfloat16", "float16")
@@ -75,6 +75,7 @@ def load_backbone(
     warn_of_settings(path)
     weights = GgufFile(path) if path.suffix == ".gguf" else Safetensors(path)
     recipes(config, weights)  # checks the config against the file before anything is traced
+    config = with_own_head(config, weights)
     if jax.default_backend() == "cpu" and dtype == jnp.bfloat16:
         warnings.warn("a bfloat16 backbone is slower on a CPU than float32, and XLA widens its weights", stacklevel=2)
     choice = choose_attention(attention, config, dtype, mesh)

@@ -164,12 +164,9 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return memory[offset : offset + memory.size - 64].view(dtype).reshape(shape)
 
 
-def require_equal(source: Source, name: str, other: str, blocks: list[Block]) -> None:
-    """Raises ValueError unless two tensors have the same values in these blocks."""
-    for block in joined_blocks(blocks):
-        both = zip(read_pieces(source, name, block), read_pieces(source, other, block), strict=True)
-        if not all(np.array_equal(mine, theirs) for (_, mine), (_, theirs) in both):
-            raise ValueError(
-                f"{source.path}: {name} differs from {other}, although config.json sets tie_word_embeddings; "
-                "set it to false"
-            )
+def equal_tensors(source: Source, name: str, other: str) -> bool:
+    """Whether two matrices of one shape have the same values. Reading ends at the first piece that differs."""
+    rows, columns = source.shapes[name]
+    everything = Block(0, rows, 0, columns)
+    both = zip(read_pieces(source, name, everything), read_pieces(source, other, everything), strict=True)
+    return all(np.array_equal(mine, theirs) for (_, mine), (_, theirs) in both)

@@ -6,6 +6,7 @@ Checkpoints store linear weights as [out, in]; the parameters are [in, out].
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -13,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..config import FUSED, SITES, ModelConfig
+from ..messages import warn
 from ..progress import Progress
 from ..untrusted import safe_names
-from .parts import Recipe, Source, load_parameter, needed_blocks, pieces, require_equal
+from .parts import Recipe, Source, equal_tensors, load_parameter, pieces
 from .quantize import quantiser
 
 
@@ -37,9 +39,6 @@ def load_parameters(
     plan = recipes(config, source)
     shapes = parameter_shapes(config)
     placing = shardings or {}
-    if config.tied_embeddings and "lm_head.weight" in source.shapes:
-        blocks = needed_blocks(shapes["embedding"], False, placing.get("embedding"))
-        require_equal(source, "lm_head.weight", plan["embedding"].source, blocks)
     loaded, broken = {}, []
     with Progress(f"loading {source.path.name}", len(shapes), unit="tensor") as bar:
         for name, shape in shapes.items():
@@ -57,6 +56,19 @@ def load_parameters(
     if broken:
         raise ValueError(f"{source.path}: tensors with NaN or infinite values: {safe_names(broken)}; fetch it again")
     return loaded
+
+
+def with_own_head(config: ModelConfig, source: Source) -> ModelConfig:
+    """The config, without tied embeddings if the source has a head of other values, as in transformers. Mistral Small
+    3.1 is so once transformers 5 has saved it. Every process compares the whole tensors, so that all find the same."""
+    head, embedding = "lm_head.weight", source_name(config, "embedding")
+    if not config.tied_embeddings or head not in source.shapes or equal_tensors(source, head, embedding):
+        return config
+    warn(
+        f"{source.path}: {head} differs from {embedding}, although the config ties them. Both are used, as in "
+        "transformers; set tie_word_embeddings to false"
+    )
+    return replace(config, tied_embeddings=False)
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

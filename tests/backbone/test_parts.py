@@ -13,9 +13,9 @@ from two_processes import run_two
 
 from para_jax import load_backbone, load_model_config, make_mesh
 from para_jax.backbone.load import abstract_backbone, parameter_name
-from para_jax.backbone.parts import Block, joined_blocks, needed_blocks, read_blocks, stored_block
+from para_jax.backbone.parts import Block, equal_tensors, joined_blocks, needed_blocks, read_blocks, stored_block
 from para_jax.backbone.safetensors import Safetensors
-from para_jax.backbone.weights import load_parameters, parameter_shapes, recipes
+from para_jax.backbone.weights import parameter_shapes, recipes
 
 MESHES = [(1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 2, 4)]
 
@@ -90,13 +90,14 @@ def test_adjacent_columns_of_the_same_rows_are_read_together():
     assert joined_blocks(cut) == [Block(0, 8, 0, 6), Block(0, 8, 8, 9), Block(8, 16, 0, 4)]
 
 
-def test_a_stored_head_is_compared_where_it_is_needed(tmp_path):
-    config, stored = load_model_config(FIXTURES / "smollm2"), Safetensors(FIXTURES / "smollm2")
-    tensors = {name: stored.read(name) for name in stored.shapes}
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + (np.arange(64) == 63)
+def test_tensors_are_compared_piece_by_piece(tmp_path, monkeypatch):
+    values = np.arange(24.0).reshape(6, 4)
+    tensors = {"a": values, "same": values.copy(), "last": values + (values == 23)}
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="lm_head.weight differs"):
-        load_parameters(config, Safetensors(tmp_path), "float32", shardings_of("smollm2", (1, 8, 1)))
+    source = Safetensors(tmp_path)
+    for piece in (1, 8, 2**20):
+        monkeypatch.setattr("para_jax.backbone.parts.PIECE_VALUES", piece)
+        assert [equal_tensors(source, "a", other) for other in ("same", "last")] == [True, False]
 
 
 # -------------------------------------------------------------------------------------------------------- two processes

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import tracemalloc
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from para_jax import load_backbone
 from para_jax.backbone import parts as blocks
 from para_jax.backbone.families import model_config
 from para_jax.backbone.safetensors import Safetensors
@@ -97,8 +99,19 @@ def test_tied_embeddings_are_not_doubled(tmp_path):
     embedding = tensors_of("smollm2")["model.embed_tokens.weight"]
     assert "head" not in load("smollm2")
     assert "head" not in load_changed(tmp_path, {"lm_head.weight": embedding}, "smollm2")
-    with pytest.raises(ValueError, match="lm_head.weight differs"):
-        load_changed(tmp_path, {"lm_head.weight": embedding + 1}, "smollm2")
+
+
+@pytest.mark.parametrize(("difference", "warned"), [(0, False), (np.arange(64) == 63, True)])
+def test_a_head_that_differs_from_tied_embeddings_is_used(tmp_path, difference, warned, caplog):
+    """As in transformers, which sets tie_word_embeddings in Mistral Small 3.1's config when it saves the model."""
+    shutil.copy(FIXTURES / "smollm2" / "config.json", tmp_path)
+    tensors = tensors_of("smollm2")
+    head = tensors["model.embed_tokens.weight"] + np.float32(difference)
+    save_file(tensors | {"lm_head.weight": head}, tmp_path / "model.safetensors")
+    model = load_backbone(tmp_path)
+    assert model.config.tied_embeddings == (model.head is None) == (not warned)
+    assert model.head is None or np.array_equal(model.head[...], head.T)
+    assert ("lm_head.weight differs from model.embed_tokens.weight" in caplog.text) == warned
 
 
 def test_shards_equal_the_single_file():
