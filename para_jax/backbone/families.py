@@ -151,7 +151,9 @@ GEMMA3 = GEMMA2 | {
     "max_position_embeddings": 131072, "attn_logit_softcapping": None, "final_logit_softcapping": None,
     "sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 10000.0,
 }  # fmt: skip
-MISTRAL = {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096}
+MISTRAL = {
+    "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096, "layer_types": None,
+}  # fmt: skip
 PHI3 = {
     "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "partial_rotary_factor": 1.0,
     "original_max_position_embeddings": 4096,
@@ -172,6 +174,7 @@ GRANITE: dict[str, Any] = dict.fromkeys(
 FAMILIES: dict[str, Family] = {
     "llama": Family(),
     "mistral": Family(MISTRAL, sliding=windowed),
+    "ministral": Family(MISTRAL, sliding=windowed),  # as transformers 5 saves a mistral with layer_types
     "qwen2": Family(QWEN, lambda c: {"qkv_bias": True, "output_bias": False}, qwen_windowed),
     "qwen3": Family(QWEN | {"head_dim": 128}, lambda c: {"qk_norm": "head"}, qwen_windowed),
     "gemma": Family(GEMMA | {"num_key_value_heads": 16}, gemma),

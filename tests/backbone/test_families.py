@@ -61,6 +61,7 @@ def test_windows_are_in_the_right_layers():
     assert windows("gemma2/config_legacy.json") == [6, None, 6]
     assert windows("gemma3_text/config_legacy.json") == [5, 5, None]
     assert windows("mistral/variants/no_window.json") == [None] * 3
+    assert windows("ministral/variants/published.json") == windows("ministral/config.json") == [None, 8, 8]
     unused = model_config(minimal("qwen2", use_sliding_window=False, sliding_window=6, max_window_layers=1))
     assert {kind.window for kind in unused.kinds} == {None}
     assert windows("qwen2/config_legacy.json") == [None] * 3 and windows("qwen2/variants/swa.json") == [None, 6, 6]
