@@ -13,13 +13,14 @@ from ..config import SITES, Ia3Config, ModelConfig
 from .adapter import Adapter, Backbone, named_leaves
 from .own_tensors import Values, join_layers, layer_name
 from .peft_config import named, named_linears, require_supported, target_sites
-from .peft_linears import linears_of, used_sites
+from .peft_linears import linears_of, names_of, sites_of, used_sites
 
 # ---------------------------------------------------------------------------------------------------------- the config
 
 
 def ia3_peft_config(config: Ia3Config, backbone: Backbone) -> dict:
-    return {"feedforward_modules": list(config.feedforward_modules), "init_ia3_weights": True}
+    inputs = names_of(backbone.model_type, config.feedforward_modules)
+    return {"feedforward_modules": inputs, "init_ia3_weights": True}
 
 
 def read_ia3_config(found: dict, shapes: dict[str, tuple[int, ...]]) -> Ia3Config:
@@ -27,7 +28,7 @@ def read_ia3_config(found: dict, shapes: dict[str, tuple[int, ...]]) -> Ia3Confi
     sites = target_sites(found, shapes)
     by_shape = dict.fromkeys(linear for name, linear, _ in named(shapes) if shapes[name][:1] == (1,))
     inputs = named_linears("feedforward_modules", found.get("feedforward_modules"), by_shape)
-    return Ia3Config(target_modules=sites, feedforward_modules=inputs)
+    return Ia3Config(target_modules=sites, feedforward_modules=sites_of(inputs))
 
 
 def ia3_outline(config: Ia3Config) -> str:

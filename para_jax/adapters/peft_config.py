@@ -7,19 +7,21 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from ..config import FUSED, SITES, one_of, shorten
+from ..config import FEEDFORWARD_NAMES, FUSED, OWN_LINEARS, SITES, one_of, shorten
 from ..hub import name_and_revision
 from ..text_part import has_image_part
 from ..untrusted import safe_names
 from .adapter import Backbone
 from .own_tensors import PREFIX
-from .peft_linears import linears_of
+from .peft_linears import names_of, sites_of
 
-NAME = re.compile(re.escape(PREFIX) + r"(\d{1,6})\.(?:self_attn|mlp)\.(\w+)\.[\w.]+")
+FEEDFORWARDS = "|".join(["mlp", *FEEDFORWARD_NAMES.values()])
+NAME = re.compile(re.escape(PREFIX) + rf"(\d{{1,6}})\.(?:self_attn|{FEEDFORWARDS})\.(\w+)\.[\w.]+")
 #: How much of the end of a linear's name a target may give.
 SUFFIX = re.compile(
     r"((((base_model\.model\.)?model\.)?layers\.)?\d{1,6}\.)?"
-    r"((self_attn\.)?(?P<attention>[qkvo]_proj|qkv_proj)|(mlp\.)?(?P<mlp>(gate|up|down|gate_up)_proj))"
+    r"((self_attn\.)?(?P<attention>[qkvo]_proj|qkv_proj)"
+    rf"|(({FEEDFORWARDS})\.)?(?P<mlp>(gate|up|down|gate_up)_proj|(input|output)_linear))"
 )
 
 #: Keys that make no difference once an adapter is trained. Every key but these and a method's own must be neutral.
@@ -33,7 +35,7 @@ INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 def peft_config(peft_type: str, config: Any, backbone: Backbone, base_model: str) -> dict:
     """The keys of every method. PEFT fills in its defaults for those that are missing."""
-    linears = [name.partition(".")[2] for name in linears_of(backbone.model_type, config.target_modules)]
+    linears = names_of(backbone.model_type, config.target_modules)
     pattern = rf".*\.language_model\..*\.({'|'.join(linears)})"  # the image part has linears of these names too
     return {
         "peft_type": peft_type,
@@ -81,7 +83,7 @@ def in_text_model(found: dict, model_type: str) -> dict:
     """adapter_config.json with only those names of linears that a text model of this type has. PEFT ignores the others:
     Phi-3 has no q_proj, and the image part of Gemma 3 has linears of its own. A list without any such name stays as it
     is, and its tensors are then refused."""
-    parts = {part for parts in FUSED.values() for part in parts} if model_type == "phi3" else set()
+    parts = set(sites_of(tuple(OWN_LINEARS.get(model_type, {}))))
 
     def is_there(name: object) -> bool:
         match = SUFFIX.fullmatch(name) if isinstance(name, str) else None
@@ -98,7 +100,7 @@ def target_sites(found: dict, shapes: dict[str, tuple[int, ...]]) -> tuple[str, 
     """The sites in `target_modules`. A pattern is not evaluated: it means the linears of the file's tensors."""
     linears = dict.fromkeys(linear for _, linear, _ in named(shapes))
     targets = named_linears("target_modules", found.get("target_modules"), linears)
-    return tuple(site for name in targets for site in FUSED.get(name, (name,)))
+    return sites_of(targets)
 
 
 def named_linears(key: str, names: object, otherwise: Iterable[str]) -> tuple[str, ...]:

@@ -1,19 +1,29 @@
 """The linears of a model as Hugging Face PEFT names them, and the sites that each holds.
 
-They differ from sites in phi3 only, where one linear holds several sites.
+They differ from sites where a model has its own linears, which may hold several sites, as in Phi-3.
 """
 
 from __future__ import annotations
 
-from ..config import FUSED, SITES
+from ..config import FEEDFORWARD_NAMES, FUSED, OWN_LINEARS, SITES
 
 
 def linears_of(model_type: str, sites: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     """The linears of a layer that hold these sites, as the model names them, each with all the sites it holds."""
-    fused = {site: (name, parts) for name, parts in FUSED.items() for site in parts} if model_type == "phi3" else {}
-    held = [fused.get(site, (site, (site,))) for site in SITES if site in sites]
-    attention = SITES[:4]
-    return {f"{'self_attn' if parts[0] in attention else 'mlp'}.{name}": parts for name, parts in held}
+    own = {site: (name, parts) for name, parts in OWN_LINEARS.get(model_type, {}).items() for site in parts}
+    held = [own.get(site, (site, (site,))) for site in SITES if site in sites]
+    attention, feedforward = SITES[:4], FEEDFORWARD_NAMES.get(model_type, "mlp")
+    return {f"{'self_attn' if parts[0] in attention else feedforward}.{name}": parts for name, parts in held}
+
+
+def names_of(model_type: str, sites: tuple[str, ...]) -> list[str]:
+    """The names of the linears that hold these sites, without their layer's."""
+    return [name.partition(".")[2] for name in linears_of(model_type, sites)]
+
+
+def sites_of(linears: tuple[str, ...]) -> tuple[str, ...]:
+    """The sites that these linears hold."""
+    return tuple(site for name in linears for site in FUSED.get(name, (name,)))
 
 
 def used_sites(linears: dict[str, tuple[str, ...]], unused: set[str]) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from .config_values import (
     config_number,
     config_softcap,
     config_token_ids,
+    required,
 )
 from .rotary_config import LAYER_TYPES, rotaries
 
@@ -113,6 +114,13 @@ def granite(c: dict) -> dict:
     }
 
 
+def granite_hybrid(c: dict) -> dict:
+    """Dense Granite 4, which has neither experts nor Mamba layers. Without layer_types all layers would be Mamba's."""
+    required(c, "layer_types")
+    check(c["num_local_experts"] == 0, "num_local_experts", c["num_local_experts"], "0, without a mixture of experts")
+    return granite(c) | {"hidden_width": config_int(c, "shared_intermediate_size")}
+
+
 def windowed(c: dict, layer: int) -> bool:
     return c["sliding_window"] is not None
 
@@ -170,6 +178,10 @@ GRANITE: dict[str, Any] = dict.fromkeys(
     ("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling"), 1.0
 )
 
+GRANITE_HYBRID = GRANITE | {
+    "num_local_experts": 8, "shared_intermediate_size": 1024, "position_embedding_type": None, "layer_types": None,
+}  # fmt: skip
+
 #: The defaults are those of the configuration classes of transformers 5.24.
 FAMILIES: dict[str, Family] = {
     "llama": Family(),
@@ -185,6 +197,9 @@ FAMILIES: dict[str, Family] = {
     "olmo3": Family(OLMO3, olmo, lambda c, layer: (layer + 1) % 4 != 0),
     "smollm3": Family(SMOLLM3, sliding=smollm3_windowed, rotary=smollm3_rotary),
     "granite": Family(GRANITE, granite),
+    "granitemoehybrid": Family(
+        GRANITE_HYBRID, granite_hybrid, rotary=lambda c, layer: c["position_embedding_type"] == "rope"
+    ),
 }
 SUPPORTED = ", ".join([*FAMILIES, *(f"{name} with a text_config" for name in TEXT_CONFIGS)])
 
@@ -262,6 +277,7 @@ def layer_kinds(c: dict, family: Family, head_dim: int) -> tuple[LayerKind, ...]
     types = derived if c.get("layer_types") is None else c["layer_types"]
     check(isinstance(types, list), "layer_types", types, "a list")
     check(len(types) == layers, "the length of layer_types", len(types), f"the number of layers, {layers}")
+    types = ["full_attention" if name == "attention" else name for name in types]  # as transformers 5 writes it
     for name in types:
         check(name in LAYER_TYPES, "layer_types", name, "one of " + ", ".join(LAYER_TYPES))
     if types != derived and "layer_types" not in family.defaults:

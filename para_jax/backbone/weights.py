@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..config import FUSED, SITES, ModelConfig
+from ..config import FEEDFORWARD_NAMES, FUSED, SITES, ModelConfig
 from ..messages import warn
 from ..progress import Progress
 from ..untrusted import safe_names
@@ -128,7 +128,7 @@ def recipe(config: ModelConfig, name: str, shape: tuple[int, ...], fused: list[s
     """The recipe of one parameter.
 
     Args:
-        fused: the source's tensors that hold several linear layers, as in Phi-3.
+        fused: the source's tensors that hold sites under another name, as in Phi-3.
     """
     source = source_name(config, name)
     rows, start = shape[-1], 0
@@ -155,7 +155,7 @@ def source_name(config: ModelConfig, name: str) -> str:
         ("embedding", "embed_tokens.weight"),
         ("final_norm", "norm"),
         (".attention.", ".self_attn."),
-        (".feedforward.", ".mlp."),
+        (".feedforward.", f".{FEEDFORWARD_NAMES.get(config.model_type, 'mlp')}."),
         (".kernel", ".weight"),
         (".input_norm", ".input_layernorm"),
         (".post_attention_norm", ".post_attention_layernorm"),

@@ -20,7 +20,9 @@ from .file import adapter_method as adapter_method
 from .file import config_dict as config_dict
 from .file import load_config as load_config
 from .file import save_config as save_config
+from .model import FEEDFORWARD_NAMES as FEEDFORWARD_NAMES
 from .model import FUSED as FUSED
+from .model import OWN_LINEARS as OWN_LINEARS
 from .model import SITES as SITES
 from .model import DividedRotaryConfig as DividedRotaryConfig
 from .model import LayerKind as LayerKind

@@ -6,8 +6,15 @@ from typing import Literal
 #: The linear layers whose output an adapter may change, by their Hugging Face names, always in this order.
 SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-#: Phi-3's fused linear layers and the sites that they hold, in the order of their rows.
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+#: By model_type: linear layers whose names are not those of sites, and the sites that they hold, in the order of rows.
+OWN_LINEARS = {
+    "phi3": {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")},
+    "granitemoehybrid": {"input_linear": ("gate_proj", "up_proj"), "output_linear": ("down_proj",)},
+}
+#: Those of all model types.
+FUSED = {name: sites for linears in OWN_LINEARS.values() for name, sites in linears.items()}
+#: By model_type: the feed-forward layer's name in Hugging Face's models, if it is not mlp.
+FEEDFORWARD_NAMES = {"granitemoehybrid": "shared_mlp"}
 
 
 @dataclass(frozen=True, kw_only=True)

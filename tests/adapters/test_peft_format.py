@@ -66,7 +66,7 @@ def assert_same(found, adapter):
 # ---------------------------------------------------------------------------------------------------- saved and loaded
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "granitemoehybrid"])
 @pytest.mark.parametrize(
     "config",
     [

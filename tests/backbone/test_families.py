@@ -49,6 +49,9 @@ def test_each_family_sets_its_own_values():
     granite = config["granite"]
     assert (granite.attention_scale, granite.embedding_multiplier) == (0.4, 4.0)
     assert (granite.residual_multiplier, granite.logits_divisor) == (0.35, 0.5)
+    granite4 = config["granitemoehybrid"]
+    assert (granite4.hidden_width, granite4.residual_multiplier, granite4.kinds[0].rotary.dims) == (48, 0.35, 8)
+    assert {kind.rotary.dims for kind in model_config(read("granitemoehybrid/variants/nope.json")).kinds} == {0}
     assert config["llama"].attention_scale == 0.25 and not config["llama"].tied_embeddings
     assert config["smollm2"].tied_embeddings and config["smollm2"].kinds[0].rotary.theta == 100000.0
 
@@ -253,6 +256,9 @@ def test_a_missing_size_is_named(key):
         model_config({k: v for k, v in minimal("llama").items() if k != key})
 
 
+GRANITE4 = {"model_type": "granitemoehybrid", "num_local_experts": 0, "layer_types": ["attention"] * 13}
+
+
 @pytest.mark.parametrize(
     ("keys", "named"),
     [
@@ -270,6 +276,10 @@ def test_a_missing_size_is_named(key):
         ({"text_config": {"a": 1}}, "multimodal"),
         ({"model_type": "qwen3_moe", "num_experts": 8}, "mixture of experts"),
         ({"num_local_experts": 8}, "mixture of experts"),
+        ({"model_type": "granitemoehybrid"}, "no layer_types"),
+        (GRANITE4 | {"num_local_experts": 8}, "num_local_experts is 8.*mixture of experts"),
+        (GRANITE4 | {"num_local_experts": None}, "num_local_experts is 8.*mixture of experts"),
+        (GRANITE4 | {"layer_types": ["mamba"] * 13}, "layer_types is 'mamba'"),
         ({"attention_chunk_size": 8}, "attention_chunk_size"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ({"is_causal": False}, "is_causal false"),
