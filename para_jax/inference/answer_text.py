@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
+from itertools import groupby
 
 from ..data.examples import encode
 
-#: Tokens whose text may stay undecided, at most. A character needs up to 4; the limit keeps long runs of invalid bytes
-#: cheap.
-LONGEST_TAIL = 256
+#: Tokens that a character may take.
+CHARACTER_TOKENS = 4
+#: Tokens whose text may stay undecided, at most. The limit keeps long runs of invalid bytes cheap.
+LONGEST_TAIL = 16
 INVALID = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -63,20 +65,21 @@ class AnswerText:
         return "".join(self.pieces)
 
     def _decode(self, token: int) -> str:
-        """The text that this token decides. An incomplete character stays undecided, and so does a run of byte tokens,
-        which SentencePiece decodes as a whole."""
+        """The text that this token decides. An incomplete character stays undecided."""
         self._tail.append(token)
-        pending = len(self._tail) - self._decided
-        if pending <= LONGEST_TAIL and is_byte(self._tokenizer, token):
-            return ""
         text = text_of(self._tokenizer, self._tail)
-        decided = text if pending > LONGEST_TAIL else text.removesuffix(INVALID)
-        new = decided[self._shown :]
+        decided = text.removesuffix(INVALID)
+        new, undecided = decided[self._shown :], len(text) - len(decided)
         self._shown += len(new)
-        if decided == text and (new or pending > LONGEST_TAIL):
+        if new and not undecided:
             # The next tokens are decoded together with these: a tokenizer may strip the first space of a text.
             self._tail = self._tail[self._decided :]
-            self._decided, self._shown = len(self._tail), len(text_of(self._tokenizer, self._tail))
+            self._decided = len(self._tail)
+        elif len(self._tail) - self._decided > LONGEST_TAIL:  # invalid bytes, or tokens without text
+            del self._tail[self._decided : -CHARACTER_TOKENS]
+        else:
+            return new
+        self._shown = len(text_of(self._tokenizer, self._tail)) - undecided
         return new
 
     def _take(self, new: str) -> bool:
@@ -114,10 +117,33 @@ def stripped_text(tokenizer, tokens: list[int]) -> str:
 
 
 def text_of(tokenizer, tokens: Sequence[int], after: Sequence[int] = ()) -> str:
-    """The text of tokens that follow those of `after`, without special tokens."""
+    """The text of tokens that follow those of `after`, without special tokens. Bytes that are not a character become
+    U+FFFD."""
     if after:
         return text_of(tokenizer, [*after, *tokens])[len(text_of(tokenizer, after)) :]
+    text = decoded(tokenizer, tokens)
+    return decoded(tokenizer, with_valid_bytes(tokenizer, tokens)) if INVALID in text else text
+
+
+def decoded(tokenizer, tokens: Sequence[int]) -> str:
     return tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def with_valid_bytes(tokenizer, tokens: Sequence[int]) -> Sequence[int]:
+    """The tokens, with U+FFFD in place of byte tokens that are not a character. SentencePiece's decoders would
+    otherwise replace the whole run of byte tokens around them."""
+    bytes_of = byte_tokens(tokenizer, len(tokenizer))
+    if bytes_of.keys().isdisjoint(tokens):
+        return tokens
+    token_of = {byte: token for token, byte in bytes_of.items()}
+    special = special_ids(tokenizer, len(tokenizer))  # a run goes on after them
+    valid: list[int] = []
+    for are_bytes, run in groupby((one for one in tokens if one not in special), bytes_of.__contains__):
+        if are_bytes:
+            text = bytes(bytes_of[token] for token in run).decode(errors="replace")
+            run = (token_of[byte] for byte in text.encode())
+        valid += run
+    return valid
 
 
 @lru_cache(maxsize=8)
@@ -134,6 +160,18 @@ def special_ids(tokenizer, length: int) -> frozenset[int]:
     """The tokens without text. `length` is the tokenizer's, and part of the cache's key: it grows when tokens are
     added."""
     return frozenset(id for id, token in tokenizer.added_tokens_decoder.items() if token.special)
+
+
+@lru_cache(maxsize=8)
+def byte_tokens(tokenizer, length: int) -> dict[int, int]:
+    """The tokens that are one byte of a SentencePiece vocabulary, such as <0xE4>, with their bytes. Empty if the
+    tokenizer does not decode them as bytes. `length` is as in `special_ids`."""
+    ids = tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in range(256)])
+    token_of = {byte: id for byte, id in enumerate(ids) if id is not None and is_byte(tokenizer, id)}
+    invalid = [token_of.get(byte) for byte in INVALID.encode()]
+    if None in invalid or tokenizer.decode(invalid, skip_special_tokens=True) != INVALID:
+        return {}
+    return {id: byte for byte, id in token_of.items()}
 
 
 def is_byte(tokenizer, token: int) -> bool:

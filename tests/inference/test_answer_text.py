@@ -132,6 +132,66 @@ def test_half_a_character_is_never_shown():
     assert sum(bool(piece) for piece in pieces) == 4
 
 
+@pytest.mark.parametrize("said", ["ខ", "ខខខé🙂ខ", "ខ" * 85 + "é", "ខ" * 86, "ខ" * 85 + "🙂", "ខ" * 257])
+@pytest.mark.parametrize("begin", ["", "<0x80>", "<0x80><0xE1>"])
+def test_each_character_of_a_run_of_bytes_is_shown_at_once(said, begin):
+    """Khmer in a vocabulary without it, as in Llama 2's: three tokens per character. Also after invalid bytes."""
+    tokenizer = tiny_tokenizers.own_space()
+    whole = tokenizer(said + " ok", add_special_tokens=False)["input_ids"]
+    assert written(tokenizer, whole, strip=False)[0] == text_of(tokenizer, whole) == said + " ok"
+    before = [tokenizer.convert_tokens_to_ids(piece + ">") for piece in begin.split(">")[:-1]]
+    tokens = before + whole
+    pieces = written(tokenizer, tokens, strip=False)[3]
+    assert (
+        max(map(len, pieces)) <= 2
+        and "".join(pieces)
+        == text_of(tokenizer, tokens)
+        == INVALID * len(before) + (" " if before else "") + said + " ok"
+    )
+
+
+def test_an_answer_that_is_cut_inside_a_character_keeps_those_before_it():
+    tokenizer = tiny_tokenizers.own_space()
+    for word in ((), word_tokens(tokenizer)):
+        tokens = tokenizer("the " + "ខ" * 18 + "é🙂", add_special_tokens=False)["input_ids"]
+        whole = text_of(tokenizer, tokens, word)
+        for cut in range(1, len(tokens)):
+            found = text_of(tokenizer, tokens[:cut], word)
+            assert whole.startswith(found.removesuffix(INVALID)) and len(found) >= len(whole) - (len(tokens) - cut)
+            assert found == written(tokenizer, tokens[:cut], strip=False, after=word)[0]
+
+
+@pytest.mark.parametrize("count", [60, 86])
+def test_a_stop_text_inside_a_run_of_bytes_ends_the_answer_at_once(count):
+    tokenizer = tiny_tokenizers.own_space()
+    before = tokenizer("ខ" * count + "។", add_special_tokens=False)["input_ids"]
+    tokens = before + tokenizer("ខ" * 60, add_special_tokens=False)["input_ids"][1:]
+    assert written(tokenizer, tokens, ("។",))[:3] == ("ខ" * count, len(before), True)
+
+
+@pytest.mark.parametrize("kind", ["byte level", "SentencePiece"])
+def test_a_character_after_many_invalid_bytes_is_shown(kind):
+    tokenizer = KINDS[kind]()
+    piece = "Ģ" if kind == "byte level" else "<0x80>"
+    for count in range(30):
+        tokens = [tokenizer.convert_tokens_to_ids(piece)] * count
+        tokens += tokenizer("ខ", add_special_tokens=False)["input_ids"][-3:]
+        assert written(tokenizer, tokens)[0] == text_of(tokenizer, tokens) == INVALID * count + "ខ"
+
+
+def test_a_run_of_bytes_goes_on_after_a_special_token():
+    tokenizer = tiny_tokenizers.own_space()
+    first, *rest = tokenizer("ខ", add_special_tokens=False)["input_ids"][1:]
+    tokens = [first, tokenizer.eos_token_id, *rest]
+    assert written(tokenizer, tokens)[0] == text_of(tokenizer, tokens) == "ខ"
+
+
+def test_pieces_that_only_look_like_bytes_are_text():
+    pieces = ["<0xEF>", "<0xBF>", "<0xBD>", "<0x80>"]
+    made = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}))
+    assert text_of(PreTrainedTokenizerFast(tokenizer_object=made), [3, 0]) == "<0x80> <0xEF>"
+
+
 def test_the_beginning_of_a_stop_text_is_held_back_until_it_is_none():
     tokenizer = tiny_run.tokenizer()
     text = AnswerText(tokenizer, ("w21w22w23",))
