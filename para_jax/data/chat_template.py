@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import date, datetime, time
 from functools import cache
 from pathlib import Path
 from threading import Lock
@@ -64,6 +66,31 @@ def with_variables(template: str, variables: Variables) -> str:
     values |= {name: "none" for name, value in variables.items() if value is None}
     given = (f"{{% if {n} is not defined %}}{{% set {n} = {v} %}}{{% endif %}}" for n, v in values.items())
     return "".join(given) + "{{ '' }}" + template  # a newline after a block would be dropped
+
+
+def with_date(template: str, day: date) -> str:
+    """The template with `day` in place of the date and the time at which it is rendered, which strftime_now gives."""
+    moment = datetime.combine(day, time())
+    found = sorted(set(re.findall(r"(?<!\{)%-?[a-zA-Z%]", template)), reverse=True)  # %% is last
+    replaced = "".join(f" | replace({json.dumps(one)}, {json.dumps(moment.strftime(one))})" for one in found)
+    macro = f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}"
+    return macro + "{{ '' }}" + template  # as in with_variables
+
+
+def writes_date(tokenizer) -> bool:
+    """Whether the tokenizer's chat template may write the current date, as those of Llama 3.2 and SmolLM3 do."""
+    return "strftime" in str(tokenizer.chat_template)
+
+
+@contextmanager
+def fixed_date(tokenizer, day: str) -> Iterator[None]:
+    """Meanwhile, the tokenizer's chat template writes this day, YYYY-MM-DD, as the date."""
+    template = tokenizer.chat_template
+    tokenizer.chat_template = with_date(tokenizer.get_chat_template(), date.fromisoformat(day))
+    try:
+        yield
+    finally:
+        tokenizer.chat_template = template
 
 
 @cache

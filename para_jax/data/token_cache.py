@@ -23,6 +23,7 @@ from ..atomic import replacing
 from ..config import printable
 from ..hub import cache_folder
 from ..messages import warn
+from .chat_template import writes_date
 
 FORMAT = 1
 #: Tokenising smaller data is about as fast as looking it up.
@@ -63,7 +64,7 @@ def tokenizer_key(tokenizer, fields: dict[str, Any]) -> str | None:
     }
     named = [type(tokenizer).__name__, simple, tokenizer.special_tokens_map, tokenizer.all_special_ids]
     named += [tokenizer.chat_template, tokenizer.split_special_tokens]
-    if "strftime" in str(tokenizer.chat_template):  # it writes the date, as Llama 3.2's does
+    if writes_date(tokenizer):
         named.append(today())
     used = [*map(version, ("tokenizers", "transformers", "jinja2")), code_digest(), FORMAT, np.little_endian]
     text = json.dumps([fields, named, used], sort_keys=True, default=str)

@@ -8,6 +8,8 @@ import os
 import re
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
+from datetime import date
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
@@ -35,6 +37,8 @@ class Kept(NamedTuple):
     error: str | None
     row: int
     """the answer's line in the file, from 1"""
+    date: str | None = None
+    """the date that the chat template wrote, YYYY-MM-DD; None if it writes none"""
 
 
 class Answers:
@@ -66,6 +70,11 @@ class Answers:
         except BaseException:
             (self._lines or self._stream).close()
             raise
+
+    @property
+    def date(self) -> str | None:
+        """The date that the chat template wrote in earlier runs; None if it wrote none."""
+        return next((kept.date for kept in self.kept.values() if kept.date is not None), None)
 
     def __enter__(self) -> Answers:
         return self
@@ -177,7 +186,7 @@ def answer_of(line: bytes | None, row: int) -> tuple[tuple[int, int], Kept]:
         ) from None
     if len(found["request"]) == 16:
         raise ValueError("is from an older para_jax, which did not record the model. Choose another file.")
-    return (found["line"], found["index"]), Kept(found["request"], found.get("error"), row)
+    return (found["line"], found["index"]), Kept(found["request"], found.get("error"), row, found.get("date"))
 
 
 def checked_answer(line: bytes | None) -> dict[str, Any]:
@@ -195,11 +204,19 @@ def checked_answer(line: bytes | None) -> dict[str, Any]:
         "text": lambda value: isinstance(value, str),
         "finish_reason": lambda value: value in ("stop", "length", "error"),
         "error": lambda value: isinstance(value, str) if failed else value is None,
+        "date": lambda value: value is None or is_day(value),
     }
     for name, good in checks.items():
         if not good(found.get(name)):
             raise ValueError(f"{name}: {shorten(found.get(name))}")
     return found
+
+
+def is_day(value: object) -> bool:
+    """Whether a value is a day as YYYY-MM-DD."""
+    with suppress(ValueError):
+        return isinstance(value, str) and date.fromisoformat(value).isoformat() == value
+    return False
 
 
 class Lines(Protocol):

@@ -29,7 +29,9 @@ def merge_jobs(outputs: Sequence[Place], output: Place) -> tuple[int, int]:
     if near is not None:
         near.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=near) as copy:  # one file: an answer is read by its place, also from a bucket
-        found = [place for part in parts for place in copied(part, copy)]
+        found, days = [], {}
+        for part in parts:
+            found += copied(part, copy, days)
         with atomic.replacing(output) as stream:  # pyright: ignore[reportArgumentType]
             for _, _, start, length, _ in sorted(found):
                 copy.seek(start)
@@ -49,9 +51,13 @@ def part_of(output: Place) -> Part:
     return part
 
 
-def copied(part: Part, copy: BinaryIO) -> list[tuple[int, int, int, int, bool]]:
+def copied(part: Part, copy: BinaryIO, days: dict[str, Place]) -> list[tuple[int, int, int, int, bool]]:
     """Copies the answers of a shard. Returns the line and sample of each, where it begins in the copy, its length, and
-    whether it is an error."""
+    whether it is an error.
+
+    Args:
+        days: the dates that chat templates wrote so far, each with an output that has it; gets those of this shard.
+    """
     file, found, rows = part.output, [], {}
     lines = part.settings["input"]["lines"]
     if part.content["answers"] == 0 and not file.exists():  # a job leaves no empty file
@@ -69,6 +75,9 @@ def copied(part: Part, copy: BinaryIO) -> list[tuple[int, int, int, int, bool]]:
                         f"and line {rows[line, index]} answer the same sample of line {line} of the input; run the "
                         "shard's command again"
                     )
+                if kept.date is not None and kept.error is None:
+                    days.setdefault(kept.date, file)
+                    require_one_day(days)
             except ValueError as error:
                 raise ValueError(f"{file}: line {row} {error}") from None
             rows[line, index] = row
@@ -80,3 +89,13 @@ def copied(part: Part, copy: BinaryIO) -> list[tuple[int, int, int, int, bool]]:
             f"{file} has {len(found)} answers, but shard {part.shard} asks for {expected}; run its command again"
         )
     return found
+
+
+def require_one_day(days: dict[str, Place]) -> None:
+    """Raises ValueError for more than one date."""
+    if len(days) > 1:
+        (first, output), (other, _) = list(days.items())[:2]
+        raise ValueError(
+            f"has the date {other}, which the chat template wrote, but {output} has {first}. Remove the outputs of one "
+            "of the days, and run all shards on the same day"
+        )

@@ -14,6 +14,8 @@ from dataclasses import replace
 from typing import BinaryIO
 
 from ..config import printable, shorten
+from ..data.chat_template import fixed_date, writes_date
+from ..data.token_cache import today
 from ..messages import say, warn
 from ..progress import Progress
 from ..shards import Part, Shard, job_shard_file, write_part
@@ -80,16 +82,31 @@ def answer_lines(
     if engine.open:
         raise ValueError(f"engine: {engine.open} requests are open; take their answers first")
     check_shard(answers, shard)
-    by = key_parts(engine)
+    part = None if shard is None else Part(answers.file, shard, job_settings(engine, defaults), False, {})
+    if not writes_date(engine.tokenizer):
+        return answer_others(engine, source, answers, defaults, part)
+    day = answers.date or today()  # one for the whole job, also after midnight
+    with fixed_date(engine.tokenizer, day):
+        return answer_others(engine, source, answers, defaults, part, day)
+
+
+def answer_others(
+    engine: Engine, source: Place, answers: Answers, defaults: Request, part: Part | None, day: str | None = None
+) -> Counter[str]:
+    """Answers the lines that have no answer yet.
+
+    Args:
+        part: the shard that the answers are of.
+        day: that the chat template writes; None if it writes none.
+    """
+    by, shard = key_parts(engine), None if part is None else part.shard
     total = checked_lines(source, answers, defaults, by, shard) if source.is_file() else None
-    part = None
-    if shard is not None:
-        part = Part(answers.file, shard, job_settings(engine, defaults), False, {})
+    if part is not None:
         write_part(job_shard_file(answers.file), part)
     with source.open("rb") as stream:
         seen = InputSeen(stream)
         left = unanswered(seen, source, answers, defaults, by, shard)
-        errors = answer_left(engine, source, answers, left, total, shard)
+        errors = answer_left(engine, source, answers, left, total, shard, day)
     if part is not None:
         found = {"lines": seen.lines, "sha256": seen.sha256.hexdigest()}
         ended = part._replace(settings=part.settings | {"input": found}, ended=True, content={"answers": seen.samples})
@@ -104,12 +121,14 @@ def answer_left(
     left: Iterator[tuple[LineSample, Kept | None]],
     total: int | None,
     shard: Shard | None,
+    day: str | None = None,
 ) -> Counter[str]:
     """Answers the samples that are left, and finishes the output. Returns how many errors of each kind there are.
 
     Args:
         total: lines of the input; None: unknown.
         shard: the shard that the answers are of; its file keeps no answer that no line asks for, which `merge` refuses.
+        day: that the chat template writes; None if it writes none.
     """
     waiting: dict[tuple[int, int], tuple[LineSample, Kept | None]] = {}
     errors, tokens, begun = Counter(), 0, time.monotonic()
@@ -123,7 +142,7 @@ def answer_left(
                     errors[kind(error)] += 1
                     first = min(first or (sample.line, error), (sample.line, error))
                 if before is None or before.key != sample.key or before.error != error:
-                    answers.add(record(sample, completion._replace(error=error)))
+                    answers.add(record(sample, completion._replace(error=error), day))
                     if before is not None:
                         answers.stale.add(before.row)
                 tokens += len(completion.tokens)
@@ -263,13 +282,15 @@ def require_same(sample: LineSample, before: Kept | None, output: Place) -> None
         )
 
 
-def record(sample: LineSample, completion: Completion) -> dict:
-    """An answer as a line of the output."""
+def record(sample: LineSample, completion: Completion, day: str | None = None) -> dict:
+    """An answer as a line of the output. The answer to a chat has the day that the chat template wrote."""
     line: dict[str, object] = {"line": sample.line, "index": sample.index, "request": sample.key}
     if sample.id is not None:
         line["id"] = sample.id
     if sample.request is not None:
         line["tenant"] = sample.request.tenant
+        if day is not None and not isinstance(sample.request.prompt, str):
+            line["date"] = day
     line |= {"text": completion.text, "tokens": len(completion.tokens), "finish_reason": completion.finish_reason}
     if completion.error is not None:
         line["error"] = completion.error

@@ -4,12 +4,20 @@ import os
 import subprocess
 import sys
 import threading
+from datetime import date
 
 import pytest
 import tiny_tokenizers
 
 from para_jax.data import chat_template, chats
-from para_jax.data.chat_template import TemplateError, render_template, template_process, with_variables
+from para_jax.data.chat_template import (
+    TemplateError,
+    fixed_date,
+    render_template,
+    template_process,
+    with_variables,
+    writes_date,
+)
 from para_jax.data.chats import render
 from para_jax.data.examples import encode_prompt, stop_token_ids, turn_stop_ids
 from para_jax.data.tokenizer import set_variables
@@ -84,6 +92,27 @@ def test_a_variable_of_any_name_ends_in_a_text_or_a_template_error(name):
             assert encode_prompt(tokenizer, [USER], variables=variables)
         except TemplateError as error:
             assert name in ("if", "true", "self"), error
+
+
+LLAMA = (  # how Llama 3.2's template finds the date
+    "{{- bos_token }}\n{%- if not date_string is defined %}\n    {%- if strftime_now is defined %}\n"
+    "        {%- set date_string = strftime_now('%d %b %Y') %}\n    {%- endif %}\n{%- endif %}\n"
+    '{% macro head() %}[{{ strftime_now("%A, %-d.%m.%y %%") }}]{% endmacro %}{{ date_string }}{{ head() }}'
+    "{%if true%}{{ strftime_now('%' + 'Y')|int + 1 }}{%-if true%}!{%endif%}{%endif%}"
+)
+
+
+def test_a_template_of_a_fixed_date_writes_it_as_the_current_one():
+    tokenizer = tiny_tokenizers.byte_level(["<s>", "</s>"], bos_token="<s>", eos_token="</s>", chat_template=LLAMA)
+    today, expected = date.today(), render(tokenizer, CHAT)
+    assert writes_date(tokenizer) and not writes_date(tiny_tokenizers.plain())
+    with fixed_date(tokenizer, today.isoformat()):
+        fixed = render(tokenizer, CHAT)
+    with fixed_date(tokenizer, "2024-02-09"):
+        other = render(tokenizer, CHAT)
+    assert other == "<s>09 Feb 2024[Friday, 9.02.24 %]2025!"
+    assert fixed == expected or date.today() != today
+    assert tokenizer.chat_template == LLAMA
 
 
 HOSTILE = {

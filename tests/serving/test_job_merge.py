@@ -177,6 +177,21 @@ def test_an_answer_that_is_missing_or_not_the_shards_is_named(rows, said, tmp_pa
     assert not (tmp_path / "merged.jsonl").exists()
 
 
+def test_shards_of_different_days_are_refused_if_the_chat_template_writes_the_date(tmp_path):
+    outputs = [tmp_path / f"{index}.jsonl" for index in range(2)]
+    for same in (False, True):
+        for index, output in enumerate(outputs):
+            row = ROW | {"line": 1 + index, "date": "2026-07-25" if same or not index else "2026-07-26"}
+            output.write_text(json.dumps(row) + "\n")
+            part = Part(output, Shard(index, 2), {"input": {"lines": 2}}, True, {"answers": 1})
+            write_part(job_shard_file(output), part)
+        if same:
+            assert merge_jobs(outputs, tmp_path / "merged.jsonl") == (2, 0)
+            continue
+        with pytest.raises(ValueError, match="1.jsonl: line 1 has the date 2026-07-26.*0.jsonl has 2026-07-25"):
+            merge_jobs(outputs, tmp_path / "merged.jsonl")
+
+
 @pytest.mark.parametrize(
     ("settings", "content"), [({}, {"answers": 0}), ({"input": 3}, {"answers": 0}), ({"input": {"lines": 4}}, {})]
 )

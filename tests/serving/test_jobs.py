@@ -423,6 +423,36 @@ def test_another_backbone_tokenizer_or_version_does_not_go_on_with_a_job(folder,
     assert by_sample(output) == whole
 
 
+DATED = (
+    "{{ 'w' + strftime_now('%-d') + ' ' }}{% for m in messages %}{{ m.content + ' ' }}"
+    "{{ '</s> ' if m.role == 'assistant' }}{% endfor %}"
+)
+
+
+def test_a_job_writes_the_date_of_its_first_day_in_all_chats(folder, engine, tmp_path, monkeypatch):
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    chats = [{"messages": [{"role": "user", "content": f"w{40 + i}"}], "max_new_tokens": 9} for i in range(2)]
+    texts = [{"prompt": f"w25 w{40 + i} ", "max_new_tokens": 9} for i in range(2)]  # the same prompts on the 25th
+    write(source, *chats, *texts)
+    run_job(engine, source, tmp_path / "undated.jsonl", Request(""))
+    undated = by_sample(tmp_path / "undated.jsonl")
+    engine.tokenizer.chat_template = DATED
+    monkeypatch.setattr(jobs, "today", lambda: "2026-07-25")
+    run_job(engine, source, output, Request(""))
+    found, rows = by_sample(output), output.read_text().splitlines(keepends=True)
+    assert [found[line, 0]["text"] for line in (1, 2)] == [found[line, 0]["text"] for line in (3, 4)]
+    assert [found[line, 0].get("date") for line in (1, 2, 3, 4)] == ["2026-07-25"] * 2 + [None] * 2
+    assert found[1, 0]["request"] != undated[1, 0]["request"] and found[3, 0] == undated[3, 0]
+    assert "date" not in undated[1, 0] and engine.tokenizer.chat_template == DATED
+    monkeypatch.setattr(jobs, "today", lambda: "2026-07-26")
+    output.write_text("".join(row for row in rows if json.loads(row)["line"] != 2))
+    run_job(engine, source, output, Request(""))
+    assert by_sample(output) == found
+    output.write_text(rows[0].replace("2026-07-25", "2026-07-24"))
+    with pytest.raises(ValueError, match="was answered as another request"):
+        run_job(engine, source, output, Request(""))
+
+
 @pytest.mark.long
 def test_a_longer_max_length_keeps_answers_and_retries_long_lines(folder, tmp_path, capsys):
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
