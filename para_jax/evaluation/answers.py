@@ -72,7 +72,9 @@ class Answerer:
         """the adapter of each tenant in the last call"""
         self._planned = shapes is not None
         self._compiled: set[str] | None = None if self._planned else set()
-        self._writer = EngineWriter(engine) if engine is not None else None
+        self._warned: set[Any] = set()
+        """the tenants with a warning that their logits are not finite"""
+        self._writer = EngineWriter(engine, self._warned) if engine is not None else None
         ends = stop_token_ids(tokenizer, model.config.eos_token_ids)
         self.stop_ids = engine.stop_ids if engine is not None else ends
         self._writing: str | None = None
@@ -164,7 +166,8 @@ class Answerer:
 
     def _by_engine(self, pending: list[Pending], distinct: list[Pending]) -> Answers:
         asked = [one.question for one in distinct if isinstance(one.question, Generation)]
-        writer = self._writer or EngineWriter(self._own_engine(asked))  # of the same shapes after a resume
+        # An engine of our own has the same shapes after a resume.
+        writer = self._writer or EngineWriter(self._own_engine(asked), self._warned)
         with closing(writer.write(pending)) as answers:
             for one, written in answers:
                 yield one, written, len(one.question.context) + written.tokens

@@ -11,9 +11,10 @@ import numpy as np
 from ..backbone.transformer import Transformer
 from ..config import shorten
 from ..inference.answer_text import text_of
-from ..inference.draw import NO_TOKEN
+from ..inference.draw import NO_TOKEN, NO_TOKEN_MESSAGE
 from ..inference.generate import before_stop, generate_tokens
 from ..inference.sampling import Sampling
+from ..messages import warn
 from ..model import prefill_after
 from ..serving.engine import Engine
 from ..serving.request import Completion, Request
@@ -91,8 +92,12 @@ def known_answer(tokenizer, question: Generation, greedy: Sequence[int], stop_id
 class EngineWriter:
     """Has an Engine write answers. Whatever ends that, even Ctrl-C, the engine then holds none of our requests."""
 
-    def __init__(self, engine: Engine):
-        self.engine = engine
+    def __init__(self, engine: Engine, warned: set[Any]):
+        """
+        Args:
+            warned: the tenants with a warning that their logits are not finite; gets those with a new one.
+        """
+        self.engine, self._warned = engine, warned
         self._submitted: dict[Hashable, Pending] = {}  # and not answered yet
 
     def write(self, pending: Sequence[Pending]) -> Generator[tuple[Pending, Written]]:
@@ -129,10 +134,21 @@ class EngineWriter:
                 f"engine: someone else submitted request {shorten(completion.id)} during an evaluation, and its answer "
                 "is lost. Give the evaluation an engine of its own"
             )
+        if completion.error == NO_TOKEN_MESSAGE:  # this tenant's answer is wrong, and the others' stay
+            self._warn(pending.tenant)
+            return pending, Written("", len(completion.tokens))
         if completion.error is not None:
-            asked = "the base model" if pending.tenant is None else f"tenant {shorten(pending.tenant)}"
-            raise ValueError(f"a question to {asked} was not answered: {completion.error}")
+            raise ValueError(f"a question to {named(pending.tenant)} was not answered: {completion.error}")
         return pending, Written(completion.text, len(completion.tokens))
+
+    def _warn(self, tenant: Any) -> None:
+        if tenant not in self._warned:
+            self._warned.add(tenant)
+            warn(f"an answer of {named(tenant)} is empty, and counts as wrong: {NO_TOKEN_MESSAGE}")
+
+
+def named(tenant: Any) -> str:
+    return "the base model" if tenant is None else f"tenant {shorten(tenant)}"
 
 
 def as_request(id: Hashable, tenant: str | None, question: Generation) -> Request:

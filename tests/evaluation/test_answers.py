@@ -3,6 +3,7 @@
 import re
 from copy import deepcopy
 
+import jax
 import pytest
 from golden_models import backbone, strong
 from tiny_questions import ROWS, answers, asked, bank_of
@@ -198,6 +199,22 @@ def test_a_resumed_pass_has_an_engine_of_the_same_shapes(monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             Answerer(model, None, tokenizer(), rows=ROWS, journal=answered).answer([long, short])
     assert sizes == [64, 64]
+
+
+def test_an_adapter_that_overflows_answers_nothing_and_the_others_answer_as_without_it(caplog):
+    model, bank = backbone("llama"), AdapterBank(backbone("llama").config, max_r=4)
+    adapter = strong(init_adapter(ParaConfig(r=4), model.config), 0, 0.3)
+    bank.add("A", adapter)
+    bank.add("wild", jax.tree.map(lambda leaf: leaf * 1e25, adapter))
+    engine = Engine(model, bank, tokenizer(), slots=2, max_length=32)
+    answerer = Answerer(model, bank, tokenizer(), rows=ROWS, engine=engine)
+    questions = [Generation(one.context[:9], 4) for one in asked()[::3][:3]]
+    found = answerer.answer([(tenant, one) for one in questions for tenant in ("A", "wild")])
+    assert [one.text for one in found[1::2]] == [""] * 3 and all(one.text for one in found[::2])
+    assert answerer.answer([("A", one) for one in questions]) == found[::2]
+    answerer.answer([("wild", Generation((20, 21), 4))])
+    (said,) = [one.getMessage() for one in caplog.records if "wild" in one.getMessage()]
+    assert said.startswith("an answer of tenant 'wild' is empty") and "logits are not finite" in said
 
 
 @pytest.mark.parametrize("limit", ["queue_limit", "queue_limit_per_tenant"])
