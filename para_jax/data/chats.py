@@ -31,14 +31,23 @@ def render_all(tokenizer, conversations: Sequence[tuple[list[dict], dict[str, An
     if not tokenizer.chat_template:
         raise ValueError("prompt is a list of messages, but the tokenizer has no chat template; pass text instead")
     tokens = tokenizer.special_tokens_map
-    given = [(messages, {**tokens, **options}) for messages, options in conversations]
+    template = tokenizer.get_chat_template()
+    given = [(with_known_roles(template, messages), {**tokens, **options}) for messages, options in conversations]
     try:
-        texts = render_templates(tokenizer.get_chat_template(), given)
+        texts = render_templates(template, given)
     except ValueError as error:
         first = shorten(conversations[0][0])
         raise TemplateError(f"the tokenizer's chat template fails on {first}: {error}") from None
     require_unicode("the tokenizer's chat template", texts)
     return texts
+
+
+def with_known_roles(template: str, messages: list[dict]) -> list[dict]:
+    """The messages, with the role system in place of developer if the template does not know the latter. It would leave
+    such a message out, or write a role that the model has never seen. OpenAI's models treat the two alike."""
+    if "developer" in template:
+        return messages
+    return [message | {"role": "system"} if message.get("role") == "developer" else message for message in messages]
 
 
 #: How a model that reasons marks its thought.
@@ -98,7 +107,7 @@ def with_thought(before: str, whole: str, completion: str) -> str:
 
 
 def without_system(messages: list[dict]) -> list[dict]:
-    return [message for message in messages if message["role"] != "system"]
+    return [message for message in messages if message["role"] not in ("system", "developer")]
 
 
 def common_end(one: str, other: str) -> str:

@@ -1,3 +1,5 @@
+from copy import deepcopy
+
 import pytest
 import tiny_tokenizers
 
@@ -178,6 +180,23 @@ def test_a_template_may_move_the_system_message_to_the_last_question():
         example = encode_example(tokenizer, prompt, "shipping")
         assert tokenizer.decode(example.prompt_ids) == tokenizer.apply_chat_template(prompt, tokenize=False)
         assert tokenizer.decode(example.completion_ids) == "shipping</s>"
+
+
+@pytest.mark.parametrize("kind", ["plain", "moved_system", "own_space"])
+def test_a_developer_message_is_a_system_message_to_a_template_that_knows_only_that(kind):
+    tokenizer = deepcopy(getattr(tiny_tokenizers, kind)())
+    if kind == "plain":  # as Qwen2.5's, which leaves out what has another role
+        known = "{% for message in messages if message.role in ('system', 'user', 'assistant') %}"
+        tokenizer.chat_template = tokenizer.chat_template.replace("{% for message in messages %}", known)
+    user = {"role": "user", "content": "where is my parcel?"}
+    system, developer = ([{"role": role, "content": "in French"}, user] for role in ("system", "developer"))
+    found = encode_example(tokenizer, developer, "no")
+    assert found == encode_example(tokenizer, system, "no") == encode_examples(tokenizer, [(developer, "no")])[0]
+    assert "in French" in tokenizer.decode(encode_prompt(tokenizer, developer))
+    assert developer[0]["role"] == "developer"
+    tokenizer.chat_template += "{# developer #}"
+    if kind == "plain":
+        assert "in French" not in tokenizer.decode(encode_prompt(tokenizer, developer))
 
 
 def test_a_turn_that_does_not_follow_its_prompt_is_an_error_also_with_a_system_message():

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from ...data.chats import render
+from ...data.chats import render, without_system
 from ...data.examples import encode, encode_text, turn_stop_ids
 from ...inference.sampling import derived_seed
 from ...messages import say
@@ -151,7 +151,7 @@ class TokenLM(TemplateLM):
         try:
             text = self._render(chat_history, add_generation_prompt)
         except ValueError as error:
-            rest = [message for message in chat_history if message["role"] != "system"]
+            rest = without_system(chat_history)
             if not rest or len(rest) == len(chat_history):
                 raise
             text = self._render(rest, add_generation_prompt)
