@@ -50,6 +50,7 @@ def encode_prompt(
     most: int | None = None,
     tokens: int | None = None,
     variables: Variables | None = None,
+    may_be_blank: bool = False,
 ) -> list[int]:
     """The prompt's ids. Text follows the tokenizer's BOS rules, and never begins with two; messages are rendered by its
     chat template, up to the answer.
@@ -59,8 +60,11 @@ def encode_prompt(
             tokenised.
         tokens: the maximum number of tokens. So does a text that certainly becomes more (`fewest_tokens`).
         variables: of the chat template; those of `load_tokenizer` hold for others.
+        may_be_blank: whether the prompt may be white space alone, as that of a request may. A prompt without tokens
+            raises ValueError all the same.
     """
-    require_filled("prompt", prompt)
+    if not may_be_blank:
+        require_filled("prompt", prompt)
     if not isinstance(prompt, str):
         prompt = checked_messages("prompt", prompt)
     require_short(prompt, most)

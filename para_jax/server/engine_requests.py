@@ -74,7 +74,7 @@ def chat_ids(messages, engine: Engine, variables: Variables) -> tuple[Ids, Ids]:
 
 def prompt_ids(prompt: Prompt, engine: Engine, variables: Variables | None = None) -> Ids:
     bounds = {"most": longest_prompt(engine), "tokens": engine.max_length}
-    return tuple(encode_prompt(engine.tokenizer, prompt, **bounds, variables=variables))
+    return tuple(encode_prompt(engine.tokenizer, prompt, **bounds, variables=variables, may_be_blank=True))
 
 
 def scores(asked: Asked, number: int, prompt: Prompt | Ids) -> dict[str, int | None]:

@@ -227,6 +227,18 @@ def test_an_empty_prompt_is_an_error(prompt):
             call(tiny_tokenizers.plain())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_prompt_of_a_request_may_be_white_space(kind):
+    tokenizer = getattr(tiny_tokenizers, kind)()
+    for prompt in (" ", "\n", " \n"):
+        assert encode_prompt(tokenizer, prompt, may_be_blank=True) == tokenizer(prompt)["input_ids"]
+    if kind != "plain":  # these put BOS before each text
+        assert encode_prompt(tokenizer, "", may_be_blank=True) == [tokenizer.bos_token_id]
+    for prompt, said in (("", "becomes no tokens"), ([], "prompt is empty"), (None, "text or a list")):
+        with pytest.raises(ValueError, match=said):
+            encode_prompt(tiny_tokenizers.plain(), prompt, may_be_blank=True)
+
+
 @pytest.mark.parametrize(
     ("prompt", "said"),
     [
