@@ -268,7 +268,7 @@ def read_config(folder: Path, model_type: str = "") -> tuple[Method, Any, dict, 
     shapes = tensor_shapes(folder) if method.in_peft else {}
     try:
         if method.from_peft_config is not None:
-            config = method.from_peft_config(in_text_model(found, model_type), shapes)
+            config = method.from_peft_config(in_text_model(found, model_type, shapes), shapes)
             layers = [layer for _, _, layer in named(shapes)]
             if not layers:
                 raise ValueError(

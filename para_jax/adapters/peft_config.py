@@ -24,6 +24,9 @@ SUFFIX = re.compile(
     rf"|(({FEEDFORWARDS})\.)?(?P<mlp>(gate|up|down|gate_up)_proj|(input|output)_linear))"
 )
 
+#: Parts of every model that PEFT adapts, and para_jax does not.
+NOT_SITES = ("lm_head", "embed_tokens")
+
 #: Keys that make no difference once an adapter is trained. Every key but these and a method's own must be neutral.
 WITHOUT_EFFECT = (
     "peft_type task_type peft_version base_model_name_or_path revision inference_mode auto_mapping lora_dropout "
@@ -79,19 +82,30 @@ def neutral(value: object) -> bool:
     return value is None or value is False or value in ("none", "", {}, [])
 
 
-def in_text_model(found: dict, model_type: str) -> dict:
-    """adapter_config.json with only those names of linears that a text model of this type has. PEFT ignores the others:
-    Phi-3 has no q_proj, and the image part of Gemma 3 has linears of its own. A list without any such name stays as it
-    is, and its tensors are then refused."""
-    parts = set(sites_of(tuple(OWN_LINEARS.get(model_type, {}))))
+def in_text_model(found: dict, model_type: str, shapes: Iterable[str]) -> dict:
+    """adapter_config.json without the names of linears that a text model of this type lacks. PEFT ignores them: Phi-3
+    has no q_proj, Llama no query_key_value, and the image part of Gemma 3 has linears of its own. A list without any
+    other name stays as it is, and its tensors are then refused. So does a name that the file has a tensor of.
+
+    Args:
+        shapes: the names of the file's tensors.
+    """
+    own = tuple(OWN_LINEARS.get(model_type, {}))
+    linears = {*own, *NOT_SITES, *SITES} - {*sites_of(own)}
+    image = has_image_part(model_type)
 
     def is_there(name: object) -> bool:
-        match = SUFFIX.fullmatch(name) if isinstance(name, str) else None
-        return not has_image_part(model_type) if match is None else (match["attention"] or match["mlp"]) not in parts
+        if not isinstance(name, str):
+            return True
+        if image and SUFFIX.fullmatch(name) is None:
+            return False
+        return name.rpartition(".")[2] in linears or any(f".{name}." in tensor for tensor in shapes)
 
     lists = {key: found[key] for key in ("target_modules", "feedforward_modules") if isinstance(found.get(key), list)}
-    kept: dict = {key: [name for name in names if is_there(name)] or names for key, names in lists.items()}
-    if has_image_part(model_type):
+    kept: dict = {key: [name for name in names if is_there(name)] for key, names in lists.items()}
+    if not kept.get("target_modules"):
+        kept.pop("target_modules", None)
+    if image:
         kept["exclude_modules"] = None  # the tensors tell what of the text model was left out
     return found | kept
 
