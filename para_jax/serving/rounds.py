@@ -149,7 +149,7 @@ class Rounds:
 
     def _next(self, free: bool, busy: bool, passes: int) -> Sample | None:
         """The queued sample that starts next: the one whose turn it is or, while that has to wait, the first that can
-        start. A long prompt waits for room, but not for ever: only so many others in blocks may start before it.
+        start. A long prompt waits for room, but not for ever: at most OVERTAKING others in blocks start before it.
 
         Args:
             free: whether a slot is.

@@ -32,7 +32,6 @@ from para_jax import AdapterBank, Engine, LoraConfig, Request, adapt, generate, 
 from para_jax.data.examples import encode_continuation, encode_prompt, turn_stop_ids
 from para_jax.server.engine_requests import prompt_ids
 from para_jax.serving import decoder, prefills
-from para_jax.serving.admission import Admission
 from para_jax.serving.capacity import KEPT
 from para_jax.serving.decoder import STEPS
 from para_jax.serving.open_requests import QueueFull
@@ -432,11 +431,11 @@ def test_a_wrong_request_is_an_error_and_affects_no_other(model, bank, wrong, me
 
 def test_a_request_may_ask_for_what_follows_white_space(model):
     words = tiny_tokenizers.plain()
-    admission = Admission(model, None, words, LENGTH, {}, 0)
     engine = Engine(model, None, words, slots=2, max_length=LENGTH)
-    assert admission.ids("\n") == list(prompt_ids("\n", engine)) == words("\n")["input_ids"]
+    stream = engine.open_stream(Request("\n", max_new_tokens=2))
+    assert tuple(stream.prompt_ids) == prompt_ids("\n", engine) == tuple(words("\n")["input_ids"])
     with pytest.raises(ValueError, match="^prompt '' becomes no tokens"):
-        admission.ids("")
+        engine.open_stream(Request("", max_new_tokens=2))
 
 
 def test_a_full_queue_refuses_clearly_and_goes_on(model, bank):
