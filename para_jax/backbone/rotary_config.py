@@ -70,6 +70,12 @@ def rotary(rope: dict, c: dict, own: Collection[str], head_dim: int) -> RotaryCo
     return read(plain, rope, c)
 
 
+def dynamic(plain: RotaryConfig, rope: dict, c: dict) -> RotaryConfig:
+    """Dynamic NTK scaling, which changes the frequencies once a text is longer than max_position_embeddings. As in
+    `longrope`, that is the model's longest, so they never change."""
+    return plain
+
+
 def linear(plain: RotaryConfig, rope: dict, c: dict) -> RotaryConfig:
     return replace(plain, scaling="linear", factor=float(config_number(rope, "factor")))
 
@@ -156,6 +162,7 @@ def divided(
 
 #: By rope_type: the function that reads it, and the keys that it needs.
 SCALINGS = {
+    "dynamic": (dynamic, ("factor",)),
     "linear": (linear, ("factor",)),
     "llama3": (llama3, ("factor", "low_freq_factor", "high_freq_factor")),
     "yarn": (yarn, ("factor", "original_max_position_embeddings")),

@@ -106,6 +106,14 @@ def test_yarn_makes_the_original_length_longer(name, given, longest):
     assert yarn.max_positions == longest
 
 
+@pytest.mark.parametrize("form", ["rope_scaling", "rope_parameters"])
+def test_dynamic_scaling_ends_where_it_would_begin(form):
+    """Beyond max_position_embeddings transformers changes the frequencies of all positions."""
+    plain = minimal("llama", max_position_embeddings=64)
+    found = model_config(plain | {form: {"rope_type": "dynamic", "factor": 2.0}})
+    assert found == model_config(plain) and found.max_positions == 64
+
+
 def test_a_given_attention_factor_is_taken():
     for scaling in (YARN, LONGROPE):
         given = model_config(minimal("llama", rope_scaling=scaling | {"attention_factor": 1.25}))
@@ -301,7 +309,8 @@ GRANITE4 = {"model_type": "granitemoehybrid", "num_local_experts": 0, "layer_typ
         ({"no_rope_layers": [1, 0]}, "no_rope_layers .layers without rotary embedding"),
         ({"model_type": "smollm3", "no_rope_layers": [1] * 12}, "no_rope_layers is .*0 or 1 for each layer"),
         ({"model_type": "smollm3", "no_rope_layers": [2] * 13}, "no_rope_layers is .*0 or 1 for each layer"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
+        ({"rope_parameters": {"rope_type": "ntk", "factor": 2.0}}, "rope_type 'ntk'"),
+        ({"rope_scaling": {"type": "dynamic"}}, "'dynamic' has no factor"),
         ({"rope_scaling": {"type": "linear"}}, "no factor"),
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
