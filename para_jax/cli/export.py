@@ -10,7 +10,7 @@ LoRA and (IA)^3 folders are in PEFT's format already: they are copied, and name 
 scopes other than `all`, PEFT has one: LoRA with adapter.alora_invocation_tokens."""
 
 #: The options of an export for one prompt.
-OF_FACTORS = ("prompt", "chat", "chat-template-kwargs", "backbone")
+OF_FACTORS = ("prompt", "chat", "system", "chat-template-kwargs", "backbone")
 
 
 def add(commands) -> None:
@@ -23,7 +23,7 @@ def add(commands) -> None:
     parser.add_argument(
         "--prompt", metavar="TEXT", help="for PARA: the prompt that the export is for; \\n is a newline"
     )
-    parser.add_argument("--chat", action="store_true", help="the prompt is a user's turn for the chat template")
+    shared.add_chat(parser)
     shared.add_chat_template_kwargs(parser)
     parser.add_argument("--output", type=shared.place, required=True, metavar="FOLDER", help="the folder to write")
     parser.add_argument(
@@ -44,6 +44,7 @@ def run(options) -> None:
     from ..hub import resolve_adapter
     from ..messages import warn
 
+    shared.require_chat(options)
     folder = resolve_adapter(options.adapter)
     found = read_adapter_config(folder)
     if not acts_everywhere(found.config):
@@ -88,7 +89,7 @@ def export_factors(options, folder, base_model: str) -> None:
     if not isinstance(options.output, BucketPath):
         require_replaceable(options.output)
     text = shared.with_newlines(options.prompt)
-    prompt = [{"role": "user", "content": text}] if options.chat else text
+    prompt = shared.turns(options, text) if options.chat else text
     shared.start_devices(options)
     model = load_backbone(source, dtype=options.dtype)
     tokenizer = load_tokenizer(source, options.chat_template_kwargs)

@@ -34,7 +34,7 @@ def requests() -> shared.Parser:
     group.add_argument(
         "--prompt", action="append", default=[], metavar="TEXT", help="\\n is a newline; may be given several times"
     )
-    group.add_argument("--chat", action="store_true", help="each --prompt is a user's turn for the chat template")
+    shared.add_chat(group)
     shared.add_chat_template_kwargs(group)
     group = parser.add_argument_group(
         "a file of requests",
@@ -80,6 +80,7 @@ def checked(options) -> tuple[dict[str, str], list[str | None] | None]:
         raise ValueError("generate takes prompts or a file\ngive --prompt TEXT, or --input FILE with --output FILE")
     if options.shard and not options.input:
         raise ValueError(f"--shard {options.shard} goes with --input, not with --prompt\nleave it out")
+    shared.require_chat(options)
     if options.input and options.chat:
         raise ValueError(
             "--chat goes with --prompt, not with --input\nin the file, give `messages` in place of `prompt`"
@@ -161,7 +162,7 @@ def answer_prompts(options, model, tokenizer, adapters, tenants) -> None:
     from ..inference.generate import generate
 
     texts = [shared.with_newlines(prompt) for prompt in options.prompt]
-    prompts = [[{"role": "user", "content": text}] for text in texts] if options.chat else texts
+    prompts = [shared.turns(options, text) for text in texts] if options.chat else texts
     answers = generate(model, prompts, tokenizer=tokenizer, adapters=adapters, tenants=tenants, **sampling_of(options))
     if len(answers) == 1:
         print(answers[0])

@@ -187,6 +187,23 @@ def run_fields() -> argparse.ArgumentParser:
     return shared
 
 
+def add_chat(parser) -> None:
+    parser.add_argument("--chat", action="store_true", help="the prompt is a user's turn for the chat template")
+    parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message before it; \\n is a newline")
+
+
+def require_chat(options) -> None:
+    """Raises ValueError for a system message without a chat."""
+    if options.system is not None and not options.chat:
+        raise ValueError(f"--system {options.system!r} goes with --chat\ngive that too, or leave it out")
+
+
+def turns(options, text: str) -> list[dict]:
+    """The chat that --chat makes of a prompt."""
+    system = [] if options.system is None else [{"role": "system", "content": with_newlines(options.system)}]
+    return [*system, {"role": "user", "content": text}]
+
+
 def run_config() -> argparse.ArgumentParser:
     shared = Parser(add_help=False)
     shared.add_argument("config", type=place, metavar="CONFIG", help="the .yaml file of a run")

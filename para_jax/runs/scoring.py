@@ -298,10 +298,15 @@ def card_lines(tenant: Tenant, steps: int, found: Score | None, base: float | No
 
 
 def example_prompt(tenant: Tenant) -> str | list[dict]:
-    """The prompt of the model card's code, in the form that the tenant's data has: a text or messages."""
+    """The prompt of the model card's code, in the form that the tenant's data has: a text or messages, with the system
+    message that all its chats begin with."""
     task = tenant.validation or tenant.test
-    chats = task is not None and not isinstance(task.records[0].prompt, str)
-    return [{"role": "user", "content": "a prompt"}] if chats else "a prompt"
+    prompts = [record.prompt for record in task.records] if task else []
+    if not prompts or isinstance(prompts[0], str):
+        return "a prompt"
+    first = prompts[0][0]
+    shared = first["role"] == "system" and all(prompt[0] == first for prompt in prompts)
+    return [*([first] if shared else []), {"role": "user", "content": "a prompt"}]
 
 
 def data_name(train: str | None) -> str:

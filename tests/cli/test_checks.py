@@ -65,6 +65,7 @@ MISTAKES = [
     ("train run.yaml --results runs/quick/tenants/tenants.json", "--results runs/quick.* would be overwritten"),
     ("generate", "generate takes prompts or a file"),
     ("generate --input - --output o.jsonl", "--input -: .*/dev/stdin"),
+    ("generate --prompt a --system b", "--system 'b' goes with --chat"),
     ("generate --input data/train.jsonl --output - --backbone model", "--output -: .*/dev/stdout"),
     ("evaluate --backbone model --tasks data.test=data", r"--tasks .data\.test=data.: .* a field .*before --tasks"),
     ("evaluate --backbone model eval.limit=3", "no task.*CONFIG of a run, or --backbone with --tasks"),

@@ -290,11 +290,18 @@ MOODS = (
 
 def test_chats_are_rendered_with_the_variables_of_the_command_or_the_config(folder, moody, trained, tmp_path, capsys):
     adapter = ["--adapter", trained / "adapter"]
-    assert command(*generate_line(moody, *adapter, "--prompt", "w20 w30 w7", "--prompt", "w20 w30 w9")) == 0
+    assert (
+        command(
+            *generate_line(
+                moody, *adapter, "--prompt", "w20 w30 w7", "--prompt", "w20 w30 w9", "--prompt", "w5 w20 w30 w7"
+            )
+        )
+        == 0
+    )
     expected = capsys.readouterr().out.splitlines()[4::3]
     variables = "--chat-template-kwargs", '{"mood": "w9"}'
     found = []
-    for options in ([], variables):
+    for options in ([], variables, ("--system", "w5")):
         assert command(*generate_line(moody, *adapter, "--chat", *options)) == 0
         found.append(capsys.readouterr().out.strip())
     assert found == expected and found[0] != found[1]

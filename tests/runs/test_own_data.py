@@ -144,3 +144,15 @@ def test_the_model_card_asks_in_the_form_of_the_data(tmp_path):
             tenant = Tenant("", RunConfig(), None, None, validation, test)
             assert example_prompt(tenant) == wanted
     assert example_prompt(Tenant("", RunConfig(), None, None, None, None)) == "a prompt"
+
+
+@pytest.mark.parametrize("second", ["w5", "w6"])
+def test_the_model_card_asks_with_the_system_message_that_all_chats_share(second):
+    def record(system):
+        return Record(
+            [{"role": "system", "content": system}, {"role": "user", "content": "w3"}], "w9", ("w9",), None, ""
+        )
+
+    asked = example_prompt(Tenant("", RunConfig(), None, None, EvalTask("own", [record("w5"), record(second)]), None))
+    system = [{"role": "system", "content": "w5"}] if second == "w5" else []
+    assert asked == [*system, {"role": "user", "content": "a prompt"}]
