@@ -142,6 +142,8 @@ _LATER = {
 }
 
 
+#: What `from para_jax import *` gives: the names that need no extra.
+__all__ = [name for name in _LATER if name not in ("serve", "ParaLM")]  # pyright: ignore[reportUnsupportedDunderAll]
 #: Packages that come with an extra.
 _EXTRAS = {"lm_eval": "eval", "starlette": "serve", "uvicorn": "serve", "prometheus_client": "serve"}
 

@@ -42,3 +42,9 @@ logging.getLogger("transformers").warning("another warning")
     env = {name: value for name, value in os.environ.items() if not name.startswith("TRANSFORMERS_")}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "[transformers] another warning\n")
+
+
+def test_a_star_import_gives_the_public_names_that_need_no_extra():
+    names: dict = {}
+    exec("from para_jax import *", names)
+    assert set(para_jax._LATER) - set(names) == {"serve", "ParaLM"} and "importlib" not in names

@@ -23,8 +23,10 @@ def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str
 
     Raises ValueError, naming the field and the nearest known one, for an unknown key, a wrong type or a bad value.
     """
-    if isinstance(overrides, str):
-        raise ValueError(f"overrides is a text; give a list of such texts: [{shorten(overrides)}]")
+    if isinstance(overrides, str | dict):
+        texts = [overrides] if isinstance(overrides, str) else [f"{name}={held}" for name, held in overrides.items()]
+        kind = "text" if isinstance(overrides, str) else "dict"
+        raise ValueError(f"overrides is a {kind}; give a list of texts: {shorten(texts)}")
     in_file = {} if file is None else read_yaml(expanded(file))
     changes: dict[str, Any] = {}
     for text in overrides:

@@ -110,10 +110,12 @@ def splits_of(label: str, data: Any) -> dict[str, GivenSplit]:
     """The splits of one run's data. Rows alone are training data."""
     if not isinstance(data, Mapping):
         return {"train": GivenSplit(label, "train", sequence_of(label, data))}
-    if "train" not in data or set(data) - set(SPLITS):
+    others = [str(key) for key in data if key not in SPLITS]
+    if "train" not in data or others:
+        rename = f"Rename {safe_names(others)}" if "train" in data else "Give rows as a list of dicts, one for each row"
         raise ValueError(
             f"{label} has the keys {safe_names(map(str, data)) or 'none'}; a dict of splits has train, and perhaps "
-            "validation and test. Give rows as a list of dicts, one for each row"
+            f"validation and test. {rename}"
         )
     named = {split: f'{label}["{split}"]' for split in SPLITS if data.get(split) is not None}
     for split in [split for split in named if split != "train" and hides_labels(data[split])]:

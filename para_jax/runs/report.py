@@ -36,7 +36,10 @@ def score_table(records: Records) -> str:
             rows.append([split, metric, number(base, metric), number(adapter, metric), str(held["count"])])
     if len(rows) == 1:
         return ""
-    return "\n".join([table(rows, left=(0, 1)), "± is one standard error over the draw of the examples"])
+    notes = ["± is one standard error over the draw of the examples"]
+    if any(row[1] == "accuracy" for row in rows):
+        notes.append("accuracy takes the likeliest of the choices; what the model writes may differ")
+    return "\n".join([table(rows, left=(0, 1)), *notes])
 
 
 def sample_lines(records: Records) -> str:

@@ -22,7 +22,7 @@ from .. import devices
 from ..adapters.adapter import Adapter
 from ..backbone.kernel_choice import describe_attention
 from ..backbone.load import load_backbone, load_model_config
-from ..config import RunConfig, config_dict, expanded, require
+from ..config import RunConfig, config_dict, expanded, require, shorten
 from ..config.unused import unused_fields
 from ..data.example_arrays import digest
 from ..data.given import with_data, with_tenants
@@ -142,6 +142,7 @@ def train(config: RunConfig, data: Any = None) -> TrainResult:
     Raises ValueError, before anything is written, for data, a mesh or an output folder that do not fit the config, and
     for a folder that another run is writing.
     """
+    require_config(config)
     if config.many:
         raise ValueError("this config trains many adapters (data.tenants, or a sweep); use train_tenants, not train")
     refuse_methods(config)
@@ -168,6 +169,7 @@ def train_tenants(config: RunConfig, data: Any = None) -> TenantsResult:
     Each tenant has its own loss, clipping, schedule, validation, best adapter and early stopping. One whose loss is not
     finite is stopped, and the others continue. SIGTERM and Ctrl-C save, and ValueErrors are raised, as in `train`.
     """
+    require_config(config)
     if data is not None:
         own = with_data(config.data, data) if config.sweep else with_tenants(config.data, data)
         config = replace(config, data=own)
@@ -177,6 +179,12 @@ def train_tenants(config: RunConfig, data: Any = None) -> TenantsResult:
     names, folder = trained(config).names, expanded(config.output_dir)
     entries = on_first_process(lambda: read_entries(folder))
     return TenantsResult({name: entries[name] for name in names}, folder)
+
+
+def require_config(config: Any) -> None:
+    """Raises ValueError for anything but a RunConfig."""
+    if not isinstance(config, RunConfig):
+        raise ValueError(f"config is {shorten(config)}; give a RunConfig, such as load_config('configs/own-data.yaml')")
 
 
 def refuse_methods(config: RunConfig) -> None:
@@ -210,6 +218,8 @@ def trained(config: RunConfig, shared: Shared | None = None) -> Ended:
     tasks = [task for tenant in tenants for task in (tenant.validation, tenant.test) if task]
     for line in unused_fields(config, {task.metric for task in tasks}):
         warn(line)
+    if not any(tenant.validation or tenant.test for tenant in tenants):
+        say("no validation data, so nothing is scored: put some rows into validation.jsonl (data.validation)")
     if config.eval.test and not any(tenant.test for tenant in tenants):
         say("eval.test=true scores nothing: there is no test data (data.test, or test.jsonl next to train.jsonl)")
     with ExitStack() as held:

@@ -491,6 +491,8 @@ def test_every_method_has_a_scope_in_a_file_and_on_the_command_line(method, tmp_
 
 
 def test_overrides_are_a_list():
+    with pytest.raises(ValueError, match=r"overrides is a dict; give a list .*\['train.max_steps=3'\]"):
+        load_config(None, {"train.max_steps": 3})
     with pytest.raises(ValueError, match=r"overrides is a text; give a list .*\['train.max_steps=3'\]"):
         load_config(None, "train.max_steps=3")
 

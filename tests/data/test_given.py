@@ -48,6 +48,13 @@ def test_splits_of_a_dataset_dict_and_templates(tmp_path):
     assert load_records(section, "validation")[0][:2] == ("why 1?", "so")
 
 
+def test_a_split_of_another_name_is_named():
+    with pytest.raises(ValueError, match="train, val; .*Rename val$"):
+        with_data(DataSection(), {"train": ROWS, "val": ROWS})
+    with pytest.raises(ValueError, match="prompt; .*list of dicts"):
+        with_data(DataSection(), {"prompt": ["a"]})
+
+
 def test_nan_none_and_nat_are_missing_and_numpy_values_are_plain():
     frame = pd.DataFrame({"prompt": ["a", "b"], "completion": ["c", "d"], "label": [1.0, np.nan], "x": [pd.NA, pd.NaT]})
     found = load_records(with_data(DataSection(), frame), "train")

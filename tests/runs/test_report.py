@@ -31,6 +31,12 @@ def test_base_and_adapter_are_side_by_side_with_errors_and_counts():
     assert score_table({}) == sample_lines({}) == ""
 
 
+def test_the_accuracy_of_ranked_choices_says_so():
+    ranked = record_of(Score("validation", "accuracy", 0.75, 0.25, 4), samples=False)
+    assert "likeliest of the choices" in score_table({"validation": ranked})
+    assert "choices" not in score_table(records())
+
+
 def test_five_answers_are_shown_from_the_whole_file():
     lines = sample_lines(records()).splitlines()
     assert lines[0] == "5 of the 10 test examples:" and len(lines) == 1 + 5 * 4

@@ -41,6 +41,7 @@ from para_jax import (
     make_mesh,
     progress,
     train,
+    train_tenants,
 )
 from para_jax.adapters.para import Para
 from para_jax.config import CheckpointSection, ProfilerSection, load_config
@@ -772,7 +773,7 @@ def test_new_validation_data_let_a_run_go_on_that_patience_ended(folder, tmp_pat
     assert (result.step, result.best_step, result.best_score) == (4, 3, 0.4)
 
 
-def test_validation_data_that_is_added_and_removed_scores_the_adapter_that_is_there(folder, tmp_path, monkeypatch):
+def test_validation_data_that_is_added_and_removed_scores_the_adapter_that_is_there(folder, tmp_path, capsys):
     """Old scores are not shown as those of later adapters."""
     shutil.copytree(folder / "data", tmp_path / "data")
     held = {split: (tmp_path / "data" / f"{split}.jsonl").read_text() for split in ("validation", "test")}
@@ -780,6 +781,7 @@ def test_validation_data_that_is_added_and_removed_scores_the_adapter_that_is_th
         (tmp_path / "data" / f"{split}.jsonl").unlink()
     own = f"data.train={tmp_path / 'data'}", f"output_dir={tmp_path / 'run'}", "eval.test=true", "data.changed=accept"
     assert train(run_config(folder, *own)).scores == {}
+    assert "nothing is scored: put some rows into validation.jsonl" in capsys.readouterr().err
     for split, text in held.items():
         (tmp_path / "data" / f"{split}.jsonl").write_text(text)
     scored = train(run_config(folder, *own))
@@ -833,6 +835,12 @@ def test_a_run_of_an_earlier_version_loads_and_is_not_resumed(folder, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------ what goes wrong
+
+
+@pytest.mark.parametrize("run", [train, train_tenants])
+def test_a_config_must_be_a_run_config(run):
+    with pytest.raises(ValueError, match="config is 'a.yaml'.*load_config"):
+        run("a.yaml")
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
