@@ -47,6 +47,14 @@ class Record(NamedTuple):
     """where errors say it is: "file:line", "tfds:NAME:SPLIT[index]" and the same for hf:, or 'data["train"] row 7'"""
 
 
+class MissingColumn(ValueError):
+    """A row lacks the column `prompt` or `completion`, and no template makes it from the others."""
+
+    def __init__(self, said: str, advice: str):
+        super().__init__(f"{said}; {advice}")
+        self.said, self.advice = said, advice
+
+
 class EncodedRecords(NamedTuple):
     """Examples, the record of each, and how many were longer than `max_seq_length` and so cut or skipped."""
 
@@ -165,6 +173,8 @@ def records_of(
             else:
                 parts = row_fields(row, templates)
             records = [Record(p, c, refs, label_text(label), place) for p, c, refs, label in parts]
+        except MissingColumn as error:
+            raise MissingColumn(f"{place}: {error.said}", error.advice) from None
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{place}: {error}") from None
         yield from records
@@ -258,9 +268,10 @@ def label_text(label: object) -> str | None:
 def column(row: dict, name: str) -> Prompt:
     """The column `prompt` or `completion`: text or messages."""
     if name not in row and "messages" not in row:
-        raise ValueError(
-            f"no field {name!r}; set data.{name} to a template over the fields {names_of(row)}, or rename a field "
-            f"to {name!r}" + SHAREGPT * ("conversations" in row)
+        raise MissingColumn(
+            f"no field {name!r}",
+            f"set data.{name} to a template over the fields {names_of(row)}, or rename a field to {name!r}"
+            + SHAREGPT * ("conversations" in row),
         )
     value = field(row, name)
     if isinstance(value, int | float) and not is_nan(value):

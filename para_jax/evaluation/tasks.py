@@ -12,7 +12,16 @@ from ..backbone.load import load_model_config
 from ..config import DataSection, ModelConfig, RunConfig
 from ..data.examples import Example, answer_opening, encode_completion, encode_example
 from ..data.hf import is_hf
-from ..data.records import Record, encode_records, load_records, read_records, report, split_records, task_of
+from ..data.records import (
+    MissingColumn,
+    Record,
+    encode_records,
+    load_records,
+    read_records,
+    report,
+    split_records,
+    task_of,
+)
 from ..data.row_files import split_file
 from ..data.tasks import TASKS, Task
 from ..data.tfds import is_tfds
@@ -245,7 +254,13 @@ def file_task(text: str, tokenizer, config: ModelConfig, *, split: str, limit: i
     if named is None:
         return None
     name, path, file, metric = named
-    records, known = read_records(file, task=name), TASKS[name] if name else None
+    try:
+        records, known = read_records(file, task=name), TASKS[name] if name else None
+    except MissingColumn as error:  # no template goes with --tasks
+        raise ValueError(
+            f"{error.said}, and --tasks takes no templates\nscore the file with those of a run: para-jax evaluate "
+            f"RUN/config.yaml data.{split}={file}"
+        ) from None
     metric = metric or (known.metric if known else None)
     choices = choices_of(file, records, known) if metric in (None, "accuracy", *LABEL_METRICS) else ()
     if metric is None:

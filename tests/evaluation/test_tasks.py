@@ -61,6 +61,13 @@ def test_a_run_overrides_the_choices_and_metric_of_its_task(folder, tmp_path, ca
     assert of("eval.metric=f1").metric == "f1"
 
 
+def test_a_file_with_columns_of_its_own_is_scored_by_a_config(tmp_path):
+    file = tmp_path / "own.jsonl"
+    file.write_text('{"text": "a", "label": "b"}\n')
+    with pytest.raises(ValueError, match=f"own.jsonl:1: no field 'prompt'.*\nscore .*config.yaml data.test={file}"):
+        file_task(str(file), None, None, split="test", limit=None)
+
+
 def test_a_task_sets_metrics_choices_and_answer_length(folder, tmp_path):
     def of(task, *rows, more=()):
         data = write_rows(tmp_path / f"{task}.jsonl", rows)
