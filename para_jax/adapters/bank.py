@@ -330,9 +330,10 @@ class AdapterBank:
         normal = adapter.normal(self.model_config)
         other = [site for site in normal.config.target_modules if site not in self.sites]
         if other:
+            wanted = ",".join(site for site in SITES if site in (*self.sites, *other))
             raise ValueError(
                 f"bank: {name}: sites {other} are not among the bank's, which are {', '.join(self.sites)}; "
-                "AdapterBank.holding takes those of its adapters"
+                f"AdapterBank.holding takes those of its adapters (para-jax serve: --sites {wanted})"
             )
         r = method.rank(normal.config)
         if r > self.max_r:

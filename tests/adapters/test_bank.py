@@ -256,6 +256,7 @@ def test_an_adapter_comes_from_a_folder(model, tenants, tmp_path):
         ("para", "ia3", "'para' is held already"),
         ("", "ia3", "name"),
         ("x", "wrong site", "x: sites .*gate_proj.*q_proj, v_proj, up_proj"),
+        ("x", "wrong site", "AdapterBank.holding.*--sites q_proj,v_proj,gate_proj,up_proj"),
         ("x", "too wide", "x: r 9 .*max_r=8"),
         ("x", "lora", "x: this bank takes para and ia3; make it with methods=.*'lora'.* to let LoRA in"),
         ("x", "other backbone", "another backbone"),
