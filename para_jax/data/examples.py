@@ -211,12 +211,26 @@ def checked_messages(name: str, value: object) -> list[dict]:
 
 def checked_message(name: str, message: Any) -> dict:
     found = message
-    if isinstance(message, dict) and message.get("content") is None and any(message.get(key) for key in CALLS):
+    content = message.get("content") if isinstance(message, dict) else ""
+    if content is None and any(message.get(key) for key in CALLS):
         found = message | {"content": ""}
+    elif isinstance(content, list) and content and all(map(is_text_part, content)):
+        found = message | {"content": joined_parts(content)}
     if not isinstance(found, dict) or not all(isinstance(found.get(k), str) for k in ("role", "content")):
         raise ValueError(f'{name}: {shorten(message)} is not a message; write {{"role": text, "content": text}}')
     warn_of_role(found["role"])
     return found
+
+
+def is_text_part(part: object) -> bool:
+    """Whether this is a part of a content as OpenAI writes it, with text and nothing else. Null fields don't count."""
+    filled = {key: value for key, value in part.items() if value is not None} if isinstance(part, dict) else {}
+    return filled.keys() == {"type", "text"} and filled["type"] == "text" and isinstance(filled["text"], str)
+
+
+def joined_parts(parts: list[dict]) -> str:
+    """The texts of a content's parts, as lines."""
+    return "\n".join(part["text"] for part in parts)
 
 
 @lru_cache(64)

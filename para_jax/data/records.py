@@ -32,7 +32,10 @@ SPLITS = ("train", "validation", "test")
 #: Keys of an answer that chat templates read next to its content. Only the content is learnt and scored.
 NOT_LEARNT = (*CALLS, "reasoning_content", "reasoning", "reasoning_details", "thinking")
 #: What an error adds for rows with `conversations`.
-SHAREGPT = ". ShareGPT's conversations: rename them to messages, their from to role, and their value to content"
+SHAREGPT = (
+    ". ShareGPT's conversations: rename them to messages, their from to role, and their value to content. As roles, "
+    "human becomes user and gpt becomes assistant"
+)
 
 
 class Record(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..config import shorten
-from ..data.examples import ROLES
+from ..data.examples import ROLES, is_text_part, joined_parts
 from .errors import wrong_field
 from .fields import Fields
 
@@ -52,14 +52,13 @@ def read_content(fields: Fields, at: str) -> str:
         return content
     if not isinstance(content, list) or not content:
         fields.refuse("content", content, "give a text")
-    texts = []
     for i, part in enumerate(content):
+        if is_text_part(part):
+            continue
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text" or not isinstance(part.get("text"), str):
             fields.refuse(f"content[{i}]", kind, 'only parts {"type": "text", "text": ...} are supported')
         others = [name for name, value in part.items() if name not in ("type", "text") and value is not None]
-        if others:
-            place = f"{at}.content[{i}]"
-            raise wrong_field(place, f"{place} has a field {shorten(others[0])}; only type and text are supported")
-        texts.append(part["text"])
-    return "\n".join(texts)
+        place = f"{at}.content[{i}]"
+        raise wrong_field(place, f"{place} has a field {shorten(others[0])}; only type and text are supported")
+    return joined_parts(content)

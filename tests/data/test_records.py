@@ -8,6 +8,7 @@ from para_jax.data import row_files
 from para_jax.data.examples import encode_example, warn_of_role
 from para_jax.data.records import SPLITS, Record, encode_records, load_records, read_records
 from para_jax.data.sources import source_of
+from para_jax.server.chat_messages import read_messages
 
 USER, BOT = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}
 
@@ -87,6 +88,18 @@ def test_a_turn_of_weight_0_is_read_and_not_learnt(tmp_path):
     ):
         with pytest.raises(ValueError, match=f"data.jsonl:1: .*{named}"):
             read_records(write(tmp_path, {"messages": messages}))
+
+
+def test_parts_of_a_content_that_are_texts_are_one_text(tmp_path):
+    """As the server reads them."""
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "annotations": None}]
+    (record,) = read_records(write(tmp_path, {"messages": [USER | {"content": parts}, BOT | {"content": parts[:1]}]}))
+    assert (record.prompt, record.completion) == ([USER | {"content": "a\nb"}], "a")
+    (spoken,) = read_messages([USER | {"content": parts}])
+    assert [spoken] == record.prompt
+    for wrong in ([], ["a"], [{"type": "image_url", "text": "a"}], [parts[0] | {"x": 1}]):
+        with pytest.raises(ValueError, match="is not a message"):
+            read_records(write(tmp_path, {"messages": [USER | {"content": wrong}, BOT]}))
 
 
 @pytest.mark.parametrize("calls", [{"tool_calls": [{"id": "1"}]}, {"function_call": {"name": "f"}}])
@@ -175,6 +188,7 @@ def test_a_task_reads_its_published_rows(tmp_path):
         ({"completion": "b"}, "'prompt'.*completion"),
         ({"prompt": "a", "output": "b"}, "'completion'.*prompt, output"),
         ({"conversations": [{"from": "human", "value": "a"}]}, "'prompt'.*conversations.*rename them to messages"),
+        ({"conversations": []}, "from to role.* value to content.*human becomes user .*gpt becomes assistant"),
         ({"prompt": " ", "completion": "b"}, "prompt is empty"),
         ({"prompt": "a", "completion": ""}, "completion is empty"),
         ({"prompt": 3, "completion": "b"}, "prompt .*int"),
