@@ -66,12 +66,16 @@ class SavedSplit(NamedTuple):
 
     def has_labels(self) -> bool:
         """Whether the labels are known: -1 means a hidden label."""
+        _, first = next(self.rows(), ("", {}))
+        return all(first.get(name) != -1 for name in self.class_labels())
+
+    def class_labels(self) -> dict[str, list[str]]:
+        """The names of the classes of each ClassLabel column."""
         file = self.folder / "dataset_info.json"
         features = read_json(file).get("features") if file.is_file() else None
         kinds = features.items() if isinstance(features, dict) else ()
-        labels = [name for name, kind in kinds if isinstance(kind, dict) and kind.get("_type") == "ClassLabel"]
-        _, first = next(self.rows(), ("", {}))
-        return all(first.get(name) != -1 for name in labels)
+        labels = [(name, kind) for name, kind in kinds if isinstance(kind, dict) and kind.get("_type") == "ClassLabel"]
+        return {name: kind["names"] if isinstance(kind.get("names"), list) else [] for name, kind in labels}
 
     def batches(self, arrow: Any) -> Iterator[Any]:
         for file in self.files():
@@ -142,10 +146,16 @@ def without_media(dataset: Any) -> Any:
 def hides_labels(data: Any) -> bool:
     """Whether a datasets.Dataset has -1 as a label, as the test data of GLUE does: a hidden one."""
     whole = hasattr(data, "with_format") and hasattr(data, "__len__")
-    features = (getattr(data, "features", None) if whole else None) or {}
-    labels = [name for name, kind in features.items() if type(kind).__name__ == "ClassLabel"]
+    labels = list(class_labels(data)) if whole else []
     first = data.select_columns(labels).with_format(None)[:1] if labels else {}
     return any(-1 in first[name] for name in labels)
+
+
+def class_labels(data: Any) -> dict[str, list[str]]:
+    """The names of the classes of each ClassLabel column of a datasets.Dataset; of other data nothing."""
+    features = getattr(data, "features", None)
+    kinds = features.items() if isinstance(features, dict) else ()
+    return {name: list(kind.names or []) for name, kind in kinds if type(kind).__name__ == "ClassLabel"}
 
 
 def decodes_media(feature: Any) -> bool:

@@ -6,10 +6,12 @@ from __future__ import annotations
 import string
 import sys
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 from ..config import DataSection, expanded, printable, shorten
+from ..messages import warn
 from ..storage.bucket import BucketPath
 from .encode_batch import encode_examples
 from .examples import (
@@ -23,7 +25,7 @@ from .examples import (
 )
 from .given import is_nan
 from .row_files import read_rows
-from .sources import FORMS, DatasetSplit, source_of, task_of
+from .sources import FORMS, DatasetSplit, class_labels_of, source_of, task_of
 from .tasks import TASKS, field, names_of
 
 #: Examples per call of the tokenizer.
@@ -36,6 +38,9 @@ SHAREGPT = (
     ". ShareGPT's conversations: rename them to messages, their from to role, and their value to content. As roles, "
     "human becomes user and gpt becomes assistant"
 )
+
+#: A run reads its data several times.
+warn_once = cache(warn)
 
 
 class Record(NamedTuple):
@@ -96,6 +101,7 @@ def split_records(section: DataSection, split: str, seen=None) -> Iterator[Recor
     if source is None:
         return None
     if isinstance(source, DatasetSplit):
+        warn_of_numbers(source, section)
         return records_of(source.rows(), source.label, **form)
     return records_of(read_rows(source, seen), str(source), **form)
 
@@ -307,6 +313,16 @@ def fill(template: str, row: dict) -> str:
                 raise ValueError(f"{name} is NaN, a missing value; a template takes text and numbers")
             parts.append(str(value))
     return "".join(parts)
+
+
+def warn_of_numbers(source: DatasetSplit, section: DataSection) -> None:
+    """Warns of templates over ClassLabel columns: their rows hold numbers, not the names of the classes."""
+    labels = class_labels_of(source)
+    for field_name in ("prompt", "completion") if labels else ():
+        for _, name in template_fields(f"data.{field_name}", getattr(section, field_name) or ""):
+            if name in labels:
+                names = ", ".join(map(str, labels[name][:5])) + ", ..." * (len(labels[name]) > 5)
+                warn_once(printable(f"{name} is a ClassLabel ({names}): {{{name}}} writes its number", 300))
 
 
 def require_braces(name: str, template: str, row: dict) -> None:

@@ -7,7 +7,7 @@ from functools import cache
 from ..config import DataSection, expanded, nearest, printable, shorten
 from ..storage.bucket import BucketPath, Place
 from . import hf, tfds
-from .arrow_files import SavedSplit, is_saved, saved_sibling, saved_split, splits_of_saved
+from .arrow_files import SavedSplit, class_labels, is_saved, saved_sibling, saved_split, splits_of_saved
 from .given import GivenSplit, given_split, is_given, warn_of_hidden
 from .hf import HfSplit, is_hf, parse_hf
 from .row_files import misnamed_validation, place_prefix, split_file
@@ -137,6 +137,16 @@ def prefix_of(source: Source | None) -> str:
     if isinstance(source, GivenSplit):
         return f"{source.label} row "
     return f"{source.label}[" if isinstance(source, DatasetSplit) else place_prefix(source)
+
+
+def class_labels_of(source: DatasetSplit) -> dict[str, list[str]]:
+    """The names of the classes of each ClassLabel column, whose rows hold numbers. Only Hugging Face datasets have
+    them."""
+    if isinstance(source, SavedSplit):
+        return source.class_labels()
+    if isinstance(source, HfSplit):
+        return class_labels(source.dataset)
+    return class_labels(source.given) if isinstance(source, GivenSplit) else {}
 
 
 def task_of(section: DataSection) -> str | None:

@@ -1,5 +1,7 @@
 """Rows that a program gives: each kind gives the records of the same JSON lines."""
 
+from dataclasses import replace
+
 import datasets
 import numpy as np
 import pandas as pd
@@ -25,6 +27,23 @@ KINDS = {
     "arrow batch": pa.RecordBatch.from_pylist,
     "numpy": lambda rows: [row | {"label": np.int64(row["label"]), "score": np.float32(0)} for row in rows],
 }
+
+
+@pytest.mark.parametrize("kind", ["dataset", "folder"])
+def test_a_template_over_class_labels_says_once_that_it_writes_numbers(tmp_path, capsys, kind):
+    features = datasets.Features({"text": datasets.Value("string"), kind: datasets.ClassLabel(names=["no", "yes"])})
+    rows = datasets.Dataset.from_list([{"text": "a", kind: 1}], features=features)
+    section = DataSection(prompt="{text}", completion=f"{{{kind}}}")
+    if kind == "dataset":
+        section = with_data(section, rows)
+    else:
+        rows.save_to_disk(tmp_path / "rows")
+        section = replace(section, train=str(tmp_path / "rows"))
+    assert [load_records(section, "train")[0].completion for _ in range(2)] == ["1", "1"]
+    said = capsys.readouterr().err
+    assert said.count("ClassLabel") == 1 and kind in said and "no, yes" in said
+    load_records(replace(section, prompt="{text}", completion="x{text}"), "train")
+    assert "ClassLabel" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", KINDS)
