@@ -12,6 +12,8 @@ from .check import expanded, nearest, one_of, printable, require, shorten
 from .fields import typed_fields
 from .run import RunConfig, TrainSection
 
+#: How files and folders of data end. They are often given in place of a config.
+DATA = (".jsonl", ".csv", ".tsv", ".parquet")
 #: Fields whose overrides are taken literally, not as YAML, which would read "{output}" as a mapping. \n is a newline.
 TEXT_FIELDS = ("data.prompt", "data.completion")
 
@@ -126,14 +128,22 @@ def adapter_method(config: Any) -> str:
     return next(name for name, kind in ADAPTER_CONFIGS.items() if kind is type(config))
 
 
+def data_advice(path: Path) -> str:
+    return f"give a config, and this as its data: para-jax train configs/own-data.yaml data.train={path}"
+
+
 def read_yaml(file: Path) -> dict[str, Any]:
     """The mapping of sections in a YAML file. Raises ValueError, naming the file, for anything else."""
     if file.is_dir():
         inside = file / "config.yaml"
         advice = "give a .yaml file, such as the config.yaml in a run's folder"
+        if any((file / f"train{end}").is_file() for end in (*DATA, ".json")):
+            advice = f"it holds data\n{data_advice(file)}"
         raise ValueError(f"config {file} is a folder; {f'did you mean {inside}?' if inside.is_file() else advice}")
     if not file.is_file():
         raise ValueError(f"config {file}: no such file{nearest(file) or '; give the path of a .yaml file'}")
+    if file.suffix in DATA:
+        raise ValueError(f"config {file} is a file of data\n{data_advice(file)}")
     try:
         with file.open("rb") as stream:  # the file may have any size
             read = parse_yaml(str(stream.read(4 * MAX_LENGTH + 1), "utf-8")) or {}

@@ -39,6 +39,8 @@ MISTAKES = [
     ("train nowhere.yaml", "config nowhere.yaml: no such file"),
     ("train rum.yaml", r"did you mean run\.yaml\?"),
     ("train data", "config data is a folder"),
+    ("train data/train.jsonl", "config data/train.jsonl .*data\n.*configs/own-data.yaml data.train=data/train.jsonl"),
+    ("inspect --data data", "config data is a folder.*\n.*configs/own-data.yaml data.train=data"),
     ("train run.yaml train.lr=1e-3", r"train\.lr.*train\.learning_rate"),
     ("train run.yaml train.max_steps=-1", "train.max_steps.*-1"),
     ("train run.yaml backbone.source=modle", "modle"),

@@ -375,6 +375,14 @@ def test_a_template_without_quotes_is_named(tmp_path):
     assert "data.prompt: {'question': None} is a mapping in YAML; quote the text, such as '{question}'" in said
 
 
+def test_data_in_place_of_a_config_is_given_to_one(tmp_path):
+    file = tmp_path / "train.jsonl"
+    file.write_text('{"prompt": "a", "completion": "b"}\n')
+    for given in (file, tmp_path):
+        said = error(file=given)
+        assert str(given) in said and f"para-jax train configs/own-data.yaml data.train={given}" in said
+
+
 def test_yaml_can_not_make_objects(tmp_path):
     assert "run.yaml" in error(file=written(tmp_path, "output_dir: !!python/object/apply:os.getcwd []\n"))
 
