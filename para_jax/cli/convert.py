@@ -18,6 +18,8 @@ def run(options) -> None:
     from ..data.tokenizer import load_tokenizer
     from ..gguf.convert import check_new_folder, convert_gguf
 
+    if options.gguf.is_dir():
+        raise ValueError(f"{options.gguf} is a folder; give the path of a .gguf file")
     if not options.gguf.is_file():
         raise ValueError(f"{options.gguf}: no such file{nearest(options.gguf) or '; give the path of a .gguf file'}")
     check_new_folder(options.folder)

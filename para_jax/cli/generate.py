@@ -6,6 +6,9 @@ from ..storage.bucket import BucketPath, Place
 from . import options as shared
 from .names import BASE, adapters_of, named_adapters, tenants_of_prompts
 
+#: How files end that hold rows of a table, which are not requests.
+TABLES = (".csv", ".tsv", ".parquet")
+
 
 def add(commands) -> None:
     text = "answer prompts in one batch, or a file of requests"
@@ -130,8 +133,13 @@ def check_input(source: Place) -> None:
         raise ValueError(f"--input {source}: {problem}\ngive a file with one JSON request per line")
     if source.is_file():
         with source.open("rb") as stream:
-            if not any(line is None or line.strip() for line in bounded_lines(stream, MAX_LINE)):
-                raise ValueError(f"--input {source}: no line there\nwrite one request per line")
+            filled = (line for line in bounded_lines(stream, MAX_LINE) if line is None or line.strip())
+            first = next(filled, b"")
+        if first == b"":
+            raise ValueError(f"--input {source}: no line there\nwrite one request per line")
+        if first is not None and str(source).endswith(TABLES) and not first.lstrip().startswith(b"{"):
+            said = "is a table, not lines of JSON"
+            raise ValueError(f'--input {source} {said}\nwrite one request per line, such as {{"prompt": "text"}}')
 
 
 def load(options, sources: dict[str, str]) -> tuple:

@@ -89,6 +89,10 @@ MISTAKES = [
     ("generate --prompt a --backbone model --adapter runs/quick/tenants", "a run of many tenants; choose NAME/adapter"),
     ("generate --prompt a --temperature -1", "temperature is -1.0"),
     ("generate --input nope.jsonl --output o.jsonl", "--input nope.jsonl: no such file"),
+    (
+        "generate --input models/table.csv --output o.jsonl --backbone model",
+        '--input models/table.csv .*JSON\n.*"prompt"',
+    ),
     ("generate --input data/train.jsonl --output o.jsonl --slots 0", "--slots is 0"),
     ("generate --input data/train.jsonl --output o.jsonl --max-length 1", "--max-length is 1"),
     ("serve --backbone ./none", "./none: no such file or folder"),
@@ -119,6 +123,7 @@ MISTAKES = [
     ("plot runs/mine --output x.gif", "--output x.gif"),
     ("bench speed", "bench: 'speed'.* load, decode"),
     ("convert nope.gguf made", "nope.gguf: no such file"),
+    ("convert model made", "model is a folder; .*.gguf"),
     ("convert run.yaml data", "data exists and is not an empty folder"),
     ("train run.yaml --lr 1e-3", r"'--lr'; fields are given as train\.learning_rate=VALUE"),
     ("train run.yaml --dryrun", r"'--dryrun'; did you mean --dry-run\?"),
@@ -151,6 +156,7 @@ def told(tmp_path_factory):
         (folder / name).mkdir(parents=True)
     (folder / "model" / "config.json").write_text("{}")
     (folder / "model" / "model.safetensors").write_text("")
+    (folder / "models" / "table.csv").write_text("prompt\nWhy?\n")
     (folder / "run.yaml").write_text(CONFIG)
     (folder / "runs/mine/config.yaml").write_text(CONFIG + "train: {learning_rate: 0.5}\n")
     (folder / "runs/mine/adapter/adapter_config.json").write_text("{}")
