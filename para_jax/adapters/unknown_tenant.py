@@ -14,6 +14,8 @@ COMPARED = 50
 
 def unknown(name: object, known: tuple[str, ...]) -> str:
     """The error for a tenant that the bank does not hold, with names that are similar at the beginning or the end."""
+    if name == "base":  # what the command line and the server call it
+        return "no tenant 'base'; for the base model give None"
     text = str(name)[:100]
     near = sorted(one for one in known if one.startswith(text[:3]))
     at = bisect.bisect(near, text)  # neighbours in this order share the longest beginnings

@@ -9,6 +9,7 @@ from ..yaml_text import as_text
 from .adapter import ADAPTER_CONFIGS
 from .bounds import JsonObject, field_types, without_none
 from .check import require, shorten
+from .model import SITES
 from .unknown_field import unknown_field
 
 #: Truth values that a file may give as quoted text.
@@ -52,7 +53,9 @@ def typed_value(name: str, value: Any, kind: Any) -> Any:
         return None
     if typing.get_origin(kind) is tuple:
         items = value if isinstance(value, list) else None
-        require(items is not None, name, value, "a list, such as [a, b] or []")
+        sites = f"a list of one or more of {', '.join(SITES)}"
+        expected = sites if name.endswith("target_modules") else "a list, such as [a, b] or []"
+        require(items is not None, name, value, expected)
         return tuple(typed_value(name, item, typing.get_args(kind)[0]) for item in items or ())
     if kind is JsonObject:
         return value if isinstance(value, str) else json.dumps(value, default=str)

@@ -164,6 +164,11 @@ def test_targets_of_another_kind_are_shown_as_they_were_given(kind, given):
         kind(target_modules=given)
 
 
+def test_target_modules_of_a_file_that_are_no_list_name_the_sites():
+    said = error("adapter.method=lora", "adapter.target_modules=all-linear")
+    assert f"adapter.target_modules must be a list of one or more of {', '.join(SITES)}; got 'all-linear'" in said
+
+
 @pytest.mark.parametrize("given", ["down_proj", None, ["up_proj"]])
 def test_inputs_of_another_kind_are_refused(given):
     with pytest.raises(ValueError, match=r"feedforward_modules must be \[down_proj\] or empty; got "):
@@ -370,17 +375,17 @@ def test_files_that_are_no_config_are_named(tmp_path):
     assert "run.yaml" in error(file=written(tmp_path, "train: 3\n"))
 
 
-def test_a_template_without_quotes_is_named(tmp_path):
-    said = error(file=written(tmp_path, "data: {prompt: {question}}\n"))
-    assert "data.prompt: {'question': None} is a mapping in YAML; quote the text, such as '{question}'" in said
-
-
 def test_data_in_place_of_a_config_is_given_to_one(tmp_path):
     file = tmp_path / "train.jsonl"
     file.write_text('{"prompt": "a", "completion": "b"}\n')
     for given in (file, tmp_path):
         said = error(file=given)
         assert str(given) in said and f"para-jax train configs/own-data.yaml data.train={given}" in said
+
+
+def test_a_template_without_quotes_is_named(tmp_path):
+    said = error(file=written(tmp_path, "data: {prompt: {question}}\n"))
+    assert "data.prompt: {'question': None} is a mapping in YAML; quote the text, such as '{question}'" in said
 
 
 def test_yaml_can_not_make_objects(tmp_path):

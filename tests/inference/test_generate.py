@@ -324,6 +324,7 @@ def test_a_bank_answers_each_prompt_as_its_tenant_alone_would(model, tokenizer, 
         (["a"], r"tenants is \['a'\].* 2 prompts"),
         ("ab", "tenants is 'ab'"),
         (["a", "aa"], "no tenant 'aa'; the nearest are a"),
+        (["a", "base"], "no tenant 'base'; .*None"),
     ],
 )
 def test_wrong_tenants_of_a_bank_are_refused_before_anything_is_computed(
