@@ -162,7 +162,7 @@ def backbone_of(adapter: str | Place) -> str:
     name, revision = (found.get(key) for key in ("base_model_name_or_path", "revision"))
     if not isinstance(name, str) or not name:
         return ""
-    name = BUILT_IN if name == BUILT_IN_HUB_ID else printable(name)
+    name = BUILT_IN if name == BUILT_IN_HUB_ID else name
     return f"{name}@{revision}" if isinstance(revision, str) and revision else name
 
 

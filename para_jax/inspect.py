@@ -23,6 +23,7 @@ from .config import (
     config_dict,
     expanded,
     given_fields,
+    is_tfds,
     load_config,
     one_of,
     printable,
@@ -35,7 +36,7 @@ from .data.packing import RowShape
 from .data.records import SPLITS, load_records
 from .data.tasks import TASKS
 from .data.tenants import tenant_sections
-from .data.tfds import NotPrepared, is_tfds
+from .data.tfds import NotPrepared
 from .data.tokenizer import run_tokenizer
 from .data.training_data import TrainingData, describe_lengths, load_training_data
 from .dry_run.topology import topology_report

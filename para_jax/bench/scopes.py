@@ -79,7 +79,7 @@ def step_time(
 
 
 def prompts_of(model, adapter_config, batch: Batch | Packed, prompt: int) -> PromptCache:
-    """The states of the prompts of a batch [1, rows, ...], whose rows all have `prompt` of them."""
+    """The states of the prompts of a batch [1, rows, ...], in which each prompt has `prompt` tokens."""
     ids = np.ascontiguousarray(batch.tokens[0, :, :prompt])
     prompts = ExampleArrays(ids.ravel(), np.array([(prompt, 0)] * len(ids), np.int32))
     pooler = pooler_of(adapter_config, model.config)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from itertools import islice
 
-from ..config import RunConfig, expanded, nearest
+from ..config import RunConfig, expanded, nearest, printable
 from ..hub import BUILT_IN, backbone_of, local_adapter, local_backbone
 from ..messages import say
 from ..storage.bucket import BucketPath, Place
@@ -61,9 +61,9 @@ def chosen_backbone(given: str | None, adapters: Iterable[str]) -> str:
     except ValueError as error:
         if first is None:
             raise
-        raise ValueError(f"{first} was trained on {named}: {error}\ngive --backbone SOURCE") from None
+        raise ValueError(f"{first} was trained on {printable(named)}: {error}\ngive --backbone SOURCE") from None
     if first is not None and named != BUILT_IN:
-        say(f"backbone: {named}, which {first} names")
+        say(f"backbone: {printable(named)}, which {first} names")
     return named
 
 

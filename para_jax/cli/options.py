@@ -194,8 +194,10 @@ def add_chat(parser) -> None:
 
 def require_chat(options) -> None:
     """Raises ValueError for a system message without a chat."""
+    from ..config import shorten
+
     if options.system is not None and not options.chat:
-        raise ValueError(f"--system {options.system!r} goes with --chat\ngive that too, or leave it out")
+        raise ValueError(f"--system {shorten(options.system)} goes with --chat\ngive that too, or leave it out")
 
 
 def turns(options, text: str) -> list[dict]:

@@ -10,7 +10,9 @@ from .adapter import given_fields as given_fields
 from .adapter import sites_in_order as sites_in_order
 from .adapter import with_scope_of as with_scope_of
 from .bounds import allowed_values as allowed_values
+from .check import TFDS as TFDS
 from .check import expanded as expanded
+from .check import is_tfds as is_tfds
 from .check import nearest as nearest
 from .check import one_of as one_of
 from .check import printable as printable

@@ -39,6 +39,14 @@ def printable(text: str, width: int = 500) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
+#: How the name of a tensorflow_datasets data set begins.
+TFDS = "tfds:"
+
+
+def is_tfds(source: str | None) -> bool:
+    return source is not None and source.startswith(TFDS)
+
+
 def require_location(name: str, path: str | None) -> None:
     """Raises ValueError for a location that is neither a path nor gs://bucket/folder."""
     try:

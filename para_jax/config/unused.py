@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from math import inf
 
+from .check import is_tfds
 from .run import RunConfig
 
 #: Metrics for which choices may be ranked.
@@ -51,7 +52,3 @@ def unused_fields(config: RunConfig, metrics: Collection[str] = ()) -> Iterator[
             yield f"{name}={value} has no effect: {why}"
     if config.seed and config.sweep.seed:
         yield f"seed={config.seed} has no effect: sweep.seed has the seeds"
-
-
-def is_tfds(source: str | None) -> bool:
-    return (source or "").startswith("tfds:")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from ..config import DataSection, expanded, nearest, printable, shorten
+from ..config import DataSection, expanded, is_tfds, nearest, printable, shorten
 from ..storage.bucket import BucketPath, Place
 from . import hf, tfds
 from .arrow_files import SavedSplit, class_labels, is_saved, saved_sibling, saved_split, splits_of_saved
@@ -12,7 +12,7 @@ from .given import GivenSplit, given_split, is_given, warn_of_hidden
 from .hf import HfSplit, is_hf, parse_hf
 from .row_files import misnamed_validation, place_prefix, split_file
 from .tasks import TFDS_TASKS
-from .tfds import TfdsSplit, is_tfds, parse_tfds
+from .tfds import TfdsSplit, parse_tfds
 
 #: Sources that give their rows themselves: `label`, `split`, `files()` and `rows()`.
 DatasetSplit = TfdsSplit | HfSplit | SavedSplit | GivenSplit
@@ -140,8 +140,8 @@ def prefix_of(source: Source | None) -> str:
 
 
 def class_labels_of(source: DatasetSplit) -> dict[str, list[str]]:
-    """The names of the classes of each ClassLabel column, whose rows hold numbers. Only Hugging Face datasets have
-    them."""
+    """The names of the classes of each ClassLabel column. Its rows hold the numbers of the classes. Only Hugging Face
+    datasets have such columns."""
     if isinstance(source, SavedSplit):
         return source.class_labels()
     if isinstance(source, HfSplit):

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..config import TFDS as SCHEME
 from ..config import expanded, printable, shorten
+from ..config import is_tfds as is_tfds
 
-SCHEME = "tfds:"
 CATALOG = "https://www.tensorflow.org/datasets/catalog"
 READ_AT_ONCE = 1000  # examples
 
@@ -56,10 +57,6 @@ class TfdsSplit(NamedTuple):
         labels = [name for name, feature in builder.info.features.items() if isinstance(feature, ClassLabel)]
         source = builder.as_data_source(split=self.split)
         return not len(source) or all(source[0][name] != -1 for name in labels)
-
-
-def is_tfds(source: str | None) -> bool:
-    return source is not None and source.startswith(SCHEME)
 
 
 def parse_tfds(source: str) -> tuple[str, str | None]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..backbone.load import load_model_config
-from ..config import DataSection, ModelConfig, RunConfig
+from ..config import DataSection, ModelConfig, RunConfig, is_tfds
 from ..data.examples import Example, answer_opening, encode_completion, encode_example
 from ..data.hf import is_hf
 from ..data.records import (
@@ -24,7 +24,6 @@ from ..data.records import (
 )
 from ..data.row_files import split_file
 from ..data.tasks import TASKS, Task
-from ..data.tfds import is_tfds
 from ..messages import say, warn
 from .defaults import (
     RANKED,

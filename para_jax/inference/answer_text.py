@@ -17,7 +17,8 @@ from ..data.examples import encode
 
 #: Tokens that a character may take.
 CHARACTER_TOKENS = 4
-#: Tokens whose text may stay undecided, at most. The limit keeps long runs of invalid bytes cheap.
+#: At most this many tokens may wait for the character that they are part of. The limit keeps long runs of invalid bytes
+#: cheap.
 LONGEST_TAIL = 16
 INVALID = "\N{REPLACEMENT CHARACTER}"
 

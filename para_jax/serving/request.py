@@ -36,7 +36,8 @@ class Request:
     stop: str | tuple[str, ...] = ()
     """texts that end an answer, at most 16; special tokens too"""
     n: int = 1
-    """samples, at most 128. The prompt is prefilled once for all that begin before 4 other prompts come between"""
+    """samples, at most 128. The engine keeps the last 4 prompts, so the prompt is prefilled again for a sample that
+    starts after 4 others"""
     id: Hashable = None
     """None: the engine gives a number"""
     stop_token_ids: tuple[int, ...] = ()

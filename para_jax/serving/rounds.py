@@ -46,7 +46,7 @@ class Rounds:
         self._waiting: dict[int, Sample] = {}
         """by slot: samples that will decode there once their prompts are prefilled"""
         self._late = -1
-        """the number of the sample whose turn it is, while it has to wait"""
+        """the arrival number of the sample that is next but can't start yet"""
         self._overtaken = 0
         """how many prompts in blocks have started before it"""
         self.broken = False
@@ -148,8 +148,8 @@ class Rounds:
         return first, scored, next(iter(failed.values()), None)
 
     def _next(self, free: bool, busy: bool, passes: int) -> Sample | None:
-        """The queued sample that starts next: the one whose turn it is or, while that has to wait, the first that can
-        start. A long prompt waits for room, but not for ever: at most OVERTAKING others in blocks start before it.
+        """The queued sample that starts next: the one whose turn it is or, if that one can't start yet, the first that
+        can. A long prompt waits for room, but not for ever: at most OVERTAKING others in blocks start before it.
 
         Args:
             free: whether a slot is.
