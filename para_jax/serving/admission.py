@@ -100,8 +100,8 @@ class Admission:
         if isinstance(prompt, tuple):
             ids = list(prompt)
         else:
-            bounds = {"most": self.most_characters, "tokens": self.max_length}
-            ids = encode_prompt(self.tokenizer, prompt, **bounds, may_be_blank=True)
+            most, longest = self.most_characters, self.max_length
+            ids = encode_prompt(self.tokenizer, prompt, most=most, tokens=longest, may_be_blank=True)
         if max(ids) >= self.vocab_size:
             raise ValueError(
                 f"prompt: token id {max(ids)} is not below {self.vocab_size}, the size of the model's "
