@@ -41,8 +41,8 @@ def concurrency_for(slots: int, queue_limit: int | None) -> Concurrency:
 
 
 class ConcurrencyLimit:
-    """An ASGI app around another one. A request counts from the end of its body to the end of its answer, so a client
-    that sends slowly takes no place of others."""
+    """An ASGI app around another one. A request counts from the end of its body until its answer's last part is sent. So
+    a client that sends slowly takes no place of others, and one that has its answer may ask again at once."""
 
     def __init__(self, app, most: int):
         self.app, self.most, self.waiting = app, most, 0
@@ -58,15 +58,24 @@ class ConcurrencyLimit:
                 raise retry_later(503, 1, "too many requests wait for answers at the moment; try again", "overloaded")
             self.waiting, counted = self.waiting + (not counted), True
 
+        def release() -> None:
+            nonlocal counted
+            self.waiting, counted = self.waiting - counted, False
+
         async def read():
             message = await receive()
             if message["type"] == "http.request" and not message.get("more_body", False):
                 count()
             return message
 
+        async def write(message) -> None:
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                release()
+            await send(message)
+
         try:
             if scope["method"] != "POST":
                 count()
-            await self.app(scope, read, send)
+            await self.app(scope, read, write)
         finally:
-            self.waiting -= counted
+            release()

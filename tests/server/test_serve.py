@@ -346,6 +346,25 @@ def test_a_server_with_as_many_requests_as_may_wait_answers_probes_and_refuses_t
         assert client.post("/v1/completions", json=LONG).status_code == 200
 
 
+def test_a_client_that_has_its_answer_does_not_count():
+    async def app(scope, receive, send):
+        await receive()
+        await send({"type": "http.response.start", "status": 200})
+        await send({"type": "http.response.body", "body": b"a", "more_body": True})
+        await send({"type": "http.response.body", "body": b"b"})
+
+    async def receive():
+        return {"type": "http.request", "body": b"{}"}
+
+    async def send(message):
+        waiting.append(limit.waiting)
+
+    waiting, limit = [], concurrency.ConcurrencyLimit(app, most=1)
+    for _ in range(2):
+        asyncio.run(limit({"type": "http", "method": "POST", "path": "/v1/completions"}, receive, send))
+    assert waiting == [1, 1, 0] * 2 and limit.waiting == 0
+
+
 def test_metrics_count_what_was_served(engine):
     with running(engine) as server:
         httpx.post(f"{server.url}/v1/completions", json=LONG, timeout=60)
