@@ -41,8 +41,8 @@ def concurrency_for(slots: int, queue_limit: int | None) -> Concurrency:
 
 
 class ConcurrencyLimit:
-    """An ASGI app around another one. A request counts from the end of its body until its answer's last part is sent. So
-    a client that sends slowly takes no place of others, and one that has its answer may ask again at once."""
+    """An ASGI app around another one. A request counts from the end of its body until the last part of its answer is
+    sent. So a client that sends slowly takes no place of others, and one that has its answer may ask again at once."""
 
     def __init__(self, app, most: int):
         self.app, self.most, self.waiting = app, most, 0
