@@ -68,6 +68,7 @@ def batch(model, seed):
     return prompts(model, BATCH, PROMPT + STEPS, seed=seed), lengths
 
 
+@pytest.mark.long
 def test_a_row_is_the_same_bits_in_any_mix_and_any_place(model, bank):
     own, own_lengths = batch(model, 100)
     names = [*bank.names, None]

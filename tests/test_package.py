@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import para_jax
 
 INIT = Path(para_jax.__file__)
@@ -31,6 +33,7 @@ def test_the_package_says_that_it_is_typed():
     assert (INIT.parent / "py.typed").is_file()
 
 
+@pytest.mark.long
 def test_transformers_says_nothing_about_pytorch_but_its_other_warnings_stay():
     code = """
 import logging

@@ -72,6 +72,7 @@ def test_a_run_that_is_called_by_dollars_is_drawn_with_them(tmp_path):
     assert (tmp_path / "curves.svg").stat().st_size > 1000
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:Data has no positive values")
 def test_numbers_that_no_run_measures_are_drawn_or_left_out(tmp_path):
     for i, value in enumerate(("NaN", "Infinity", "-Infinity", "1e308", "1e29", "-5", "0", "1e-320", "1" + "0" * 300)):

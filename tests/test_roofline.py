@@ -32,6 +32,7 @@ def config(tmp_path):
     return replace(found, backbone=replace(found.backbone, source=str(folder)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("scope", "remat"), [
     ("all", "none"), ("all", "dots"), ("all", "block"), ("response", "dots"), ("response", "block"),
 ])  # fmt: skip

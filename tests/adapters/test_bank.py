@@ -142,6 +142,7 @@ def test_para_ia3_and_base_rows_share_one_decode_program(model, bank):
     assert jax.tree.structure(other) != jax.tree.structure(states[0])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("methods", [("para",), ("lora",), ("para", "ia3", "lora")], ids=str)
 def test_decode_carries_the_same_whatever_the_tenants_scopes(model, methods):
     bank = AdapterBank(model.config, methods=methods)

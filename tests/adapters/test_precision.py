@@ -160,6 +160,7 @@ def tpu_text():
         return lowered.compile().as_text()
 
 
+@pytest.mark.long
 def test_on_a_tpu_the_generators_weights_are_never_rounded(tpu_text):
     assert re.search(rf"f32\[(\d+,)*{RANK}(,\d+)*\]", tpu_text)
     assert not re.search(rf"bf16\[(\d+,)*{RANK}(,\d+)*\]", tpu_text)

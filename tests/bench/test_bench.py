@@ -185,6 +185,7 @@ def test_a_run_prints_a_table_and_writes_what_it_returns(monkeypatch, tmp_path, 
     assert "tokens/s" in lines[0]
 
 
+@pytest.mark.long
 def test_every_request_is_served_to_its_length():
     model = backbone("llama")
     work = bench_serve.ragged(6, model.config.vocab_size)
@@ -198,7 +199,7 @@ def test_every_request_is_served_to_its_length():
     assert latencies["a token p50"] > 0
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_shared_prefixes_are_measured_by_scope_and_with_every_tokens_answer(monkeypatch):
     sides = {name: bench_prefix.SIDES[name] for name in ("base", "PARA, response", "PARA, all")}
     # few shapes, so that the engines share programs

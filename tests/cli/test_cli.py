@@ -220,6 +220,7 @@ def test_generate_answers_each_prompt_as_the_library_does(folder, trained, capsy
     assert all(texts) and shown == "".join(f"> {p}\n{t}\n\n" for p, t in zip(prompts, texts, strict=True))
 
 
+@pytest.mark.long
 def test_one_prompt_prints_only_the_answer_and_options_change_it(folder, capsys):
     greedy = [command(*generate_line(folder, *options)) or capsys.readouterr().out for options in ([], ["--top-k", 1])]
     assert greedy[0] == greedy[1] and greedy[0].startswith("w") and greedy[0].count("\n") == 1
@@ -243,6 +244,7 @@ def test_options_that_change_nothing_are_named(folder, capsys):
     assert "warning: --slots 3: " in said and "warning: --max-length 64: " in said
 
 
+@pytest.mark.long
 def test_generate_answers_for_many_tenants_in_one_batch(folder, trained, tmp_path, capsys):
     """Each as with its adapter alone; the base model's answer is that without one."""
     adapters = {"ours": trained / "adapter", "loud": tmp_path / "loud"}
@@ -288,6 +290,7 @@ MOODS = (
 )
 
 
+@pytest.mark.long
 def test_chats_are_rendered_with_the_variables_of_the_command_or_the_config(folder, moody, trained, tmp_path, capsys):
     adapter = ["--adapter", trained / "adapter"]
     assert (
@@ -343,6 +346,7 @@ def test_the_server_renders_chats_with_the_variables_of_its_command(moody):
     assert ids == [20, 30, 9]
 
 
+@pytest.mark.long
 def test_two_servers_draw_different_answers(folder):
     """Each request without a seed: replicas that drew alike would answer one request with the same text."""
     quick = ["--slots", "1", "--max-length", "64", "--allow-cpu", "--no-compilation-cache"]

@@ -196,6 +196,7 @@ def test_the_newest_version_is_read(tmp_path):
     assert len(load_records(section(tmp_path, "tfds:bool_q"), "train")) == 2
 
 
+@pytest.mark.long
 def test_showing_data_never_imports_tensorflow(data_dir, tmp_path):
     stub = tmp_path / "site" / "tensorflow" / "__init__.py"
     stub.parent.mkdir(parents=True)

@@ -114,6 +114,7 @@ def test_the_same_check_fails_for_lora(model):
         check_costs_nothing(model, LoraConfig(r=4))
 
 
+@pytest.mark.long
 def test_tensor_parallel_decode_with_factors_has_the_collectives_of_the_base(model):
     mesh = make_mesh(tensor=4)
     with jax.set_mesh(mesh):

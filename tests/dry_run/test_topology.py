@@ -192,6 +192,7 @@ def test_without_libtpu_an_estimate_says_that_it_is_one_and_how_to_get_better(no
     assert "too much" in topology_report(load_config(ON_7B[0], ["mesh.data=1"]), "v5e:1x1")
 
 
+@pytest.mark.long
 def test_the_dry_run_names_weights_that_the_mesh_can_not_split(no_libtpu):
     shown = topology_report(load_config("configs/gemma-2b-boolq.yaml", ["mesh.data=2", "mesh.tensor=8"]), "v5e:4x4")
     whole = 18 * 2 * (2048 * 256) * 2  # the one head of keys and of values of 18 layers, in bfloat16

@@ -94,6 +94,7 @@ def test_a_journal_answers_equal_questions_for_the_same_content_only(tmp_path, m
         answered("ABCD", "A", "another backbone")
 
 
+@pytest.mark.long
 def test_a_question_without_room_is_refused_before_anything_is_computed():
     longest = backbone("llama").config.max_positions
     for one, needed in (

@@ -49,6 +49,7 @@ def test_a_run_leaves_lm_evals_layout_for_each_adapter_and_a_table(whole):
     assert len(set(losses)) == 3
 
 
+@pytest.mark.long
 def test_our_own_tasks_score_as_evaluate_does(folder, whole):
     model, tokenizer = load_backbone(folder / "backbone"), load_tokenizer(folder / "backbone")
     tasks = [

@@ -72,6 +72,7 @@ def held(output):
     return json.loads((output / SHARD_FILE).read_text())["content"]["files"]
 
 
+@pytest.mark.long
 def test_the_merged_folder_is_that_of_one_worker_byte_for_byte(folder, adapters, one, shards, tmp_path, capsys):
     assert all(held(output) for output in shards) and sum(len(held(output)) for output in shards) == 1 + len(NAMES)
     merged = tmp_path / "merged"
@@ -160,6 +161,7 @@ def test_a_stopped_shard_goes_on_in_its_own_folder_only(folder, adapters, shards
     assert sorted(answers.splitlines()) == sorted((shards[index] / "answers.jsonl").read_bytes().splitlines())
 
 
+@pytest.mark.long
 def test_each_tenants_own_file_is_asked_in_its_shard_also_of_the_base_model(folder, adapters, tmp_path):
     for i, name in enumerate([*NAMES[:-1], "last"]):
         lines = (folder / "free" / "test.jsonl").read_text().splitlines(keepends=True)

@@ -60,6 +60,7 @@ def test_scores_are_those_of_the_teacher_forced_pass(family, layout, whole_rows)
         assert found.greedy == greedy
 
 
+@pytest.mark.long
 def test_scores_do_not_depend_on_who_else_is_asked():
     mixed = answers("llama", [(tenant, one) for one in asked() for tenant in NAMES], NAMES)
     assert len({one.logprob for one in mixed}) == len(mixed)  # every tenant scores otherwise

@@ -42,6 +42,7 @@ def continued(ids, model):
     return np.concatenate([np.array([ids]), prompts(model, 1, 8)], axis=1).astype(np.int32)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", quick(["llama", "qwen2", "phi3"], "llama"))
 def test_the_export_computes_what_para_computes_after_that_prompt(tmp_path, family):
     model, para = backbone(family), golden_tenants(family)[0]

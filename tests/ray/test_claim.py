@@ -57,7 +57,7 @@ def test_a_call_goes_on_in_a_bucket(bucket):
         claim(bucket / "claimed", shards=3)
 
 
-@pytest.mark.parametrize("kind", ["folder", "bucket"])
+@pytest.mark.parametrize("kind", ["folder", pytest.param("bucket", marks=pytest.mark.long)])
 def test_one_process_at_a_time_works_on_an_output(tmp_path, request, kind):
     """Two calls that begin at the same moment: the second is refused, whether it is the same call or another one."""
     place = tmp_path if kind == "folder" else request.getfixturevalue("bucket") / "held"

@@ -161,6 +161,7 @@ def test_an_evaluation_is_merged_and_a_killed_merge_goes_on(folder, without_a_cl
     assert set(again) == set(files) and again["t1.json"] and again["table.md"] == files["table.md"]
 
 
+@pytest.mark.long
 def test_a_jobs_answers_do_not_depend_on_the_shards(folder, without_a_cluster, tmp_path):
     counts = [generated(folder, tmp_path / f"{shards}.jsonl", shards=shards) for shards in (1, 25)]
     assert counts == [(24, 4), (24, 4)]  # shard 24/25 has no line

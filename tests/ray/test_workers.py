@@ -29,6 +29,7 @@ def answer(worker, index, output):
     return worker({"index": [index], "output": [str(output)]})
 
 
+@pytest.mark.long
 def test_a_worker_loads_once_and_its_shards_can_be_merged(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = {"backbone": "backbone", "adapters": ["tenants/*"], "input": "in.jsonl", "max_new_tokens": 3}

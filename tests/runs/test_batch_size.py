@@ -157,6 +157,7 @@ def test_a_run_has_the_same_losses_on_any_number_of_devices(folder):
     assert len(found[0]) == 5 and np.ptp(found[0]) > 0.1
 
 
+@pytest.mark.long
 def test_a_run_keeps_the_rows_of_its_steps_on_other_devices(folder, monkeypatch, capsys):
     """Otherwise batch i would hold other examples, and a run that has ended would be longer on fewer devices."""
     seen, at = [], []

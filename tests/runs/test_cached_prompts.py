@@ -168,6 +168,7 @@ def test_a_signal_while_prompts_are_computed_ends_the_run_at_once_and_the_same_c
     assert train(config).step == 6
 
 
+@pytest.mark.long
 def test_a_run_may_go_on_without_its_cache(folder, tmp_path):
     config = config_of(folder, tmp_path / "run", "train.max_steps=3", "train.cache_prompts=memory")
     train(config)

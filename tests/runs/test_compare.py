@@ -118,6 +118,7 @@ def test_the_best_comes_first_and_those_without_a_score_last():
 # ----------------------------------------------------------------------------------------------------------------- runs
 
 
+@pytest.mark.long
 def test_methods_that_begin_on_other_devices_have_the_rows_of_the_first(folder, tmp_path, monkeypatch, capsys):
     """Otherwise one table would compare steps of different sizes."""
     given = "sweep.method=[para, ia3]", "adapter.summary=raw", "train.per_device_batch_size=4", "mesh.data=-1"
@@ -171,6 +172,7 @@ def test_the_command_trains_all_methods_with_one_backbone_and_resumes(folder, tm
     assert load_config(tmp_path / "run" / "config.yaml") == config
 
 
+@pytest.mark.long
 def test_a_table_has_the_scores_of_the_data_that_it_counts(folder, tmp_path):
     """Also where the validation data changed between two starts, and the log still has the scores of the old data."""
     shutil.copytree(folder / "data", tmp_path / "data")

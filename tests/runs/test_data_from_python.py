@@ -27,6 +27,7 @@ def weights(result):
     return (result.output_dir / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.long
 def test_a_run_on_a_data_frame_is_that_of_the_same_files_and_resumes(folder, capsys):
     frames = {split: pd.DataFrame(rows) for split, rows in SPLITS.items()}
     result = train(config_of(folder, "frames"), frames)

@@ -43,6 +43,7 @@ def test_a_run_starts_from_an_adapter_and_its_statistics(folder, tmp_path):
     assert "Started from the adapter before/adapter." in (run / "adapter/README.md").read_text()
 
 
+@pytest.mark.long
 def test_a_second_run_begins_with_the_loss_that_the_first_one_ended_with(folder, tmp_path):
     """A run that has begun needs the first one's folder no more."""
     first = train(run_config(folder, f"output_dir={tmp_path / 'first'}", "train.max_steps=4", "eval.metric=loss"))
@@ -70,6 +71,7 @@ def test_each_tenant_starts_from_its_own_adapter(folder, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.long
 def test_peft_s_adapter_is_trained_further(folder, tmp_path):
     place = FIXTURES / "peft" / "lora_qv_rs"
     adapter = load_adapter(place, backbone("llama").config)

@@ -99,6 +99,7 @@ def test_a_tenant_that_is_added_learns_what_it_learns_alone_and_leaves_the_other
     assert again.tenants == found.tenants
 
 
+@pytest.mark.long
 def test_an_addition_that_was_stopped_resumes_with_its_bits_and_a_second_one_follows(
     backbone, grown, tmp_path, monkeypatch
 ):
@@ -117,6 +118,7 @@ def test_an_addition_that_was_stopped_resumes_with_its_bits_and_a_second_one_fol
     assert learnt(tmp_path / "run", "bishop") == learnt(tmp_path / "only", "bishop")
 
 
+@pytest.mark.long
 def test_a_run_that_was_stopped_ends_before_the_tenants_that_were_added(backbone, whole, tmp_path, monkeypatch):
     shutil.copytree(backbone / "two", tmp_path / "data")
     config = tenants_config(backbone, tmp_path / "data", tmp_path / "run")
@@ -130,6 +132,7 @@ def test_a_run_that_was_stopped_ends_before_the_tenants_that_were_added(backbone
         assert learnt(tmp_path / "run", name) == learnt(whole, name)
 
 
+@pytest.mark.long
 def test_a_longer_run_continues_every_part_with_the_bits_of_a_long_one(backbone, grown, tmp_path):
     train_tenants(grown)
     found = train_tenants(tenants_config(backbone, tmp_path / "data", tmp_path / "run", "train.max_steps=5"))

@@ -195,6 +195,7 @@ def test_each_tenant_has_its_own_rate_and_one_without_validation_data_the_defaul
     ]  # fmt: skip
 
 
+@pytest.mark.long
 def test_the_next_rate_is_tried_where_the_best_is_at_the_edge(folder, tmp_path, short, monkeypatch):
     monkeypatch.setattr(rates, "MORE_ROUNDS", 1)
     monkeypatch.setattr(rates, "FIRST", (0,))

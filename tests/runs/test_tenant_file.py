@@ -67,6 +67,7 @@ def test_a_dry_run_reads_rows_by_a_tenants_own_templates(tmp_path):
     ]
 
 
+@pytest.mark.long
 def test_each_tenant_trains_and_is_scored_as_its_file_says(whole):
     entries, run = whole.tenants, whole.output_dir
     found = {name: (entry["steps"], entry["metric"]) for name, entry in entries.items()}

@@ -361,6 +361,7 @@ def test_a_step_in_which_no_tenant_is_finite_has_no_loss_in_the_runs_log(folder,
 # --------------------------------------------------------------------------------------------------------------- sweeps
 
 
+@pytest.mark.long
 def test_a_sweep_trains_every_combination_on_the_same_data(folder, tmp_path):
     found = train_tenants(sweep_config(folder, tmp_path / "run", "0.03, 0.003", "sweep.seed=[0, 7]"))
     assert list(found.tenants) == [f"learning_rate-{r}-seed-{s}" for r in ("0.03", "0.003") for s in (0, 7)]
@@ -437,6 +438,7 @@ def test_a_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not(at, whole
     assert all_that_stays(tmp_path / "run") == all_that_stays(whole[1].output_dir)
 
 
+@pytest.mark.long
 def test_a_run_goes_on_with_one_tenants_other_data_only_if_told_to(whole, folder, tmp_path, monkeypatch):
     shutil.copytree(folder / "tenants", tmp_path / "tenants")
     options = f"data.tenants={tmp_path / 'tenants'}", "eval.test=true", "checkpoint.every=2"
@@ -474,6 +476,7 @@ def test_a_finished_run_that_is_started_again_changes_nothing(whole):
     assert all_that_stays(result.output_dir) == before
 
 
+@pytest.mark.long
 def test_a_run_stopped_at_its_very_end_logs_nothing_twice_when_started_again(whole, folder, tmp_path, monkeypatch):
     """Nothing is saved after its endings, which come anew each time: they must not be logged twice."""
     last = max(row["step"] for row in metrics(whole[1].output_dir))
@@ -487,6 +490,7 @@ def test_a_run_stopped_at_its_very_end_logs_nothing_twice_when_started_again(who
         assert all_that_stays(tmp_path / "run") == all_that_stays(whole[1].output_dir)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rates", quick(["1e30, 0.03", "1e30, 0.03, 0.01, 0.02"], "1e30, 0.03"))
 def test_what_a_non_finite_tenant_changes_does_not_depend_on_a_stop(rates, folder, tmp_path, monkeypatch):
     ends = []

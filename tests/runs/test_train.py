@@ -88,6 +88,7 @@ def whole(folder):
     return config, train(config)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("environment", [None, "1"])
 def test_a_run_names_its_long_stages_and_measures_the_same(whole, folder, tmp_path, monkeypatch, capsys, environment):
     monkeypatch.setattr(progress, "SHOWN_AFTER", 0.0)
@@ -298,6 +299,7 @@ def test_sigterm_breaks_into_an_evaluation_which_is_made_when_the_run_resumes(at
     assert_ends_as(whole, config)
 
 
+@pytest.mark.long
 def test_what_a_resumed_run_found_at_its_last_step_is_known_to_a_longer_one(config, monkeypatch, capsys):
     """The last score is the best one, and the run was stopped before it was measured."""
     config = replace(config, eval=replace(config.eval, every=4))
@@ -773,6 +775,7 @@ def test_new_validation_data_let_a_run_go_on_that_patience_ended(folder, tmp_pat
     assert (result.step, result.best_step, result.best_score) == (4, 3, 0.4)
 
 
+@pytest.mark.long
 def test_validation_data_that_is_added_and_removed_scores_the_adapter_that_is_there(folder, tmp_path, capsys):
     """Old scores are not shown as those of later adapters."""
     shutil.copytree(folder / "data", tmp_path / "data")
@@ -971,6 +974,7 @@ def test_a_run_reads_all_its_data_as_often_as_asked(folder):
     assert sorted(i for step in range(5) for i in order.plan.batch_indices(step)[1]) == [*range(20)]
 
 
+@pytest.mark.long
 def test_statistics_are_measured_for_any_adapter_that_needs_them(config, monkeypatch):
     shapes = []
     monkeypatch.setattr(Para, "needs_statistics", True)

@@ -134,6 +134,7 @@ def test_ranks_need_three_tasks_and_a_picture_of_fewer_is_removed(tmp_path):
     assert "Nothing is drawn: ranks need 3 methods" in text and not (folder / "ranks.png").exists()
 
 
+@pytest.mark.long
 def test_folders_inside_are_read_and_their_examples_drawn(tmp_path):
     results(tmp_path)
     results(tmp_path / "examples-80", steps=10)

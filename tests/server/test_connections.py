@@ -202,6 +202,7 @@ def test_a_client_that_does_not_read_is_closed(quick):
         assert 0 < len(read_all(client)) < 64 * 2**20
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path", [b"/big ", b"/whole "])
 @pytest.mark.parametrize("loop", LOOPS)
 def test_a_client_that_reads_slowly_gets_all(loop, path):

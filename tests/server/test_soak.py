@@ -39,7 +39,7 @@ SAMPLINGS = ({"temperature": 0}, {"temperature": 1.0, "seed": 3}, {"temperature"
 BUSY, GONE, LATE = 429, 404, 504
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_long_day_over_http_gives_every_client_its_own_answer_and_loses_nothing(tmp_path, request):
     seconds = request.config.getoption("--soak-seconds")
     made = adapters(tmp_path / "root")

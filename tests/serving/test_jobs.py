@@ -373,6 +373,7 @@ def test_a_key_changes_with_adapter_dtype_and_tenant(folder):
     assert keys({"tenant": "A"}, by=KeyParts(banks[1], "text", "chat"))[0] == found[0]
 
 
+@pytest.mark.long
 def test_a_file_with_other_content_is_refused_and_stays_unchanged(folder, whole, tmp_path, capsys):
     output = tmp_path / "out.jsonl"
     output.write_bytes((folder / "whole.jsonl").read_bytes())

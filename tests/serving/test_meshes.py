@@ -178,6 +178,7 @@ def test_on_a_tpu_decode_splits_the_cache_and_reduces_twice_per_layer(on_tpu):
     assert program.arguments < 2 * CONFIG.num_layers * ONE_CACHE * 1.2 + weights_on_one(leaves)
 
 
+@pytest.mark.long
 def test_on_a_tpu_a_chunk_of_prompts_splits_the_pool(on_tpu):
     mesh, leaves, treedef = on_tpu
     blocks, lanes = ROWS * LENGTH // 16, 4

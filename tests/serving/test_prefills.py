@@ -236,6 +236,7 @@ def test_a_chats_next_turn_finds_its_history_up_to_the_last_plain_block(model, b
 # ---------------------------------------------------------------------------------------------------------------- pins
 
 
+@pytest.mark.long
 def test_a_pinned_prefix_is_prefilled_and_stays(model, bank):
     engine, prefix = engine_of(model, bank, 6), ids_of(12, 5 * BLOCK + 2)
     assert engine.pin(prefix) == 5 * BLOCK
@@ -313,6 +314,7 @@ def test_a_long_prompt_delays_decoding_rows_by_one_chunk_per_round(model, bank, 
     assert answer(engine_of(model, bank, max_length=340, stop_ids=None), ids_of(15, 300), "w4", 9)[1] == texts[0]
 
 
+@pytest.mark.long
 def test_a_prompt_without_room_does_not_hold_up_those_that_fit(model, bank):
     engine, took = engine_of(model, bank, 0, slots=16, prefill_chunk=32), {}
     for i in range(5):  # the pool has blocks for four such prompts, and rows for eight
@@ -326,6 +328,7 @@ def test_a_prompt_without_room_does_not_hold_up_those_that_fit(model, bank):
     assert took["all"] < early and took["w1"] < early, "a prompt that needs no room, and one that fits"
 
 
+@pytest.mark.long
 def test_a_prompt_without_room_is_not_overtaken_for_ever(model, bank, monkeypatch):
     engine = engine_of(model, bank, 0, slots=4)
     has_room = engine._prefills.has_room
@@ -340,6 +343,7 @@ def test_a_prompt_without_room_is_not_overtaken_for_ever(model, bank, monkeypatc
     assert {completion.id for completion in engine.run()} == {"long", *range(rounds.OVERTAKING, rounds.OVERTAKING + 9)}
 
 
+@pytest.mark.long
 def test_the_samples_of_a_request_do_not_count_as_its_own_cache(model, bank):
     engine = engine_of(model, bank, slots=2)
     names = ["w1", "w4", "ia3", "lora", "constant"]  # more prompts than are kept

@@ -171,6 +171,7 @@ def test_an_unfinished_checkpoint_is_deleted_and_a_damaged_one_renamed(folder):
 # --------------------------------------------------------------------------------------------------------------- locks
 
 
+@pytest.mark.long
 def test_a_lock_lasts_while_its_owner_lives_and_one_lease_longer(folder, monkeypatch):
     monkeypatch.setattr(lock, "LEASE", 2.0)
     monkeypatch.setattr(lock, "RENEW", 0.1)
@@ -461,6 +462,7 @@ def test_a_file_that_fails_to_close_keeps_no_others_waiting(capfd):
     assert not after.is_alive() and "division" in capfd.readouterr().err
 
 
+@pytest.mark.long
 def test_a_journal_that_is_found_unused_in_the_thread_of_requests_loses_nothing(folder):
     import fsspec.asyn
 
@@ -476,6 +478,7 @@ def test_a_journal_that_is_found_unused_in_the_thread_of_requests_loses_nothing(
     assert Journal(file)["a"] == Scored(-1.5, True)
 
 
+@pytest.mark.long
 def test_a_journal_that_is_open_at_the_exit_of_its_process_loses_nothing(folder):
     file = folder / "answers.jsonl"
     code = (

@@ -89,6 +89,7 @@ def test_sum_and_count_are_kept_apart_for_each_row(family):
     assert len(set(count)) > 1
 
 
+@pytest.mark.long
 def test_the_stacked_layout_equals_the_layers():
     for ours, theirs in zip(
         jax.tree.leaves(computed("llama")), jax.tree.leaves(computed("llama", "layers")), strict=True

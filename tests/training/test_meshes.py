@@ -89,6 +89,7 @@ def written(tensor: int):
     return np.stack(steps, axis=1).argmax(axis=-1), np.stack(steps, axis=1)
 
 
+@pytest.mark.long
 def test_generation_under_tensor_parallelism_is_that_of_one_device():
     (tokens, logits), (alone, expected) = written(4), written(1)
     np.testing.assert_array_equal(tokens, alone)

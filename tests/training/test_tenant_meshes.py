@@ -86,6 +86,7 @@ def test_updates_of_shared_matrices_are_those_of_one_device():
     assert_close(two_steps((2, 2, 2), LORA), two_steps((1, 1, 1), LORA))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
 def test_each_device_holds_its_own_tenants_alone_before_and_after_a_step(sizes):
     mesh, state, backbone = on_mesh(sizes)
@@ -153,6 +154,7 @@ SPREAD = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("tenants", "sizes", "used"), SPREAD)
 def test_tenants_that_the_devices_do_not_divide_are_spread_over_as_many_as_do(tenants, sizes, used):
     mesh = make_mesh(*sizes)

@@ -103,6 +103,7 @@ def test_groups_and_tags_score_as_lm_eval_scores_them(folder, engine, harness, t
     assert all(f" {task} acc |" in (tmp_path / "table.md").read_text() for task in found["results"])
 
 
+@pytest.mark.long
 def test_two_tasks_that_sample_after_the_same_prompts_get_their_own_answers(
     folder, engine, harness, tmp_path, few_files
 ):
