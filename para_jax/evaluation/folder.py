@@ -85,7 +85,7 @@ def evaluate_to_folder(
     named = file_names(all_names)
     files = {name: named[name] for name in (*([BASE] if base_here else []), *here)}
     content = backbone_content(model)
-    check_results(output, list(files.values()), content)
+    earlier = check_results(output, list(files.values()), content)
     parts = [(name, task) for name in (BASE, *everyone) for one in tasks for task in one.names]
     sample_files = names_of_samples(parts) if options.log_samples else {}
     begin_part(output / SHARD_FILE, output, part.shard if part else None)
@@ -108,7 +108,7 @@ def evaluate_to_folder(
                 set_aside(made, name, output, sample_files, found)
                 made |= run_record(answerer, tenant, about | {"adapter": sources.get(name)}, limits, begun)
                 found.records[name] = made
-        text = write_results(output, files, found, tasks, answerer, options, libraries)
+        text = write_results(output, files, earlier, found, tasks, answerer, options, libraries)
         if part is not None and began is not None:
             held = {"files": files, "samples": found.samples, "answers": len(answerer.asked)}
             if part.shard.index == 0:  # once is enough: the same for all shards
@@ -157,13 +157,23 @@ def set_aside(made: dict, name: str, output: Path, sample_files: Mapping[tuple[s
 def write_results(
     output: Path,
     files: Mapping[str, str],
+    earlier: Mapping[str, set[str]],
     found: Found,
     tasks: Sequence[TaskQuestions],
     answerer: Answerer,
     options: Options,
     libraries: dict,
 ) -> str:
-    """Writes each record and the tables. Returns the Markdown table."""
+    """Writes each record and the tables. Returns the Markdown table.
+
+    Args:
+        earlier: the tasks of the files that these replace.
+    """
+    replaced = {
+        task for name, made in found.records.items() for task in earlier.get(files[name], set()) - set(made["results"])
+    }
+    if replaced:
+        say(f"{output}: replaced its results of {', '.join(sorted(replaced))}; the answers are still in {ANSWERS_FILE}")
     for name, made in found.records.items():
         made |= work_of(answerer)  # of all passes
         atomic.write_text(output / files[name], json.dumps(made, indent=2, default=str) + "\n")

@@ -233,10 +233,12 @@ def names_of_samples(parts: Sequence[tuple[str, str]]) -> dict[tuple[str, str], 
     return {part: files[text] + "l" for part, text in texts.items()}
 
 
-def check_results(folder: Path, files: Sequence[str], content: str) -> None:
-    """Raises ValueError if one of these files holds another backbone's results, or something else, and for the folder
-    of a run or an adapter. A damaged file is named and may be written again, since all answers are in the journal."""
+def check_results(folder: Path, files: Sequence[str], content: str) -> dict[str, set[str]]:
+    """The tasks whose results these files hold, by file, if they exist. Raises ValueError if one holds another
+    backbone's results, or something else, and for the folder of a run or an adapter. A damaged file is named and may be
+    written again, since all answers are in the journal."""
     check_results_folder(folder)
+    tasks: dict[str, set[str]] = {}
     for name in files:
         file = folder / name
         if not file.exists():
@@ -259,6 +261,8 @@ def check_results(folder: Path, files: Sequence[str], content: str) -> None:
             raise foreign(file, data)
         if backbone != content:
             raise ValueError(f"--output {folder}: {name} holds results of another backbone; choose another --output")
+        tasks[name] = set(found["results"]) if isinstance(found.get("results"), dict) else set()
+    return tasks
 
 
 def foreign(file: Path, data: bytes) -> ValueError:
