@@ -231,6 +231,8 @@ def parse_hub_id(source: str | Path, accepted: str) -> tuple[str, str | None]:
             return match["repository"], match["revision"]
         advice = nearest(Path(text)) or f"; use {accepted}"
         raise ValueError(f"{text}: no such folder{advice} ({inside_folder(text)})")
+    if expanded(text).is_file():
+        raise ValueError(f"{source_name(source)} is a file; use {accepted}")
     if re.search(r"[/\\~]|\.gguf$", text):
         raise ValueError(f"{source_name(source)}: no such file or folder{nearest(expanded(text))}; use {accepted}")
     raise ValueError(f"{source_name(source)}: not a known name; use {accepted}")

@@ -13,18 +13,20 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from .adapters.adapter import Adapter, Adjustment, Factors, Shared, init, require_model_config
 from .adapters.methods import is_adapter_config, method_of
-from .adapters.rows import Adjustments, Rows, Stack, check_fits, gather, reach_of
+from .adapters.rows import Adjustments, Rows, Stack, check_fits, gather, reach_of, require_adapter
 from .adapters.scope import Reach
 from .backbone.cache import attend_cached, attend_prefix, padded, with_tokens
 from .backbone.layout import stack_trees, through_layers
-from .backbone.sequences import checked_next_tokens, checked_sequences
+from .backbone.sequences import are_integers, as_array, checked_next_tokens, checked_sequences
 from .backbone.transformer import Transformer
 from .config import SITES, ModelConfig
+from .config.bounds import PositiveInt, Seed, check_value
 from .residual import batched_adjust, residual_stream, rotary_tables_by_kind
 from .sharding import traced_on_its_mesh
 from .tail import PromptStates, Tokens, tail_start, tail_stream, tails_after
@@ -66,17 +68,24 @@ class AdaptedTransformer(nnx.Module):
         return forward(self.backbone, self.adapter, tokens, prompt_length)
 
 
-def init_adapter(adapter_config, model_config: ModelConfig, *, seed: int = 0) -> Adapter:
-    """A new adapter, which changes nothing until it is trained. Its arrays have a leading layer axis."""
+def init_adapter(adapter_config, model_config: ModelConfig, *, seed: int | Int[Array, ""] = 0) -> Adapter:
+    """A new adapter, which changes nothing until it is trained. Its arrays have a leading layer axis.
+
+    Raises ValueError for a seed that is not a whole number from 0 to 2**32 - 1 (an array is not checked).
+    """
     require_model_config(model_config)
+    if not isinstance(seed, jax.Array):  # nor a traced one
+        check_value("seed", seed, Seed)
+        seed = int(seed)
     return init(method_of(adapter_config).adapter, adapter_config, model_config, seed)
 
 
 def adapt(model: Transformer, adapter) -> AdaptedTransformer:
     """`model` with an adapter at every layer; an adapter config gives a new adapter."""
+    require_backbone(model)
     if is_adapter_config(adapter):
         adapter = init_adapter(adapter, model.config)
-    check_fits(adapter, model.config)
+    require_adapter("adapt", adapter, model.config)
     return AdaptedTransformer(model, adapter)
 
 
@@ -105,8 +114,8 @@ def forward(
         length: int or int32 [batch]: each row's tokens without padding; default T. Logits at padding are finite but
             mean nothing.
 
-    Raises ValueError for an adapter of another backbone, and unless 1 <= prompt_length <= length <= T (checked only if
-    they are concrete).
+    Raises ValueError for an adapter of another backbone, and unless 1 <= prompt_length <= length <= T and length is at
+    most the model's positions (checked only if they are concrete).
     """
     tokens, prompt_length, _ = checked(model, adapters, tokens, prompt_length, length)
     return _forward(model, adapters, tokens, prompt_length)
@@ -178,11 +187,21 @@ def right_pad(tokens, attention_mask) -> tuple[Int[Array, "batch T"], Int[Array,
 
     Args:
         tokens, attention_mask: [batch, T], padded on either side.
+
+    Raises ValueError for other shapes, and for ids on the host that are no int32.
     """
-    mask = jnp.asarray(attention_mask) != 0
+    tokens, mask = as_array(tokens), as_array(attention_mask, "attention_mask")
+    if tokens.ndim != 2 or mask.shape != tokens.shape or not are_integers(tokens):
+        raise ValueError(
+            f"tokens of shape {tokens.shape} and attention_mask of shape {mask.shape}: pass integers [batch, T] and a "
+            "mask of the same shape"
+        )
+    if isinstance(tokens, np.ndarray) and not (tokens == tokens.astype(np.int32)).all():
+        raise ValueError(f"token ids {tokens.min()} to {tokens.max()} are no int32; use the model's tokenizer")
+    mask = jnp.asarray(mask) != 0
     order = jnp.argsort(~mask, axis=1, stable=True)
-    kept = jnp.take_along_axis(jnp.where(mask, jnp.asarray(tokens), 0), order, axis=1)
-    return kept.astype(jnp.int32), mask.sum(axis=1).astype(jnp.int32)
+    kept = jnp.take_along_axis(jnp.where(mask, jnp.asarray(tokens, jnp.int32), 0), order, axis=1)
+    return kept, mask.sum(axis=1).astype(jnp.int32)
 
 
 # -------------------------------------------------------------------------------------------------------- step by step
@@ -207,6 +226,7 @@ def prefill(
 
     Raises ValueError as forward does, and if the tokens exceed max_length.
     """
+    check_value("max_length", max_length, PositiveInt)
     continues = length is not None
     length = length if continues else prompt_length
     tokens, prompt_length, length = checked(model, adapters, tokens, prompt_length, length)
@@ -419,7 +439,10 @@ def checked(model, adapters, tokens, prompt_length, length) -> tuple[jax.Array, 
     check_fits(adapters, model.config)
     if adapters is not None and prompt_length is None:
         raise ValueError("prompt_length is missing; adapters need it")
-    found = checked_sequences(tokens, prompt_length, length, model.config.vocab_size)
+    if adapters is None:
+        prompt_length = length
+    limits = {"vocab_size": model.config.vocab_size, "positions": model.config.max_positions}
+    found = checked_sequences(tokens, prompt_length, length, **limits)
     if isinstance(adapters, Rows) and adapters.batch != len(found[0]):
         raise ValueError(f"adapters: Rows of {adapters.batch} rows do not fit the {len(found[0])} rows of tokens")
     return found

@@ -40,12 +40,12 @@ def colours_of(count: int) -> list[str]:
     return [colors.to_hex(colormaps["turbo"](i / (count - 1))) for i in range(count)]
 
 
-def curves_plot(folders: Sequence[str | Path]) -> Figure:
+def curves_plot(folders: str | Path | Sequence[str | Path]) -> Figure:
     """The training loss, smoothed, and the validation loss and scores of one or more runs over the optimiser's steps,
     from their metrics.jsonl. A run of many tenants has a curve for each tenant; with more than MAX_CURVES, the median
     of all and their range. Where each run was scored once, the scores are bars. A sentence under the picture says how
     to read it."""
-    runs = read_runs(folders)
+    runs = read_runs([folders] if isinstance(folders, str | Path) else folders)
     whole = {name: next(iter(of_run.values())) for name, of_run in runs.items() if len(of_run) == 1}
     several = {name: list(of_run.values()) for name, of_run in runs.items() if len(of_run) > 1}
     every = [*whole.values(), *(rows for of_run in several.values() for rows in of_run)]
@@ -267,7 +267,14 @@ def factors_plot(
     Args:
         factors: a prompt's name to its factors l, {site: [layers, site width]}.
         notes: by site, a line under its name.
+
+    Raises ValueError for factors of another shape, such as `vectors` gives for a batch.
     """
+    for name, sites in factors.items():
+        for site, values in sites.items():
+            if np.ndim(values) != 2:
+                shape = np.shape(values)
+                raise ValueError(f"{name}: {site} of shape {shape}; give [layers, width], of a batch values[:, row]")
     maps = {name: {site: values - 1 for site, values in sites.items()} for name, sites in factors.items()}
     if len(maps) == 2:
         (a, first), (b, second) = maps.items()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from itertools import combinations
+from numbers import Integral
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -39,8 +40,9 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices=None) ->
     must_use_all = devices is None and jax.process_count() > 1
     devices = jax.devices() if devices is None else list(devices)
     asked = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    if list(asked.values()).count(-1) > 1 or any(size < -1 or size == 0 for size in asked.values()):
-        raise ValueError(f"mesh {asked}: use sizes of at least 1. One may be -1 (all remaining devices)")
+    whole = all(isinstance(size, Integral) for size in asked.values())
+    if not whole or list(asked.values()).count(-1) > 1 or any(size < -1 or size == 0 for size in asked.values()):
+        raise ValueError(f"mesh {asked}: use whole numbers of at least 1. One may be -1 (all remaining devices)")
     sizes = mesh_sizes(asked, len(devices), must_use_all)
     if sizes is None:
         raise ValueError(

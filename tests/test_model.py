@@ -388,6 +388,38 @@ def test_wrong_lengths_and_tokens_are_named():
             decode(model, state, wrong)
 
 
+def test_without_an_adapter_any_prompt_length_will_do():
+    model, tokens = backbone("llama"), prompts(backbone("llama"))
+    expected = forward(model, None, tokens, None)
+    for unused in (0, 13, [5, 5]):
+        np.testing.assert_array_equal(forward(model, None, tokens, unused), expected)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "mask", "named"),
+    [
+        ([[0, 1, 5], [1, 2, 3]], [[0, 1, 1]], r"tokens of shape \(2, 3\) and attention_mask of shape \(1, 3\)"),
+        ([[0, 1, 5]], [[0, 1, 1], [1, 1, 1]], r"attention_mask of shape \(2, 3\)"),
+        ([0, 1, 5], [0, 1, 1], r"tokens of shape \(3,\)"),
+        ([[0.0, 1.0]], [[0, 1]], "pass integers"),
+        ([[0, 1]], [[0, 1], [1]], "attention_mask: the rows have different lengths"),
+        ([[2**32 + 5, 7]], [[1, 1]], "token ids 7 to 4294967301 are no int32"),
+    ],
+)
+def test_what_can_not_be_padded_is_named(tokens, mask, named):
+    with pytest.raises(ValueError, match=named):
+        unwrap(right_pad)(tokens, mask)
+
+
+def test_seeds_of_an_adapter_are_whole_and_may_be_traced():
+    config = backbone("llama").config
+    for seed in (-1, 2**32, 2**40, "1", 1.0):
+        with pytest.raises(ValueError, match="seed"):
+            unwrap(init_adapter)(ParaConfig(r=4), config, seed=seed)
+    several = jax.vmap(lambda seed: init_adapter(ParaConfig(r=4), config, seed=seed).down[...])(jnp.arange(2))
+    np.testing.assert_array_equal(several[1], unwrap(init_adapter)(ParaConfig(r=4), config, seed=np.int64(1)).down[...])
+
+
 def test_an_adapter_of_another_backbone_is_refused():
     other = init_adapter(ParaConfig(), backbone("qwen3").config)
     with pytest.raises(ValueError, match="another backbone"):
@@ -416,5 +448,11 @@ def test_a_model_with_an_adapter_and_one_adapter_for_many_are_named():
     adapter = init_adapter(ParaConfig(r=4), model.config)
     with pytest.raises(ValueError, match="model.backbone"):
         unwrap(forward)(adapt(model, adapter), adapter, prompts(model), 5)
+    with pytest.raises(ValueError, match="model.backbone"):
+        unwrap(adapt)(adapt(model, adapter), adapter)
+    with pytest.raises(ValueError, match="adapt takes one adapter; got Rows"):
+        adapt(model, pick(stack_adapters([adapter]), [0]))
+    with pytest.raises(ValueError, match="max_length .* 20.0"):
+        unwrap(prefill)(model, adapter, prompts(model), 5, max_length=20.0)
     with pytest.raises(ValueError, match="multi_tenant_forward .*Para"):
         unwrap(multi_tenant_forward)(model, adapter, prompts(model), 5)

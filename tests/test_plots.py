@@ -94,7 +94,7 @@ def test_what_is_no_run_is_an_error(tmp_path):
         curves_plot([tmp_path])
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "test_before_loss": 1.0}\n')
     with pytest.raises(ValueError, match="no training step is there yet"):
-        curves_plot([tmp_path])
+        curves_plot(str(tmp_path))
 
 
 def test_bins_are_averages_of_sorted_units():
@@ -117,6 +117,11 @@ def test_two_prompts_and_their_difference_have_one_colour_scale_around_zero():
     np.testing.assert_allclose(images[0].get_array(), sorted_bins(a["q_proj"] - 1))
     np.testing.assert_allclose(images[-1].get_array(), sorted_bins(a["v_proj"] - b["v_proj"]))
     assert "Factors of x" in figure.get_suptitle() and figure.axes[4].get_ylabel().startswith("A − B")
+
+
+def test_factors_of_a_batch_are_refused_with_their_shape():
+    with pytest.raises(ValueError, match=r"p: q_proj of shape \(3, 1, 8\)"):
+        factors_plot({"p": {"q_proj": np.ones((3, 1, 8))}}, "t")
 
 
 def test_one_prompt_has_a_map_per_site_and_a_fresh_adapter_blank_maps():

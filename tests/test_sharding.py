@@ -70,6 +70,8 @@ def test_the_axes_are_left_to_the_compiler():
     ({"data": -1, "fsdp": -1}, "'fsdp': -1"),
     ({"data": 0}, "'data': 0"),
     ({"tensor": -2}, "'tensor': -2"),
+    ({"tensor": 1.0}, "'tensor': 1.0"),
+    ({"data": "1"}, "'data': '1'"),
 ])  # fmt: skip
 def test_sizes_that_do_not_fit_are_named_as_requested(asked, message):
     with pytest.raises(ValueError) as error:

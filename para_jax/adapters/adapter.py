@@ -201,7 +201,7 @@ def require_model_config(model: object) -> None:
         raise ValueError(f"{type(model).__name__} is not a ModelConfig; give the backbone's, model.config")
 
 
-def init(kind: type[Kind], config, model: ModelConfig, seed: int) -> Kind:
+def init(kind: type[Kind], config, model: ModelConfig, seed: int | Int[Array, ""]) -> Kind:
     """A fresh adapter of a method. The leading axis of its arrays is the layers that have weights."""
     layers = np.array(kind.layers(config, model.num_layers))
     keys = jax.random.split(jax.random.key(seed), model.num_layers)[layers]

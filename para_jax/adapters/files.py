@@ -78,7 +78,7 @@ def save_adapter(
     adapter: Adapter,
     folder: str | Path | BucketPath,
     *,
-    base_model: str | Path = "",
+    base_model: str | Path | None = None,
     model=None,
     card: str | Iterable[str] = (),
     example: str | list[dict] = "a prompt",
@@ -86,8 +86,8 @@ def save_adapter(
     """Writes an adapter folder. It replaces an older one as a whole, or leaves it untouched.
 
     Args:
-        base_model: where the backbone comes from, for the model card and adapter_config.json. The built-in name becomes
-            the hub id of that model.
+        base_model: where the backbone comes from, for the model card and adapter_config.json (None or "": not named).
+            The built-in name becomes the hub id of that model.
         model: the backbone itself. A folder in our own format keeps its fingerprint, so that loading the adapter on
             another backbone of the same shape gives a warning.
         card: further Markdown of the model card, a text or lines: data, scores, licences.
@@ -96,13 +96,14 @@ def save_adapter(
     Raises ValueError for a stack of adapters, for weights that are not finite and for a folder that holds other files,
     OSError where it can't be written (a full disk).
     """
-    base_model = hub_name(one_line(str(base_model)))
+    base_model, folder = hub_name(one_line(str(base_model or ""))), expanded(folder).resolve()
     if not isinstance(adapter, Adapter):
         raise ValueError(f"save_adapter takes one adapter; got {type(adapter).__name__}")
     require_one(adapter)
     method = method_of(adapter.config).form_of(adapter.config)
     card = [card] if isinstance(card, str) else card
     if model is not None:
+        require_backbone(model)
         check_fits(adapter, model.config)
     config = config_json(method, adapter, base_model, getattr(model, "fingerprint", None))
     tensors = {name: np.asarray(array, np.float32) for name, array in method.to_tensors(adapter).items()}
@@ -114,7 +115,13 @@ def save_adapter(
         WEIGHTS: safetensors_bytes(tensors),
         CARD: model_card(method, adapter.config, base_model, card, example).encode(),
     }
-    replace_folder(expanded(folder).resolve(), files)
+    replace_folder(folder, files)
+
+
+def require_backbone(model: object) -> None:
+    """Raises ValueError for what has no config of a backbone, such as that config itself."""
+    if not isinstance(getattr(model, "config", None), ModelConfig):
+        raise ValueError(f"model is a {type(model).__name__}; give the backbone that load_backbone returns")
 
 
 def hub_name(base_model: str) -> str:
@@ -187,6 +194,8 @@ def load_adapter(source: str | Path | BucketPath, model_config: ModelConfig, *, 
     Raises ValueError, naming the problem, for an adapter that is damaged, not supported or made for another backbone.
     """
     require_model_config(model_config)
+    if model is not None:
+        require_backbone(model)
     return of_folder(source, lambda folder: read_adapter(folder, source, model_config, model))
 
 

@@ -274,6 +274,13 @@ def reads_plain_prompt(adapters: Adapter | Rows | Adjustments) -> bool:
     return any(adapter.reads_prompt and scope_of(adapter.config)[0] == "response" for adapter in each)
 
 
+def require_adapter(name: str, adapter, model: ModelConfig) -> None:
+    """Raises ValueError for anything but one adapter of this backbone; `name` says who takes it."""
+    if not isinstance(adapter, Adapter):
+        raise ValueError(f"{name} takes one adapter; got {type(adapter).__name__}")
+    check_fits(adapter, model)
+
+
 def check_fits(adapters, model: ModelConfig) -> None:
     """Raises ValueError where adapters were made for a backbone of another shape."""
     if adapters is None or isinstance(adapters, Adjustments):

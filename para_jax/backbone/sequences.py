@@ -10,20 +10,25 @@ from jax.core import Tracer
 from ..config import shorten
 
 
-def checked_sequences(tokens, prompt_length, length, vocab_size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def checked_sequences(
+    tokens, prompt_length, length, *, vocab_size: int, positions: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(tokens [batch, T], prompt_length [batch], length [batch]), all int32.
 
-    Raises ValueError unless 1 <= prompt_length <= length <= T and every id is in the vocabulary. Values that are
-    traced, or in part on other hosts, cannot be checked.
+    Raises ValueError unless 1 <= prompt_length <= length <= T, length <= positions, and every id is in the vocabulary.
+    Values that are traced, or in part on other hosts, cannot be checked.
 
     Args:
         tokens: an array, or a list of lists.
         prompt_length, length: None means T.
+        positions: those of the model.
     """
     tokens = as_array(tokens)
     if tokens.ndim != 2 or not are_integers(tokens):
         raise ValueError(f"tokens of shape {tokens.shape}: pass integers [batch, length], padded on the right")
     batch, total = tokens.shape
+    if not batch:
+        raise ValueError(f"tokens of shape {tokens.shape}: pass at least one row")
     given = {"prompt_length": prompt_length, "length": length}
     lengths = {name: total if value is None else value for name, value in given.items()}
     for name, value in lengths.items():
@@ -35,6 +40,8 @@ def checked_sequences(tokens, prompt_length, length, vocab_size: int) -> tuple[j
         if (prompt < 1).any() or (prompt > row).any() or (row > total).any():
             named = ", ".join(f"{name} {np.asarray(value).tolist()}" for name, value in lengths.items())
             raise ValueError(f"{named}: need 1 <= prompt_length <= length <= {total}, the tokens per row")
+        if (row > positions).any():
+            raise ValueError(f"length {row.max()}: the model has {positions} positions; pass fewer tokens")
     if not isinstance(tokens, Tracer) and getattr(tokens, "is_fully_addressable", True):
         check_vocabulary(np.asarray(tokens), vocab_size)
     prompt_length, length = (jnp.broadcast_to(jnp.asarray(n, jnp.int32), (batch,)) for n in lengths.values())
@@ -66,11 +73,11 @@ def are_integers(values) -> bool:
     return np.issubdtype((values if isinstance(values, jax.Array) else np.asarray(values)).dtype, np.integer)
 
 
-def as_array(tokens) -> jax.Array | np.ndarray:
-    """The tokens as an array. Raises ValueError for rows of different lengths."""
-    if isinstance(tokens, jax.Array):
-        return tokens
+def as_array(rows, name: str = "tokens") -> jax.Array | np.ndarray:
+    """Tokens, or their mask, as an array. Raises ValueError for rows of different lengths."""
+    if isinstance(rows, jax.Array):
+        return rows
     try:
-        return np.asarray(tokens)
+        return np.asarray(rows)
     except ValueError:
-        raise ValueError("tokens: the rows have different lengths; pad them on the right to one length") from None
+        raise ValueError(f"{name}: the rows have different lengths; pad them on the right to one length") from None

@@ -1,6 +1,7 @@
 """Checks that configs and command lines share: `require`, values as an error shows them, and paths."""
 
 import difflib
+import os
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -62,9 +63,11 @@ MAX_PATH = 2000
 def expanded(path: str | Path | BucketPath) -> Any:
     """The path with ~ and ~user replaced; a BucketPath for gs://bucket/folder.
 
-    Raises ValueError for an unknown user, for another kind of address, and for a text that no file system accepts as a
-    path: longer than MAX_PATH characters, or with NUL or half a surrogate pair.
+    Raises ValueError for what is no path, for an unknown user, for another kind of address, and for a text that no file
+    system accepts as a path: longer than MAX_PATH characters, or with NUL or half a surrogate pair.
     """
+    if not isinstance(path, str | os.PathLike | BucketPath):
+        raise ValueError(f"a path must be a text or a Path; got {type(path).__name__}")
     text = str(path)
     if len(text) > MAX_PATH:
         raise ValueError(f"{shorten(text)} has {len(text)} characters; a path has at most {MAX_PATH}")

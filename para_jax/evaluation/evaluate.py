@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..adapters.rows import Stack, stack_adapters
+from ..adapters.rows import Stack, require_adapter, stack_adapters
 from ..config import shorten
 from ..config.bounds import PositiveInt, check_value
 from ..data.batches import epoch_bits, permutation
+from ..model import require_backbone
 from .answers import Answerer
 from .batch_adapters import StackBank
 from .questions import Answer
@@ -55,9 +56,12 @@ def evaluate(
             scored and written still follows its own. Prompts are permuted by `seed`; no example keeps its own.
         log_samples: also report each example's prompt, expected and given answer, and scores.
 
-    Raises ValueError for what is no EvalTask, for a limit below 1, for a task with one example if prompts are shuffled,
-    and for an example that the model has no tokens or too few positions for.
+    Raises ValueError for what is no EvalTask, for an adapter of another backbone, for a limit below 1, for a task with
+    one example if prompts are shuffled, and for an example that the model has no tokens or too few positions for.
     """
+    require_backbone(model)
+    if adapters is not None:
+        require_adapter("evaluate", adapters, model.config)
     check_value("limit", limit, PositiveInt | None)
     if wrong := [task for task in tasks if not isinstance(task, EvalTask)]:
         raise ValueError(

@@ -72,7 +72,7 @@ def generate(
         raise ValueError(f"prompts is a {type(prompts).__name__}; give a list of texts or of message lists")
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, stop)
     given, adapters = adapters, rows_of_tenants(adapters, tenants, len(prompts))
-    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    ids = encoded_prompts(tokenizer, prompts)
     for i, (config, row) in enumerate(zip(prompt_configs(given, tenants, len(prompts)), ids, strict=False)):
         require_invocation(config, row, f"prompt {i}")
     turns = [turn_stop_ids(tokenizer, prompt) for prompt in prompts]
@@ -180,6 +180,17 @@ def choose(logits, sampling: RowSampling | None, position):
 
 
 # -------------------------------------------------------------------------------------------------------------- checks
+
+
+def encoded_prompts(tokenizer, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """The ids of each prompt. An error names the prompt by its index."""
+    ids = []
+    for i, prompt in enumerate(prompts):
+        try:
+            ids.append(encode_prompt(tokenizer, prompt))
+        except ValueError as error:
+            raise ValueError(f"prompt {i}: {error}") from None
+    return ids
 
 
 def rows_of_tenants(adapters, tenants: Sequence[str | None] | None, prompts: int) -> Adapter | Rows | None:

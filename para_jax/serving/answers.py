@@ -76,6 +76,10 @@ class Answers:
         """The date that the chat template wrote in earlier runs; None if it wrote none."""
         return next((kept.date for kept in self.kept.values() if kept.date is not None), None)
 
+    def beyond(self, line: int) -> dict[tuple[int, int], Kept]:
+        """The answers of earlier runs, without errors, to lines after this one that were not asked again."""
+        return {place: kept for place, kept in self.kept.items() if place[0] > line and kept.error is None}
+
     def __enter__(self) -> Answers:
         return self
 

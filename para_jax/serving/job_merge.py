@@ -58,7 +58,7 @@ def copied(part: Part, copy: BinaryIO, days: dict[str, Place]) -> list[tuple[int
     Args:
         days: the dates that chat templates wrote so far, each with an output that has it; gets those of this shard.
     """
-    file, found, rows = part.output, [], {}
+    file, found, rows, spare = part.output, [], {}, 0
     lines = part.settings["input"]["lines"]
     if part.content["answers"] == 0 and not file.exists():  # a job leaves no empty file
         return []
@@ -68,6 +68,9 @@ def copied(part: Part, copy: BinaryIO, days: dict[str, Place]) -> list[tuple[int
                 if text is not None and not text.endswith(b"\n"):
                     raise ValueError("was cut off; run the shard's command again")
                 (line, index), kept = answer_of(text, row)
+                if line > lines and part.content.get("spare"):  # answers to lines that a longer input had
+                    spare += 1
+                    continue
                 if line > lines or not part.shard.has_line(line):
                     raise ValueError(f"answers line {line} of the input, which shard {part.shard} does not have")
                 if (line, index) in rows:
@@ -84,7 +87,7 @@ def copied(part: Part, copy: BinaryIO, days: dict[str, Place]) -> list[tuple[int
             found.append((line, index, copy.tell(), len(text or b""), kept.error is not None))
             copy.write(text or b"")
     expected = part.content["answers"]
-    if len(found) != expected:
+    if len(found) != expected or spare != part.content.get("spare", 0):
         raise ValueError(
             f"{file} has {len(found)} answers, but shard {part.shard} asks for {expected}; run its command again"
         )

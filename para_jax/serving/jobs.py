@@ -106,10 +106,11 @@ def answer_others(
     with source.open("rb") as stream:
         seen = InputSeen(stream)
         left = unanswered(seen, source, answers, defaults, by, shard)
-        errors = answer_left(engine, source, answers, left, total, shard, day)
+        errors = answer_left(engine, source, answers, left, total, seen, shard, day)
     if part is not None:
-        found = {"lines": seen.lines, "sha256": seen.sha256.hexdigest()}
-        ended = part._replace(settings=part.settings | {"input": found}, ended=True, content={"answers": seen.samples})
+        found, spare = {"lines": seen.lines, "sha256": seen.sha256.hexdigest()}, len(answers.beyond(seen.lines))
+        content = {"answers": seen.samples, **({"spare": spare} if spare else {})}
+        ended = part._replace(settings=part.settings | {"input": found}, ended=True, content=content)
         write_part(job_shard_file(answers.file), ended)
     return errors
 
@@ -120,6 +121,7 @@ def answer_left(
     answers: Answers,
     left: Iterator[tuple[LineSample, Kept | None]],
     total: int | None,
+    seen: InputSeen,
     shard: Shard | None,
     day: str | None = None,
 ) -> Counter[str]:
@@ -127,7 +129,9 @@ def answer_left(
 
     Args:
         total: lines of the input; None: unknown.
-        shard: the shard that the answers are of; its file keeps no answer that no line asks for, which `merge` refuses.
+        seen: counts the lines of the input as they are read.
+        shard: the shard that the answers are of. Its file keeps no answer to a line that no longer asks for it, since
+            `merge` can't tell which these are, but those beyond the input's end: the input may have been cut off.
         day: that the chat template writes; None if it writes none.
     """
     waiting: dict[tuple[int, int], tuple[LineSample, Kept | None]] = {}
@@ -153,11 +157,10 @@ def answer_left(
             engine.cancel(id)
         while engine.open:
             engine.step()
-    left_over = answers.kept.values()
-    answers.stale |= {kept.row for kept in left_over if kept.error is not None or shard is not None}
-    spare = sum(kept.error is None for kept in left_over)
-    if spare and shard is None:
-        say(f"{answers.file}: keeps {spare} answers that no line of {source} asks for")
+    spare = answers.beyond(0 if shard is None else seen.lines)
+    answers.stale |= {kept.row for place, kept in answers.kept.items() if place not in spare}
+    if spare:
+        say(f"{answers.file}: keeps {len(spare)} answers that no line of {source} asks for")
     answers.finish()
     if first is not None:
         say(f"the first error, line {first[0]} of {source}: {printable(first[1])}")

@@ -5,6 +5,7 @@ import os
 import pickle
 import resource
 import shutil
+from inspect import unwrap
 from itertools import product
 
 import jax
@@ -32,6 +33,7 @@ from para_jax.adapters.files import load_adapter, read_adapter_config, save_adap
 from para_jax.adapters.folder import mend_folder
 from para_jax.adapters.preview import previews
 from para_jax.config import allowed_values
+from para_jax.hub import backbone_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DEEP, TWICE = b'{"peft_type": ' + b"[" * 900 + b"]" * 900 + b"}", b'{"peft_type": "PARA", "r": 4, "r": 4}'
@@ -372,6 +374,28 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, bad):
 
 
 # ---------------------------------------------------------------------------------------------------- another backbone
+
+
+def test_without_a_base_model_none_is_named(tmp_path):
+    for i, given in enumerate(({}, {"base_model": ""}, {"base_model": None})):
+        save_adapter(trained(), tmp_path / str(i), **given)
+        files = {file.name: file.read_bytes() for file in (tmp_path / str(i)).iterdir()}
+        assert files == {file.name: file.read_bytes() for file in (tmp_path / "0").iterdir()}
+        assert backbone_of(tmp_path / str(i)) == ""
+
+
+def test_what_is_no_path_or_no_backbone_is_named(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = backbone("llama").config
+    with pytest.raises(ValueError, match="path.*NoneType"):
+        unwrap(save_adapter)(trained(), None)
+    with pytest.raises(ValueError, match="adapter_config.json is a file; use an adapter folder"):
+        load(folder / CONFIG)
+    with pytest.raises(ValueError, match="model is a ModelConfig"):
+        save_adapter(trained(), tmp_path / "other", model=config)
+    with pytest.raises(ValueError, match="model is a ModelConfig"):
+        load(folder, model=config)
+    assert [file.name for file in tmp_path.iterdir()] == ["adapter"]
 
 
 def test_an_adapter_for_another_backbone_is_refused_with_the_difference(folder):

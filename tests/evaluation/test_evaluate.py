@@ -14,6 +14,7 @@ from para_jax import (
     Ia3Config,
     LoraConfig,
     ParaConfig,
+    adapt,
     evaluate,
     forward,
     generate,
@@ -220,6 +221,16 @@ def test_a_task_reports_several_metrics_of_the_same_answers(records):
 def test_accuracy_without_choices_is_refused(records):
     with pytest.raises(ValueError, match=r"^t: choices \(\)"):
         scored(EvalTask("t", records, "accuracy", batch_size=BATCH))
+
+
+def test_what_is_no_adapter_of_the_backbone_is_refused(records):
+    one, own = EvalTask("t", records[:1], "loss"), adapter()
+    theirs = init_adapter(ParaConfig(r=4), load_backbone(FIXTURES / "qwen2").config)
+    for made, named in ((theirs, "another backbone"), (stack_adapters([own]), "Stack"), ([own], "list")):
+        with pytest.raises(ValueError, match=named):
+            evaluate(model(), made, [one], tokenizer=tokenizer())
+    with pytest.raises(ValueError, match="model.backbone"):
+        evaluate(adapt(model(), own), None, [one], tokenizer=tokenizer())
 
 
 def test_an_example_without_room_or_with_an_unknown_token_is_named(records):

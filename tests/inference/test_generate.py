@@ -273,7 +273,9 @@ def test_messages_go_through_the_chat_template(model, tokenizer):
     [
         ({"prompts": []}, "prompts.*empty"),
         ({"prompts": "w7"}, "prompts is a str"),
-        ({"prompts": ["w7", " "]}, "prompt is missing or empty"),
+        ({"prompts": ["w7", " "]}, "prompt 1: prompt is missing or empty"),
+        ({"prompts": ["w7", None]}, "prompt 1: prompt is missing or empty"),
+        ({"prompts": [{"role": "user", "content": "w7"}]}, "prompt 0: .* not dict"),
         ({"tenants": ["a"]}, r"tenants is \['a'\].*AdapterBank"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"max_new_tokens": 511}, r"prompt 1: 2 tokens and max_new_tokens 511 are more than the model's 512 positions"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -133,6 +134,31 @@ def test_after_a_change_of_the_input_the_shards_are_answered_again_and_join(engi
         merge_jobs(outputs, tmp_path / f"{count}.jsonl")
     run_job(engine, source, tmp_path / "whole.jsonl", Request(""))
     assert (tmp_path / "4.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_an_input_that_ends_early_costs_no_answer(engine, folder, whole, tmp_path, capsys):
+    outputs, source = shards_of(engine, folder, tmp_path, 2), tmp_path / "in.jsonl"
+    kept = [output.read_bytes() for output in outputs]
+    source.write_text("".join((folder / "in.jsonl").read_text().splitlines(keepends=True)[:3]))
+    for index, output in enumerate(outputs):
+        run_job(engine, source, output, Request(""), shard=Shard(index, 2))
+    assert capsys.readouterr().err.count("answers that no line of") == 2
+    merge_jobs(outputs, tmp_path / "short.jsonl")
+    assert (tmp_path / "short.jsonl").read_bytes().splitlines() == [
+        row for row in whole.splitlines() if json.loads(row)["line"] <= 3
+    ]
+    part = job_shard_file(outputs[0])
+    written = part.read_text()
+    part.write_text(re.sub('"spare": [0-9]+', '"spare": 1', written))
+    with pytest.raises(ValueError, match="0.jsonl has .* answers, but shard 0/2"):
+        merge_jobs(outputs, tmp_path / "merged.jsonl")
+    for index, output in enumerate(outputs):
+        run_job(engine, folder / "in.jsonl", output, Request(""), shard=Shard(index, 2))
+    assert {line for output in outputs for line in output.read_bytes().splitlines()} == {
+        line for data in kept for line in data.splitlines()
+    }
+    merge_jobs(outputs, tmp_path / "merged.jsonl")
+    assert (tmp_path / "merged.jsonl").read_bytes() == whole
 
 
 def test_a_shard_of_other_settings_is_refused_by_name(engine, folder, outputs, tmp_path):
