@@ -16,6 +16,7 @@ from ..config import RunConfig
 from ..messages import warn
 from ..storage.bucket import Place
 from ..training.metrics_file import is_log, read_metrics
+from ..training.scores_file import Records
 
 #: The number of steps after which a run is first looked at. It is looked at again whenever that number has doubled.
 FIRST_LOOK = 10
@@ -28,6 +29,8 @@ RISE, ERRORS = 0.05, 3.0
 TIMES_START, TIMES_LIMIT = 30.0, 10.0
 #: The share by which a loss on held-out data is above the base model's before that is said.
 ABOVE_BASE = 0.02
+#: The scores on validation data, as records and `Seen.scores` name them.
+VALIDATION = ("validation_base", "validation")
 
 
 class Seen(NamedTuple):
@@ -76,6 +79,15 @@ class Health:
         if is_log(log):
             for row in read_metrics(log):
                 take(self.seen[tenant], int(row["step"]), row)
+
+    def compare_with(self, tenant: int, records: Records) -> None:
+        """Replaces the validation losses of a log, where they are of other data than those of a run's records."""
+        logged = self.seen[tenant].scores
+        losses = {what: records[what]["values"]["loss"] for what in VALIDATION if what in records}
+        if losses.get("validation_base") != logged.get("validation_base"):
+            for what in VALIDATION:
+                logged.pop(what, None)
+            logged |= losses
 
 
 def logged_warning(config: RunConfig, log: Place) -> str | None:

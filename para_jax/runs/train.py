@@ -410,6 +410,9 @@ def fit(
                 standing = scoring.without_removed(standing, changed)
                 standing = scoring.with_kept_best(state, standing) if restored else standing
                 standing = scoring.rescored(state, standing, scoring.with_changed(standing, "validation", changed))
+                if restored and standing.scores is not None:  # an earlier version had none
+                    for i in range(len(tenants)):
+                        health.compare_with(i, standing.records(i))
                 if not all(standing.over):
                     with stop.interrupting():
                         loop = loop._replace(prompts=prompts())

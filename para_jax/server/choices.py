@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..inference.answer_text import AnswerText, text_of, word_tokens
+from ..inference.answer_text import AnswerText, special_ids, text_of, word_tokens
 from ..inference.logprobs import TokenLogprob
 from ..serving.engine import Engine
 from ..serving.request import Piece
@@ -44,7 +44,9 @@ class Choice:
         self._asked, self._number, self._stream, self._engine = asked, number, stream, engine
         self._text, self._ids, self._logprobs = "", [], []
         self._begun = False
-        self._offsets = Offsets(engine.tokenizer, () if asked.echo else word_tokens(engine.tokenizer))
+        prompt = asked.prompts[number] if asked.echo else None
+        after = () if asked.echo else word_tokens(engine.tokenizer)
+        self._offsets = Offsets(engine.tokenizer, after, prompt if isinstance(prompt, str) else "")
 
     def put(self, piece: Piece) -> None:
         """Adds the next piece of its sample."""
@@ -77,17 +79,23 @@ class Choice:
 class Offsets:
     """Where tokens begin in a text, one after the other."""
 
-    def __init__(self, tokenizer, after: tuple[int, ...]):
+    def __init__(self, tokenizer, after: tuple[int, ...], prompt: str = ""):
         """
         Args:
             after: tokens that the text follows.
+            prompt: what the text begins with, as it was given. It may have special tokens by their names, where an
+                answer has no text for them.
         """
         self._text, self._at = AnswerText(tokenizer, strip=False, after=after), 0
+        self._tokenizer, self._prompt = tokenizer, prompt
 
     def next(self, token: int) -> int:
         start = self._at
         self._text.add(token)
         self._at += len(self._text.pieces[-1])
+        if start < len(self._prompt) and token in special_ids(self._tokenizer, len(self._tokenizer)):
+            name = self._tokenizer.convert_ids_to_tokens(token)
+            self._at += len(name) if self._prompt.startswith(name, start) else 0
         return start
 
 

@@ -45,7 +45,6 @@ INERT_CHAT: dict[str, tuple[tuple, str]] = INERT | {
     "audio": ((), NOT_COMPUTED),
     "prediction": ((), NOT_COMPUTED),
     "moderation": ((), NOT_COMPUTED),
-    "reasoning_effort": (("none",), NOT_COMPUTED),
     "verbosity": ((), NOT_COMPUTED),
     "web_search_options": ((), NOT_COMPUTED),
     "service_tier": (("auto", "default"), "there is one tier; leave it out"),
@@ -66,7 +65,8 @@ COMPUTED = (
     "cache_salt", "stream", "stream_options", "logprobs", "timeout", *LABELS,
 )  # fmt: skip
 CHAT_FIELDS = (
-    *COMPUTED, "messages", "max_completion_tokens", "top_logprobs", "metadata", "chat_template_kwargs", *INERT_CHAT,
+    *COMPUTED, "messages", "max_completion_tokens", "top_logprobs", "metadata", "chat_template_kwargs",
+    "reasoning_effort", *INERT_CHAT,
 )  # fmt: skip
 TEXT_FIELDS = (*COMPUTED, "prompt", "echo", "best_of", "context_length", *INERT_TEXT)
 
@@ -128,6 +128,11 @@ def read_chat(found: dict) -> Asked:
         variables = template_variables("chat_template_kwargs", fields.take("chat_template_kwargs"))
     except ValueError as error:
         raise wrong_field("chat_template_kwargs", str(error)) from None
+    effort = fields.take("reasoning_effort")
+    if effort == "none":
+        variables = {"enable_thinking": False, **variables}
+    elif effort is not None:
+        fields.refuse("reasoning_effort", effort, 'only "none" is supported; leave it out')
     return read_rest(fields, INERT_CHAT, CHAT_FIELDS, {
         "variables": variables,
         "prompts": [messages],

@@ -13,7 +13,7 @@ from para_jax.cli import main
 from para_jax.config import load_config, save_config
 from para_jax.inspect import folder_report
 from para_jax.runs import loop
-from para_jax.runs.health import Health, above_base, exploded_norms, risen_loss
+from para_jax.runs.health import Health, above_base, exploded_norms, risen_loss, take
 from para_jax.training.stop import Stopped, StopSignal
 from para_jax.training.tenants_file import read_entries
 
@@ -77,6 +77,25 @@ def watched(monkeypatch, rows, name="qtype"):
     for step, values in rows:
         health.watch(0, step, values)
     return health, said
+
+
+@pytest.mark.parametrize(
+    ("logged", "base", "best", "said"),
+    [
+        ((6.8, 6.2), 5.0, 6.1, "6.1 is above the base model's 5"),
+        ((2.0, 2.2), 5.0, 4.0, None),
+        ((6.8, 7.2), 6.8, 7.3, "7.2 is above the base model's 6.8"),  # the same data, whose lowest loss the log has
+        ((2.0, 2.2), None, None, None),  # it was removed
+    ],
+)
+def test_after_other_validation_data_the_losses_on_it_count(logged, base, best, said):
+    health = Health([""], [run_config(Path("nowhere"))])
+    for step, loss in zip((0, 6), logged, strict=True):
+        take(health.seen[0], step, {"validation_loss": loss})
+    given = {"validation_base": base, "validation": best}
+    health.compare_with(0, {what: {"values": {"loss": loss}} for what, loss in given.items() if loss})
+    found = health.warning(0)
+    assert (said in found) if said else found is None
 
 
 def test_a_warning_is_said_once_as_soon_as_it_is_seen(monkeypatch):

@@ -59,6 +59,7 @@ from para_jax.roofline import matrix_weights
 from para_jax.runs import loop
 from para_jax.runs import train as runs
 from para_jax.runs.folder import claim_folder
+from para_jax.runs.health import Health
 from para_jax.runs.loop import places
 from para_jax.runs.scoring import Scoring
 from para_jax.runs.tenants import read_inputs, require_validation, steps_of
@@ -776,8 +777,12 @@ def test_new_validation_data_let_a_run_go_on_that_patience_ended(folder, tmp_pat
 
 
 @pytest.mark.long
-def test_validation_data_that_is_added_and_removed_scores_the_adapter_that_is_there(folder, tmp_path, capsys):
-    """Old scores are not shown as those of later adapters."""
+def test_validation_data_that_is_added_and_removed_scores_the_adapter_that_is_there(
+    folder, tmp_path, capsys, monkeypatch
+):
+    """Old scores are not shown as those of later adapters, nor do warnings compare with them."""
+    compared = []
+    monkeypatch.setattr(Health, "compare_with", lambda self, tenant, records: compared.append(set(records)))
     shutil.copytree(folder / "data", tmp_path / "data")
     held = {split: (tmp_path / "data" / f"{split}.jsonl").read_text() for split in ("validation", "test")}
     for split in held:
@@ -790,11 +795,12 @@ def test_validation_data_that_is_added_and_removed_scores_the_adapter_that_is_th
     scored = train(run_config(folder, *own))
     assert set(scored.scores) == {"validation_base", "validation", "test_base", "test"}
     assert (scored.best_step, scored.step) == (6, 6) and scored.best_score is not None
+    assert {"validation_base", "validation"} <= compared.pop()
     assert train(run_config(folder, *own)).scores == scored.scores
     for split in held:
         (tmp_path / "data" / f"{split}.jsonl").unlink()
     longer = train(run_config(folder, *own, "train.max_steps=7"))
-    assert (longer.scores, longer.best_score, longer.best_step) == ({}, None, 7)
+    assert (longer.scores, longer.best_score, longer.best_step) == ({}, None, 7) and compared.pop() == set()
 
 
 def test_an_evaluation_that_a_stop_interrupted_is_saved_once_it_is_done(config, monkeypatch):

@@ -16,10 +16,10 @@ from para_jax.serving.request import Piece
 PROMPT = "where is my"
 
 
-def parts_of(tokenizer, ids, size, **fields):
+def parts_of(tokenizer, ids, size, prompt=PROMPT, **fields):
     """What a choice gives of an answer that comes `size` tokens at a time."""
-    asked = read_completion({"model": "A", "prompt": PROMPT, **fields})
-    before = tokenizer(PROMPT)["input_ids"]
+    asked = read_completion({"model": "A", "prompt": prompt, **fields})
+    before = tokenizer(prompt)["input_ids"]
     scores = [None, *(TokenLogprob(id, -1.0, []) for id in before[1:])]
     stream = SimpleNamespace(prompt_ids=before, prompt_logprobs=scores)
     engine = SimpleNamespace(tokenizer=tokenizer, stop_ids=())
@@ -62,3 +62,17 @@ def test_a_prompt_and_its_answer_are_the_text_of_all_tokens(name, size):
                     known = texts.key(id) == texts.text(id) and id not in tokenizer.all_special_ids
                     if known and place and not is_byte(tokenizer, last):  # the place of a run of bytes is its beginning
                         assert text[place:].startswith(texts.text(id))
+
+
+@pytest.mark.parametrize("before", ["", "A "])
+def test_special_tokens_of_an_echoed_prompt_have_their_places(before):
+    tokenizer = tiny_tokenizers.plain()
+    start, end = "<|im_start|>", "<|im_end|>"
+    prompt = f"{before}{start}user\nwhere{end}\n{start}assistant\n"
+    ids = [*encode_continuation(tokenizer, " no"), tokenizer.convert_tokens_to_ids(end)]
+    (part,) = parts_of(tokenizer, ids, 100, prompt, echo=True, logprobs=0)
+    assert part.text == prompt + " no" and start in tokenizer.convert_ids_to_tokens(part.ids)
+    for id, place in zip(part.ids[:-1], part.offsets, strict=False):
+        name = tokenizer.convert_ids_to_tokens(id)
+        assert part.text[place:].startswith(name if name in (start, end) else tokenizer.decode([id]))
+    assert part.offsets[-1] == len(part.text)

@@ -60,6 +60,15 @@ def test_variables_of_the_template_are_a_chats():
     assert refusal(read_completion, TEXT | {"chat_template_kwargs": given}).param == "chat_template_kwargs"
 
 
+def test_no_reasoning_effort_turns_thinking_off():
+    effort = CHAT | {"reasoning_effort": "none"}
+    assert read_chat(effort).variables == {"enable_thinking": False}
+    assert read_chat(effort | {"chat_template_kwargs": {"enable_thinking": True}}).variables["enable_thinking"] is True
+    assert read_chat(CHAT | {"reasoning_effort": None}).variables == {}
+    for wrong in ("low", 0, {}):
+        assert refusal(read_chat, CHAT | {"reasoning_effort": wrong}).param == "reasoning_effort"
+
+
 def test_a_prompt_is_a_text_or_ids_or_a_list_of_either():
     for prompt, prompts in [
         ("a b", ["a b"]),
