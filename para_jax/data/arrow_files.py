@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from ..config import printable, shorten
 from ..storage.bucket import BucketPath, Place
@@ -23,6 +25,8 @@ READ_AT_ONCE = 1000  # rows
 MEDIA = re.compile(r"(large_)?list<\w+: struct<bytes: (large_)?binary, path: (large_)?string>>")
 #: The type of a column of JSON texts. Hugging Face datasets stores values of mixed types so.
 JSON = "extension<arrow.json>"
+#: The types of float32 columns, as Arrow, datasets, and pandas and polars write them.
+FLOAT32 = re.compile(r"float|value\('float32'\)|float32")
 
 
 def parquet_rows(path: Place) -> Iterator[tuple[str, dict]]:
@@ -172,6 +176,7 @@ def rows_of(label: str, batches: Iterable[Any]) -> Iterator[tuple[str, dict]]:
     index = 0
     for batch in batches:
         in_json = {field.name: field.type for field in batch.schema if JSON in str(field.type)}
+        short = float32_columns({field.name: field.type for field in batch.schema})
         try:
             rows = batch.to_pylist()
         except (ValueError, OverflowError, RecursionError, LookupError) as error:  # an unknown year or time zone
@@ -182,14 +187,19 @@ def rows_of(label: str, batches: Iterable[Any]) -> Iterator[tuple[str, dict]]:
                 row |= {name: from_json(name, row[name], kind) for name, kind in in_json.items()}
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{place}: {printable(str(error), 200)}") from None
-            yield place, {name: plain(value) for name, value in as_written(row, in_json).items()}
+            yield place, {name: plain(value) for name, value in as_written(row, in_json, short).items()}
             index += 1
 
 
-def as_written(row: dict[str, Any], in_json: Collection[str]) -> dict[str, Any]:
+def as_written(row: dict[str, Any], in_json: Collection[str], short: Collection[str] = ()) -> dict[str, Any]:
     """The row without nulls. Arrow gives every row all columns, and every struct the fields of all structs of its
-    column, so a null says that the row has no such field. In a column of JSON, a null inside was written as one."""
+    column, so a null says that the row has no such field. In a column of JSON, a null inside was written as one.
+
+    Args:
+        short: columns of float32, whose numbers are as they were written: 0.1 and not 0.10000000149011612.
+    """
     there = {name: value for name, value in row.items() if value is not None}
+    there |= {name: np.float32(there[name]) for name in short if isinstance(there.get(name), float)}
     return {name: value if name in in_json else without_nulls(value) for name, value in there.items()}
 
 
@@ -198,6 +208,11 @@ def without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: without_nulls(part) for name, part in value.items() if part is not None}
     return [without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
+def float32_columns(types: Mapping[str, Any]) -> set[str]:
+    """The columns of type float32, of Arrow, datasets, pandas or polars."""
+    return {str(name) for name, kind in types.items() if FLOAT32.fullmatch(str(kind).lower())}
 
 
 def json_columns(dataset: Any) -> set[str]:

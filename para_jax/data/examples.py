@@ -7,6 +7,7 @@ produce every token from the first completion id on, including the end of sequen
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -210,6 +211,10 @@ def checked_messages(name: str, value: object) -> list[dict]:
 
 
 def checked_message(name: str, message: Any) -> dict:
+    if isinstance(message, dict):  # a template may ask whether there are calls, not how many
+        message = {key: value for key, value in message.items() if key not in CALLS or value}
+        if calls := message.get("tool_calls"):
+            message["tool_calls"] = list(map(with_parsed_arguments, calls)) if isinstance(calls, list) else calls
     found = message
     content = message.get("content") if isinstance(message, dict) else ""
     if content is None and any(message.get(key) for key in CALLS):
@@ -220,6 +225,19 @@ def checked_message(name: str, message: Any) -> dict:
         raise ValueError(f'{name}: {shorten(message)} is not a message; write {{"role": text, "content": text}}')
     warn_of_role(found["role"])
     return found
+
+
+def with_parsed_arguments(call: Any) -> Any:
+    """A call whose arguments are an object. OpenAI writes them as JSON text, which most templates would encode
+    again."""
+    function = call.get("function") if isinstance(call, dict) else None
+    arguments = function.get("arguments") if isinstance(function, dict) else None
+    if not isinstance(arguments, str):
+        return call
+    with suppress(ValueError, RecursionError):
+        if isinstance(parsed := json.loads(arguments), dict):
+            return call | {"function": function | {"arguments": parsed}}
+    return call
 
 
 def is_text_part(part: object) -> bool:

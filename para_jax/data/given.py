@@ -15,6 +15,7 @@ from ..messages import warn
 from ..untrusted import safe_names
 from .arrow_files import (
     as_written,
+    float32_columns,
     hides_labels,
     json_columns,
     require_distinct,
@@ -44,12 +45,14 @@ class GivenSplit(NamedTuple):
 
     def rows(self) -> Iterator[tuple[str, dict]]:
         """Each row's place, 'data["train"] row 7' (counted from 0), and its columns. NaN and None are missing."""
-        in_json = json_columns(self.given) if hasattr(self.given, "with_format") else None  # a datasets.Dataset
+        dataset: Any = self.given if hasattr(self.given, "with_format") else None  # of the library datasets
+        in_json = None if dataset is None else json_columns(dataset)
+        short = set() if dataset is None else float32_columns(dataset.features or {})
         for index, row in enumerate(self.given):
             place = f"{self.label} row {index}"
             if not isinstance(row, Mapping):
                 raise ValueError(f'{place} is a {type(row).__name__}; write a dict, such as {{"prompt": ..., ...}}')
-            found = row if in_json is None else as_written(dict(row), in_json)
+            found = row if in_json is None else as_written(dict(row), in_json, short)
             values = {str(name): plain(value) for name, value in found.items()}
             yield place, {name: value for name, value in values.items() if not is_missing(value)}
 
@@ -135,7 +138,9 @@ def sequence_of(label: str, data: Any) -> Sequence[Any]:
     for method, arguments in (("to_dicts", ()), ("to_dict", ("records",))):
         if hasattr(data, method) and hasattr(data, "columns"):
             require_distinct(label, list(data.columns))
-            return getattr(data, method)(*arguments)
+            short = float32_columns(dict(data.schema if method == "to_dicts" else data.dtypes))
+            rows = getattr(data, method)(*arguments)
+            return [as_written({str(name): plain(value) for name, value in row.items()}, (), short) for row in rows]
     if hasattr(data, "with_format") and hasattr(data, "__len__"):  # without the arrays of another library
         return without_media(data).with_format(None)
     if isinstance(data, list | tuple):

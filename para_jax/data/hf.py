@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from ..config import expanded, nearest, printable, shorten
 from ..hub import HUB_ID, inside_folder, is_inside_folder
-from .arrow_files import as_written, hides_labels, json_columns, without_media
+from .arrow_files import as_written, float32_columns, hides_labels, json_columns, without_media
 from .tfds import plain
 
 SCHEME = "hf:"
@@ -38,11 +38,11 @@ class HfSplit(NamedTuple):
 
     def rows(self) -> Iterator[tuple[str, dict]]:
         """Each row's place, "hf:NAME:CONFIG:SPLIT[index]", and its columns. A null counts as a missing column."""
-        index, in_json = 0, json_columns(self.dataset)
+        index, in_json, short = 0, json_columns(self.dataset), float32_columns(self.dataset.features or {})
         for columns in without_media(self.dataset).iter(batch_size=READ_AT_ONCE):
             for values in zip(*columns.values(), strict=True):
                 place = f"{self.label}[{index}]"
-                row = as_written(dict(zip(columns, values, strict=True)), in_json)
+                row = as_written(dict(zip(columns, values, strict=True)), in_json, short)
                 yield place, {name: plain(value) for name, value in row.items()}
                 index += 1
 

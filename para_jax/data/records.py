@@ -3,9 +3,12 @@ skipped."""
 
 from __future__ import annotations
 
+import re
 import string
 import sys
 from collections.abc import Iterator, Sequence
+from datetime import date, datetime
+from decimal import Decimal
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +44,8 @@ SHAREGPT = (
 
 #: A run reads its data several times.
 warn_once = cache(warn)
+#: How a chat begins that was written as text, as pandas' to_csv does.
+MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"]role['"]\s*:\s*['"](system|developer|user|assistant)['"]""")
 
 
 class Record(NamedTuple):
@@ -286,6 +291,11 @@ def column(row: dict, name: str) -> Prompt:
     if isinstance(value, int | float) and not is_nan(value):
         kind = type(value).__name__
         raise ValueError(f"{name} must be text or messages, not {kind}; 'data.{name}={{{name}}}' writes it as text")
+    if isinstance(value, str) and MESSAGES.match(value):
+        raise ValueError(
+            f"{name} holds messages as a text: {shorten(value)}\nwrite them as lists into a .jsonl file; "
+            f"'data.{name}={{{name}}}' takes the text as it is"
+        )
     return value if isinstance(value, str) else checked_messages(name, value)
 
 
@@ -307,6 +317,8 @@ def fill(template: str, row: dict) -> str:
         parts.append(literal)
         if name is not None:
             value = field(row, name)
+            if isinstance(value, Decimal | date) and not isinstance(value, datetime):
+                value = str(value)  # a date as in 2026-07-25
             if not isinstance(value, str | int | float):
                 raise ValueError(f"{name} is a {type(value).__name__}; a template takes text and numbers")
             if is_nan(value):
@@ -329,6 +341,11 @@ def require_braces(name: str, template: str, row: dict) -> None:
     """Raises ValueError for a template without columns that was to have one: a column's name without braces or, as in
     other libraries, with two pairs of them; and null. Every row would have this text."""
     parts = template_fields(f"data.{name}", template)
+    if "\\n" in template:
+        warn_once(
+            f"data.{name} is {shorten(template)}: it has a backslash and an n where you may mean a new line; in YAML, "
+            "write the template in double quotes"
+        )
     text = "".join(literal for literal, _ in parts).strip()
     if not text or any(column is not None for _, column in parts):
         return

@@ -16,7 +16,12 @@ MAX_LINE, MAX_ARRAY = 2**26, 2**28
 #: The endings of a split's file in a folder, such as train.csv. The first that exists is read.
 ENDINGS = (".jsonl", ".json", *DELIMITERS, ".parquet")
 #: The first bytes of files that hold a table in packed form, and what they are.
-PACKED = {b"\x1f\x8b": "a gzip file", b"PK\x03\x04": "a zip file, as .xlsx is", b"\x28\xb5\x2f\xfd": "a zstd file"}
+PACKED = {
+    b"\x1f\x8b": "a gzip file", b"PK\x03\x04": "a zip file, as .xlsx is", b"\x28\xb5\x2f\xfd": "a zstd file",
+    b"BZh": "a bzip2 file", b"\xfd7zXZ": "an xz file",
+}  # fmt: skip
+#: How the names of packed files end, which are not read.
+PACKED_ENDINGS = (".gz", ".zst", ".bz2", ".xz")
 #: What others call the validation data. It is not read by these names.
 OTHER_NAMES = ("valid", "val", "dev")
 
@@ -66,11 +71,13 @@ def split_file(folder: Place, split: str) -> Place | None:
 
 
 def misnamed_validation(folder: Place) -> Place | None:
-    """The file in a folder that other libraries would take for the validation data, such as dev.jsonl; None if there is
-    none, or validation data."""
+    """The file in a folder that other libraries would take for the validation data, such as dev.jsonl or
+    validation.jsonl.gz; None if there is none, or validation data."""
     if split_file(folder, "validation") is not None:
         return None
-    return next(filter(None, (split_file(folder, name) for name in OTHER_NAMES)), None)
+    packed = (folder / f"validation{ending}{packed}" for ending in ENDINGS for packed in PACKED_ENDINGS)
+    found = (*(split_file(folder, name) for name in OTHER_NAMES), *(file for file in packed if file.is_file()))
+    return next(filter(None, found), None)
 
 
 def line_rows(path: Place, seen=None) -> Iterator[tuple[str, dict]]:

@@ -13,7 +13,7 @@ from ..config import DataSection, expanded
 from ..storage.bucket import Place
 from .arrow_files import is_saved
 from .given import PYTHON, is_given
-from .row_files import ENDINGS, OTHER_NAMES, split_file
+from .row_files import ENDINGS, OTHER_NAMES, PACKED_ENDINGS, split_file
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 #: What a tenant sets of its own (runs/tenant_file.py), in its sub-folder.
@@ -50,7 +50,11 @@ def tenant_sections(folder: str | Path, section: DataSection) -> dict[str, DataS
         )
     found: dict[str, DataSection] = {}
     for path in sorted(root.iterdir()):
-        if path.name.startswith(".") or not (path.is_dir() or path.suffix.lower() in ENDINGS):
+        if path.name.startswith("."):
+            continue
+        if path.suffix.lower() in PACKED_ENDINGS and Path(path.stem).suffix.lower() in ENDINGS:
+            raise ValueError(f"data.tenants: {path} is packed and would not be read; unpack it, or move it elsewhere")
+        if not (path.is_dir() or path.suffix.lower() in ENDINGS):
             continue
         name = path.name if path.is_dir() else path.stem
         require_name(path, name)

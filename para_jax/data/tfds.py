@@ -185,8 +185,10 @@ def plain(value: Any) -> Any:
     they are used."""
     if isinstance(value, dict):
         return {name: plain(part) for name, part in value.items()}
+    if isinstance(value, np.floating) and value.itemsize < 8:
+        return float(str(value))  # the shortest number that rounds to it: 0.1 and not 0.10000000149011612
     if isinstance(value, np.ndarray | np.generic):
-        return plain(value.tolist())
+        return plain(list(value) if value.ndim and value.dtype.kind == "f" else value.tolist())
     if isinstance(value, list | tuple):
         return [plain(part) for part in value]
     if isinstance(value, bytes):

@@ -29,7 +29,7 @@ RANKED = 20
 REPEATED = 4
 #: The largest share of validation or test answers that the training data may lack if they are ranked.
 UNSEEN = 0.1
-#: How many of the longest completions, by characters, are tokenised to find the longest by tokens.
+#: How many of the longest completions, by bytes, are tokenised to find the longest by tokens.
 COUNTED = 32
 #: Tokens of a written answer where nothing is known about it, and the fewest and the most that the data can ask for.
 NEW_TOKENS, FEWEST_NEW_TOKENS, MOST_NEW_TOKENS = 32, 16, 512
@@ -42,7 +42,7 @@ class Completions(NamedTuple):
     different: tuple[str, ...] | None
     """None: more than RANKED"""
     longest: list[Record]
-    """by characters"""
+    """by bytes"""
 
 
 class ScoringRule(NamedTuple):
@@ -108,7 +108,7 @@ def completions_of(section: DataSection) -> Completions:
             if len(different) <= RANKED:
                 different.add(single_spaced(record.completion))
                 often[record.completion] += 1
-            entry = len(record.completion), -count, record  # of equal lengths the first
+            entry = size_of(record), -count, record  # of equal lengths the first
             if len(longest) < COUNTED:
                 heapq.heappush(longest, entry)
             elif entry > longest[0]:
@@ -167,9 +167,14 @@ def labels_of(section: DataSection, held: Completions | None) -> tuple[tuple[str
 
 
 def longest_completion(records: Sequence[Record], tokenizer) -> int:
-    """Tokens of the longest completion, with its end token. Only those with the most characters are counted."""
-    most = heapq.nlargest(COUNTED, records, key=lambda record: len(record.completion))
+    """Tokens of the longest completion, with its end token. Only those with the most bytes are counted."""
+    most = heapq.nlargest(COUNTED, records, key=size_of)
     return max(len(encode_completion(tokenizer, record.prompt, record.completion)) for record in most)
+
+
+def size_of(record: Record) -> int:
+    """The bytes of a record's completion: by characters, scripts of which few tokens are known would seem short."""
+    return len(record.completion.encode())
 
 
 def answer_length(longest: int, model: ModelConfig) -> int:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ..backbone.load import load_model_config
 from ..config import DataSection, ModelConfig, RunConfig, is_tfds
-from ..data.examples import Example, answer_opening, encode_completion, encode_example
+from ..data.examples import Example, answer_opening, encode_completion, encode_example, stop_token_ids
 from ..data.hf import is_hf
 from ..data.records import (
     MissingColumn,
@@ -24,6 +24,8 @@ from ..data.records import (
 )
 from ..data.row_files import split_file
 from ..data.tasks import TASKS, Task
+from ..inference.answer_text import text_of
+from ..inference.generate import before_stop
 from ..messages import say, warn
 from .defaults import (
     RANKED,
@@ -110,7 +112,19 @@ def encode_task(task: EvalTask, tokenizer, limit: int | None = None) -> EncodedT
     examples = examples[:limit]
     ranked = ranked_examples(examples, records, task, tokenizer)
     openings = [answer_opening(tokenizer, record.prompt) for record in records] if task.writes else []
+    if task.writes:
+        records = [as_learnt(tokenizer, *one) for one in zip(records, examples, openings, strict=True)]
     return EncodedTask(task._replace(records=records), examples, ranked, openings)
+
+
+def as_learnt(tokenizer, record: Record, example: Example, opening: str) -> Record:
+    """The record, which accepts its completion as it is learnt and decoded: the tokenizer may normalise a text, the
+    chat template may leave out a part, and an end token ends it."""
+    ends = (*stop_token_ids(tokenizer), example.completion_ids[-1])
+    text = text_of(tokenizer, before_stop(example.completion_ids, ends)).strip().removeprefix(opening).lstrip()
+    if single_spaced(text) == single_spaced(record.completion):
+        return record
+    return record._replace(references=tuple(text if one == record.completion else one for one in record.references))
 
 
 def ranked_examples(examples: Sequence[Example], records: Sequence[Record], task: EvalTask, tokenizer) -> list[Example]:
@@ -197,11 +211,13 @@ def with_room(task: EvalTask, examples: Sequence[Example], room: int) -> EvalTas
     longest = max(range(len(examples)), key=lambda i: len(examples[i].prompt_ids))
     fits = max(1, min(task.max_new_tokens, room - len(examples[longest].prompt_ids)))
     cut = sum(len(example.completion_ids) > fits for example in examples)
-    if cut:
+    said = f"{task.name}: at most {fits} tokens are written, and {cut} of {len(examples)} expected answers have more"
+    if cut and fits == task.max_new_tokens:
+        warn(f"{said}; eval.max_new_tokens sets another limit")
+    elif cut:
         warn(
-            f"{task.name}: at most {fits} tokens are written, and {cut} of {len(examples)} expected answers have more: "
-            f"the prompt of {task.records[longest].place} leaves no more of the model's {room} positions. A smaller "
-            "data.max_seq_length with data.truncate=skip leaves it out, with left it cuts its start"
+            f"{said}: the prompt of {task.records[longest].place} leaves no more of the model's {room} positions. A "
+            "smaller data.max_seq_length with data.truncate=skip leaves it out, with left it cuts its start"
         )
     return task._replace(max_new_tokens=fits)
 

@@ -19,6 +19,7 @@ from ..data.example_arrays import ExampleArrays
 from ..data.examples import Example
 from ..data.packing import PackingPlan, RowShape, common_shape, plan_packing
 from ..data.records import TooLong
+from ..data.row_files import PACKED_ENDINGS
 from ..data.schedule import TenantOrder
 from ..data.sources import unread_validation
 from ..data.tenants import tenant_sections
@@ -203,7 +204,9 @@ def warn_of_unread(configs: Iterable[RunConfig]) -> None:
     found = sorted({file for own in configs if (file := unread_validation(own.data))})  # a sweep shares its data
     if found:
         more = f", and neither are {len(found) - 1} more" if len(found) > 1 else ""
+        packed = found[0].suffix in PACKED_ENDINGS
         named = "" if found[0].stem == "validation" else f"rename it to validation{found[0].suffix}, or "
+        named = "unpack it, or " if packed else named
         warn(f"{found[0]} is not read{more}; {named}set data.validation")
 
 

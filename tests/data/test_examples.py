@@ -7,6 +7,7 @@ from para_jax.data.encode_batch import encode_examples
 from para_jax.data.examples import (
     Example,
     answer_opening,
+    checked_messages,
     encode_completion,
     encode_example,
     encode_prompt,
@@ -326,3 +327,32 @@ def test_the_character_limit_admits_every_prompt_that_fits(tokenizer):
     assert most_characters(tokenizer, 7) >= 7 * len(longest)
     long = tiny_tokenizers.byte_level(["<|" + "x" * 200 + "|>", "</s>"], eos_token="</s>")
     assert most_characters(long, 7) == 7 * 204
+
+
+# -------------------------------------------------------------------------------------------------------------- calls
+
+
+def test_no_calls_are_as_no_field():
+    """Responses of servers have "tool_calls": [], and templates may ask whether the field is there."""
+    message = {"role": "assistant", "content": "Hello"}
+    for empty in ([], None, {}):
+        assert checked_messages("messages", [message | {"tool_calls": empty, "function_call": empty}]) == [message]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kept"),
+    [
+        ('{"city": "Rome"}', {"city": "Rome"}),
+        ({"city": "Rome"}, {"city": "Rome"}),
+        ("not JSON", "not JSON"),
+        ("[1]", "[1]"),
+        ("[" * 100_000, "[" * 100_000),
+        (None, None),
+    ],
+)
+def test_arguments_that_are_json_text_become_objects(arguments, kept):
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+    message = {"role": "assistant", "content": None, "tool_calls": [call, "other"]}
+    (found,) = checked_messages("messages", [message])
+    assert found["tool_calls"] == [call | {"function": {"name": "weather", "arguments": kept}}, "other"]
+    assert message["tool_calls"][0]["function"]["arguments"] == arguments

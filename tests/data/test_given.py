@@ -6,6 +6,7 @@ import datasets
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import tiny_tokenizers
 from tiny_run import write_rows
@@ -187,3 +188,32 @@ def test_each_tenant_has_its_own_data():
         with_tenants(DataSection(tenants="mine"), {"a": ROWS})
     with pytest.raises(ValueError, match="came from Python"):
         tenant_sections("<python>", DataSection(tenants="<python>"))
+
+
+@pytest.mark.parametrize("kind", ["pandas", "datasets", "arrow", "parquet", "numpy"])
+def test_float32_numbers_are_written_as_they_were(tmp_path, kind):
+    frame = pd.DataFrame({"s": ["a", "b"], "x": np.array([3.8, 0.1], np.float32)})
+    if kind == "parquet":
+        frame.to_parquet(tmp_path / "x.parquet")
+        records = read_records(tmp_path / "x.parquet", prompt="{s}", completion="{x}")
+    else:
+        rows = {
+            "pandas": lambda: frame,
+            "datasets": lambda: datasets.Dataset.from_pandas(frame),
+            "arrow": lambda: pa.Table.from_pandas(frame),
+            "numpy": lambda: [{"s": s, "x": x} for s, x in zip(frame["s"], frame["x"].to_numpy(), strict=True)],
+        }[kind]()
+        records = load_records(with_data(DataSection(prompt="{s}", completion="{x}"), rows), "train")
+    assert [record.completion for record in records] == ["3.8", "0.1"]
+
+
+def test_a_data_frame_gives_the_structs_of_its_parquet_file(tmp_path):
+    calls = [{"function": {"name": "f", "arguments": one}} for one in ({"city": "Rome"}, {"zip": "1"})]
+    rows = [{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+            for call in calls]  # fmt: skip
+    pa.parquet.write_table(pa.Table.from_pylist([row | {"completion": "b"} for row in rows]), tmp_path / "t.parquet")
+    given = with_data(DataSection(), pd.read_parquet(tmp_path / "t.parquet"))
+    found = [record.prompt for record in load_records(given, "train")]
+    assert (
+        found == [record.prompt for record in read_records(tmp_path / "t.parquet")] == [row["prompt"] for row in rows]
+    )

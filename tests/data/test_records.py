@@ -1,5 +1,9 @@
 import json
+from datetime import date, datetime
+from decimal import Decimal
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import tiny_tokenizers
 
@@ -440,3 +444,33 @@ def test_a_field_that_is_there_twice_is_an_error(tmp_path, ending):
     (tmp_path / f"x.{ending}").write_text(f"[{text}]" if ending == "json" else text + "\n")
     with pytest.raises(ValueError, match="'completion' is there twice"):
         read_records(tmp_path / f"x.{ending}")
+
+
+# ----------------------------------------------------------------------------------------------- columns of other types
+
+
+@pytest.mark.parametrize("text", ["[{'role': 'user', 'content': 'Hi'}]", ' [ {"role": "system", "content": "a"}]'])
+def test_messages_as_a_text_are_refused_unless_a_template_takes_them(tmp_path, text):
+    file = write(tmp_path, {"prompt": text, "completion": "b"})
+    with pytest.raises(ValueError, match="prompt holds messages as a text"):
+        read_records(file)
+    assert read_records(file, prompt="{prompt}")[0].prompt == text
+    other = write(tmp_path, {"prompt": '[{"role": "chef", "content": "a"}]', "completion": "[{"}, name="b.jsonl")
+    assert read_records(other)[0].completion == "[{"
+
+
+def test_templates_take_decimals_and_dates(tmp_path):
+    columns = {"price": [Decimal("12.50")], "day": [date(2026, 7, 25)], "at": [datetime(2026, 7, 25)]}
+    pa.parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
+    (record,) = read_records(tmp_path / "a.parquet", prompt="{price}", completion="{day}")
+    assert (record.prompt, record.completion) == ("12.50", "2026-07-25")
+    with pytest.raises(ValueError, match="at is a datetime"):
+        read_records(tmp_path / "a.parquet", prompt="{price}", completion="{at}")
+
+
+def test_a_template_with_a_backslash_and_an_n_is_named_once(tmp_path, capsys):
+    file = write(tmp_path, *[{"q": "a", "a": "b"}] * 2)
+    read_records(file, prompt="{q}\\nAnswer:", completion="{a}")
+    assert capsys.readouterr().err.count("a backslash and an n") == 1
+    read_records(file, prompt="{q}\nAnswer here:", completion="{a}")
+    assert "backslash" not in capsys.readouterr().err

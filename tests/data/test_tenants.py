@@ -78,6 +78,16 @@ def test_a_link_in_a_data_set_of_save_to_disk_is_refused(tmp_path, kind):
         tenant_sections(tmp_path, DataSection())
 
 
+@pytest.mark.parametrize("name", ["y.jsonl.gz", "y.csv.zst", "y.parquet.xz"])
+def test_a_packed_file_is_no_tenant_that_is_left_out(tmp_path, name):
+    (tmp_path / "x.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=f"{name} is packed"):
+        tenant_sections(tmp_path, DataSection())
+    (tmp_path / name).rename(tmp_path / f".{name}")
+    assert list(tenant_sections(tmp_path, DataSection())) == ["x"]
+
+
 def test_wrong_tenant_folders_are_named(tmp_path):
     for folder in (tmp_path / "none", tmp_path):
         said = "has no tenants" if folder == tmp_path else "does not exist"

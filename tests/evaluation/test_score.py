@@ -3,13 +3,17 @@
 import numpy as np
 import pytest
 import tiny_tokenizers
+from tokenizers import normalizers
 
+from para_jax.data.examples import stop_token_ids
 from para_jax.data.records import Record
 from para_jax.evaluation.evaluate import Report
 from para_jax.evaluation.questions import Likelihood, Scored, Written
 from para_jax.evaluation.samples import logged_samples
 from para_jax.evaluation.score import Measured, Score, score_answers, score_of
 from para_jax.evaluation.tasks import EvalTask, encode_task
+from para_jax.inference.answer_text import text_of
+from para_jax.inference.generate import before_stop
 
 
 def test_a_score_is_frozen_and_compares_its_main_values_only():
@@ -62,3 +66,37 @@ def test_an_answer_as_it_was_learned_is_an_exact_match(kind):
     assert [sample["given"] for sample in logged_samples(encoded, answers)] == [answer] * 2
     wrong = [one if isinstance(one, Scored) else Written("<think> " + one.text, 1) for one in answers]
     assert score_answers(encoded, wrong).score == 0.0
+
+
+# ------------------------------------------------------------------------------------------------ what counts as right
+
+
+def normalising():
+    """Normalises texts, as Qwen's tokenizers do: some letters of Bengali and Hindi become two characters."""
+    tokenizer = tiny_tokenizers.plain()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "chat", "completion"),
+    [
+        (normalising, False, "হ\u09df"),
+        (normalising, True, "Zoe\u0301"),
+        (tiny_tokenizers.thinking, True, "<think>\n\n</think>\n\nRome"),
+        (tiny_tokenizers.plain, True, "Rome<|im_end|>"),
+        (tiny_tokenizers.plain, True, "Rome"),
+        (tiny_tokenizers.own_space, False, "Rome"),
+    ],
+)
+def test_an_answer_that_is_what_was_learnt_is_right(tokenizer, chat, completion):
+    tokenizer = tokenizer()
+    prompt = [{"role": "user", "content": "where is my parcel?"}] if chat else "where is my"
+    record = Record(prompt, completion, (completion, "home"), None, "x:1")
+    encoded = encode_task(EvalTask("t", [record], "exact_match", also=("f1", "macro_f1")), tokenizer)
+    ids = encoded.examples[0].completion_ids
+    text = text_of(tokenizer, before_stop(ids, (*stop_token_ids(tokenizer), ids[-1])))
+    for written, score in ((text, 1.0), ("home", 1.0), ("no", 0.0)):
+        found = score_answers(encoded, [Scored(-1.0, True), Written(written, len(ids))])
+        assert [found.score, *(one.score for one in found.also)] == [score] * 3
+    assert encoded.task.records[0].completion == completion

@@ -77,6 +77,13 @@ def test_a_file_that_was_meant_as_validation_data_is_named(tmp_path, capsys):
     assert f"{tmp_path}/validation.jsonl is not read; set data.validation\n" in capsys.readouterr().err
 
 
+def test_packed_validation_data_is_named(tmp_path, capsys):
+    for name in ("train.jsonl", "validation.csv.gz"):
+        (tmp_path / name).touch()
+    warn_of_unread([RunConfig(data=DataSection(train=str(tmp_path)))])
+    assert f"{tmp_path}/validation.csv.gz is not read; unpack it, or set data.validation\n" in capsys.readouterr().err
+
+
 @pytest.mark.long
 def test_other_texts_are_written_in_packed_rows_too(folder, tmp_path, capsys):
     options = f"data.train={folder / 'texts'}", "data.packing=true", "adapter.summary=raw"
