@@ -51,6 +51,10 @@ def replacing(file: Path) -> Iterator[BinaryIO]:
             os.fsync(stream.fileno())
         os.replace(part, file)
         sync_folder(file.parent)
+    except OSError as error:  # a write to a full disk does not name the file
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(file)) from None
     finally:
         part.unlink(missing_ok=True)
 

@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import jax
@@ -66,6 +66,7 @@ def start(runtime: RuntimeSection) -> None:
     join(runtime)
     wanted = runtime.compilation_cache and runtime.distributed != "given"
     if wanted and not jax.config.values["jax_compilation_cache_dir"]:  # JAX_COMPILATION_CACHE_DIR wins
+        remove_empty(cache_folder() / "compiled")
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     say(f"devices: {describe_devices()}")
@@ -82,6 +83,14 @@ def start(runtime: RuntimeSection) -> None:
             f"this machine has a {kind}, but the installed JAX runs on the CPU only; run "
             f"`pip install 'para_jax[{extra}]'`, or {use_cpu}"
         )
+
+
+def remove_empty(folder: Path) -> None:
+    """Removes the empty files that a full disk left among compiled programs: JAX would never write them again."""
+    with suppress(OSError):  # of another user, or removed by another process
+        for file in folder.glob("*-cache"):
+            if not file.stat().st_size:
+                file.unlink()
 
 
 def installed_backend(extra: str) -> str | None:

@@ -1,5 +1,6 @@
 """A file is replaced whole or not at all, and locked against a second writer."""
 
+import errno
 import os
 import re
 
@@ -23,6 +24,17 @@ def test_an_error_while_writing_leaves_the_old_file_alone(tmp_path):
         stream.write(b"ne")
         raise KeyboardInterrupt
     assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "a").write_text("old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=f"No space left.*{tmp_path}/a") as error:
+        write_text(tmp_path / "a", "new")
+    assert error.value.errno == errno.ENOSPC and (tmp_path / "a").read_text() == "old"
 
 
 def test_a_link_at_the_name_is_replaced_and_not_followed(tmp_path):

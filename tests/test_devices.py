@@ -10,7 +10,15 @@ import pytest
 
 from para_jax import devices
 from para_jax.config import RuntimeSection
-from para_jax.devices import compiling, describe_devices, join, make_deterministic, start, unused_accelerator
+from para_jax.devices import (
+    compiling,
+    describe_devices,
+    join,
+    make_deterministic,
+    remove_empty,
+    start,
+    unused_accelerator,
+)
 
 
 def machine(root, **files):
@@ -123,6 +131,14 @@ def test_the_compilation_cache_is_in_the_cache_folder_unless_turned_off(tmp_path
     finally:
         jax.config.update("jax_compilation_cache_dir", before[0])
         jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
+
+
+def test_programs_that_a_full_disk_left_empty_are_removed(tmp_path):
+    for name, content in (("a-cache", b""), ("b-cache", b"x"), ("other", b"")):
+        (tmp_path / name).write_bytes(content)
+    remove_empty(tmp_path)
+    remove_empty(tmp_path / "nowhere")
+    assert {file.name for file in tmp_path.iterdir()} == {"b-cache", "other"}
 
 
 def test_compiling_is_announced_and_timed(capsys):

@@ -26,6 +26,8 @@ T = TypeVar("T")
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 FILES = {CONFIG, WEIGHTS, CARD}
+#: Of the files of tensors, besides the hash.
+METADATA = {"format": "pt"}
 
 # ------------------------------------------------------------------------------------------------------------- reading
 
@@ -78,6 +80,7 @@ def read_tensors(folder: Path, expected: dict[str, tuple[int, ...]]) -> dict[str
     require_as_expected(folder / WEIGHTS, stored, expected)
     tensors = {name: tensor.read().astype(np.float32, copy=False) for name, tensor in stored.items()}
     require_finite(str(folder / WEIGHTS), tensors)
+    require_undamaged(own_file(folder, WEIGHTS).read_bytes(), str(folder / WEIGHTS))
     return tensors
 
 
@@ -123,13 +126,34 @@ def safetensors_bytes(tensors: dict[str, np.ndarray]) -> bytes:
     """The file of tensors. Its header has a hash of them, so that the first bytes tell one adapter from another."""
     from safetensors.numpy import save
 
-    data = save({name: np.ascontiguousarray(value) for name, value in tensors.items()}, metadata={"format": "pt"})
+    data = save({name: np.ascontiguousarray(value) for name, value in tensors.items()}, metadata=METADATA)
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
     header["__metadata__"]["sha256"] = hashlib.sha256(data).hexdigest()  # `save` writes two entries in a random order
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + data[start:]
+
+
+def require_undamaged(data: bytes, where: str) -> None:
+    """Raises ValueError for a file of `safetensors_bytes` whose tensors are not those of its hash. Files that others
+    wrote have no hash."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load, save
+
+    metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__")
+    held = metadata.get("sha256") if isinstance(metadata, dict) else None
+    if held is None:
+        return
+    try:
+        found = hashlib.sha256(save(load(data), metadata=METADATA)).hexdigest()
+    except (KeyError, SafetensorError) as error:  # a type that NumPy lacks
+        found = str(error)
+    if found != held:
+        raise ValueError(
+            f"{where}: the weights are not those of the file's sha256, so it is damaged; take a copy, or train again "
+            "(a program that changes them on purpose must leave out this metadata)"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------- writing

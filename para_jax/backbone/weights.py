@@ -62,7 +62,8 @@ def with_own_head(config: ModelConfig, source: Source) -> ModelConfig:
     """The config, without tied embeddings if the source has a head of other values, as in transformers. Mistral Small
     3.1 is so once transformers 5 has saved it. Every process compares the whole tensors, so that all find the same."""
     head, embedding = "lm_head.weight", source_name(config, "embedding")
-    if not config.tied_embeddings or head not in source.shapes or equal_tensors(source, head, embedding):
+    both = {head, embedding} <= source.shapes.keys()
+    if not config.tied_embeddings or not both or equal_tensors(source, head, embedding):
         return config
     warn(
         f"{source.path}: {head} differs from {embedding}, although the config ties them. Both are used, as in "
@@ -104,8 +105,10 @@ def recipes(config: ModelConfig, source: Source) -> dict[str, Recipe]:
     shapes = source.shapes
     fused = [joint for joint in FUSED if any(f".{joint}." in name for name in shapes)]
     plan = {name: recipe(config, name, shape, fused) for name, shape in parameter_shapes(config).items()}
+    if config.tied_embeddings and plan["embedding"].source not in shapes and "lm_head.weight" in shapes:
+        plan["embedding"] = plan["embedding"]._replace(source="lm_head.weight")  # as save_model of safetensors keeps it
     expected = {recipe.source: recipe.shape for recipe in plan.values()}
-    tied_head = {"lm_head.weight": expected["model.embed_tokens.weight"]} if config.tied_embeddings else {}
+    tied_head = {"lm_head.weight": plan["embedding"].shape} if config.tied_embeddings else {}
     known = expected | {name: shape for name, shape in tied_head.items() if name in shapes}
     problems = {
         "missing": [name for name in expected if name not in shapes],

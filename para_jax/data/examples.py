@@ -231,11 +231,10 @@ def with_parsed_arguments(call: Any) -> Any:
     """A call whose arguments are an object. OpenAI writes them as JSON text, which most templates would encode
     again."""
     function = call.get("function") if isinstance(call, dict) else None
-    arguments = function.get("arguments") if isinstance(function, dict) else None
-    if not isinstance(arguments, str):
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call
     with suppress(ValueError, RecursionError):
-        if isinstance(parsed := json.loads(arguments), dict):
+        if isinstance(parsed := json.loads(function["arguments"]), dict):
             return call | {"function": function | {"arguments": parsed}}
     return call
 

@@ -188,7 +188,8 @@ def plain(value: Any) -> Any:
     if isinstance(value, np.floating) and value.itemsize < 8:
         return float(str(value))  # the shortest number that rounds to it: 0.1 and not 0.10000000149011612
     if isinstance(value, np.ndarray | np.generic):
-        return plain(list(value) if value.ndim and value.dtype.kind == "f" else value.tolist())
+        floats = isinstance(value, np.ndarray) and value.ndim and value.dtype.kind == "f"
+        return plain(list(value) if floats else value.tolist())  # pyright: ignore[reportArgumentType]
     if isinstance(value, list | tuple):
         return [plain(part) for part in value]
     if isinstance(value, bytes):

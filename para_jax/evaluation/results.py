@@ -261,7 +261,8 @@ def check_results(folder: Path, files: Sequence[str], content: str) -> dict[str,
             raise foreign(file, data)
         if backbone != content:
             raise ValueError(f"--output {folder}: {name} holds results of another backbone; choose another --output")
-        tasks[name] = set(found["results"]) if isinstance(found.get("results"), dict) else set()
+        held = found.get("results")  # pyright: ignore[reportOptionalMemberAccess]
+        tasks[name] = set(held) if isinstance(held, dict) else set()
     return tasks
 
 

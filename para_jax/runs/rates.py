@@ -22,7 +22,6 @@ from ..messages import say, warn
 from ..processes import on_first_process
 from ..storage.bucket import Place
 from ..table import table
-from ..training.metrics_file import is_log, read_metrics
 from ..training.passes import Layout, lay_out
 from ..training.stop import end_if_told
 from .chosen import FILE, TRIALS, is_auto, resolved
@@ -218,13 +217,12 @@ def as_trials(config: RunConfig) -> RunConfig:
 
 def result_of(trial: Tenant, standing: Standing, index: int) -> Trial:
     """What a trial left in its folder."""
-    log, steps = trial.folder / "metrics.jsonl", trial.order.total_steps
-    rows = [row for row in (read_metrics(log) if is_log(log) else ()) if row["step"] == steps]
-    scored = next((row for row in reversed(rows) if "validation_loss" in row), {})
-    loss = scored.get("validation_loss")
+    found = standing.records(index).get("validation")
+    values = found["values"] if found and standing.best_step[index] == trial.order.total_steps else {}
+    loss = values.get("loss")
     sound = loss is not None and math.isfinite(loss) and standing.ended[index] == "done"
     rate = trial.config.train.peak_learning_rate
-    return Trial(rate, loss if sound else None, scored.get("validation_loss_stderr"), standing.steps[index])
+    return Trial(rate, loss if sound else None, values.get("loss_stderr"), standing.steps[index])
 
 
 def say_choice(

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 
 from .. import devices
 from ..adapters.adapter import Adapter
+from ..adapters.bank import weights_hash
+from ..adapters.files import load_adapter
 from ..backbone.kernel_choice import describe_attention
 from ..backbone.load import load_backbone, load_model_config
 from ..config import RunConfig, config_dict, expanded, require, shorten
@@ -154,6 +156,7 @@ def train(config: RunConfig, data: Any = None) -> TrainResult:
         best = tenant_of(state.adapters, jnp.int32(0))
         if standing.best_step[0] != standing.step:
             best = place(kept_adapter(folder, model, best), mesh, model.config)
+    on_first_process(lambda: require_kept(folder, model, standing))
     of_best = standing.best_score[0], standing.best_step[0]
     return TrainResult(best, *of_best, standing.step, folder, metric, records, standing.warning)
 
@@ -269,6 +272,29 @@ def with_rows_before(config: RunConfig, otherwise: int | None = None) -> RunConf
     if rows is None:
         return config
     return replace(config, train=replace(config.train, batch_size=rows, gradient_accumulation_steps=1))
+
+
+def require_same_rows(config: RunConfig, layout: Layout) -> None:
+    """Raises ValueError where the rows per step were those of a checkpoint that turned out to be damaged."""
+    kept = with_rows_before(config)
+    if kept is not config and kept.train.batch_size != layout.tenant_rows:
+        raise ValueError(
+            f"the rows of a step ({layout.tenant_rows}) are those of a damaged checkpoint, which is set aside now; "
+            f"before, they were {kept.train.batch_size}\nstart the command again"
+        )
+
+
+def require_kept(folder: Place, model, standing: Standing) -> None:
+    """Raises ValueError if the run's adapter folder does not hold the adapter whose scores the run reports."""
+    hashes = standing.kept or {}
+    for name in standing.names:
+        there = (folder / "adapter").exists()
+        held = weights_hash(load_adapter(folder / "adapter", model.config, model=model)) if there else None
+        if name in hashes and held != hashes[name]:
+            raise ValueError(
+                f"{folder / 'adapter'} is not the adapter of step {standing.best_step[0]} that this run kept; take a "
+                "copy of it, or train into another output_dir"
+            )
 
 
 def say_rows(kept: int, of_devices: int, devices: int) -> None:
@@ -396,6 +422,8 @@ def fit(
             encoded = {tasks.split: list(tasks.encoded.values()) for tasks in (validation, test) if tasks.encoded}
             say_evaluation(encoded, config.eval.batch_size)
             health = Health([tenant.name for tenant in tenants], [tenant.config for tenant in tenants], quiet=quiet)
+            if restored and not quiet:
+                require_same_rows(config, layout)
             if restored:
                 on_first_process(lambda: [health.read(i, t.folder / "metrics.jsonl") for i, t in enumerate(tenants)])
             logs = Logs(log, tenant_rows(tenants) if config.many else [], health)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from .. import atomic
-from ..adapters.folder import safetensors_bytes
+from ..adapters.folder import require_undamaged, safetensors_bytes
 from ..processes import broadcast_arrays, full_arrays, on_first_process
 from ..storage.bucket import BucketPath, Place
 from .checkpoint import check_shapes, named
@@ -52,7 +52,9 @@ def read_last_state(folder: Place, steps: int, like: Any) -> Any:
         from safetensors.numpy import load
 
         try:
-            found = load(file.read_bytes())
+            data = file.read_bytes()
+            require_undamaged(data, "its content")
+            found = load(data)
             found = {name: array.reshape(arrays[name].shape) for name, array in found.items() if name in arrays}
             check_shapes({name: array.shape for name, array in found.items()}, arrays)
         except Exception as error:  # whatever the file system or safetensors say

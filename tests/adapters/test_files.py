@@ -376,6 +376,17 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, bad):
 # ---------------------------------------------------------------------------------------------------- another backbone
 
 
+def test_a_flipped_bit_is_refused_where_the_file_has_a_hash(folder):
+    file = folder / WEIGHTS
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 4
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=f"{file}: .* damaged"):
+        load(folder)
+    save_file(load_file(file), file)  # as another program may: without the hash
+    assert load(folder)
+
+
 def test_without_a_base_model_none_is_named(tmp_path):
     for i, given in enumerate(({}, {"base_model": ""}, {"base_model": None})):
         save_adapter(trained(), tmp_path / str(i), **given)

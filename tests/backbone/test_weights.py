@@ -101,6 +101,20 @@ def test_tied_embeddings_are_not_doubled(tmp_path):
     assert "head" not in load_changed(tmp_path, {"lm_head.weight": embedding}, "smollm2")
 
 
+def test_a_tied_matrix_may_have_the_name_of_the_head_alone(tmp_path):
+    """As safetensors' save_model keeps it. An untied model needs both."""
+    tensors = tensors_of("smollm2")
+    embedding = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors | {"lm_head.weight": embedding}, tmp_path / "model.safetensors")
+    shutil.copy(FIXTURES / "smollm2" / "config.json", tmp_path)
+    model = load_backbone(tmp_path)
+    assert model.head is None and np.array_equal(model.embedding[...], embedding)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="missing: model.embed_tokens.weight"):
+        load_backbone(tmp_path)
+
+
 @pytest.mark.parametrize(("difference", "warned"), [(0, False), (np.arange(64) == 63, True)])
 def test_a_head_that_differs_from_tied_embeddings_is_used(tmp_path, difference, warned, caplog):
     """As in transformers, which sets tie_word_embeddings in Mistral Small 3.1's config when it saves the model."""

@@ -178,6 +178,22 @@ def test_a_run_that_was_killed_before_the_number_was_written_goes_on(folder, tmp
     assert load_config(file).train.learning_rate == rate
 
 
+def test_a_trials_loss_is_that_of_its_checkpoint_whatever_its_log_has_lost(folder, tmp_path, short, monkeypatch):
+    config = auto_config(folder, tmp_path / "run")
+
+    def killed(*_):
+        for log in (tmp_path / "run").glob("learning_rates/**/metrics.jsonl"):
+            log.write_bytes(log.read_bytes()[:-40])
+        raise KeyError("as a kill")
+
+    with monkeypatch.context() as patched, pytest.raises(KeyError):
+        patched.setattr(rates, "write_chosen", killed)
+        train(config)
+    train(config)
+    trials = json.loads((tmp_path / "run" / "learning_rates" / "chosen.json").read_text())["trials"]
+    assert trials and all(one["loss"] is not None for one in trials)
+
+
 @pytest.mark.long
 def test_each_tenant_has_its_own_rate_and_one_without_validation_data_the_default(folder, tmp_path, short, capfd):
     write_tenants(tmp_path / "tenants", {"acme": 20, "initech": 12})

@@ -40,6 +40,7 @@ from para_jax import (
     load_model_config,
     make_mesh,
     progress,
+    save_adapter,
     train,
     train_tenants,
 )
@@ -361,6 +362,31 @@ def test_the_kept_adapter_is_the_reported_one_where_a_later_one_was_kept_before_
     assert (result.best_step, result.best_score) == (6, 0.45)
     assert result.scores["validation"]["values"]["exact_match"] == 0.45
     assert_same_arrays(kept_adapter(config), scored[1])
+
+
+def test_a_run_that_has_ended_says_if_its_adapter_is_gone_or_another_one(config):
+    result = train(config)
+    kept = Path(config.output_dir) / "adapter"
+    aside = kept.rename(Path(config.output_dir).parent / "aside")
+    with pytest.raises(ValueError, match=f"{kept} is not the adapter of step {result.best_step} "):
+        train(config)
+    save_adapter(init_adapter(result.adapter.config, load_model_config(config.backbone.source)), kept)
+    with pytest.raises(ValueError, match=f"{kept} is not the adapter"):
+        train(config)
+    shutil.rmtree(kept)
+    aside.rename(kept)
+    assert train(config).best_score == result.best_score
+
+
+def test_a_damaged_checkpoint_does_not_choose_the_rows_of_a_step(folder, whole, tmp_path):
+    config = run_config(folder, f"output_dir={tmp_path / 'run'}", "checkpoint.every=2", "eval.test=true")
+    first = train(config)
+    progress = tmp_path / "run" / "checkpoints" / "6" / "progress" / "metadata"
+    assert '"rows": 8' in progress.read_text()
+    progress.write_text(progress.read_text().replace('"rows": 8', '"rows": 9'))
+    with pytest.raises(ValueError, match="rows of a step .9. .*they were 8"):
+        train(config)
+    assert_same_arrays(train(config).adapter, first.adapter)
 
 
 def test_checkpoints_come_as_often_as_asked_and_the_newest_are_kept(whole, config, monkeypatch):
