@@ -4,9 +4,11 @@ from dataclasses import replace
 from itertools import chain, repeat
 
 import pytest
+import tiny_tokenizers
 from tiny_run import backbone_folder, run_config, tokenizer, words, write_rows
 
 from para_jax import load_model_config
+from para_jax.data.examples import encode_completion
 from para_jax.data.records import Record
 from para_jax.evaluation import defaults
 from para_jax.evaluation.defaults import (
@@ -109,6 +111,15 @@ def test_labels_and_lengths_follow_from_every_row_of_sorted_data(rule, monkeypat
     assert scoring_rule(rule.config, tokenizer()).choices == tuple(sorted(texts))
     written = replace(rule.config, eval=replace(rule.config.eval, metric="f1"))
     assert scoring_rule(written, tokenizer()).max_new_tokens == 48
+
+
+def test_the_longest_completion_is_found_in_any_script(monkeypatch):
+    """A tokenizer of bytes has more tokens for 30 letters of Bengali than for 40 of English."""
+    monkeypatch.setattr(defaults, "COUNTED", 1)
+    records = [Record("p", text, (text,), None, "x:1") for text in ("yes no " * 6, "\u09b9" * 30)]
+    plain = tiny_tokenizers.plain()
+    expected = len(encode_completion(plain, "p", records[1].completion))
+    assert longest_completion(records, plain) == expected > len(encode_completion(plain, "p", records[0].completion))
 
 
 def test_an_answer_has_half_as_many_tokens_again_as_the_longest_completion(tmp_path):

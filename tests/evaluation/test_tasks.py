@@ -6,11 +6,12 @@ from tiny_run import backbone_folder, rows_of_text, run_config, tokenizer, words
 
 from para_jax import ParaConfig, evaluate, init_adapter, load_backbone
 from para_jax.backbone.load import load_model_config
+from para_jax.data.examples import Example
 from para_jax.data.records import Record
 from para_jax.data.tokenizer import load_tokenizer
 from para_jax.evaluation.questions import Scored
 from para_jax.evaluation.task_questions import Options, questions_of_run
-from para_jax.evaluation.tasks import check_room, encode_task, file_task, task_of_run
+from para_jax.evaluation.tasks import EvalTask, check_room, encode_task, file_task, task_of_run, with_room
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +23,17 @@ def folder(tmp_path_factory):
         folder / "data" / "test.jsonl", [*rows_of_text(3, seed=2), {"prompt": words(range(30, 50)), "completion": "w9"}]
     )
     return folder
+
+
+def test_answers_that_are_cut_name_what_cuts_them(caplog):
+    records = [Record("w7", words(range(20, 29)), ("w1",), None, "x:1")] * 2
+    task = EvalTask("t", records, "exact_match", max_new_tokens=8)
+    examples = [Example([7] * 3, list(range(20, 30)))] * 2
+    assert with_room(task, examples, 100).max_new_tokens == 8
+    assert "2 of 2 expected answers have more; eval.max_new_tokens sets" in caplog.text
+    caplog.clear()
+    assert with_room(task, examples, 7).max_new_tokens == 4
+    assert "the prompt of x:1 leaves no more of the model's 7 positions" in caplog.text
 
 
 def test_a_run_without_a_split_has_no_task(folder):
