@@ -118,13 +118,15 @@ def encode_task(task: EvalTask, tokenizer, limit: int | None = None) -> EncodedT
 
 
 def as_learnt(tokenizer, record: Record, example: Example, opening: str) -> Record:
-    """The record, which accepts its completion as it is learnt and decoded: the tokenizer may normalise a text, the
-    chat template may leave out a part, and an end token ends it."""
+    """The record, which also accepts its completion as it is learnt and decoded: the tokenizer may normalise a text,
+    the chat template may leave out a part, and an end token ends it. It comes first, as the label of the record."""
     ends = (*stop_token_ids(tokenizer), example.completion_ids[-1])
     text = text_of(tokenizer, before_stop(example.completion_ids, ends)).strip().removeprefix(opening).lstrip()
-    if single_spaced(text) == single_spaced(record.completion):
+    if not text or single_spaced(text) == single_spaced(record.completion):
         return record
-    return record._replace(references=tuple(text if one == record.completion else one for one in record.references))
+    own = record.completion
+    accepted = (both for one in record.references for both in ((text, own) if one == own else (one,)))
+    return record._replace(references=tuple(accepted))
 
 
 def ranked_examples(examples: Sequence[Example], records: Sequence[Record], task: EvalTask, tokenizer) -> list[Example]:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tiny_tokenizers
+from tiny_run import tokenizer as word_tokenizer
 from tokenizers import normalizers
 
 from para_jax.data.examples import stop_token_ids
@@ -100,3 +101,11 @@ def test_an_answer_that_is_what_was_learnt_is_right(tokenizer, chat, completion)
         found = score_answers(encoded, [Scored(-1.0, True), Written(written, len(ids))])
         assert [found.score, *(one.score for one in found.also)] == [score] * 3
     assert encoded.task.records[0].completion == completion
+
+
+def test_an_answer_without_text_is_not_right_because_the_tokenizer_lacks_the_expected_one():
+    record = Record("w7", "unheard of", ("unheard of",), None, "x:1")
+    encoded = encode_task(EvalTask("t", [record], "exact_match"), word_tokenizer())
+    assert text_of(word_tokenizer(), encoded.examples[0].completion_ids[:-1]) == ""
+    for written, score in (("", 0.0), ("unheard of", 1.0)):
+        assert score_answers(encoded, [Scored(-1.0, True), Written(written, 2)]).score == score
