@@ -74,7 +74,7 @@ def init_adapter(adapter_config, model_config: ModelConfig, *, seed: int | Int[A
     Raises ValueError for a seed that is not a whole number from 0 to 2**32 - 1 (an array is not checked).
     """
     require_model_config(model_config)
-    if not isinstance(seed, jax.Array):  # nor a traced one
+    if not isinstance(seed, jax.Array):  # which may be traced
         check_value("seed", seed, Seed)
         seed = int(seed)
     return init(method_of(adapter_config).adapter, adapter_config, model_config, seed)
@@ -188,7 +188,7 @@ def right_pad(tokens, attention_mask) -> tuple[Int[Array, "batch T"], Int[Array,
     Args:
         tokens, attention_mask: [batch, T], padded on either side.
 
-    Raises ValueError for other shapes, and for ids on the host that are no int32.
+    Raises ValueError for other shapes, and for ids on the host that do not fit into int32.
     """
     tokens, mask = as_array(tokens), as_array(attention_mask, "attention_mask")
     if tokens.ndim != 2 or mask.shape != tokens.shape or not are_integers(tokens):
@@ -197,7 +197,7 @@ def right_pad(tokens, attention_mask) -> tuple[Int[Array, "batch T"], Int[Array,
             "mask of the same shape"
         )
     if isinstance(tokens, np.ndarray) and not (tokens == tokens.astype(np.int32)).all():
-        raise ValueError(f"token ids {tokens.min()} to {tokens.max()} are no int32; use the model's tokenizer")
+        raise ValueError(f"token ids {tokens.min()} to {tokens.max()} do not fit into int32; use the model's tokenizer")
     mask = jnp.asarray(mask) != 0
     order = jnp.argsort(~mask, axis=1, stable=True)
     kept = jnp.take_along_axis(jnp.where(mask, jnp.asarray(tokens, jnp.int32), 0), order, axis=1)

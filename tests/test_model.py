@@ -403,7 +403,7 @@ def test_without_an_adapter_any_prompt_length_will_do():
         ([0, 1, 5], [0, 1, 1], r"tokens of shape \(3,\)"),
         ([[0.0, 1.0]], [[0, 1]], "pass integers"),
         ([[0, 1]], [[0, 1], [1]], "attention_mask: the rows have different lengths"),
-        ([[2**32 + 5, 7]], [[1, 1]], "token ids 7 to 4294967301 are no int32"),
+        ([[2**32 + 5, 7]], [[1, 1]], "token ids 7 to 4294967301 do not fit"),
     ],
 )
 def test_what_can_not_be_padded_is_named(tokens, mask, named):

@@ -103,7 +103,7 @@ def save_adapter(
     method = method_of(adapter.config).form_of(adapter.config)
     card = [card] if isinstance(card, str) else card
     if model is not None:
-        require_backbone(model)
+        require_model(model)
         check_fits(adapter, model.config)
     config = config_json(method, adapter, base_model, getattr(model, "fingerprint", None))
     tensors = {name: np.asarray(array, np.float32) for name, array in method.to_tensors(adapter).items()}
@@ -118,8 +118,8 @@ def save_adapter(
     replace_folder(folder, files)
 
 
-def require_backbone(model: object) -> None:
-    """Raises ValueError for what has no config of a backbone, such as that config itself."""
+def require_model(model: object) -> None:
+    """Raises ValueError for what is no backbone, such as the config of one."""
     if not isinstance(getattr(model, "config", None), ModelConfig):
         raise ValueError(f"model is a {type(model).__name__}; give the backbone that load_backbone returns")
 
@@ -195,7 +195,7 @@ def load_adapter(source: str | Path | BucketPath, model_config: ModelConfig, *, 
     """
     require_model_config(model_config)
     if model is not None:
-        require_backbone(model)
+        require_model(model)
     return of_folder(source, lambda folder: read_adapter(folder, source, model_config, model))
 
 

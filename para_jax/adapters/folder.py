@@ -139,8 +139,7 @@ def header_bytes(header: dict) -> bytes:
 
 
 def require_undamaged(data: bytes, where: str) -> None:
-    """Raises ValueError for a file of `safetensors_bytes` whose tensors are not those of its hash. Files that others
-    wrote have no hash."""
+    """Raises ValueError if a file has a hash, as those of `safetensors_bytes` do, and its tensors do not match it."""
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
     metadata = header.get("__metadata__")
@@ -151,8 +150,8 @@ def require_undamaged(data: bytes, where: str) -> None:
     digest.update(memoryview(data)[start:])
     if digest.hexdigest() != held:
         raise ValueError(
-            f"{where}: the weights are not those of the file's sha256, so it is damaged; take a copy, or train again "
-            "(a program that changes them on purpose must leave out this metadata)"
+            f"{where}: the weights do not match the sha256 in the file's metadata, so it is damaged; restore it from a "
+            "copy, or train again (a program that changes weights on purpose must remove the sha256)"
         )
 
 

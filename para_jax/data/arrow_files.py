@@ -196,7 +196,7 @@ def as_written(row: dict[str, Any], in_json: Collection[str], short: Collection[
     column, so a null says that the row has no such field. In a column of JSON, a null inside was written as one.
 
     Args:
-        short: columns of float32, whose numbers are as they were written: 0.1 and not 0.10000000149011612.
+        short: the float32 columns. Their numbers become the shortest that round to them: 0.1, not 0.10000000149011612.
     """
     there = {name: value for name, value in row.items() if value is not None}
     there |= {name: np.float32(there[name]) for name in short if isinstance(there.get(name), float)}

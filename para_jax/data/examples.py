@@ -211,7 +211,7 @@ def checked_messages(name: str, value: object) -> list[dict]:
 
 
 def checked_message(name: str, message: Any) -> dict:
-    if isinstance(message, dict):  # a template may ask whether there are calls, not how many
+    if isinstance(message, dict):  # a template may ask whether the field is there, even if it is empty
         message = {key: value for key, value in message.items() if key not in CALLS or value}
         if calls := message.get("tool_calls"):
             message["tool_calls"] = list(map(with_parsed_arguments, calls)) if isinstance(calls, list) else calls
@@ -228,8 +228,8 @@ def checked_message(name: str, message: Any) -> dict:
 
 
 def with_parsed_arguments(call: Any) -> Any:
-    """A call whose arguments are an object. OpenAI writes them as JSON text, which most templates would encode
-    again."""
+    """The call with its arguments as an object. OpenAI writes them as JSON text, and most templates would encode that
+    text again."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call

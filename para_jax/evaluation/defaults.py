@@ -173,7 +173,7 @@ def longest_completion(records: Sequence[Record], tokenizer) -> int:
 
 
 def size_of(record: Record) -> int:
-    """The bytes of a record's completion. In characters, texts in a script that few tokens know would be short."""
+    """The bytes of a record's completion. Characters say less: tokenizers split some scripts into several each."""
     return len(record.completion.encode())
 
 

@@ -234,9 +234,9 @@ def names_of_samples(parts: Sequence[tuple[str, str]]) -> dict[tuple[str, str], 
 
 
 def check_results(folder: Path, files: Sequence[str], content: str) -> dict[str, set[str]]:
-    """The tasks whose results these files hold, by file, if they exist. Raises ValueError if one holds another
-    backbone's results, or something else, and for the folder of a run or an adapter. A damaged file is named and may be
-    written again, since all answers are in the journal."""
+    """The names of the tasks in each of these files that exists. Raises ValueError if one holds another backbone's
+    results, or something else, and for the folder of a run or an adapter. A damaged file is named and may be written
+    again, since all answers are in the journal."""
     check_results_folder(folder)
     tasks: dict[str, set[str]] = {}
     for name in files:

@@ -118,8 +118,9 @@ def encode_task(task: EvalTask, tokenizer, limit: int | None = None) -> EncodedT
 
 
 def as_learnt(tokenizer, record: Record, example: Example, opening: str) -> Record:
-    """The record, which also accepts its completion as it is learnt and decoded: the tokenizer may normalise a text,
-    the chat template may leave out a part, and an end token ends it. It comes first, as the label of the record."""
+    """The record, which also accepts its completion as a model that has learnt it writes it: the tokenizer may
+    normalise a text, the chat template may leave out a part, and an end token ends it. This form comes first, because
+    label metrics take the first reference as the label."""
     ends = (*stop_token_ids(tokenizer), example.completion_ids[-1])
     text = text_of(tokenizer, before_stop(example.completion_ids, ends)).strip().removeprefix(opening).lstrip()
     if not text or single_spaced(text) == single_spaced(record.completion):

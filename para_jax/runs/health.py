@@ -81,7 +81,7 @@ class Health:
                 take(self.seen[tenant], int(row["step"]), row)
 
     def compare_with(self, tenant: int, records: Records) -> None:
-        """Replaces the validation losses of a log, where they are of other data than those of a run's records."""
+        """Takes the validation losses of a run's records in place of its log's, if the log's are of other data."""
         logged = self.seen[tenant].scores
         losses = {what: records[what]["values"]["loss"] for what in VALIDATION if what in records}
         if losses.get("validation_base") != logged.get("validation_base"):

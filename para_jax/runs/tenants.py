@@ -204,10 +204,9 @@ def warn_of_unread(configs: Iterable[RunConfig]) -> None:
     found = sorted({file for own in configs if (file := unread_validation(own.data))})  # a sweep shares its data
     if found:
         more = f", and neither are {len(found) - 1} more" if len(found) > 1 else ""
-        packed = found[0].suffix in PACKED_ENDINGS
-        named = "" if found[0].stem == "validation" else f"rename it to validation{found[0].suffix}, or "
-        named = "unpack it, or " if packed else named
-        warn(f"{found[0]} is not read{more}; {named}set data.validation")
+        advice = "" if found[0].stem == "validation" else f"rename it to validation{found[0].suffix}, or "
+        advice = "unpack it, or " if found[0].suffix in PACKED_ENDINGS else advice
+        warn(f"{found[0]} is not read{more}; {advice}set data.validation")
 
 
 def all_lengths(data: dict[str, TrainingData]) -> np.ndarray:

@@ -21,7 +21,6 @@ import jax.numpy as jnp
 from .. import devices
 from ..adapters.adapter import Adapter
 from ..adapters.bank import weights_hash
-from ..adapters.files import load_adapter
 from ..backbone.kernel_choice import describe_attention
 from ..backbone.load import load_backbone, load_model_config
 from ..config import RunConfig, config_dict, expanded, require, shorten
@@ -153,10 +152,9 @@ def train(config: RunConfig, data: Any = None) -> TrainResult:
     model, mesh, _, state, standing, metric = trained(config)
     folder, records = expanded(config.output_dir), standing.records(0)
     with jax.set_mesh(mesh):
-        best = tenant_of(state.adapters, jnp.int32(0))
-        if standing.best_step[0] != standing.step:
-            best = place(kept_adapter(folder, model, best), mesh, model.config)
-    on_first_process(lambda: require_kept(folder, model, standing))
+        last = tenant_of(state.adapters, jnp.int32(0))
+        kept = kept_as_reported(folder, model, last, standing)
+        best = last if standing.best_step[0] == standing.step else place(kept, mesh, model.config)
     of_best = standing.best_score[0], standing.best_step[0]
     return TrainResult(best, *of_best, standing.step, folder, metric, records, standing.warning)
 
@@ -275,7 +273,7 @@ def with_rows_before(config: RunConfig, otherwise: int | None = None) -> RunConf
 
 
 def require_same_rows(config: RunConfig, layout: Layout) -> None:
-    """Raises ValueError where the rows per step were those of a checkpoint that turned out to be damaged."""
+    """Raises ValueError if this start took its rows per step from a checkpoint that turned out to be damaged."""
     kept = with_rows_before(config)
     if kept is not config and kept.train.batch_size != layout.tenant_rows:
         raise ValueError(
@@ -284,17 +282,20 @@ def require_same_rows(config: RunConfig, layout: Layout) -> None:
         )
 
 
-def require_kept(folder: Place, model, standing: Standing) -> None:
-    """Raises ValueError if the run's adapter folder does not hold the adapter whose scores the run reports."""
-    hashes = standing.kept or {}
-    for name in standing.names:
-        there = (folder / "adapter").exists()
-        held = weights_hash(load_adapter(folder / "adapter", model.config, model=model)) if there else None
-        if name in hashes and held != hashes[name]:
-            raise ValueError(
-                f"{folder / 'adapter'} is not the adapter of step {standing.best_step[0]} that this run kept; take a "
-                "copy of it, or train into another output_dir"
-            )
+def kept_as_reported(folder: Place, model, last: Adapter, standing: Standing) -> Adapter:
+    """The adapter in a run's folder. Raises ValueError if it is missing, or if the reported scores are another one's.
+
+    Args:
+        last: the one after the last step, for its shapes.
+    """
+    there, known = on_first_process((folder / "adapter").exists), (standing.kept or {}).get(standing.names[0])
+    kept = kept_adapter(folder, model, last) if there else None
+    if kept is None or (known is not None and weights_hash(kept) != known):
+        raise ValueError(
+            f"{folder / 'adapter'} is not the adapter of step {standing.best_step[0]} that this run kept; restore it "
+            "from a copy, or train into another output_dir"
+        )
+    return kept
 
 
 def say_rows(kept: int, of_devices: int, devices: int) -> None:

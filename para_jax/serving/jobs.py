@@ -130,8 +130,9 @@ def answer_left(
     Args:
         total: lines of the input; None: unknown.
         seen: counts the lines of the input as they are read.
-        shard: the shard that the answers are of. Its file keeps no answer to a line that no longer asks for it, since
-            `merge` can't tell which these are, but those beyond the input's end: the input may have been cut off.
+        shard: the shard that the answers are of. Its file keeps answers to lines beyond the input's end, since the
+            input may have been cut off, but none that a line of the input no longer asks for: `merge` couldn't tell
+            them from the others.
         day: that the chat template writes; None if it writes none.
     """
     waiting: dict[tuple[int, int], tuple[LineSample, Kept | None]] = {}

@@ -84,7 +84,7 @@ def watched(monkeypatch, rows, name="qtype"):
     [
         ((6.8, 6.2), 5.0, 6.1, "6.1 is above the base model's 5"),
         ((2.0, 2.2), 5.0, 4.0, None),
-        ((6.8, 7.2), 6.8, 7.3, "7.2 is above the base model's 6.8"),  # the same data, whose lowest loss the log has
+        ((6.8, 7.2), 6.8, 7.3, "7.2 is above the base model's 6.8"),  # the same data: the log has the lowest loss
         ((2.0, 2.2), None, None, None),  # it was removed
     ],
 )
