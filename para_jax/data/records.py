@@ -27,8 +27,9 @@ from .examples import (
     split_conversation,
 )
 from .given import is_nan
+from .held_out import part_of
 from .row_files import read_rows
-from .sources import FORMS, DatasetSplit, class_labels_of, source_of, task_of
+from .sources import FORMS, DatasetSplit, class_labels_of, is_held_out, source_of, task_of
 from .tasks import TASKS, field, names_of
 
 #: Examples per call of the tokenizer.
@@ -107,8 +108,12 @@ def split_records(section: DataSection, split: str, seen=None) -> Iterator[Recor
         return None
     if isinstance(source, DatasetSplit):
         warn_of_numbers(source, section)
-        return records_of(source.rows(), source.label, **form)
-    return records_of(read_rows(source, seen), str(source), **form)
+        rows, name = source.rows(), source.label
+    else:
+        rows, name = read_rows(source, seen), str(source)
+    if section.validation_split and split != "test" and is_held_out(section):
+        rows = part_of(rows, section.validation_split, held_out=split == "validation")
+    return records_of(rows, name, **form)
 
 
 def read_records(

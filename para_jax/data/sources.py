@@ -25,8 +25,19 @@ warn_once_of_hidden = cache(warn_of_hidden)
 
 
 def source_of(section: DataSection, split: str) -> Source | None:
-    """Where the rows of a split are: in the file or data set that the split's own field names, else next to data.train
-    (the other files of a folder, the other splits of a data set). None if there are none."""
+    """Where the rows of a split are. Those of the validation data may be among the training data (`is_held_out`). None
+    if there are none."""
+    return own_source(section, "train" if split == "validation" and is_held_out(section) else split)
+
+
+def is_held_out(section: DataSection) -> bool:
+    """Whether a part of the training data is the validation data (data.validation_split)."""
+    return section.validation_split is not None and own_source(section, "validation") is None
+
+
+def own_source(section: DataSection, split: str) -> Source | None:
+    """Where a split has rows of its own: in the file or data set that its field names, else next to data.train (the
+    other files of a folder, the other splits of a data set). None if it has none."""
     own, train = getattr(section, split), section.train
     if is_given(own) or (own is None and is_given(train)):
         return given_split(section, split)

@@ -26,7 +26,7 @@ from .example_arrays import ExampleArrays, ExampleBuilder
 from .examples import Example
 from .records import ENCODED_AT_ONCE, Record, all_too_long, cut_left, encode_all, report, split_records, too_long
 from .row_files import form_of
-from .sources import DatasetSplit, Source, files_of, prefix_of, source_of, task_of
+from .sources import DatasetSplit, Source, files_of, is_held_out, prefix_of, source_of, task_of
 from .token_cache import Tokens
 
 #: An example with this many times the tokens of 99 % of the others is reported.
@@ -182,6 +182,8 @@ def number_of(place: str) -> int:
 def fields_of(source: Source | None, section: DataSection) -> dict[str, Any]:
     """Everything that the ids depend on besides the data's content and the tokenizer."""
     fields = {name: getattr(section, name) for name in ("prompt", "completion", "max_seq_length", "truncate")}
+    if is_held_out(section):
+        fields["validation_split"] = section.validation_split
     if isinstance(source, DatasetSplit):
         return fields | dict(task=task_of(section), split=source.split)
     return fields | dict(task=task_of(section), split=None, form=source and form_of(source))

@@ -14,8 +14,9 @@ from typing import Any
 from ..adapters.invocation import require_invocation
 from ..backbone.transformer import Transformer
 from ..data.examples import stop_token_ids
+from ..inference.draw import NO_TOKEN_MESSAGE
 from ..inference.generate import up_to_multiple
-from ..messages import say
+from ..messages import say, warn
 from ..progress import Progress
 from ..serving.engine import Engine
 from ..sharding import mesh_of, using
@@ -25,7 +26,7 @@ from .journal import Journal
 from .likelihood import likelihoods
 from .questions import Answer, Generation, Likelihood, Pending, Question, Scored, Written, key, writing_content
 from .shapes import OpenShapes, PlannedShapes, batch_rows
-from .writing import EngineWriter, known_answer, write_in_batches
+from .writing import EngineWriter, known_answer, named, write_in_batches
 
 #: Questions with their answers, and the tokens that were computed for each.
 Answers = Generator[tuple[Pending, Answer, int]]
@@ -74,7 +75,7 @@ class Answerer:
         self._compiled: set[str] | None = None if self._planned else set()
         self._warned: set[Any] = set()
         """the tenants with a warning that their logits are not finite"""
-        self._writer = EngineWriter(engine, self._warned) if engine is not None else None
+        self._writer = EngineWriter(engine) if engine is not None else None
         ends = stop_token_ids(tokenizer, model.config.eos_token_ids)
         self.stop_ids = engine.stop_ids if engine is not None else ends
         self._writing: str | None = None
@@ -122,7 +123,17 @@ class Answerer:
                     bar.advance(**{"tokens/s": round(self.tokens / self.seconds)})
                     interruption_point()
         journal.sync()
-        return [journal[one.key] for one in asked]
+        found = [journal[one.key] for one in asked]
+        self._warn_of_overflow(asked, found)
+        return found
+
+    def _warn_of_overflow(self, asked: Sequence[Pending], found: Sequence[Answer]) -> None:
+        """Warns, once of each tenant, of written answers whose logits were not finite, also where the journal had
+        them."""
+        for one, answer in zip(asked, found, strict=True):
+            if isinstance(answer, Written) and not answer.finite and one.tenant not in self._warned:
+                self._warned.add(one.tenant)
+                warn(f"an answer of {named(one.tenant)} is empty, and counts as wrong: {NO_TOKEN_MESSAGE}")
 
     def _answers(self, left: list[Pending], distinct: list[Pending], journal: Journal) -> Answers:
         """The answers to the questions that are left, likelihoods first: the journal has them before texts follow."""
@@ -167,7 +178,7 @@ class Answerer:
     def _by_engine(self, pending: list[Pending], distinct: list[Pending]) -> Answers:
         asked = [one.question for one in distinct if isinstance(one.question, Generation)]
         # An engine of our own has the same shapes after a resume.
-        writer = self._writer or EngineWriter(self._own_engine(asked), self._warned)
+        writer = self._writer or EngineWriter(self._own_engine(asked))
         with closing(writer.write(pending)) as answers:
             for one, written in answers:
                 yield one, written, len(one.question.context) + written.tokens

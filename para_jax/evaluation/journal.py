@@ -26,7 +26,7 @@ from .questions import Answer, Scored, Written
 HEAD = b'{"key": '
 #: A line has at most this many bytes.
 LONGEST = 1 << 24
-TYPES = {Scored: (float, bool), Written: (str, int)}
+TYPES = {Scored: (float, bool), Written: (str, int, bool)}
 #: This process's open files, by device and inode: journals of one file share it and its lock.
 OPEN: WeakValueDictionary[tuple[int, int], BinaryIO] = WeakValueDictionary()
 #: The same for files in a bucket.
@@ -86,7 +86,7 @@ class Journal:
             return
         if self._lines is None and self._stream is None:
             raise ValueError(f"{self.file}: this journal is closed")
-        line = json.dumps({"key": key, **answer._asdict()}, ensure_ascii=False) + "\n"
+        line = json.dumps({"key": key, **fields_of(answer)}, ensure_ascii=False) + "\n"
         if self._lines is not None:
             with LOCK:
                 self._lines.add(line.encode())
@@ -117,6 +117,12 @@ class Journal:
                 if not lines.users:
                     OPEN_LINES.pop(lines.appender.file, None)
                     lines.close()
+
+
+def fields_of(answer: Answer) -> dict:
+    """An answer as a line has it. `finite` is written only where it is false: earlier versions don't know it."""
+    fields = answer._asdict()
+    return {name: value for name, value in fields.items() if (name, value) != ("finite", True)}
 
 
 def opened(file: Path) -> BinaryIO:

@@ -61,6 +61,8 @@ class Written(NamedTuple):
     """with the white space at its ends; `score_answers` strips"""
     tokens: int
     """how many were written"""
+    finite: bool = True
+    """False: the logits were not finite, so the text is empty"""
 
 
 Answer = Scored | Written

@@ -14,7 +14,6 @@ from ..inference.answer_text import text_of
 from ..inference.draw import NO_TOKEN, NO_TOKEN_MESSAGE
 from ..inference.generate import before_stop, generate_tokens
 from ..inference.sampling import Sampling
-from ..messages import warn
 from ..model import prefill_after
 from ..serving.engine import Engine
 from ..serving.request import Completion, Request
@@ -75,7 +74,8 @@ def write_in_batches(
             for i, tokens in zip(chosen, written, strict=False):
                 kept = tokens[: asked[i][1].max_new_tokens]
                 # What precedes logits that are not finite might be right by chance.
-                yield i, Written("" if NO_TOKEN in kept else text_of(tokenizer, kept), len(kept))
+                finite = NO_TOKEN not in kept
+                yield i, Written(text_of(tokenizer, kept) if finite else "", len(kept), finite)
 
 
 def known_answer(tokenizer, question: Generation, greedy: Sequence[int], stop_ids: Sequence[int]) -> Written | None:
@@ -92,12 +92,8 @@ def known_answer(tokenizer, question: Generation, greedy: Sequence[int], stop_id
 class EngineWriter:
     """Has an Engine write answers. Whatever ends that, even Ctrl-C, the engine then holds none of our requests."""
 
-    def __init__(self, engine: Engine, warned: set[Any]):
-        """
-        Args:
-            warned: the tenants with a warning that their logits are not finite; gets those with a new one.
-        """
-        self.engine, self._warned = engine, warned
+    def __init__(self, engine: Engine):
+        self.engine = engine
         self._submitted: dict[Hashable, Pending] = {}  # and not answered yet
 
     def write(self, pending: Sequence[Pending]) -> Generator[tuple[Pending, Written]]:
@@ -135,20 +131,17 @@ class EngineWriter:
                 "is lost. Give the evaluation an engine of its own"
             )
         if completion.error == NO_TOKEN_MESSAGE:  # this tenant's answer is wrong, and the others' stay
-            self._warn(pending.tenant)
-            return pending, Written("", len(completion.tokens))
+            return pending, Written("", len(completion.tokens), finite=False)
         if completion.error is not None:
             raise ValueError(f"a question to {named(pending.tenant)} was not answered: {completion.error}")
         return pending, Written(completion.text, len(completion.tokens))
 
-    def _warn(self, tenant: Any) -> None:
-        if tenant not in self._warned:
-            self._warned.add(tenant)
-            warn(f"an answer of {named(tenant)} is empty, and counts as wrong: {NO_TOKEN_MESSAGE}")
-
 
 def named(tenant: Any) -> str:
-    return "the base model" if tenant is None else f"tenant {shorten(tenant)}"
+    """A tenant in a message. A StackBank's are numbers, which say nothing to a user."""
+    if tenant is None:
+        return "the base model"
+    return f"tenant {shorten(tenant)}" if isinstance(tenant, str) else "an adapter"
 
 
 def as_request(id: Hashable, tenant: str | None, question: Generation) -> Request:

@@ -21,7 +21,7 @@ from ..data.packing import PackingPlan, RowShape, common_shape, plan_packing
 from ..data.records import TooLong
 from ..data.row_files import PACKED_ENDINGS
 from ..data.schedule import TenantOrder
-from ..data.sources import unread_validation
+from ..data.sources import is_held_out, unread_validation
 from ..data.tenants import tenant_sections
 from ..data.tokenizer import run_tokenizer
 from ..data.training_data import TrainingData, chosen_length, describe_lengths, load_training_data
@@ -114,6 +114,7 @@ def read_inputs(
     data = {name: read_once[of_data(own)][0] for name, own in configs.items()}
     say_data(config, data)
     warn_of_unread(configs.values())
+    say_held_out(configs.values(), read_once)
     alike = [read_once[key] for key in dict.fromkeys(map(of_data, configs.values()))]
     say_long("validation", [validation for _, validation, *_ in alike])
     say_long("test", [test for _, _, test, _ in alike])
@@ -207,6 +208,15 @@ def warn_of_unread(configs: Iterable[RunConfig]) -> None:
         advice = "" if found[0].stem == "validation" else f"rename it to validation{found[0].suffix}, or "
         advice = "unpack it, or " if found[0].suffix in PACKED_ENDINGS else advice
         warn(f"{found[0]} is not read{more}; {advice}set data.validation")
+
+
+def say_held_out(configs: Iterable[RunConfig], found: dict[tuple, tuple]) -> None:
+    """Says how many examples are held out of the training data as validation data."""
+    held = {of_data(own): found[of_data(own)][1] for own in configs if is_held_out(own.data)}
+    if held:
+        count = sum(len(validation.records) for validation in held.values())
+        whose = f" of {len(held)} tenants" if len(held) > 1 else ""
+        say(f"validation data{whose}: {count} examples held out of the training data (data.validation_split)")
 
 
 def all_lengths(data: dict[str, TrainingData]) -> np.ndarray:
@@ -334,7 +344,7 @@ def require_validation(config: RunConfig, validation: Sequence[EvalTask | None])
     A run that an earlier version began like this resumes, and a line says that patience ends nothing."""
     if config.eval.patience is None or any(validation):
         return
-    missing = "validation data (data.validation, or validation.jsonl next to train.jsonl)"
+    missing = "validation data (data.validation, data.validation_split, or validation.jsonl next to train.jsonl)"
     checkpoints = expanded(config.output_dir) / "checkpoints"
     resumes = checkpoints.is_dir() and bool(steps_in(checkpoints))
     require(resumes, "eval.patience", config.eval.patience, f"{missing}; or eval.patience=null")

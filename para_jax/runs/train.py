@@ -220,7 +220,7 @@ def trained(config: RunConfig, shared: Shared | None = None) -> Ended:
     for line in unused_fields(config, {task.metric for task in tasks}):
         warn(line)
     if not any(tenant.validation or tenant.test for tenant in tenants):
-        say("no validation data, so nothing is scored: put some rows into validation.jsonl (data.validation)")
+        say("no validation data, so nothing is scored: set data.validation_split=0.1, or data.validation")
     if config.eval.test and not any(tenant.test for tenant in tenants):
         say("eval.test=true scores nothing: there is no test data (data.test, or test.jsonl next to train.jsonl)")
     with ExitStack() as held:

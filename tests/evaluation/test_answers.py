@@ -1,6 +1,7 @@
 """The answerer: what is asked once, refused, kept, and left behind after an interrupt."""
 
 import re
+from contextlib import closing
 from copy import deepcopy
 
 import jax
@@ -39,13 +40,16 @@ def test_written_answers_are_those_of_generate_alone_and_mixed():
 
 def test_a_written_answer_ends_at_its_own_stop_ids():
     one = Generation(asked()[0].context, 6)
-    ((text, count),) = answers("llama", [("A", one)], "A")
-    found = re.findall("w[0-9]+", text)
-    assert count == len(found) == 6
+    (answer,) = answers("llama", [("A", one)], "A")
+    found = re.findall("w[0-9]+", answer.text)
+    assert answer.tokens == len(found) == 6
     stopped = one._replace(stop_ids=(int(found[3][1:]), 255))
     first = found.index(found[3])
     assert answers("llama", [("A", stopped)], "A") == [Written("".join(found[:first]), first)]
-    assert answers("llama", [("A", stopped._replace(stop=(found[1],)))], "A")[0].text == text[: text.index(found[1])]
+    assert (
+        answers("llama", [("A", stopped._replace(stop=(found[1],)))], "A")[0].text
+        == answer.text[: answer.text.index(found[1])]
+    )
 
 
 @pytest.mark.long
@@ -202,7 +206,7 @@ def test_a_resumed_pass_has_an_engine_of_the_same_shapes(monkeypatch):
     assert sizes == [64, 64]
 
 
-def test_an_adapter_that_overflows_answers_nothing_and_the_others_answer_as_without_it(caplog):
+def test_an_adapter_that_overflows_answers_nothing_and_the_others_answer_as_without_it(caplog, tmp_path):
     model, bank = backbone("llama"), AdapterBank(backbone("llama").config, max_r=4)
     adapter = strong(init_adapter(ParaConfig(r=4), model.config), 0, 0.3)
     bank.add("A", adapter)
@@ -216,6 +220,13 @@ def test_an_adapter_that_overflows_answers_nothing_and_the_others_answer_as_with
     answerer.answer([("wild", Generation((20, 21), 4))])
     (said,) = [one.getMessage() for one in caplog.records if "wild" in one.getMessage()]
     assert said.startswith("an answer of tenant 'wild' is empty") and "logits are not finite" in said
+    for _ in range(2):  # asked, then in the journal
+        caplog.clear()
+        with closing(Journal(tmp_path / "answers.jsonl")) as journal:
+            given = dict(rows=ROWS, engine=engine, journal=journal, backbone="b")
+            again = Answerer(model, bank, tokenizer(), **given).answer([("wild", questions[0]), ("A", questions[0])])
+        assert again == [found[1], found[0]] and [one.getMessage() for one in caplog.records].count(said) == 1
+    assert (tmp_path / "answers.jsonl").read_text().count('"finite"') == 1  # earlier versions don't know it
 
 
 @pytest.mark.parametrize("limit", ["queue_limit", "queue_limit_per_tenant"])

@@ -51,7 +51,10 @@ def test_an_engine_decodes_an_answer_as_batches_do(monkeypatch, stop):
 def test_an_answer_before_logits_that_are_not_finite_is_empty(monkeypatch):
     """What came before might be right by chance. After the answer's last token they don't matter."""
     monkeypatch.setattr(writing, "generate_tokens", lambda *a, **s: [[9, 10, NO_TOKEN]] * 2)
-    assert written([Generation((3,), 4), Generation((4,), 2)]) == {0: Written("", 3), 1: Written("w9w10", 2)}
+    assert written([Generation((3,), 4), Generation((4,), 2)]) == {
+        0: Written("", 3, finite=False),
+        1: Written("w9w10", 2),
+    }
 
 
 def test_an_answer_ends_at_its_own_stop_ids_too(monkeypatch):

@@ -62,6 +62,33 @@ def test_labels_are_ranked_and_base_and_adapter_are_shown(folder, tmp_path, caps
     assert again.scores == result.scores
 
 
+def test_without_validation_data_some_training_rows_are_held_out(folder, tmp_path, capsys):
+    write_rows(tmp_path / "train.jsonl", labelled(24))
+    config = own(folder, f"data.train={tmp_path}", f"output_dir={tmp_path / 'run'}")
+    result = train(config)
+    said = capsys.readouterr().err
+    assert "training data: 22 examples\n" in said and "2 examples held out of the training data" in said
+    assert (
+        result.scores["validation"]["count"] == 2
+        and "validation_loss" in (result.output_dir / "metrics.jsonl").read_text()
+    )
+    assert train(config).best == result.best  # it has ended, on the same rows
+    with pytest.raises(ValueError, match=r"data.validation_split \(0.1 there, 0.2 here\)"):
+        train(own(folder, f"data.train={tmp_path}", f"output_dir={tmp_path / 'run'}", "data.validation_split=0.2"))
+
+
+def test_each_tenant_holds_rows_of_its_own_out_unless_it_has_validation_data(folder, tmp_path, capsys):
+    for name in ("acme.jsonl", "globex/train.jsonl", "initech.jsonl"):
+        write_rows(tmp_path / "tenants" / name, labelled(30))
+    write_rows(tmp_path / "tenants" / "globex" / "validation.jsonl", labelled(5))
+    overrides = "data.train=null", f"data.tenants={tmp_path / 'tenants'}", "train.rows_per_tenant=2"
+    config = own(folder, *overrides, "eval.test=false", f"output_dir={tmp_path / 'run'}")
+    result = train_tenants(config)
+    assert "validation data of 2 tenants: 6 examples held out" in capsys.readouterr().err
+    counts = {name: (one["examples"], one["scores"]["validation"]["count"]) for name, one in result.tenants.items()}
+    assert counts == {"acme": (27, 3), "globex": (30, 5), "initech": (27, 3)}
+
+
 def test_a_file_that_was_meant_as_validation_data_is_named(tmp_path, capsys):
     for file in ("acme/train.jsonl", "acme/dev.jsonl", "globex/train.csv", "globex/validation.csv", "globex/val.csv"):
         write_rows(tmp_path / file, [])

@@ -815,7 +815,7 @@ def test_validation_data_that_is_added_and_removed_scores_the_adapter_that_is_th
         (tmp_path / "data" / f"{split}.jsonl").unlink()
     own = f"data.train={tmp_path / 'data'}", f"output_dir={tmp_path / 'run'}", "eval.test=true", "data.changed=accept"
     assert train(run_config(folder, *own)).scores == {}
-    assert "nothing is scored: put some rows into validation.jsonl" in capsys.readouterr().err
+    assert "nothing is scored: set data.validation_split=0.1" in capsys.readouterr().err
     for split, text in held.items():
         (tmp_path / "data" / f"{split}.jsonl").write_text(text)
     scored = train(run_config(folder, *own))

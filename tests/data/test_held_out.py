@@ -1,0 +1,123 @@
+"""Validation data that is held out of the training data: the two parts are the whole data, in its order."""
+
+import json
+
+import pytest
+import tiny_tokenizers
+
+from para_jax.config import DataSection
+from para_jax.data import token_cache, training_data
+from para_jax.data.given import with_data
+from para_jax.data.held_out import part_of
+from para_jax.data.records import load_records
+from para_jax.data.training_data import load_training_data
+
+
+def numbered(count):
+    return [(f"file:{i + 1}", {"prompt": f"p{i}", "completion": "yes"}) for i in range(count)]
+
+
+def split(count, share):
+    parts = (part_of(iter(numbered(count)), share, held_out=held_out) for held_out in (False, True))
+    return [[int(row["prompt"][1:]) for _, row in part] for part in parts]
+
+
+def written(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def section(train, **fields):
+    return DataSection(train=str(train), **{"validation_split": 0.1, **fields})
+
+
+def prompts(section, of):
+    return [record.prompt for record in load_records(section, of) or []]
+
+
+@pytest.mark.parametrize("share", [0.5, 0.25, 0.1, 0.01])
+def test_each_row_is_in_one_part_and_each_block_gives_one(share):
+    block = round(1 / share)
+    train, held = split(5 * block, share)
+    assert sorted(train + held) == list(range(5 * block)) and train == sorted(train)
+    assert [row // block for row in held] == [0, 1, 2, 3, 4]
+
+
+def test_no_pattern_of_the_data_decides():
+    """Rows that take turns, as those of generated data do, are held out alike."""
+    _, held = split(3000, 0.1)
+    assert {row % 10 for row in held} == set(range(10))
+    assert all(len([row for row in held if row % 2 == odd]) > 120 for odd in (0, 1))
+
+
+def test_rows_that_are_added_at_the_end_change_nothing_before_them():
+    before, after = split(95, 0.1), split(140, 0.1)
+    for few, more in zip(before, after, strict=True):
+        assert more[: len(few)] == few
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "python"])
+def test_both_parts_of_a_source_are_its_rows(kind, tmp_path):
+    rows = [row for _, row in numbered(40)]
+    if kind == "csv":
+        file = tmp_path / "train.csv"
+        file.write_text("prompt,completion\n" + "".join(f"{row['prompt']},yes\n" for row in rows))
+    else:
+        file = written(tmp_path / "train.jsonl", rows)
+    own = with_data(DataSection(validation_split=0.1), rows) if kind == "python" else section(file)
+    train, held = (load_records(own, of) or [] for of in ("train", "validation"))
+    assert [len(train), len(held)] == [36, 4]
+    assert [row.prompt for row in sorted([*train, *held], key=lambda r: int(str(r.prompt)[1:]))] == [
+        row["prompt"] for row in rows
+    ]
+    everything = load_records(DataSection(train=str(file)), "train") or []
+    if kind != "python":
+        places = {record.prompt: record.place for record in everything}
+        assert all(places[record.prompt] == record.place for record in held)
+    assert load_records(own, "test") is None
+
+
+def test_the_turns_of_a_conversation_stay_together(tmp_path):
+    turns = [{"role": role, "content": "hi"} for role in ("user", "assistant", "user", "assistant")]
+    rows = [{"messages": [{"role": "system", "content": str(i)}, *turns]} for i in range(20)]
+    own = section(written(tmp_path / "train.jsonl", rows))
+    train, held = ([prompt[0]["content"] for prompt in prompts(own, of)] for of in ("train", "validation"))
+    assert len(held) == 4 and len(set(held)) == 2 and not set(held) & set(train)
+
+
+def test_validation_data_of_its_own_comes_first(tmp_path):
+    written(tmp_path / "train.jsonl", [row for _, row in numbered(20)])
+    own = written(tmp_path / "validation.jsonl", [{"prompt": "own", "completion": "yes"}])
+    assert len(prompts(section(tmp_path), "train")) == 20 and prompts(section(tmp_path), "validation") == ["own"]
+    named = section(tmp_path / "train.jsonl", validation=str(own))
+    assert len(prompts(named, "train")) == 20 and prompts(named, "validation") == ["own"]
+
+
+def test_the_cache_of_token_ids_knows_what_was_held_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_cache, "MIN_BYTES", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file, tokenizer = written(tmp_path / "train.jsonl", [row for _, row in numbered(40)]), tiny_tokenizers.plain()
+    for _ in range(2):  # written, then read
+        for share, count in ((0.1, 36), (0.25, 30), (None, 40)):
+            assert len(load_training_data(section(file, validation_split=share), tokenizer).examples) == count
+    assert training_data.fields_of(None, DataSection(train=str(file))).get("validation_split") is None
+
+
+def test_too_few_rows_are_an_error(tmp_path):
+    few = section(written(tmp_path / "few.jsonl", [row for _, row in numbered(1)]))
+    assert prompts(few, "validation") == ["p0"]
+    with pytest.raises(ValueError, match="data.validation_split 0.1.* only 1"):
+        prompts(few, "train")
+    few = section(written(tmp_path / "few.jsonl", [row for _, row in numbered(9)]), validation_split=0.02)
+    assert len(prompts(few, "train")) == 9
+    with pytest.raises(ValueError, match="data.validation_split 0.02.* only 9"):
+        prompts(few, "validation")
+    with pytest.raises(ValueError, match="empty.jsonl has no rows"):
+        prompts(section(written(tmp_path / "empty.jsonl", [])), "validation")
+
+
+@pytest.mark.parametrize("share", [0, 0.6, -1, True, "a tenth"])
+def test_a_wrong_share_is_refused(share):
+    with pytest.raises(ValueError, match="data.validation_split") as error:
+        DataSection(validation_split=share)
+    assert str(share) in str(error.value)
