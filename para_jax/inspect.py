@@ -160,8 +160,7 @@ def data_report(config: RunConfig) -> str:
         first = "examples of the first tenant:"
         return "\n\n".join([found, first, *shown_examples(tokenizer, data)])
     data = load_training_data(with_limit(config.data, load_model_config(config.backbone.source)), tokenizer)
-    for split in ("validation", "test"):  # what is wrong with them would stop the run
-        load_records(config.data, split)
+    held = {split: len(load_records(config.data, split) or []) for split in ("validation", "test")}
     rows = config.tenant_batch if config.many else step_rows(config)
     configs = dict(islice(tenant_configs(config).items(), 2))  # two combinations of a sweep have the shapes of all
     buckets, plans = plan_batches(config, configs, dict.fromkeys(configs, data), rows)
@@ -169,7 +168,9 @@ def data_report(config: RunConfig) -> str:
     if config.data.max_seq_length is None:
         examples.append(describe_lengths(data.examples.lengths, config.data.packing))
     batches = f"{next(iter(plans.values())).batches_per_epoch} batches of {rows} rows per epoch"
-    return "\n\n".join([*examples, f"{data.report()}; {describe_shapes(buckets)}; {batches}"])
+    others = [f"{count} {split}" for split, count in held.items() if count]
+    also = f"; also {' and '.join(others)} examples" if others else ""
+    return "\n\n".join([*examples, f"{data.report()}; {describe_shapes(buckets)}; {batches}{also}"])
 
 
 def describe_shapes(shapes: Sequence[Bucket | RowShape]) -> str:

@@ -420,6 +420,7 @@ def test_inspect_shows_a_run_an_adapter_and_data(config, trained, capsys):
     data = capsys.readouterr().out
     assert data.count("prompt: 6 tokens") == 3 and data.count("]<<\ncompletion: ") == 3 and data.count(">>[w") == 3
     assert "[w9][w10][</s>]" in data and "20 examples; padded to 16 tokens (6 of completion); 3 batches" in data
+    assert data.endswith("per epoch; also 8 validation and 5 test examples\n")
 
 
 def test_inspect_of_a_run_that_was_cut_off_while_writing_shows_the_rest(trained, tmp_path, capsys):

@@ -65,6 +65,7 @@ def test_labels_are_ranked_and_base_and_adapter_are_shown(folder, tmp_path, caps
 def test_without_validation_data_some_training_rows_are_held_out(folder, tmp_path, capsys):
     write_rows(tmp_path / "train.jsonl", labelled(24))
     config = own(folder, f"data.train={tmp_path}", f"output_dir={tmp_path / 'run'}")
+    assert "22 examples; padded to" in (said := data_report(config)) and said.endswith("; also 2 validation examples")
     result = train(config)
     said = capsys.readouterr().err
     assert "training data: 22 examples\n" in said and "2 examples held out of the training data" in said
