@@ -113,21 +113,17 @@ class AdapterBank:
                 what = type(one).__name__
                 raise ValueError(f"AdapterBank.holding takes {{name: adapter}} (load_adapter loads one); got {what}")
         require_model_config(model_config)
-        normal = [adapter.normal(model_config).config for adapter in adapters.values()]
-        bank = cls(
-            model_config,
-            capacity=len(adapters),
-            max_r=max(method_of(config).rank(config) for config in normal),
-            methods=tuple({method_of(config).name for config in normal}),
-            sites=tuple({site for config in normal for site in config.target_modules}),
-            dtype=dtype,
-        )
+        configs = [adapter.normal(model_config).config for adapter in adapters.values()]
+        bank = cls.fitting(configs, model_config, capacity=len(adapters), dtype=dtype)
+        bank.expected = ()  # a removed adapter's group goes with it
         for name, adapter in adapters.items():
             bank.add(name, adapter)
         return bank
 
     @classmethod
-    def fitting(cls: type[Bank], configs: Iterable[Any], model_config: ModelConfig, *, capacity: int) -> Bank:
+    def fitting(
+        cls: type[Bank], configs: Iterable[Any], model_config: ModelConfig, *, capacity: int, dtype: str = "float32"
+    ) -> Bank:
         """An empty bank for adapters of these configs, as `Adapter.normal` gives them. Whichever adapters it holds, its
         programs are those of a bank with all of them, so a row has the same bits."""
         configs = tuple(dict.fromkeys(configs))
@@ -139,6 +135,7 @@ class AdapterBank:
             max_r=max(method_of(config).rank(config) for config in configs),
             methods=tuple({method_of(config).name for config in configs}),
             sites=tuple({site for config in configs for site in config.target_modules}),
+            dtype=dtype,
         )
         bank.expected = configs
         return bank

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import difflib
+from collections.abc import Sequence
 
 from ..config import shorten
 from ..untrusted import safe_name
@@ -16,13 +17,18 @@ def unknown(name: object, known: tuple[str, ...]) -> str:
     """The error for a tenant that the bank does not hold, with names that are similar at the beginning or the end."""
     if name == "base":  # what the command line and the server call it
         return "no tenant 'base'; for the base model give None"
-    text = str(name)[:100]
-    near = sorted(one for one in known if one.startswith(text[:3]))
-    at = bisect.bisect(near, text)  # neighbours in this order share the longest beginnings
-    near = near[max(0, at - COMPARED // 2) : at + COMPARED // 2]
-    near += [one for one in known if one.endswith(text[-3:])][:COMPARED] + list(known[:COMPARED])
-    nearest = difflib.get_close_matches(text, [one[:100] for one in dict.fromkeys(near)], n=3, cutoff=0.5)
+    nearest = nearest_names(str(name), known)
     if nearest:
         return f"no tenant {shorten(name)}; the nearest are {', '.join(map(safe_name, nearest))}"
     held = ", ".join(map(safe_name, known[:3])) or "none"
     return f"no tenant {shorten(name)}; it holds {held}{' ...' if len(known) > 3 else ''}"
+
+
+def nearest_names(name: str, known: Sequence[str]) -> list[str]:
+    """At most three known names that are similar to this one at the beginning or the end."""
+    text = name[:100]
+    near = sorted(one for one in known if one.startswith(text[:3]))
+    at = bisect.bisect(near, text)  # neighbours in this order share the longest beginnings
+    near = near[max(0, at - COMPARED // 2) : at + COMPARED // 2]
+    near += [one for one in known if one.endswith(text[-3:])][:COMPARED] + list(known[:COMPARED])
+    return difflib.get_close_matches(text, dict.fromkeys(one[:100] for one in near), n=3, cutoff=0.5)

@@ -43,11 +43,7 @@ def choose_attention(
     """
     choice = choice_named(name)
     platform = platform or (jax.default_backend() if mesh is None else str(mesh.devices.flat[0].platform))
-    found = [
-        attention_kernel(config, LENGTH, dtype, platform, choice, packed=packed, capability=capability)[0]
-        for packed in (False, True)
-    ]
-    kernel = found[0]
+    kernel, _ = attention_kernel(config, LENGTH, dtype, platform, choice, capability=capability)
     if kernel == "plain":
         return choice
     problem = first_on_any_process(trial_problem(kernel, config, dtype, mesh, packed=False))

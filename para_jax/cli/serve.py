@@ -37,7 +37,9 @@ def served() -> shared.Parser:
         help="the base model's name (default: the backbone's)",
     )
     group.add_argument(
-        "--allow-adapter-updates", action="store_true", help="let clients load and unload adapters while it runs"
+        "--allow-adapter-updates",
+        action="store_true",
+        help="let clients load and unload adapters while it runs; needs --adapter-root",
     )
     group.add_argument(
         "--adapter-root", type=shared.filled, metavar="DIR", help="the folder of the adapters that clients may load"

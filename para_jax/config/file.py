@@ -20,8 +20,9 @@ TEXT_FIELDS = ("data.prompt", "data.completion")
 
 def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
     """A RunConfig from a YAML file (None: the defaults) and overrides such as "train.learning_rate=3e-3". An override
-    that changes adapter.method drops the adapter fields of the file. A train.learning_rate of the file stays. An
-    override of train.num_epochs drops the file's train.max_steps, which would win over it, and the other way round.
+    that changes adapter.method drops the adapter fields of the file, except scope and scope_window. A
+    train.learning_rate of the file stays. An override of train.num_epochs drops the file's train.max_steps, which would
+    win over it, and the other way round.
 
     Raises ValueError, naming the field and the nearest known one, for an unknown key, a wrong type or a bad value.
     """
@@ -38,10 +39,11 @@ def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str
         changes["train"] = {"max_steps": None} | train
     elif isinstance(train, dict) and train.get("max_steps") is not None:
         changes["train"] = {"num_epochs": TrainSection.num_epochs} | train
-    file_method = method_of(in_file, "para")
-    method = method_of(changes, file_method)
+    file_method = named_method(in_file, "para")
+    method = named_method(changes, file_method)
     if method != file_method:
-        in_file.pop("adapter", None)
+        held = in_file.pop("adapter", {})
+        in_file["adapter"] = {name: held[name] for name in ("scope", "scope_window") if name in held}
     require(method in tuple(ADAPTER_CONFIGS), "adapter.method", method, one_of(ADAPTER_CONFIGS))
     template = RunConfig(adapter=ADAPTER_CONFIGS[method]())
     try:
@@ -77,7 +79,7 @@ def merged(below: dict[str, Any], above: dict[str, Any], section: str = "") -> d
     return joined
 
 
-def method_of(run: dict[str, Any], default: Any) -> Any:
+def named_method(run: dict[str, Any], default: Any) -> Any:
     """The value of adapter.method in a mapping of sections."""
     adapter: Any = run.get("adapter", {})
     if isinstance(adapter, str) and adapter in ADAPTER_CONFIGS:

@@ -26,7 +26,7 @@ MEDIA = re.compile(r"(large_)?list<\w+: struct<bytes: (large_)?binary, path: (la
 #: The type of a column of JSON texts. Hugging Face datasets stores values of mixed types so.
 JSON = "extension<arrow.json>"
 #: The types of float32 columns, as Arrow, datasets, and pandas and polars write them.
-FLOAT32 = re.compile(r"float|value\('float32'\)|float32")
+FLOAT32 = re.compile(r"float(\[pyarrow\])?|value\('float32'\)|float32")
 
 
 def parquet_rows(path: Place) -> Iterator[tuple[str, dict]]:

@@ -86,9 +86,10 @@ def lines_of(stream: BinaryIO) -> Iterator[bytes]:
 
 
 def ends_with_cr(text: bytes) -> bool:
-    """Whether the header, with which a text begins, ends with CR alone: outside quotes, with no LF after it."""
+    """Whether the header, with which a text begins, ends with CR alone: outside quotes, with no LF after it. CR CR LF,
+    which Python may write on Windows, ends with LF."""
     header, end, after = text.partition(b"\r")
-    return bool(end) and not after.startswith(b"\n") and header.count(b'"') % 2 == 0
+    return bool(end) and not after.lstrip(b"\r").startswith(b"\n") and header.count(b'"') % 2 == 0
 
 
 def csv_problem(said: str) -> str:

@@ -20,6 +20,7 @@ from .examples import (
     may_have_added,
     require_filled,
     up_to_end_token,
+    with_end,
     without_added,
 )
 
@@ -49,9 +50,9 @@ def encode_examples(tokenizer, pairs: Sequence[tuple[Prompt, str]]) -> list[Exam
         answers.append(answer)
     prompt_ids, completions = encode_pairs(tokenizer, prompts, answers, chats)
     seen: dict[int, bool | None] = {}
-    end = [] if all(chats) else [eos_token_id(tokenizer)]
+    end = -1 if all(chats) else eos_token_id(tokenizer)
     return [
-        Example(prompt, up_to_end_token(tokenizer, ids, seen) if chat else [*ids, *end])
+        Example(prompt, up_to_end_token(tokenizer, ids, seen) if chat else with_end(ids, end))
         for prompt, ids, chat in zip(prompt_ids, completions, chats, strict=True)
     ]
 

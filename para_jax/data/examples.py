@@ -7,7 +7,6 @@ produce every token from the first completion id on, including the end of sequen
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -86,17 +85,22 @@ def encode_prompt(
 def encode_completion(tokenizer, prompt: Prompt, completion: str) -> list[int]:
     """The ids that the model must produce after the prompt, including the token that ends them.
 
-    Text follows the prompt after one space, unless the prompt ends or the completion starts with white space, and ends
-    with EOS. After messages, it is the assistant turn as the chat template renders it, up to the template's end token
-    (EOS if it has none).
+    Text follows the prompt after one space, unless the prompt ends or the completion starts with white space. It ends
+    with one EOS, also if the completion has it already. After messages, it is the assistant turn as the chat template
+    renders it, up to the template's end token (EOS if it has none).
     """
     require_filled("prompt", prompt)
     require_filled("completion", completion)
     if isinstance(prompt, str):
         text = joined_completion(prompt, completion)
-        return encode_following(tokenizer, prompt, text, encode_text) + [eos_token_id(tokenizer)]
+        return with_end(encode_following(tokenizer, prompt, text, encode_text), eos_token_id(tokenizer))
     ((before, turn),) = answered(tokenizer, [(checked_messages("prompt", prompt), completion)])
     return up_to_end_token(tokenizer, encode_following(tokenizer, before, turn, encode))
+
+
+def with_end(ids: list[int], end: int) -> list[int]:
+    """The ids of a completion with the end token. Data for other libraries may have it in the text."""
+    return ids if ids[-1:] == [end] else [*ids, end]
 
 
 def stop_token_ids(tokenizer, config_eos: tuple[int, ...] = ()) -> tuple[int, ...]:
@@ -213,8 +217,6 @@ def checked_messages(name: str, value: object) -> list[dict]:
 def checked_message(name: str, message: Any) -> dict:
     if isinstance(message, dict):  # a template may ask whether the field is there, even if it is empty
         message = {key: value for key, value in message.items() if key not in CALLS or value}
-        if calls := message.get("tool_calls"):
-            message["tool_calls"] = list(map(with_parsed_arguments, calls)) if isinstance(calls, list) else calls
     found = message
     content = message.get("content") if isinstance(message, dict) else ""
     if content is None and any(message.get(key) for key in CALLS):
@@ -225,18 +227,6 @@ def checked_message(name: str, message: Any) -> dict:
         raise ValueError(f'{name}: {shorten(message)} is not a message; write {{"role": text, "content": text}}')
     warn_of_role(found["role"])
     return found
-
-
-def with_parsed_arguments(call: Any) -> Any:
-    """The call with its arguments as an object. OpenAI writes them as JSON text, and most templates would encode that
-    text again."""
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
-        return call
-    with suppress(ValueError, RecursionError):
-        if isinstance(parsed := json.loads(function["arguments"]), dict):
-            return call | {"function": function | {"arguments": parsed}}
-    return call
 
 
 def is_text_part(part: object) -> bool:

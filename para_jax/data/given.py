@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ..config import DataSection, one_of, shorten
 from ..messages import warn
 from ..untrusted import safe_names
@@ -22,6 +24,7 @@ from .arrow_files import (
     rows_of,
     text_columns,
     without_media,
+    without_nulls,
 )
 from .tfds import plain
 
@@ -140,7 +143,9 @@ def sequence_of(label: str, data: Any) -> Sequence[Any]:
             require_distinct(label, list(data.columns))
             short = float32_columns(dict(data.schema if method == "to_dicts" else data.dtypes))
             rows = getattr(data, method)(*arguments)
-            return [as_written({str(name): plain(value) for name, value in row.items()}, (), short) for row in rows]
+            filled = method == "to_dicts"
+            made = ({str(name): cell(value, filled) for name, value in row.items()} for row in rows)
+            return [as_written(row, row.keys(), short) for row in made]
     if hasattr(data, "with_format") and hasattr(data, "__len__"):  # without the arrays of another library
         return without_media(data).with_format(None)
     if isinstance(data, list | tuple):
@@ -148,6 +153,20 @@ def sequence_of(label: str, data: Any) -> Sequence[Any]:
     kinds = ("a list of dicts", "a DataFrame", "a datasets.Dataset", "a dict of these by split")
     name = "an iterator, which can be read once" if hasattr(data, "__next__") else type(data).__name__
     raise ValueError(f"{label} must be {one_of(kinds)}; got {name}")
+
+
+def cell(value: Any, filled: bool) -> Any:
+    """A cell of a DataFrame, without the nulls that Arrow fills into structs.
+
+    Args:
+        filled: all structs are Arrow's, as polars' are. Those of pandas are if they are in an array, and a list is the
+            program's own.
+    """
+    if filled or isinstance(value, np.ndarray):
+        return without_nulls(plain(value))
+    if isinstance(value, dict):
+        return {name: cell(part, filled) for name, part in value.items()}
+    return [cell(part, filled) for part in value] if isinstance(value, list | tuple) else plain(value)
 
 
 def is_missing(value: Any) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from datetime import date, datetime
 from decimal import Decimal
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,7 +90,8 @@ def report(count: int, cut: int, skipped: int) -> str:
 
 
 def load_records(section: DataSection, split: str) -> list[Record] | None:
-    """The records of a split. None if the run has no such data; training data is required."""
+    """The records of a split. None if the run has no such data, also because there are too few training rows to hold
+    any out (data.validation_split); training data is required."""
     found = split_records(section, split)
     return None if found is None else list(found)
 
@@ -113,6 +115,9 @@ def split_records(section: DataSection, split: str, seen=None) -> Iterator[Recor
         rows, name = read_rows(source, seen), str(source)
     if section.validation_split and split != "test" and is_held_out(section):
         rows = part_of(rows, section.validation_split, held_out=split == "validation")
+        if split == "validation":
+            first = next(rows, None)
+            return None if first is None else records_of(chain([first], rows), name, **form)
     return records_of(rows, name, **form)
 
 

@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 #: Bytes that templates may use, besides what Python and transformers use.
 MEMORY = 2**29
@@ -39,7 +40,8 @@ def answer(request: dict, render: Callable) -> dict:
     try:
         for messages, variables in request["conversations"]:
             limit_time(seconds)
-            (text,), _ = render([messages], chat_template=request["template"], **variables)
+            given = {"chat_template": request["template"]} | variables
+            text = render_chat(messages, lambda chat, given=given: render([chat], **given)[0][0])
             if len(text) > most:
                 raise ValueError(f"it writes {len(text)} characters, more than {most}")
             texts.append(text)
@@ -50,6 +52,39 @@ def answer(request: dict, render: Callable) -> dict:
         return {"error": ": ".join(filter(None, said)) or type(error).__name__}
     finally:
         limit_time(0)
+
+
+def render_chat(messages: list[dict], render: Callable[[list[dict]], str]) -> str:
+    """The text of a chat. OpenAI writes the arguments of tool calls as JSON text. Most templates take an object and
+    write its JSON, so a text would be encoded twice. Templates that take a text fail with an object, or write it as
+    Python does."""
+    objects: list[dict] = []
+    parsed = [with_parsed_calls(message, objects) for message in messages]
+    if not objects:
+        return render(messages)
+    with suppress(Exception):
+        text = render(parsed)
+        if not any(one and str(one) in text for one in objects):
+            return text
+    return render(messages)
+
+
+def with_parsed_calls(message: dict, found: list[dict]) -> dict:
+    """The message with the arguments of its calls as objects, which are also added to `found`."""
+    calls = message.get("tool_calls")
+    return (
+        message | {"tool_calls": [with_object(call, found) for call in calls]} if isinstance(calls, list) else message
+    )
+
+
+def with_object(call: Any, found: list[dict]) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+        with suppress(ValueError, RecursionError):
+            if isinstance(parsed := json.loads(function["arguments"]), dict):
+                found.append(parsed)
+                return call | {"function": function | {"arguments": parsed}}
+    return call
 
 
 def limit_time(seconds: float) -> None:

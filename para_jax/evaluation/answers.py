@@ -14,6 +14,7 @@ from typing import Any
 from ..adapters.invocation import require_invocation
 from ..backbone.transformer import Transformer
 from ..data.examples import stop_token_ids
+from ..inference.content import writing_content
 from ..inference.draw import NO_TOKEN_MESSAGE
 from ..inference.generate import up_to_multiple
 from ..messages import say, warn
@@ -24,7 +25,7 @@ from ..training.stop import interruption_point
 from .batch_adapters import Bank, version
 from .journal import Journal
 from .likelihood import likelihoods
-from .questions import Answer, Generation, Likelihood, Pending, Question, Scored, Written, key, writing_content
+from .questions import Answer, Generation, Likelihood, Pending, Question, Scored, Written, key
 from .shapes import OpenShapes, PlannedShapes, batch_rows
 from .writing import EngineWriter, known_answer, named, write_in_batches
 

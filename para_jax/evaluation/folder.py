@@ -16,11 +16,13 @@ from typing import NamedTuple
 
 from .. import atomic, devices
 from ..adapters.bank import AdapterBank
+from ..backbone.content import backbone_content
+from ..inference.content import writing_content
 from ..messages import say
 from ..shards import SHARD_FILE, Part, begin_part, write_part
 from .answers import Answerer, tokens_to_write
 from .journal import Journal
-from .questions import Answer, Generation, Question, backbone_content, writing_content
+from .questions import Answer, Generation, Question
 from .results import (
     ANSWERS_FILE,
     check_results,

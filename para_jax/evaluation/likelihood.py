@@ -1,8 +1,8 @@
 """Log-likelihoods of continuations, for many adapters in one pass.
 
 Each pair of adapter and context is prefilled once, from the context's tokens alone, and all its continuations are
-scored from that state. With shapes of whole rows, a question is instead one teacher-forced pass over both. Adapters of
-scope `response` share their contexts (shared_prompts.py).
+scored from that state. Where the shapes hold prompts together with their completions, a question is instead one
+teacher-forced pass over both. Adapters of scope `response` share their contexts (shared_prompts.py).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def likelihoods(
         alike.setdefault((other, sharing and not other and shares_prompts(entry)), []).append(i)
     for (_, shared), chosen in sorted(alike.items()):
         members = [asked[i] for i in chosen]
-        if planned and shapes.whole_rows:
+        if planned and not shapes.of_prompts:
             found = in_whole_rows(model, bank, members, rows, shapes, shared)
         else:
             found = after_contexts(model, bank, members, rows, shapes, compiled, shared)

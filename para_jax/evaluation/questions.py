@@ -8,9 +8,7 @@ from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 from ..adapters.bank import Entry
-from ..backbone.content import backbone_content as backbone_content
 from ..inference.content import ANSWERS_VERSION
-from ..inference.content import writing_content as writing_content
 
 #: The seeds of lm-eval's command line, by which its tasks draw few-shot examples.
 SEEDS = {"random_seed": 0, "numpy_seed": 1234, "fewshot_seed": 1234}

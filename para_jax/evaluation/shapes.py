@@ -39,11 +39,6 @@ class PlannedShapes(NamedTuple):
     cache: int = 0
     """tokens per row that the cache holds while answers are written"""
 
-    @property
-    def whole_rows(self) -> bool:
-        """Whether a likelihood is one teacher-forced pass over prompt and completion."""
-        return not self.of_prompts
-
     def context(self, length: int) -> int:
         """Padded tokens of a context."""
         return padded_to(length, [bucket.length for bucket in self.buckets])
@@ -71,8 +66,6 @@ class OpenShapes(NamedTuple):
 
     longest: int
     """the model's positions"""
-
-    whole_rows = False
 
     def context(self, length: int) -> int:
         """16, 24, 32, 48, 64, 96, 128, 192, ... tokens: few sizes, little padding."""

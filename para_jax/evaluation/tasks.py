@@ -122,9 +122,12 @@ def as_learnt(tokenizer, record: Record, example: Example, opening: str) -> Reco
     normalise a text, the chat template may leave out a part, and an end token ends it. This form comes first, because
     label metrics take the first reference as the label."""
     ends = (*stop_token_ids(tokenizer), example.completion_ids[-1])
-    text = text_of(tokenizer, before_stop(example.completion_ids, ends)).strip().removeprefix(opening).lstrip()
+    learnt = before_stop(example.completion_ids, ends)
+    text = text_of(tokenizer, learnt).strip().removeprefix(opening).lstrip()
     if not text or single_spaced(text) == single_spaced(record.completion):
         return record
+    if before_stop(encode_completion(tokenizer, record.prompt, text), ends) != learnt:
+        return record  # the tokenizer lacks a part of the completion, and the rest is another answer
     own = record.completion
     accepted = (both for one in record.references for both in ((text, own) if one == own else (one,)))
     return record._replace(references=tuple(accepted))

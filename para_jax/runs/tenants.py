@@ -212,10 +212,10 @@ def warn_of_unread(configs: Iterable[RunConfig]) -> None:
 
 def say_held_out(configs: Iterable[RunConfig], found: dict[tuple, tuple]) -> None:
     """Says how many examples are held out of the training data as validation data."""
-    held = {of_data(own): found[of_data(own)][1] for own in configs if is_held_out(own.data)}
+    tasks = {of_data(own): found[of_data(own)][1] for own in configs if is_held_out(own.data)}
+    held = [len(task.records) for task in tasks.values() if task]
     if held:
-        count = sum(len(validation.records) for validation in held.values())
-        whose = f" of {len(held)} tenants" if len(held) > 1 else ""
+        whose, count = f" of {len(held)} tenants" if len(held) > 1 else "", sum(held)
         say(f"validation data{whose}: {count} examples held out of the training data (data.validation_split)")
 
 

@@ -431,11 +431,8 @@ def fit(
             scoring = Scoring(config, model, tenants, validation, test, logs, stop)
             loop = Loop(config, model, tenants, buckets, layout, scoring, checkpoints, logs, profiler, stop)
             try:
-                for split in () if quiet else ("test", "validation"):
-                    asked = scoring.with_changed(standing, split, changed) if restored else list(range(len(tenants)))
-                    if not config.eval.base:  # but a score of other data is replaced
-                        asked = [tenant for tenant in asked if standing.has_base(tenant, split)]
-                    standing = scoring.score_backbone(state, standing, split, asked)
+                if not quiet:
+                    standing = with_base_scores(scoring, state, standing, changed if restored else None)
                 standing = scoring.without_removed(standing, changed)
                 standing = scoring.with_kept_best(state, standing) if restored else standing
                 standing = scoring.rescored(state, standing, scoring.with_changed(standing, "validation", changed))
@@ -448,6 +445,21 @@ def fit(
                 return loop.run(state, standing)
             except Interrupted:
                 loop.end_early(standing)
+
+
+def with_base_scores(scoring: Scoring, state: TrainState, standing: Standing, changed: list[str] | None) -> Standing:
+    """The standing with the base model's scores on test and validation data.
+
+    Args:
+        changed: the parts of the data that changed before a resume, which alone are scored again; None: a new run.
+    """
+    for split in ("test", "validation"):
+        everyone = list(range(len(scoring.tenants)))
+        asked = everyone if changed is None else scoring.with_changed(standing, split, changed)
+        if not scoring.config.eval.base:  # but a score of other data is replaced
+            asked = [tenant for tenant in asked if standing.has_base(tenant, split)]
+        standing = scoring.score_backbone(state, standing, split, asked)
+    return standing
 
 
 def tasks_of(model, tokenizer, tenants: Sequence[Tenant]) -> tuple[Tasks, Tasks]:

@@ -33,8 +33,9 @@ def engine_requests(asked: Asked, tenant: str | None, engine: Engine, salt: str 
         if asked.only_echoes and isinstance(prompt, str):
             prompt = prompt_ids(prompt, engine)
         if asked.max_tokens is None or asked.variables:
-            prompt, stops = chat_ids(prompt, engine, asked.variables)
-            sampling["stop_token_ids"] += () if sampling["ignore_eos"] else stops
+            stops = () if sampling["ignore_eos"] else turn_stop_ids(engine.tokenizer, prompt)
+            prompt = prompt_ids(prompt, engine, asked.variables)
+            sampling["stop_token_ids"] += stops
         if asked.max_tokens is None:
             sampling["max_new_tokens"] = max(1, engine.max_length - len(prompt))
         if one_token_is_scored(asked):
@@ -51,7 +52,8 @@ def require_few(found: dict, engine: Engine) -> None:
         found: the body, with fields of any kind.
     """
     messages, prompt = found.get("messages"), found.get("prompt")
-    most = longest_prompt(engine) // min(map(len, ROLES))  # the characters of a message's role count too
+    # the characters of a message's role count too
+    most = longest_prompt(engine.tokenizer, engine.max_length) // min(map(len, ROLES))
     if isinstance(messages, list) and len(messages) > most:
         raise too_many("messages", f"{len(messages)} messages", f"at most {most} fit", engine)
     lists = [prompt, *prompt[:MAX_SAMPLES]] if isinstance(prompt, list) else []
@@ -67,13 +69,8 @@ def too_many(name: str, what: str, advice: str, engine: Engine) -> ApiError:
     return wrong_field(name, message, "context_length_exceeded")
 
 
-def chat_ids(messages, engine: Engine, variables: Variables) -> tuple[Ids, Ids]:
-    """A chat's token ids, and the ids that end its answer."""
-    return prompt_ids(messages, engine, variables), turn_stop_ids(engine.tokenizer, messages)
-
-
 def prompt_ids(prompt: Prompt, engine: Engine, variables: Variables | None = None) -> Ids:
-    bounds = {"most": longest_prompt(engine), "tokens": engine.max_length}
+    bounds = {"most": longest_prompt(engine.tokenizer, engine.max_length), "tokens": engine.max_length}
     return tuple(encode_prompt(engine.tokenizer, prompt, **bounds, variables=variables, may_be_blank=True))
 
 
@@ -123,13 +120,9 @@ def scored_tokens(asked: Asked, prompt: Prompt | Ids) -> float:
     return math.inf if asked.max_tokens is None else asked.n * asked.max_tokens + echoed
 
 
-def longest_prompt(engine: Engine) -> int:
-    """Characters of a prompt that may fit, at most."""
-    return _longest_prompt(engine.tokenizer, engine.max_length)
-
-
 @lru_cache(8)
-def _longest_prompt(tokenizer, max_length: int) -> int:
+def longest_prompt(tokenizer, max_length: int) -> int:
+    """Characters of a prompt that may fit, at most."""
     return most_characters(tokenizer, max_length)
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import time
 from collections.abc import Callable
 
 from ..adapters.bank import AdapterBank, Entry
 from ..adapters.loading_bank import LoadingBank
-from ..adapters.unknown_tenant import COMPARED
+from ..adapters.unknown_tenant import nearest_names
 from ..config import printable, shorten
 from ..messages import warn
 from ..untrusted import safe_name
@@ -118,9 +117,5 @@ class Models:
         text = f"the model {shorten(name)} does not exist"
         if not access.keyed:
             return f"{text}; GET /v1/models lists those there are"
-        start, end = name[:3], name[-3:]
-        known = self.visible(access)
-        near = [one for one in known if one.startswith(start)][:COMPARED]
-        near += [one for one in known if one.endswith(end)][:COMPARED] + known[:COMPARED] + [self.base]
-        nearest = difflib.get_close_matches(name[:100], dict.fromkeys(one[:100] for one in near), n=3, cutoff=0.5)
+        nearest = nearest_names(name, [self.base, *self.visible(access)])
         return f"{text}; the nearest are {', '.join(map(safe_name, nearest))}" if nearest else text

@@ -490,6 +490,16 @@ def test_another_method_drops_the_adapter_fields_of_the_file(method, tmp_path):
     )
 
 
+def test_the_scope_of_the_file_stays_with_another_method(tmp_path):
+    """As in sweep.method: two ways to compare methods train the same."""
+    (tmp_path / "run.yaml").write_text("adapter: {method: para, r: 4, scope: response, scope_window: 4}\n")
+    found = load_config(tmp_path / "run.yaml", ["adapter.method=lora"]).adapter
+    assert found == LoraConfig(scope="response", scope_window=4)
+    assert (
+        load_config(tmp_path / "run.yaml", ["adapter.method=lora", "adapter.scope_window=1"]).adapter.scope_window == 1
+    )
+
+
 @pytest.mark.parametrize("method", ADAPTER_CONFIGS)
 def test_every_method_has_a_scope_in_a_file_and_on_the_command_line(method, tmp_path):
     expected = ADAPTER_CONFIGS[method](scope="response", scope_window=4)

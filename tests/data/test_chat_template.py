@@ -1,5 +1,6 @@
 """A chat template is a program of strangers: whatever it does ends in a text or in a ValueError that names it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -250,3 +251,30 @@ def test_a_process_that_cannot_start_is_not_a_template_error(monkeypatch):
     with pytest.raises(OSError):
         turn_stop_ids(tokenizer, [USER])
     assert not issubclass(OSError, TemplateError)
+
+
+#: How templates write the arguments of a tool call, and what becomes of {"city": "Rome"}.
+ARGUMENTS = {
+    "{{ call.arguments | tojson }}": '{"city": "Rome"}',  # Qwen's
+    "{% for k, v in call.arguments.items() %}{{ k ~ '=' ~ v }}{% endfor %}": "city=Rome",
+    "{{ call.arguments if call.arguments is string else call.arguments | tojson }}": '{"city": "Rome"}',
+    "{{ call.arguments }}": '{"city":  "Rome"}',  # as a text, these and the next ones, with its own spaces
+    "{{ '<' + call.arguments + '>' }}": '<{"city":  "Rome"}>',  # R1-Distill's
+    "{{ call.arguments ~ '' }}": '{"city":  "Rome"}',
+}
+
+
+@pytest.mark.parametrize("written", ARGUMENTS)
+def test_arguments_that_are_json_text_suit_every_template(written):
+    call = {"type": "function", "function": {"name": "weather", "arguments": '{"city":  "Rome"}'}}
+    message = {"role": "assistant", "content": "", "tool_calls": [call]}
+    template = "{% set call = messages[0].tool_calls[0].function %}" + written
+    assert render_template(template, [message]) == ARGUMENTS[written]
+
+
+@pytest.mark.parametrize("arguments", [{"city": "Rome"}, "not JSON", "[1]", "[]", "[" * 100_000, 5])
+def test_other_arguments_stay_as_they_are(arguments):
+    call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+    message = {"role": "assistant", "content": "", "tool_calls": [call]}
+    assert render_template("{{ messages | tojson }}", [message]) == json.dumps([message])
+    assert render_template("{{ messages[0].tool_calls[0] }}", [message | {"tool_calls": ["other"]}]) == "other"

@@ -27,6 +27,11 @@ def test_texts_with_quotes_commas_and_newlines_are_read_as_they_are(tmp_path, ho
     assert [record.place for record in found] == [f"{first}:2", f"{first}:4", f"{first}:5"]
 
 
+def test_lines_may_end_with_two_cr_and_lf_as_pythons_writer_does_on_windows(tmp_path):
+    (tmp_path / "x.csv").write_bytes(b"prompt,completion\r\r\na,b\r\r\nc,d\r\r\n")
+    assert [record[:2] for record in read_records(tmp_path / "x.csv")] == [("a", "b"), ("c", "d")]
+
+
 def test_lines_may_end_with_cr_alone_as_in_excels_macintosh_files(tmp_path, monkeypatch):
     monkeypatch.setattr(csv_file, "MAX_ROW", 40)
     monkeypatch.setattr(csv_file, "BLOCK", 3)

@@ -190,7 +190,7 @@ def test_each_tenant_has_its_own_data():
         tenant_sections("<python>", DataSection(tenants="<python>"))
 
 
-@pytest.mark.parametrize("kind", ["pandas", "datasets", "arrow", "parquet", "numpy"])
+@pytest.mark.parametrize("kind", ["pandas", "pandas with arrow", "datasets", "arrow", "parquet", "numpy"])
 def test_float32_numbers_are_written_as_they_were(tmp_path, kind):
     frame = pd.DataFrame({"s": ["a", "b"], "x": np.array([3.8, 0.1], np.float32)})
     if kind == "parquet":
@@ -199,6 +199,7 @@ def test_float32_numbers_are_written_as_they_were(tmp_path, kind):
     else:
         rows = {
             "pandas": lambda: frame,
+            "pandas with arrow": lambda: frame.astype({"x": pd.ArrowDtype(pa.float32())}),
             "datasets": lambda: datasets.Dataset.from_pandas(frame),
             "arrow": lambda: pa.Table.from_pandas(frame),
             "numpy": lambda: [{"s": s, "x": x} for s, x in zip(frame["s"], frame["x"].to_numpy(), strict=True)],
@@ -217,3 +218,11 @@ def test_a_data_frame_gives_the_structs_of_its_parquet_file(tmp_path):
     assert (
         found == [record.prompt for record in read_records(tmp_path / "t.parquet")] == [row["prompt"] for row in rows]
     )
+
+
+def test_nulls_that_a_program_wrote_into_a_data_frame_stay():
+    call = {"function": {"name": "f", "arguments": {"unit": None, "city": "Rome"}}}
+    prompt = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    rows = [{"prompt": prompt, "completion": "b"}]
+    found = [load_records(with_data(DataSection(), one), "train") for one in (rows, pd.DataFrame(rows))]
+    assert found[0][0].prompt == found[1][0].prompt == prompt

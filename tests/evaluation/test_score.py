@@ -109,3 +109,10 @@ def test_an_answer_without_text_is_not_right_because_the_tokenizer_lacks_the_exp
     assert text_of(word_tokenizer(), encoded.examples[0].completion_ids[:-1]) == ""
     for written, score in (("", 0.0), ("unheard of", 1.0)):
         assert score_answers(encoded, [Scored(-1.0, True), Written(written, 2)]).score == score
+
+
+def test_nor_is_an_answer_with_only_the_part_that_the_tokenizer_has():
+    record = Record("w7", "unheard w9", ("unheard w9",), None, "x:1")
+    encoded = encode_task(EvalTask("t", [record], "exact_match"), word_tokenizer())
+    for written, score in (("w9", 0.0), ("unheard w9", 1.0)):
+        assert score_answers(encoded, [Scored(-1.0, True), Written(written, 2)]).score == score

@@ -10,6 +10,7 @@ from lm_eval.api.registry import register_model
 from ... import devices
 from ...adapters.bank import AdapterBank
 from ...adapters.files import load_adapter
+from ...backbone.content import backbone_content
 from ...backbone.load import load_backbone
 from ...config import RuntimeSection, expanded, shorten, template_variables
 from ...data.tokenizer import load_tokenizer
@@ -17,7 +18,7 @@ from ...hub import BUILT_IN, backbone_of
 from ...serving.engine import Engine
 from ..answers import Answerer
 from ..journal import Journal
-from ..questions import Answer, Question, backbone_content
+from ..questions import Answer, Question
 from .requests import TokenLM
 
 
