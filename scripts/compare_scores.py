@@ -1,5 +1,6 @@
 """What compare_methods.py measures of an adapter: its score row by row, what it forgets, and what it costs to serve."""
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable
@@ -57,7 +58,14 @@ def record(encoded: EncodedTask, answers) -> dict:
     rows = {"loss": [one["loss"] for one in samples]}
     if metric != "loss":
         rows = {"score": [one.get(metric, one.get("correct")) for one in samples]} | rows
-    return score_answers(encoded, answers).record() | {"rows": {name: packed(values) for name, values in rows.items()}}
+    held = {"of": content_of(encoded), "rows": {name: packed(values) for name, values in rows.items()}}
+    return score_answers(encoded, answers).record() | held
+
+
+def content_of(encoded: EncodedTask) -> str:
+    """A hash of the rows: only scores of the same rows are compared row by row."""
+    rows = [[record.prompt, record.completion] for record in encoded.task.records]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
 # --------------------------------------------------------------------------------------------- examples in the prompt

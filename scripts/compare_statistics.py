@@ -1,8 +1,7 @@
 """Which method is better, and could it be chance? Pure functions over the scores of test rows.
 
-Paired: both methods answered the same rows. The bootstrap draws rows with replacement, and a method's score on a row is
-the mean over its seeds (Efron and Tibshirani 1993; Koehn 2004 for paired test sets). Unpaired: only scores and their
-standard errors are known.
+Paired: both methods answered the same rows. The bootstrap draws rows and each method's seeds, both with replacement
+(Efron and Tibshirani 1993; Koehn 2004 for paired test sets). Unpaired: only scores and their standard errors are known.
 """
 
 import math
@@ -32,15 +31,48 @@ class Difference(NamedTuple):
     paired: bool = True
 
 
-def paired_difference(one: np.ndarray, other: np.ndarray, seed: int = 0) -> Difference:
-    """Scores [seeds, rows] of the same rows. If one has more rows, those that both have, from the start, count."""
+def paired_difference(one: np.ndarray, other: np.ndarray, seed: int = 0, *, same_seeds: bool = False) -> Difference:
+    """Scores [seeds, rows] of the same rows. If one has more rows, those that both have, from the start, count.
+
+    Args:
+        same_seeds: both are the same adapters, such as with other prompts, so their seeds are drawn together.
+    """
     count = min(one.shape[1], other.shape[1])
-    rows = one[:, :count].mean(axis=0) - other[:, :count].mean(axis=0)
-    value, drawn = float(rows.mean()), row_counts(count, seed) @ rows.astype(np.float32) / count
+    one, other = one[:, :count], other[:, :count]
+    assert np.isfinite(one).all() and np.isfinite(other).all(), "a row without a score"
+    value = float(one.mean() - other.mean())
+    if same_seeds:
+        drawn = drawn_means(one - other, seed)
+    else:
+        drawn = drawn_means(one, seed) - drawn_means(other, seed, stream=1)
     low, high = np.quantile(drawn, [LEVEL / 2, 1 - LEVEL / 2])
-    assert np.isfinite(rows).all(), "a row without a score"
     larger = int((abs(drawn - value) >= abs(value) - 1e-6).sum())  # drawn around zero, as if there were no difference
     return Difference(value, float(low), float(high), (1 + larger) / (1 + len(drawn)))
+
+
+def drawn_means(scores: np.ndarray, seed: int, stream: int = 0) -> np.ndarray:
+    """The mean of the scores [seeds, rows] in each draw, [DRAWS]. Draws of one `seed` take the same rows.
+
+    Args:
+        stream: other seeds are drawn for another number.
+    """
+    seeds, rows = scores.shape
+    by_seed = scores.astype(np.float32) @ row_counts(rows, seed).T / rows  # [seeds, DRAWS]
+    taken = np.random.default_rng((seed, stream)).multinomial(seeds, np.full(seeds, 1 / seeds), size=DRAWS).T / seeds
+    return ((1 / seeds + (taken - 1 / seeds) * spread_of_seeds(scores)) * by_seed).sum(axis=0)
+
+
+def spread_of_seeds(scores: np.ndarray) -> float:
+    """The factor of the distances of drawn seeds from their mean. It is above 1 because few seeds that are drawn vary
+    less than seeds do, and below 1 because a part of what tells seeds apart is chance in the rows, which are drawn
+    already: the variance components of a two-way layout (Searle, Casella and McCulloch 1992). 0 for one seed."""
+    seeds, rows = scores.shape
+    means = scores.mean(axis=1)
+    if seeds == 1 or (found := means.var(ddof=1)) == 0:
+        return 0.0
+    left = scores - means[:, None] - scores.mean(axis=0) + scores.mean()
+    of_rows = (left**2).sum() / ((seeds - 1) * max(rows - 1, 1)) / rows
+    return math.sqrt(seeds / (seeds - 1) * max(0.0, 1 - of_rows / found))
 
 
 @lru_cache(maxsize=4)

@@ -77,6 +77,37 @@ def test_equal_methods_are_told_apart_as_rarely_as_the_level_says():
     assert 0.01 < np.mean(np.array(p) <= 0.05) < 0.1 and 0.4 < np.mean(np.array(p) <= 0.5) < 0.6
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("spread", [0.0, 0.02, 0.05])
+def test_equal_methods_whose_seeds_differ_are_rarely_told_apart(spread):
+    """Three seeds each, whose true scores differ by `spread`. Over rows alone, up to half would be."""
+    draw, told = np.random.default_rng(6), 0
+    for _ in range(150):
+        hard = draw.uniform(size=800)  # rows that are hard are hard for all
+        rates = 0.4 + spread * draw.normal(size=(2, 3))
+        one, other = (hard + 0.15 * draw.normal(size=(2, 3, 800)) < rates[:, :, None]).astype(float)
+        told += statistics.paired_difference(one, other).p <= 0.05
+    assert told <= 0.14 * 150
+
+
+def test_seeds_that_differ_widen_the_interval_and_one_seed_cannot():
+    rows = DRAW.uniform(size=500)
+    near, far = ((rows < np.array(rates)[:, None]).astype(float) for rates in ([0.4, 0.41, 0.42], [0.3, 0.41, 0.52]))
+    other = (rows < 0.3)[None].astype(float)
+    widths = [one.high - one.low for one in (statistics.paired_difference(seeds, other) for seeds in (near, far))]
+    assert widths[1] > 2 * widths[0]
+    assert statistics.spread_of_seeds(other) == 0 and statistics.spread_of_seeds(np.ones((3, 9))) == 0
+
+
+def test_the_same_seeds_are_drawn_together():
+    """With other prompts each seed loses as much: the seeds differ, and their loss does not."""
+    rows = DRAW.uniform(size=500)
+    own = (rows < np.array([0.3, 0.4, 0.5])[:, None]).astype(float)
+    less = (rows < np.array([0.25, 0.35, 0.45])[:, None]).astype(float)
+    apart, paired = (statistics.paired_difference(less, own, same_seeds=same) for same in (False, True))
+    assert paired.high < 0 < apart.high and paired.value == apart.value
+
+
 def test_an_unpaired_interval_is_that_of_the_normal_distribution():
     found = statistics.unpaired_difference((0.6, 0.03), (0.5, 0.04))
     np.testing.assert_allclose(found[:3], (0.1, 0.1 - 1.96 * 0.05, 0.1 + 1.96 * 0.05), atol=1e-4)
