@@ -11,6 +11,7 @@ from tiny_questions import ROWS, answers, asked, bank_of
 from tiny_run import tokenizer
 
 from para_jax import Adapter, AdapterBank, Engine, ParaConfig, Request, Rows, generate, init_adapter, stack_adapters
+from para_jax.backbone.content import backbone_content
 from para_jax.data.examples import stop_token_ids
 from para_jax.evaluation import answers as answering
 from para_jax.evaluation.answers import Answerer
@@ -21,10 +22,9 @@ from para_jax.evaluation.questions import (
     Likelihood,
     Scored,
     Written,
-    backbone_content,
     key,
-    writing_content,
 )
+from para_jax.inference.content import writing_content
 
 
 @pytest.mark.long

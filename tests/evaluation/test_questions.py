@@ -3,7 +3,8 @@
 from golden_models import backbone
 from tiny_questions import bank_of
 
-from para_jax.evaluation.questions import Generation, Likelihood, backbone_content, key
+from para_jax.backbone.content import backbone_content
+from para_jax.evaluation.questions import Generation, Likelihood, key
 
 
 def test_a_key_depends_on_question_adapter_content_and_backbone():
