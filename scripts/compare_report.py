@@ -3,12 +3,11 @@
 Computes no model. Statistics are in compare_statistics.py, pictures in compare_pictures.py.
 """
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from itertools import combinations, permutations
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +33,8 @@ from para_jax.figures import save
 #: `response` only has these two with that scope.
 REFERENCES = (("PARA r=12", "PARA r=12, response"), ("LoRA r=# on q, v, up", "LoRA r=#, response"))
 SHUFFLED = ", prompts shuffled"
+#: With fewer seeds nothing is claimed.
+FEWEST_SEEDS = 3
 #: The verdicts that claim a difference.
 WORDS = ("better", "worse")
 #: The end of the names of methods with that scope.
@@ -72,8 +73,8 @@ class Cell(NamedTuple):
     forgetting: tuple[float, ...] = ()
     seeds: tuple[int, ...] = ()
     """which seeds the scores and rows are of; empty for the base model"""
-    of: str | None = None
-    """a hash of the rows' prompts and completions; None in results of earlier versions"""
+    of: str = ""
+    """two digits for each row, a hash of its completion; empty in results of earlier versions"""
 
     @property
     def is_method(self) -> bool:
@@ -103,12 +104,13 @@ HOW_TO_READ = f"""\
 Scores and losses are means over the seeds, with the lowest and the highest. Verdicts compare a method with PARA r=12
 and with the LoRA of its size: the difference of scores, its 95 % interval, and better, worse or within noise at 5 %.
 
-- The interval is from a bootstrap over the test rows that both answered and over the seeds of each method. Of three
-  seeds it is still a little too narrow: in simulations without a difference it claims one in 3 to 9 % of the cases.
+- The interval is over the test rows that both answered and over the seeds of each method. In simulations of three seeds
+  without a difference it claims one in 3 to 10 % of the cases.
 - Verdicts are corrected for the number of comparisons of a task (Holm). The intervals are not.
 - "seeds overlap": one method's worst seed is not above the other's best one, so other seeds may say otherwise.
-- "unpaired": scores of earlier versions, without rows. Their interval is wider.
-- "one seed": other seeds would widen the interval, so nothing is claimed. Nor is it with fewer than {FEWEST_ROWS} rows.
+- "unpaired": scores of other rows, or of earlier versions without rows. Their interval is wider.
+- "few seeds": a method has fewer than {FEWEST_SEEDS}, so nothing is claimed. Neither is it of fewer than {FEWEST_ROWS}
+  rows.
 - Bytes are a tenant's, in float32 and in bfloat16. Vectors stay float32: counted for (IA)^3, not for a PARA with a bias
   or a constant pooler, whose second figure is up to 6 % too small.
 - Prefill and decode are relative to the base model, 8 rows of 8 tenants.
@@ -184,7 +186,7 @@ def scored_cell(folder: str, task: str, name: str, seeds: list[dict], asked: dic
     scores, losses = [one["score"] for one in seeds], [one["loss"] for one in seeds]
     errors = [one["stderr"] or 0.0 for one in seeds]
     about = dict(backbone=Path(asked["backbone"]).name, examples=examples, rows=rows, stderr=mean(errors))
-    about |= {"steps": int(asked["steps"]), "of": first.get("of")}
+    about |= {"steps": int(asked["steps"]), "of": first.get("of", "")}
     return Cell(folder, task, name, first["metric"], scores, losses, first["count"], **about)
 
 
@@ -195,16 +197,17 @@ def difference(one: Cell, other: Cell) -> tuple[Difference, int]:
     """The first cell's score less the second's, and how many rows it is from. A method with other prompts' factors is
     compared with its own seeds."""
     one, other = of_the_same_seeds(one, other)
-    if one.rows is not None and other.rows is not None and (one.of == other.of or not (one.of and other.of)):
+    if one.rows is not None and other.rows is not None and of_same_rows(one, other):
         apart = paired_difference(one.rows, other.rows, same_seeds=are_same(one, other))
         return apart, min(one.rows.shape[1], other.rows.shape[1])
-    pair = ((mean(cell.scores), math.hypot(cell.stderr, error_of_seeds(cell.scores))) for cell in (one, other))
-    return unpaired_difference(*pair), min(one.count, other.count)
+    pair = ((mean(cell.scores), cell.stderr) for cell in (one, other))
+    return unpaired_difference(*pair, (one.scores, other.scores)), min(one.count, other.count)
 
 
-def error_of_seeds(scores: Sequence[float]) -> float:
-    """The standard error of a mean over seeds; 0 for one, which shows none."""
-    return stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else 0.0
+def of_same_rows(one: Cell, other: Cell) -> bool:
+    """Whether the rows that both have are the same, as far as is known."""
+    count = min(len(one.of), len(other.of))
+    return one.of[:count] == other.of[:count]
 
 
 def are_same(one: Cell, other: Cell) -> bool:
@@ -240,10 +243,10 @@ def verdicts(cells: Sequence[Cell]) -> dict[tuple[str, str], str]:
 
 
 def describe(apart: Difference, word: str, one: Cell, other: Cell) -> str:
-    """ "+0.021 (+0.004 to +0.038) better, seeds overlap"; without a verdict where one seed can't give one."""
-    single = has_one_seed(one, other)
-    said = "" if single else f" {word}{', seeds overlap' * (word in WORDS and seeds_overlap(one, other))}"
-    return f"{interval(apart)}{said}{', one seed' * single}{'' if apart.paired else ', unpaired'}"
+    """ "+0.021 (+0.004 to +0.038) better, seeds overlap"; without a verdict where few seeds can't give one."""
+    few = has_few_seeds(one, other)
+    said = "" if few else f" {word}{', seeds overlap' * (word in WORDS and seeds_overlap(one, other))}"
+    return f"{interval(apart)}{said}{', few seeds' * few}{'' if apart.paired else ', unpaired'}"
 
 
 def interval(apart: Difference) -> str:
@@ -251,9 +254,9 @@ def interval(apart: Difference) -> str:
     return f"{value:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
-def has_one_seed(one: Cell, other: Cell) -> bool:
-    """Whether one of the cells is a method with one seed. The base model has none."""
-    return any(cell.seeds and len(cell.scores) == 1 for cell in of_the_same_seeds(one, other))
+def has_few_seeds(one: Cell, other: Cell) -> bool:
+    """Whether one of the cells is a method with few seeds. The base model has none."""
+    return any(cell.seeds and len(cell.scores) < FEWEST_SEEDS for cell in of_the_same_seeds(one, other))
 
 
 def references(cells: Sequence[Cell]) -> list[Cell]:
@@ -310,7 +313,7 @@ def pair_lines(cells: Sequence[Cell], compared: Sequence[Cell]) -> list[str]:
     lines = []
     for one, other in combinations(others, 2):
         apart, _ = difference(one, other)
-        marks = ", seeds overlap" * seeds_overlap(one, other) + ", one seed" * has_one_seed(one, other)
+        marks = ", seeds overlap" * seeds_overlap(one, other) + ", few seeds" * has_few_seeds(one, other)
         lines.append(f"- `{one.name}` minus `{other.name}`: {interval(apart)}{marks}")
     return ["The other methods, each from each, with intervals and without verdicts:", "", *lines, ""] if lines else []
 

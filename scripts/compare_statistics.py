@@ -1,19 +1,18 @@
 """Which method is better, and could it be chance? Pure functions over the scores of test rows.
 
-Paired: both methods answered the same rows. The bootstrap draws rows and each method's seeds, both with replacement
-(Efron and Tibshirani 1993; Koehn 2004 for paired test sets). Unpaired: only scores and their standard errors are known.
+Chance is in the test rows and in the seeds of training. Paired: both methods answered the same rows, so only their
+differences count. Unpaired: only scores and their standard errors are known. The few seeds make it Student's t
+distribution, with the degrees of freedom of Welch (1947) and Satterthwaite (1946).
 """
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
 
-DRAWS = 4000
 LEVEL = 0.05
 #: With fewer rows than this nothing is claimed.
 FEWEST_ROWS = 20
@@ -31,64 +30,56 @@ class Difference(NamedTuple):
     paired: bool = True
 
 
-def paired_difference(one: np.ndarray, other: np.ndarray, seed: int = 0, *, same_seeds: bool = False) -> Difference:
+def paired_difference(one: np.ndarray, other: np.ndarray, *, same_seeds: bool = False) -> Difference:
     """Scores [seeds, rows] of the same rows. If one has more rows, those that both have, from the start, count.
 
     Args:
-        same_seeds: both are the same adapters, such as with other prompts, so their seeds are drawn together.
+        same_seeds: both are the same adapters, such as with other prompts, so their seeds are paired too.
     """
     count = min(one.shape[1], other.shape[1])
     one, other = one[:, :count], other[:, :count]
     assert np.isfinite(one).all() and np.isfinite(other).all(), "a row without a score"
-    value = float(one.mean() - other.mean())
-    if same_seeds:
-        drawn = drawn_means(one - other, seed)
-    else:
-        drawn = drawn_means(one, seed) - drawn_means(other, seed, stream=1)
-    low, high = np.quantile(drawn, [LEVEL / 2, 1 - LEVEL / 2])
-    larger = int((abs(drawn - value) >= abs(value) - 1e-6).sum())  # drawn around zero, as if there were no difference
-    return Difference(value, float(low), float(high), (1 + larger) / (1 + len(drawn)))
+    rows = one.mean(axis=0) - other.mean(axis=0)
+    of_rows = float(rows.var(ddof=1)) / count if count > 1 else 0.0
+    return difference(float(rows.mean()), of_rows, [one - other] if same_seeds else [one, other])
 
 
-def drawn_means(scores: np.ndarray, seed: int, stream: int = 0) -> np.ndarray:
-    """The mean of the scores [seeds, rows] in each draw, [DRAWS]. Draws of one `seed` take the same rows.
+def unpaired_difference(one: tuple[float, float], other: tuple[float, float], seeds: Sequence[Sequence[float]] = ()):
+    """From (score, standard error over rows) of each, and the scores of each method's seeds. A pair's own rows would
+    narrow it."""
+    of_seeds = [np.array(scores, float)[:, None] for scores in seeds]
+    return difference(one[0] - other[0], one[1] ** 2 + other[1] ** 2, of_seeds)._replace(paired=False)
+
+
+def difference(value: float, of_rows: float, seeds: Sequence[np.ndarray]) -> Difference:
+    """A difference with its interval.
 
     Args:
-        stream: other seeds are drawn for another number.
+        of_rows: the variance that comes from the rows.
+        seeds: the scores [seeds, rows] of each method.
     """
-    seeds, rows = scores.shape
-    by_seed = scores.astype(np.float32) @ row_counts(rows, seed).T / rows  # [seeds, DRAWS]
-    taken = np.random.default_rng((seed, stream)).multinomial(seeds, np.full(seeds, 1 / seeds), size=DRAWS).T / seeds
-    return ((1 / seeds + (taken - 1 / seeds) * spread_of_seeds(scores)) * by_seed).sum(axis=0)
+    parts = [(variance_of_seeds(scores) / len(scores), len(scores) - 1) for scores in seeds]
+    total = of_rows + sum(part for part, _ in parts)
+    if total == 0:
+        return Difference(value, value, value, float(value == 0))
+    from_seeds = sum(part**2 / degrees for part, degrees in parts if degrees)
+    degrees = total**2 / from_seeds if from_seeds else math.inf
+    error = math.sqrt(total)
+    half = float(stats.t.ppf(1 - LEVEL / 2, degrees)) * error
+    return Difference(value, value - half, value + half, float(2 * stats.t.sf(abs(value) / error, degrees)))
 
 
-def spread_of_seeds(scores: np.ndarray) -> float:
-    """The factor of the distances of drawn seeds from their mean. It is above 1 because few seeds that are drawn vary
-    less than seeds do, and below 1 because a part of what tells seeds apart is chance in the rows, which are drawn
-    already: the variance components of a two-way layout (Searle, Casella and McCulloch 1992). 0 for one seed."""
+def variance_of_seeds(scores: np.ndarray) -> float:
+    """The variance of a method's scores over its seeds, from [seeds, rows]; 0 for one seed. A part of what tells seeds
+    apart is chance in the rows, which counts already: variance components of a two-way layout (Searle, Casella and
+    McCulloch 1992)."""
     seeds, rows = scores.shape
-    means = scores.mean(axis=1)
-    if seeds == 1 or (found := means.var(ddof=1)) == 0:
+    if seeds == 1:
         return 0.0
+    means = scores.mean(axis=1)
     left = scores - means[:, None] - scores.mean(axis=0) + scores.mean()
     of_rows = (left**2).sum() / ((seeds - 1) * max(rows - 1, 1)) / rows
-    return math.sqrt(seeds / (seeds - 1) * max(0.0, 1 - of_rows / found))
-
-
-@lru_cache(maxsize=4)
-def row_counts(count: int, seed: int = 0) -> np.ndarray:
-    """How often each draw takes each row, [DRAWS, count]."""
-    draw = np.random.default_rng(seed)
-    return draw.multinomial(count, np.full(count, 1 / count), size=DRAWS).astype(np.float32)
-
-
-def unpaired_difference(one: tuple[float, float], other: tuple[float, float]) -> Difference:
-    """From (score, standard error) of each, by the normal distribution. A pair's own rows would narrow it."""
-    value, error = one[0] - other[0], math.hypot(one[1], other[1])
-    if error == 0:
-        return Difference(value, value, value, float(value == 0), paired=False)
-    half = stats.norm.ppf(1 - LEVEL / 2) * error
-    return Difference(value, value - half, value + half, 2 * stats.norm.sf(abs(value) / error), paired=False)
+    return max(0.0, float(means.var(ddof=1) - of_rows))
 
 
 def reverse(apart: Difference) -> Difference:

@@ -41,10 +41,9 @@ def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str
         changes["train"] = {"num_epochs": TrainSection.num_epochs} | train
     file_method = named_method(in_file, "para")
     method = named_method(changes, file_method)
-    if method != file_method:
-        held = in_file.pop("adapter", {})
-        in_file["adapter"] = {name: held[name] for name in ("scope", "scope_window") if name in held}
     require(method in tuple(ADAPTER_CONFIGS), "adapter.method", method, one_of(ADAPTER_CONFIGS))
+    if method != file_method:
+        in_file["adapter"] = kept_scope(in_file.get("adapter", {}), changes.get("adapter", {}))
     template = RunConfig(adapter=ADAPTER_CONFIGS[method]())
     try:
         values = typed_fields(without_method(in_file), template)
@@ -57,6 +56,14 @@ def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str
         return replaced(template, wanted)
     except ValueError as error:
         raise ValueError(f"config {file}: {error}" if fails_alone(template, values, error) else str(error)) from None
+
+
+def kept_scope(in_file: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The adapter fields of a file that stay with another method: its scope and window, unless `changes` sets a scope.
+    A scope of all, which every method has, need not be named."""
+    if "scope" in changes or in_file.get("scope", "all") == "all":
+        return {}
+    return {name: in_file[name] for name in ("scope", "scope_window") if name in in_file}
 
 
 def fails_alone(template: RunConfig, values: dict[str, Any], error: ValueError) -> bool:

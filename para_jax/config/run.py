@@ -62,7 +62,7 @@ class DataSection:
     written by train(config, data=...)"""
     validation: str | None = None
     test: str | None = None
-    validation_split: Annotated[float, Bounds(above=0, below=1)] | None = None
+    validation_split: Annotated[float, Bounds(above=0, at_most=0.5)] | None = None
     """without validation data: the share of the training rows that are held out as such. A conversation is one row"""
     tenants: str | None = None
     """a folder of tenants to train in one run: each sub-folder (as for `train`) and each data file is one. train,

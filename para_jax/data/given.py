@@ -143,8 +143,8 @@ def sequence_of(label: str, data: Any) -> Sequence[Any]:
             require_distinct(label, list(data.columns))
             short = float32_columns(dict(data.schema if method == "to_dicts" else data.dtypes))
             rows = getattr(data, method)(*arguments)
-            filled = method == "to_dicts"
-            made = ({str(name): cell(value, filled) for name, value in row.items()} for row in rows)
+            arrow = {name for name in data.columns if method == "to_dicts" or "[pyarrow]" in str(data[name].dtype)}
+            made = ({str(name): cell(value, name in arrow) for name, value in row.items()} for row in rows)
             return [as_written(row, row.keys(), short) for row in made]
     if hasattr(data, "with_format") and hasattr(data, "__len__"):  # without the arrays of another library
         return without_media(data).with_format(None)
@@ -155,18 +155,18 @@ def sequence_of(label: str, data: Any) -> Sequence[Any]:
     raise ValueError(f"{label} must be {one_of(kinds)}; got {name}")
 
 
-def cell(value: Any, filled: bool) -> Any:
+def cell(value: Any, arrow: bool) -> Any:
     """A cell of a DataFrame, without the nulls that Arrow fills into structs.
 
     Args:
-        filled: all structs are Arrow's, as polars' are. Those of pandas are if they are in an array, and a list is the
-            program's own.
+        arrow: the column is Arrow's, as all of polars are. In other columns of pandas, an array is Arrow's and a list
+            is the program's own.
     """
-    if filled or isinstance(value, np.ndarray):
+    if arrow or isinstance(value, np.ndarray):
         return without_nulls(plain(value))
     if isinstance(value, dict):
-        return {name: cell(part, filled) for name, part in value.items()}
-    return [cell(part, filled) for part in value] if isinstance(value, list | tuple) else plain(value)
+        return {name: cell(part, arrow) for name, part in value.items()}
+    return [cell(part, arrow) for part in value] if isinstance(value, list | tuple) else plain(value)
 
 
 def is_missing(value: Any) -> bool:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
+from fractions import Fraction
+from math import ceil
 
 Row = tuple[str, dict]
 """a row's place and its columns"""
-
-#: 2**32 divided by the golden ratio. Modulo 2**32 its multiples are spread evenly, however many there are (Knuth, The
-#: Art of Computer Programming, volume 3, section 6.4).
-GOLDEN = 2654435769
 
 
 def part_of(rows: Iterator[Row], share: float, *, held_out: bool) -> Iterator[Row]:
     """The rows that are held out, or the others. A row's number alone decides. So sorted data is held out evenly, and
     rows that are added at the end change nothing before them."""
-    return (row for number, row in enumerate(rows, 1) if is_held_out(number, share) == held_out)
+    exact = Fraction(str(share))  # 0.1 is a tenth
+    return (row for number, row in enumerate(rows) if is_held_out(number, exact) == held_out)
 
 
-def is_held_out(number: int, share: float) -> bool:
-    """Whether a row is held out, by its number from 1. With a share of less than 0.6 the first one is not."""
-    return number * GOLDEN % 2**32 < share * 2**32
+def is_held_out(number: int, share: Fraction) -> bool:
+    """Whether a row is held out, by its number from 0: one of every 1 / share rows is. Where it is among these differs
+    from block to block, because data may repeat a pattern. Of the first block it is the last row, so that a few rows
+    are all trained on."""
+    block = int(number * share)
+    start, end = ceil(block / share), ceil((block + 1) / share)
+    drawn = int.from_bytes(hashlib.sha256(str(block).encode()).digest()[:8], "big")
+    return number == (start + drawn % (end - start) if block else end - 1)

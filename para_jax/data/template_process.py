@@ -64,9 +64,16 @@ def render_chat(messages: list[dict], render: Callable[[list[dict]], str]) -> st
         return render(messages)
     with suppress(Exception):
         text = render(parsed)
-        if not any(one and str(one) in text for one in objects):
+        if not any(is_pythons(one, text, messages) for one in objects):
             return text
     return render(messages)
+
+
+def is_pythons(found: dict, text: str, messages: list[dict]) -> bool:
+    """Whether a text has an object as Python writes it, and the messages' contents do not."""
+    written = str(found)
+    of_messages = any(written in str(message.get("content")) for message in messages)
+    return written in text and not of_messages and written != json.dumps(found, ensure_ascii=False)
 
 
 def with_parsed_calls(message: dict, found: list[dict]) -> dict:

@@ -123,10 +123,11 @@ def as_learnt(tokenizer, record: Record, example: Example, opening: str) -> Reco
     label metrics take the first reference as the label."""
     ends = (*stop_token_ids(tokenizer), example.completion_ids[-1])
     learnt = before_stop(example.completion_ids, ends)
-    text = text_of(tokenizer, learnt).strip().removeprefix(opening).lstrip()
+    written = text_of(tokenizer, learnt)
+    text = written.strip().removeprefix(opening).lstrip()
     if not text or single_spaced(text) == single_spaced(record.completion):
         return record
-    if before_stop(encode_completion(tokenizer, record.prompt, text), ends) != learnt:
+    if all(before_stop(encode_completion(tokenizer, record.prompt, one), ends) != learnt for one in (text, written)):
         return record  # the tokenizer lacks a part of the completion, and the rest is another answer
     own = record.completion
     accepted = (both for one in record.references for both in ((text, own) if one == own else (one,)))

@@ -233,8 +233,8 @@ def say_choice(
     if without:
         whose = f" of {', '.join(without[:3])}{' and others' * (len(without) > 3)}" if without != [""] else ""
         warn(
-            f"train.learning_rate=auto: there is no validation data{whose} to choose by (data.validation_split), so "
-            f"the method's default is taken: {chosen[without[0]]:g}"
+            f"train.learning_rate=auto: there is no validation data{whose} to choose by, so the method's default is "
+            f"taken: {chosen[without[0]]:g}"
         )
     named = list(tried) != [""]
     rows = [[*["tenant"] * named, "rate", "validation loss", ""]]

@@ -220,7 +220,8 @@ def trained(config: RunConfig, shared: Shared | None = None) -> Ended:
     for line in unused_fields(config, {task.metric for task in tasks}):
         warn(line)
     if not any(tenant.validation or tenant.test for tenant in tenants):
-        say("no validation data, so nothing is scored: set data.validation_split=0.1, or data.validation")
+        few = "data.validation_split holds out none of so few rows" if config.data.validation_split else ""
+        say(f"no validation data, so nothing is scored: {few or 'set data.validation_split=0.1, or data.validation'}")
     if config.eval.test and not any(tenant.test for tenant in tenants):
         say("eval.test=true scores nothing: there is no test data (data.test, or test.jsonl next to train.jsonl)")
     with ExitStack() as held:

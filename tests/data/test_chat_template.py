@@ -272,6 +272,15 @@ def test_arguments_that_are_json_text_suit_every_template(written):
     assert render_template(template, [message]) == ARGUMENTS[written]
 
 
+def test_what_a_user_writes_does_not_decide_how_arguments_are_written():
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"city":"Rome"}'}}
+    chat = [{"role": "user", "content": "f with {'city': 'Rome'}"}, {"role": "assistant", "tool_calls": [call]}]
+    template = "{{ messages[0].content }} {{ messages[1].tool_calls[0].function.arguments | tojson }}"
+    assert render_template(template, chat) == "f with {'city': 'Rome'} {\"city\": \"Rome\"}"
+    call["function"]["arguments"] = '{"it\'s":1}'  # as Python and JSON write it
+    assert render_template(template, chat).endswith('{"it\'s": 1}')
+
+
 @pytest.mark.parametrize("arguments", [{"city": "Rome"}, "not JSON", "[1]", "[]", "[" * 100_000, 5])
 def test_other_arguments_stay_as_they_are(arguments):
     call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}

@@ -213,11 +213,12 @@ def test_a_data_frame_gives_the_structs_of_its_parquet_file(tmp_path):
     rows = [{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]}
             for call in calls]  # fmt: skip
     pa.parquet.write_table(pa.Table.from_pylist([row | {"completion": "b"} for row in rows]), tmp_path / "t.parquet")
-    given = with_data(DataSection(), pd.read_parquet(tmp_path / "t.parquet"))
-    found = [record.prompt for record in load_records(given, "train")]
-    assert (
-        found == [record.prompt for record in read_records(tmp_path / "t.parquet")] == [row["prompt"] for row in rows]
-    )
+    assert [record.prompt for record in read_records(tmp_path / "t.parquet")] == [row["prompt"] for row in rows]
+    for frame in (
+        pd.read_parquet(tmp_path / "t.parquet"), pd.read_parquet(tmp_path / "t.parquet", dtype_backend="pyarrow")
+    ):  # fmt: skip
+        found = load_records(with_data(DataSection(), frame), "train")
+        assert [record.prompt for record in found] == [row["prompt"] for row in rows]
 
 
 def test_nulls_that_a_program_wrote_into_a_data_frame_stay():

@@ -89,6 +89,8 @@ def normalising():
         (tiny_tokenizers.thinking, True, "<think>\n\n</think>\n\nRome"),
         (tiny_tokenizers.plain, True, "Rome<|im_end|>"),
         (tiny_tokenizers.plain, True, "Rome"),
+        (tiny_tokenizers.plain, False, "Rome\n<|im_end|>"),
+        (tiny_tokenizers.plain, False, "\nRome <|im_end|>"),
         (tiny_tokenizers.own_space, False, "Rome"),
     ],
 )
