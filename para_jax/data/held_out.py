@@ -19,9 +19,9 @@ def part_of(rows: Iterator[Row], share: float, *, held_out: bool) -> Iterator[Ro
 
 
 def is_held_out(number: int, share: Fraction) -> bool:
-    """Whether a row is held out, by its number from 0: one of every 1 / share rows is. Where it is among these differs
-    from block to block, because data may repeat a pattern. Of the first block it is the last row, so that a few rows
-    are all trained on."""
+    """Whether a row is held out, by its number from 0. One row of each block of 1 / share rows is: a different one in
+    each block, because data may repeat a pattern, and in the first block the last one, so that a few rows are all
+    trained on."""
     block = int(number * share)
     start, end = ceil(block / share), ceil((block + 1) / share)
     drawn = int.from_bytes(hashlib.sha256(str(block).encode()).digest()[:8], "big")
