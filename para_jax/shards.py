@@ -53,7 +53,7 @@ def parse_shard(text: str) -> Shard:
     return shard
 
 
-class Part(NamedTuple):
+class ShardOutput(NamedTuple):
     """A shard's output, as its shard file describes it."""
 
     output: Place
@@ -71,12 +71,12 @@ def job_shard_file(output: Place) -> Place:
     return output.with_name(f"{output.name}.{SHARD_FILE}")
 
 
-def write_part(file: Place, part: Part) -> None:
+def write_part(file: Place, part: ShardOutput) -> None:
     found = {"shard": str(part.shard), "settings": part.settings, "ended": part.ended, "content": part.content}
     atomic.write_text(file, json.dumps(found, indent=1) + "\n")
 
 
-def read_part(file: Place, output: Place) -> Part | None:
+def read_part(file: Place, output: Place) -> ShardOutput | None:
     """What a shard file says; None if there is none. Raises ValueError for a file that is none."""
     if not file.is_file():
         return None
@@ -84,7 +84,7 @@ def read_part(file: Place, output: Place) -> Part | None:
         data = stream.read(MAX_BYTES + 1)
     try:
         found = json.loads(data)
-        part = Part(output, parse_shard(found["shard"]), found["settings"], found["ended"], found["content"])
+        part = ShardOutput(output, parse_shard(found["shard"]), found["settings"], found["ended"], found["content"])
         valid = isinstance(part.settings, dict) and isinstance(part.ended, bool) and isinstance(part.content, dict)
     except (ValueError, KeyError, TypeError, RecursionError):
         valid = False
@@ -101,7 +101,7 @@ def begin_part(file: Place, output: Place, shard: Shard | None) -> None:
         raise ValueError(f"{output} is the output of shard {before.shard}; {advice}")
 
 
-def in_order(parts: Sequence[Part]) -> list[Part]:
+def in_order(parts: Sequence[ShardOutput]) -> list[ShardOutput]:
     """The parts by their index. Raises ValueError, naming the outputs, for parts of different sizes or settings, for a
     shard that is missing, comes twice or has not ended."""
     first, found = parts[0], {}
@@ -128,7 +128,7 @@ def in_order(parts: Sequence[Part]) -> list[Part]:
     return [found[shard] for shard in sorted(found)]
 
 
-def require_same_settings(one: Part, other: Part) -> None:
+def require_same_settings(one: ShardOutput, other: ShardOutput) -> None:
     for name in {**one.settings, **other.settings}:
         values = [shown(value) for value in differing(one.settings.get(name), other.settings.get(name))]
         if one.settings.get(name) != other.settings.get(name):

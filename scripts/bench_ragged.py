@@ -63,7 +63,7 @@ def main():
 def check(backbone: str, rounds: int) -> dict:
     model, index = load_backbone(backbone, dtype="float32"), np.arange(8) % 5
     tokens = random_tokens(model, len(index), PROMPT + COMPLETION)
-    return differences(model, stack_of(model, LORA, 6), index, tokens, PROMPT)
+    return largest_differences(model, stack_of(model, LORA, 6), index, tokens, PROMPT)
 
 
 def train(backbone: str, rounds: int) -> dict:
@@ -128,7 +128,7 @@ def logits_of(model, adapters, tokens):
     return model.logits(model.final_norm(residual_stream(model, adapters, tokens, prompt_length)[0]))
 
 
-def differences(model, stack: Stack, index: np.ndarray, tokens: np.ndarray, prompt: int) -> dict[str, float]:
+def largest_differences(model, stack: Stack, index: np.ndarray, tokens: np.ndarray, prompt: int) -> dict[str, float]:
     """The largest differences of the two forms in logits and in gradients, next to what would be seen without adapters
     and to the largest gradient."""
     lengths = (jnp.full(len(tokens), n) for n in (prompt, tokens.shape[1]))

@@ -65,7 +65,7 @@ def decode_programs(model) -> dict[str, tuple]:
     index, token = np.arange(ROWS), jax.ShapeDtypeStruct((ROWS,), jnp.int32)
 
     def state(config, count: int) -> Any:
-        adapters = None if config is None else rows_of(model, config, count, index % count)
+        adapters = None if config is None else abstract_rows(model, config, count, index % count)
         tokens = jax.ShapeDtypeStruct((ROWS, 16), jnp.int32)
         run: Callable = lambda model, adapters, tokens: prefill(model, adapters, tokens, 16, max_length=CACHE)[1]  # noqa: E731
         return jax.eval_shape(run, model, adapters, tokens)
@@ -103,6 +103,6 @@ def weights_of(model, config, count: int) -> Any:
     return jax.eval_shape(stacked)
 
 
-def rows_of(model, config, count: int, index: np.ndarray) -> Rows:
+def abstract_rows(model, config, count: int, index: np.ndarray) -> Rows:
     stack = jax.eval_shape(lambda: Stack(stack_adapters([init_adapter(config, model.config)] * count).adapters))
     return jax.eval_shape(lambda stack: pick(stack, jnp.asarray(index)), stack)

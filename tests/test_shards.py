@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from para_jax.shards import Part, Shard, begin_part, in_order, parse_shard, read_part, write_part
+from para_jax.shards import Shard, ShardOutput, begin_part, in_order, parse_shard, read_part, write_part
 
 
 @pytest.mark.parametrize("count", [1, 3, 7])
@@ -27,7 +27,7 @@ def test_a_wrong_shard_is_named_and_the_error_says_how_to_count(text):
 
 
 def part(index, count=3, ended=True, **settings):
-    return Part(f"out-{index}", Shard(index, count), {"seed": 0} | settings, ended, {})
+    return ShardOutput(f"out-{index}", Shard(index, count), {"seed": 0} | settings, ended, {})
 
 
 def test_parts_are_put_in_order():
@@ -58,7 +58,7 @@ def test_what_does_not_belong_together_is_refused_by_name(parts, said):
 
 
 def test_a_shard_file_is_read_as_it_was_written_and_keeps_others_out(tmp_path):
-    file, written = tmp_path / "shard.json", Part(tmp_path, Shard(1, 3), {"seed": 0}, True, {"answers": 4})
+    file, written = tmp_path / "shard.json", ShardOutput(tmp_path, Shard(1, 3), {"seed": 0}, True, {"answers": 4})
     begin_part(file, tmp_path, Shard(1, 3))
     write_part(file, written)
     assert read_part(file, tmp_path) == written

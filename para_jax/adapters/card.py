@@ -140,7 +140,7 @@ def score_line(
     return f"- {split} {metric}: {score:.4f}{error} on {count} examples{also}{compared}."
 
 
-def lines_of(card: str) -> list[str]:
+def given_lines(card: str) -> list[str]:
     """The lines that a card was given."""
     _, before, rest = card.partition(f"\n{BEFORE}\n")
     return rest.partition(f"\n{AFTER}\n")[0].strip("\n").split("\n") if before else []

@@ -25,7 +25,7 @@ from ..storage.folder import require_matching_manifest
 from ..text_part import has_image_part, whole_name
 from ..untrusted import one_line, read_json
 from .adapter import Adapter, abstract, require_model_config, require_one, with_leaves
-from .card import example_of, lines_of, model_card, with_test_score
+from .card import example_of, given_lines, model_card, with_test_score
 from .folder import (
     CARD,
     CONFIG,
@@ -41,8 +41,8 @@ from .folder import (
 from .method import Method, require_peft_fits
 from .methods import METHODS, form_named, method_of
 from .own_config import own_config, read_own_config, require_same_backbone
-from .own_tensors import Values
-from .peft_config import in_text_model, named, peft_base, peft_config
+from .own_tensors import ValueCounts
+from .peft_config import in_text_model, peft_base, peft_config, peft_tensors
 from .rows import check_fits
 from .scope import scope_of
 
@@ -159,7 +159,7 @@ def files_for_peft(source: Path, base_model: str) -> dict[str, bytes]:
     return {
         CONFIG: (json.dumps(written, indent=2) + "\n").encode(),
         WEIGHTS: weights,
-        CARD: model_card(method, config, base_model, lines_of(text), example_of(text)).encode(),
+        CARD: model_card(method, config, base_model, given_lines(text), example_of(text)).encode(),
     }
 
 
@@ -255,7 +255,7 @@ def read_adapter_config(folder: str | Path | BucketPath) -> Described:
     place = expanded(folder)
     local = resolve_adapter(place) if isinstance(place, BucketPath) else place
     method, config, backbone, base_model = read_config(local)
-    values = Values(*method.count_values(config, backbone, lambda: tensor_shapes(local)))
+    values = ValueCounts(*method.count_values(config, backbone, lambda: tensor_shapes(local)))
     if scope_of(config)[0] == "prompt":
         values = values._replace(carried=0)
     return Described(method, config, backbone, base_model, *values)
@@ -278,7 +278,7 @@ def read_config(folder: Path, model_type: str = "") -> tuple[Method, Any, dict, 
     try:
         if method.from_peft_config is not None:
             config = method.from_peft_config(in_text_model(found, model_type, shapes), shapes)
-            layers = [layer for _, _, layer in named(shapes)]
+            layers = [layer for _, _, layer in peft_tensors(shapes)]
             if not layers:
                 raise ValueError(
                     f"no tensor in {WEIGHTS} belongs to a decoder's layer (base_model.model.model.layers.0. ...); the "

@@ -11,8 +11,8 @@ import numpy as np
 
 from ..config import SITES, Ia3Config, ModelConfig
 from .adapter import Adapter, Backbone, named_leaves
-from .own_tensors import Values, join_layers, layer_name
-from .peft_config import named, named_linears, require_supported, target_sites
+from .own_tensors import ValueCounts, join_layers, layer_name
+from .peft_config import named_linears, peft_tensors, require_supported, target_sites
 from .peft_linears import linears_of, names_of, sites_of, used_sites
 
 # ---------------------------------------------------------------------------------------------------------- the config
@@ -26,7 +26,7 @@ def ia3_peft_config(config: Ia3Config, backbone: Backbone) -> dict:
 def read_ia3_config(found: dict, shapes: dict[str, tuple[int, ...]]) -> Ia3Config:
     require_supported(found, ("feedforward_modules",))
     sites = target_sites(found, shapes)
-    by_shape = dict.fromkeys(linear for name, linear, _ in named(shapes) if shapes[name][:1] == (1,))
+    by_shape = dict.fromkeys(linear for name, linear, _ in peft_tensors(shapes) if shapes[name][:1] == (1,))
     inputs = named_linears("feedforward_modules", found.get("feedforward_modules"), by_shape)
     return Ia3Config(target_modules=sites, feedforward_modules=sites_of(inputs))
 
@@ -86,11 +86,11 @@ def ia3_leaves(
     return replace(config, target_modules=kept), {f"scale.{site}": found[site] for site in kept}
 
 
-def ia3_values(config: Ia3Config, backbone: dict, read_shapes: Callable[[], dict[str, tuple[int, ...]]]) -> Values:
+def ia3_values(config: Ia3Config, backbone: dict, read_shapes: Callable[[], dict[str, tuple[int, ...]]]) -> ValueCounts:
     shapes = read_shapes()
     held = sum(map(math.prod, shapes.values()))
     joined = 0
     if "up_proj" in config.target_modules:  # a factor on an input becomes one vector with that of up_proj
         inputs = {name for name in shapes if set(config.feedforward_modules) & set(name.split("."))}
         joined = sum(math.prod(shapes[name]) for name in inputs)
-    return Values(0, held, held - joined, joined)
+    return ValueCounts(0, held, held - joined, joined)

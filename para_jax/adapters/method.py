@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from ..config import ModelConfig
 from .adapter import Adapter, Backbone
-from .own_tensors import Values, count_by_shape, leaves_of_tensors, tensors_of_leaves
+from .own_tensors import ValueCounts, count_by_shape, leaves_of_tensors, tensors_of_leaves
 from .scope import scope_of
 
 Shapes = dict[str, tuple[int, ...]]
@@ -63,9 +63,9 @@ class Method:
     """(config, backbone, tensors) -> the config and the arrays of the adapter, by the names of `named_leaves`"""
     tensor_shapes: Callable[[Any, ModelConfig], Shapes] | None = None
     """(config in the file, backbone) -> the expected shapes; None: those that `to_tensors` gives"""
-    count_values: Callable[[Any, dict, Callable[[], Shapes]], tuple[int, int, int] | Values] = count_by_shape
+    count_values: Callable[[Any, dict, Callable[[], Shapes]], tuple[int, int, int] | ValueCounts] = count_by_shape
     """(config, backbone in the file, a function that reads the shapes of the file's tensors) -> how many numbers are in
-    matrices, how many in vectors, and how many decode carries for each row; a Values can say more"""
+    matrices, how many in vectors, and how many decode carries for each row; ValueCounts can say more"""
     to_peft_config: Callable[[Any, Backbone], dict] | None = None
     """(config, backbone) -> the method's own keys in adapter_config.json, for a method that PEFT knows. None: the
     config's fields are the keys, next to a description of the backbone."""

@@ -39,7 +39,7 @@ def join_layers(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: np.stack([of_layer[i] for i in sorted(of_layer)]) for name, of_layer in found.items()}
 
 
-class Values(NamedTuple):
+class ValueCounts(NamedTuple):
     """How many numbers an adapter has."""
 
     matrices: int
@@ -55,7 +55,7 @@ class Values(NamedTuple):
 def count_by_shape(
     config: Any, backbone: dict, read_shapes: Callable[[], dict[str, tuple[int, ...]]]
 ) -> tuple[int, int, int]:
-    """The first three fields of Values, for a method whose decode carries a vector for each site and layer."""
+    """The first three fields of ValueCounts, for a method whose decode carries a vector for each site and layer."""
     shapes = read_shapes().values()
     matrices = sum(math.prod(shape) for shape in shapes if len(shape) > 1)
     vectors = sum(math.prod(shape) for shape in shapes if len(shape) <= 1)

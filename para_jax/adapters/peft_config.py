@@ -112,7 +112,7 @@ def in_text_model(found: dict, model_type: str, shapes: Iterable[str]) -> dict:
 
 def target_sites(found: dict, shapes: dict[str, tuple[int, ...]]) -> tuple[str, ...]:
     """The sites in `target_modules`. A pattern is not evaluated: it means the linears of the file's tensors."""
-    linears = dict.fromkeys(linear for _, linear, _ in named(shapes))
+    linears = dict.fromkeys(linear for _, linear, _ in peft_tensors(shapes))
     targets = named_linears("target_modules", found.get("target_modules"), linears)
     return sites_of(targets)
 
@@ -130,7 +130,7 @@ def named_linears(key: str, names: object, otherwise: Iterable[str]) -> tuple[st
     return tuple(match["attention"] or match["mlp"] for match in matches.values() if match)
 
 
-def named(shapes: Iterable[str]) -> Iterator[tuple[str, str, int]]:
+def peft_tensors(shapes: Iterable[str]) -> Iterator[tuple[str, str, int]]:
     """(name, linear, layer) of the tensors with names in PEFT's form."""
     for name in shapes:
         match = NAME.fullmatch(name)

@@ -113,11 +113,11 @@ def describe_attention(
 ) -> str:
     """One line with the kernels for training, for evaluation (which never packs rows), and for decoding."""
 
-    def named(lengths: Iterable[int], packed: bool) -> str:
+    def kernels_of(lengths: Iterable[int], packed: bool) -> str:
         found = {attention_kernel(config, n, dtype, platform, choice, packed=packed) for n in lengths}
         return "; ".join(f"{kernel} ({why})" for kernel, why in sorted(found))
 
-    training, evaluation = named(lengths, packed), named((LANES - 1, LANES), False)
+    training, evaluation = kernels_of(lengths, packed), kernels_of((LANES - 1, LANES), False)
     other = f"; evaluation: {evaluation}" if evaluation != training else ""
     return f"attention: {training}{other}; decode: {describe_decode(platform)}"
 

@@ -27,7 +27,7 @@ from .rounds import measurement, paired, single
 PROMPT, NEW = 48, 32  # tokens of a prompt, and of its answer
 
 
-class Workload(NamedTuple):
+class EvaluationWorkload(NamedTuple):
     """How many adapters answer how many examples."""
 
     adapters: int
@@ -60,7 +60,7 @@ def bench_evaluate(
     first, ratios, equal = {}, {}, {}
     written: dict[str, list[str]] = {}
     workloads = [
-        Workload(count, draw.integers(3, model.config.vocab_size, (examples, PROMPT)).tolist())
+        EvaluationWorkload(count, draw.integers(3, model.config.vocab_size, (examples, PROMPT)).tolist())
         for count, examples in zip(adapters, (2, batch), strict=True)
     ]
     for work in workloads:
@@ -88,7 +88,7 @@ def timed(run: Callable[[], list[str]], name: str, written: dict[str, list[str]]
     return time.perf_counter() - begun
 
 
-def mixed(model: Transformer, bank: AdapterBank, tokenizer, work: Workload, rows: int) -> list[str]:
+def mixed(model: Transformer, bank: AdapterBank, tokenizer, work: EvaluationWorkload, rows: int) -> list[str]:
     """All adapters' answers in one pass."""
     longest = up_to_multiple(PROMPT + NEW, 32)
     # As in the loop, no token ends an answer before its length.
@@ -99,7 +99,7 @@ def mixed(model: Transformer, bank: AdapterBank, tokenizer, work: Workload, rows
     return [answer.text for answer in answerer.answer(questions) if isinstance(answer, Written)]
 
 
-def loop(model: Transformer, bank: AdapterBank, tokenizer, work: Workload) -> list[str]:
+def loop(model: Transformer, bank: AdapterBank, tokenizer, work: EvaluationWorkload) -> list[str]:
     """One adapter after the other, each with its examples as one batch."""
     texts = []
     for name in bank.names[: work.adapters]:

@@ -12,12 +12,12 @@ def report(record: dict, file: Path | None) -> None:
     """Writes a record to a JSON file, if one is given, and prints it as a table."""
     if file is not None:
         write_record(file, record)
-    print(table(rows_of(record), left=(0, 1)))
+    print(table(table_rows(record), left=(0, 1)))
     if file is not None:
         print(f"wrote {file}")
 
 
-def rows_of(measured: dict) -> list[tuple[str, str]]:
+def table_rows(measured: dict) -> list[tuple[str, str]]:
     """A record as the rows of a table."""
     rows = []
     for name, value in measured["medians"].items():
@@ -29,7 +29,7 @@ def rows_of(measured: dict) -> list[tuple[str, str]]:
     for method, values in measured.get("latencies_ms", {}).items():
         rows += [(f"{method}: {name}", f"{value:.0f} ms") for name, value in values.items()]
     for name, part in measured.get("parts", {}).items():
-        rows += [(f"{name}: {of_part}", value) for of_part, value in rows_of(part)]
+        rows += [(f"{name}: {of_part}", value) for of_part, value in table_rows(part)]
     for name, value in measured.get("share_of_read", {}).items():
         rows.append((f"{name}: bytes per second, relative to a read test", f"{value:.2f}"))
     for name, value in measured.get("share_of_matrix_products", {}).items():

@@ -15,7 +15,7 @@ from ..data.packing import Packed
 from ..model import init_adapter
 from ..sharding import make_mesh
 from ..training.prompt_cache import PromptCache, filled
-from ..training.prompt_states import pooler_of, record_of
+from ..training.prompt_states import pooler_of, states_format_of
 from ..training.step import state_of_one, step_of_one
 from .rounds import interleaved, measurement, milliseconds, paired, single
 from .train import CONFIG, random_batch
@@ -84,4 +84,4 @@ def prompts_of(model, adapter_config, batch: Batch | Packed, prompt: int) -> Pro
     prompts = ExampleArrays(ids.ravel(), np.array([(prompt, 0)] * len(ids), np.int32))
     pooler = pooler_of(adapter_config, model.config)
     with jax.set_mesh(make_mesh(data=1, devices=jax.devices()[:1])):
-        return filled("memory", model, pooler, prompts, record_of(model, pooler), len(ids), 0)
+        return filled("memory", model, pooler, prompts, states_format_of(model, pooler), len(ids), 0)

@@ -37,7 +37,7 @@ class Workload(NamedTuple):
         return sum(self.new_tokens)
 
 
-class Served(NamedTuple):
+class ServingTimes(NamedTuple):
     """When an engine ended the rounds and the requests of a workload."""
 
     rounds: list[float]
@@ -75,7 +75,7 @@ def bench_serve(backbone: str, *, rows: tuple[int, ...] = (8,), requests: int = 
     work = ragged(requests, model.config.vocab_size)
     banks: dict[str, AdapterBank | None] = {"base": None} | {m: bank_of(model, METHODS[m], requests) for m in COMPARED}
     sides: dict[str, Callable[[], float]] = {}
-    served: dict[str, Served] = {}
+    served: dict[str, ServingTimes] = {}
 
     def by_engine(method: str, engine: Engine) -> float:
         served[method] = serve(engine, work)
@@ -114,10 +114,10 @@ def ragged(requests: int, vocab_size: int) -> Workload:
     return Workload(ids, (totals - prompts).tolist())
 
 
-def serve(engine: Engine, work: Workload) -> Served:
+def serve(engine: Engine, work: Workload) -> ServingTimes:
     """Serves all requests, submitted at once, each for the next tenant. They decode past end tokens, up to their
     lengths."""
-    begun, served = time.perf_counter(), Served([], [])
+    begun, served = time.perf_counter(), ServingTimes([], [])
     names = itertools.cycle([None] if engine.bank is None else engine.bank.names)
     for ids, new, name in zip(work.prompts, work.new_tokens, names, strict=False):
         engine.submit(Request(tuple(ids), name, new, ignore_eos=True))

@@ -18,7 +18,7 @@ def named_adapters(given: list[str], listed: Place | None = None) -> dict[str, s
     that it matches, and the folder of a run with many tenants all of them."""
     sources: dict[str, str] = {}
     texts = [(f"--adapters {one!r}", one) for text in given for one in matching(text) or tenants_of_run(text) or [text]]
-    for where, text in texts + (lines_of(listed) if listed is not None else []):
+    for where, text in texts + (adapter_lines(listed) if listed is not None else []):
         name, source = name_and_source(text)
         if not name or not source:
             raise ValueError(f"{where}: the {'folder' if name else 'name'} is missing\ngive NAME=DIR")
@@ -29,7 +29,7 @@ def named_adapters(given: list[str], listed: Place | None = None) -> dict[str, s
     return sources
 
 
-def lines_of(file: Place) -> list[tuple[str, str]]:
+def adapter_lines(file: Place) -> list[tuple[str, str]]:
     """(Where it is, for errors; DIR or NAME=DIR) of each line of --adapters-from. Blank lines and those that begin with
     # are left out."""
     from ..config import expanded

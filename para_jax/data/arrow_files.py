@@ -38,7 +38,7 @@ def parquet_rows(path: Place) -> Iterator[tuple[str, dict]]:
         try:
             file = ParquetFile(stream)
             names = text_columns(path, file.schema_arrow)
-            yield from rows_of(str(path), file.iter_batches(READ_AT_ONCE, columns=names))
+            yield from rows_of_batches(str(path), file.iter_batches(READ_AT_ONCE, columns=names))
         except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: not a Parquet file that can be read: {printable(str(error), 300)}") from None
 
@@ -64,7 +64,7 @@ class SavedSplit(NamedTuple):
         """Each row's place, "folder[index]", and its columns. A null counts as a missing column."""
         arrow = pyarrow_for(self.label)
         try:
-            yield from rows_of(self.label, self.batches(arrow))
+            yield from rows_of_batches(self.label, self.batches(arrow))
         except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{self.label}: damaged: {printable(str(error), 300)}") from None
 
@@ -172,7 +172,7 @@ def decodes_media(feature: Any) -> bool:
     return hasattr(feature, "decode_example") and type(feature).__name__ != "Json"
 
 
-def rows_of(label: str, batches: Iterable[Any]) -> Iterator[tuple[str, dict]]:
+def rows_of_batches(label: str, batches: Iterable[Any]) -> Iterator[tuple[str, dict]]:
     index = 0
     for batch in batches:
         in_json = {field.name: field.type for field in batch.schema if JSON in str(field.type)}

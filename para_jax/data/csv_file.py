@@ -33,7 +33,7 @@ def csv_rows(path: Place, delimiter: str, seen=None) -> Iterator[tuple[str, dict
 
     def lines(stream) -> Iterator[str]:
         nonlocal size, number
-        for line in lines_of(stream):
+        for line in csv_lines(stream):
             number, size = number + 1, size + len(line)
             if seen is not None:
                 seen.update(line)
@@ -65,7 +65,7 @@ def csv_rows(path: Place, delimiter: str, seen=None) -> Iterator[tuple[str, dict
             raise ValueError(f"{place}: {error}") from None
 
 
-def lines_of(stream: BinaryIO) -> Iterator[bytes]:
+def csv_lines(stream: BinaryIO) -> Iterator[bytes]:
     """The lines of a file with their ends: LF, CR LF, or CR alone as in Excel's "CSV (Macintosh)". A line of more than
     MAX_ROW bytes is cut to a part that still has more."""
     first = stream.readline(MAX_ROW + 1)

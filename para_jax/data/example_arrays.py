@@ -66,7 +66,7 @@ def prompt_and_completion_sizes(examples: Sequence[Example]) -> np.ndarray:
     return np.array([(len(prompt), len(completion)) for prompt, completion in examples], np.int32).reshape(-1, 2)
 
 
-def digest(examples: Sequence[Example]) -> str:
+def examples_digest(examples: Sequence[Example]) -> str:
     """The sha256 of the examples' ids."""
     found = hashlib.sha256()
     add_to_digest(found, examples)

@@ -21,7 +21,7 @@ from .arrow_files import (
     hides_labels,
     json_columns,
     require_distinct,
-    rows_of,
+    rows_of_batches,
     text_columns,
     without_media,
     without_nulls,
@@ -137,7 +137,9 @@ def sequence_of(label: str, data: Any) -> Sequence[Any]:
     """The rows of a list, a DataFrame (pandas or polars), a datasets.Dataset or an Arrow table."""
     if hasattr(data, "to_pylist") and hasattr(data, "column_names"):  # an Arrow table, or one batch of it
         texts = data.select(text_columns(label, data.schema))
-        return [row for _, row in rows_of(label, texts.to_batches() if hasattr(texts, "to_batches") else [texts])]
+        return [
+            row for _, row in rows_of_batches(label, texts.to_batches() if hasattr(texts, "to_batches") else [texts])
+        ]
     for method, arguments in (("to_dicts", ()), ("to_dict", ("records",))):
         if hasattr(data, method) and hasattr(data, "columns"):
             require_distinct(label, list(data.columns))

@@ -35,7 +35,7 @@ ENDING = ".tokens"
 ABANDONED_SECONDS = 24 * 3600
 
 
-class Tokens(NamedTuple):
+class TokenisedExamples(NamedTuple):
     """Tokenised examples, as stored in the cache."""
 
     sizes: np.ndarray
@@ -90,7 +90,7 @@ def files_digest(files: Iterable[Path]) -> str:
     return found.hexdigest()
 
 
-def load_tokens(key: str, content: str) -> Tokens | None:
+def load_tokens(key: str, content: str) -> TokenisedExamples | None:
     """The cached ids. None if there are none, or the file is damaged.
 
     Args:
@@ -111,7 +111,7 @@ def load_tokens(key: str, content: str) -> Tokens | None:
         return None
 
 
-def store_tokens(key: str, content: str, tokens: Tokens) -> None:
+def store_tokens(key: str, content: str, tokens: TokenisedExamples) -> None:
     """Stores the ids for the next start, and deletes old files if needed. Warns if the cache cannot be written."""
     parts = [np.ascontiguousarray(part) for part in tokens[:3]]
     header = dict(format=FORMAT, examples=len(tokens.sizes), tokens=len(tokens.ids), cut=tokens.cut)
@@ -128,7 +128,7 @@ def store_tokens(key: str, content: str, tokens: Tokens) -> None:
         warn(f"cannot cache token ids in {file.parent} ({error.strerror}); data.cache=false turns this off")
 
 
-def read_tokens(stream, size: int) -> Tokens:
+def read_tokens(stream, size: int) -> TokenisedExamples:
     line = stream.readline(MAX_HEADER)
     header = json.loads(line)
     examples, tokens, cut, skipped = (header[name] for name in ("examples", "tokens", "cut", "skipped"))
@@ -142,7 +142,7 @@ def read_tokens(stream, size: int) -> Tokens:
         raise ValueError("its sha256 does not match")
     if sizes.min(initial=1) < 1 or sizes.sum(dtype=np.int64) != tokens or ids.min(initial=0) < 0:
         raise ValueError("its sizes and ids do not match")
-    return Tokens(sizes, numbers, ids, cut, skipped)
+    return TokenisedExamples(sizes, numbers, ids, cut, skipped)
 
 
 def parts_digest(parts: list[np.ndarray]) -> str:

@@ -27,7 +27,7 @@ from .examples import Example
 from .records import ENCODED_AT_ONCE, Record, all_too_long, cut_left, encode_all, report, split_records, too_long
 from .row_files import form_of
 from .sources import DatasetSplit, Source, files_of, is_held_out, prefix_of, source_of, task_of
-from .token_cache import Tokens
+from .token_cache import TokenisedExamples
 
 #: An example with this many times the tokens of 99 % of the others is reported.
 FAR_LONGER = 2
@@ -122,12 +122,12 @@ def load_training_data(section: DataSection, tokenizer) -> TrainingData:
     return training_data(source, tokens)
 
 
-def training_data(source: Source | None, tokens: Tokens) -> TrainingData:
+def training_data(source: Source | None, tokens: TokenisedExamples) -> TrainingData:
     examples = ExampleArrays(tokens.ids, tokens.sizes)
     return TrainingData(examples, Places(prefix_of(source), tokens.numbers), tokens.cut, tokens.skipped)
 
 
-def tokenised(records: Iterable[Record], tokenizer, section: DataSection) -> Tokens:
+def tokenised(records: Iterable[Record], tokenizer, section: DataSection) -> TokenisedExamples:
     """The records as token ids. Long ones are treated as in `encode_records`."""
     builder, numbers = ExampleBuilder(), array("q")
     cut = skipped = total = 0
@@ -153,7 +153,7 @@ def tokenised(records: Iterable[Record], tokenizer, section: DataSection) -> Tok
     if too_long_first and not len(builder):
         raise all_too_long(too_long_first[1], section)
     arrays = builder.arrays()
-    return Tokens(arrays.sizes, np.frombuffer(numbers, np.int64), arrays.ids, cut, skipped)
+    return TokenisedExamples(arrays.sizes, np.frombuffer(numbers, np.int64), arrays.ids, cut, skipped)
 
 
 def encoded_parts(records: Iterable[Record], tokenizer) -> Iterator[tuple[list[Record], list[Example]]]:

@@ -36,7 +36,7 @@ def instructions_run(module: Module) -> Iterator[Run]:
         computation = module.computations[name]
         for one in computation.values():
             if one.opcode == "while":
-                trips, inside = loop_trips(module, one, Values(module, computation, known))
+                trips, inside = loop_trips(module, one, ScalarValues(module, computation, known))
                 yield Run(one, computation, times, trips)
                 for part in ("condition", "body"):
                     yield from walk(one.attribute(part), times * (1 if trips is None else trips), inside)
@@ -54,7 +54,7 @@ def unknown_loops(module: Module) -> int:
     return sum(run.instruction.opcode == "while" and run.trips is None for run in instructions_run(module))
 
 
-def loop_trips(module: Module, loop: Instruction, around: Values) -> tuple[int | None, Known]:
+def loop_trips(module: Module, loop: Instruction, around: ScalarValues) -> tuple[int | None, Known]:
     """The trip count of a loop (None if unknown), and the known elements of its state that no iteration changes.
 
     A CPU program contains the trip count. For a TPU program the loop counter is evaluated.
@@ -67,12 +67,12 @@ def loop_trips(module: Module, loop: Instruction, around: Values) -> tuple[int |
     if said := KNOWN_TRIPS.search(loop.rest):
         return int(said[1]), lasting
     for trip in range(MAX_TRIPS):
-        again = Values(module, condition, state).root()
+        again = ScalarValues(module, condition, state).root()
         if again is None or (again and root.opcode != "tuple"):
             break
         if not again:
             return trip, lasting
-        after = Values(module, body, state)
+        after = ScalarValues(module, body, state)
         values = {key: after.of(root.operands[key[1] or 0]) for key in state if key not in kept}
         state = lasting | {key: value for key, value in values.items() if value is not None}
     return None, lasting
@@ -86,7 +86,7 @@ def passes(body: Computation, operand: str, index: int) -> bool:
     return one.opcode == "get-tuple-element" and one.attribute("index") == str(index)
 
 
-class Values:
+class ScalarValues:
     """The whole numbers in a computation's scalars, as far as they follow from known parameters: the arithmetic of loop
     counters."""
 
@@ -125,7 +125,7 @@ class Values:
         given = [self.of(name) for name in one.operands]
         if one.opcode in ("fusion", "call"):
             inside: Known = {(i, None): value for i, value in enumerate(given) if value is not None}
-            return Values(self.module, self.module.computations[one.called[0]], inside).root()
+            return ScalarValues(self.module, self.module.computations[one.called[0]], inside).root()
         name = one.attribute("direction") if one.opcode == "compare" else one.opcode
         return ARITHMETIC[name](*given) if name in ARITHMETIC and None not in given else None
 

@@ -27,7 +27,7 @@ from .journal import Journal
 from .likelihood import likelihoods
 from .questions import Answer, Generation, Likelihood, Pending, Question, Scored, Written, key
 from .shapes import OpenShapes, PlannedShapes, batch_rows
-from .writing import EngineWriter, known_answer, named, write_in_batches
+from .writing import EngineWriter, describe_tenant, known_answer, write_in_batches
 
 #: Questions with their answers, and the tokens that were computed for each.
 Answers = Generator[tuple[Pending, Answer, int]]
@@ -134,7 +134,7 @@ class Answerer:
         for one, answer in zip(asked, found, strict=True):
             if isinstance(answer, Written) and not answer.finite and one.tenant not in self._warned:
                 self._warned.add(one.tenant)
-                warn(f"an answer of {named(one.tenant)} is empty, and counts as wrong: {NO_TOKEN_MESSAGE}")
+                warn(f"an answer of {describe_tenant(one.tenant)} is empty, and counts as wrong: {NO_TOKEN_MESSAGE}")
 
     def _answers(self, left: list[Pending], distinct: list[Pending], journal: Journal) -> Answers:
         """The answers to the questions that are left, likelihoods first: the journal has them before texts follow."""

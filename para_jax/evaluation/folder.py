@@ -19,7 +19,7 @@ from ..adapters.bank import AdapterBank
 from ..backbone.content import backbone_content
 from ..inference.content import writing_content
 from ..messages import say
-from ..shards import SHARD_FILE, Part, begin_part, write_part
+from ..shards import SHARD_FILE, ShardOutput, begin_part, write_part
 from .answers import Answerer, tokens_to_write
 from .journal import Journal
 from .questions import Answer, Generation, Question
@@ -199,12 +199,12 @@ def describe_part(
     tasks: Sequence[TaskQuestions],
     libraries: dict,
     how: dict,
-) -> Part:
+) -> ShardOutput:
     """The description of a shard that begins, which is written to its folder."""
     asked = ((one.names, one.owner, one.questions, one.scored_by) for one in tasks)
     writing = writing_content(answerer.tokenizer, answerer.stop_ids)
     settings = settings_of(answerer.backbone, writing, asked, part.digests, libraries, how)
-    found = Part(output, part.shard, settings, False, {})
+    found = ShardOutput(output, part.shard, settings, False, {})
     write_part(output / SHARD_FILE, found)
     return found
 

@@ -141,14 +141,14 @@ def answers_of(file: Place) -> Iterator[tuple[str, Answer]]:
     """The answers of a file. Afterwards, a last line without an end is cut off. Raises ValueError for a line that is
     not an answer, and then leaves the file as it is."""
     complete = 0  # bytes
-    for line, key, answer in lines_of(file):
+    for line, key, answer in journal_lines(file):
         yield key, answer
         complete += len(line)
     if not isinstance(file, BucketPath) and complete < file.stat().st_size:
         os.truncate(file, complete)
 
 
-def lines_of(file: Place) -> Iterator[tuple[bytes, str, Answer]]:
+def journal_lines(file: Place) -> Iterator[tuple[bytes, str, Answer]]:
     """The complete lines of a file, each with its key and answer. Raises ValueError for one that is not an answer."""
     if isinstance(file, BucketPath) and not pieces(file):
         return

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import atomic
-from ..shards import SHARD_FILE, Part, in_order, read_part
+from ..shards import SHARD_FILE, ShardOutput, in_order, read_part
 from ..storage.bucket import BucketPath, Place, is_file_name
 from .folder import BASE
-from .journal import lines_of
+from .journal import journal_lines
 from .results import ANSWERS_FILE, LARGEST, csv_table, described_work, markdown_table
 
 #: The parts of a record that have a value for each task.
@@ -63,7 +63,7 @@ def merge_folders(folders: Sequence[Place], output: Place, *, again: bool = Fals
     return text
 
 
-def part_of(folder: Place) -> Part:
+def part_of(folder: Place) -> ShardOutput:
     part = read_part(folder / SHARD_FILE, folder)
     if part is None:
         raise ValueError(f"{folder} is not the folder of a shard: there is no {SHARD_FILE} in it")
@@ -72,7 +72,7 @@ def part_of(folder: Place) -> Part:
     return part
 
 
-def is_complete(part: Part) -> bool:
+def is_complete(part: ShardOutput) -> bool:
     """Whether a shard file has what an evaluation writes at its end. Its files can't lead out of the folder."""
     found, settings = part.content, part.settings
     files, samples = found.get("files"), found.get("samples")
@@ -91,7 +91,7 @@ def is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def read_record(part: Part, file: str) -> dict[str, Any]:
+def read_record(part: ShardOutput, file: str) -> dict[str, Any]:
     """An adapter's results in a shard's folder."""
     place = part.output / file
     try:
@@ -121,14 +121,14 @@ def joined(records: Sequence[dict], tasks: Sequence[str]) -> dict:
     return made
 
 
-def merge_answers(parts: Sequence[Part], file: Place) -> None:
+def merge_answers(parts: Sequence[ShardOutput], file: Place) -> None:
     """Writes the answers of all shards, in the order of their keys."""
     places: dict[str, tuple[int, int]] = {}
     near = None if isinstance(file, BucketPath) else file.absolute().parent
     with tempfile.TemporaryFile(dir=near) as copy:  # one file: an answer is read by its place, also from a bucket
         for part in parts:
             place, count = part.output / ANSWERS_FILE, 0
-            for line, key, _ in lines_of(place):
+            for line, key, _ in journal_lines(place):
                 count += 1
                 if key not in places:
                     places[key] = copy.tell(), len(line)

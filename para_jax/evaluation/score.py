@@ -30,7 +30,7 @@ class Measured(NamedTuple):
         return f"{self.metric} {self.score:.4f}" + ("" if self.stderr is None else f" ± {self.stderr:.4f}")
 
 
-class Sample(NamedTuple):
+class AnsweredExample(NamedTuple):
     """An example with the answer that was given, shortened to be shown."""
 
     prompt: str
@@ -54,7 +54,7 @@ class Score:
     stderr: float | None = field(default=None, compare=False)
     """the standard error of `score` over the draw of the examples; None for one example"""
     also: tuple[Measured, ...] = field(default=(), compare=False)
-    samples: tuple[Sample, ...] = field(default=(), compare=False, repr=False)
+    samples: tuple[AnsweredExample, ...] = field(default=(), compare=False, repr=False)
     """some examples with the answers, spread over the task; none for the metric "loss\""""
 
     def values(self) -> dict[str, float]:
@@ -138,18 +138,18 @@ def score_of(task: EvalTask, nats: np.ndarray, tokens: np.ndarray, texts: list[s
     return Score(task.name, task.metric, value, loss, count, stderr, also, samples_of(task, texts))
 
 
-def samples_of(task: EvalTask, texts: Sequence[str]) -> tuple[Sample, ...]:
+def samples_of(task: EvalTask, texts: Sequence[str]) -> tuple[AnsweredExample, ...]:
     """Examples that are spread evenly over the task, because data is often sorted."""
     count = min(SAMPLES, len(texts))
     chosen = [i * len(texts) // count for i in range(count)]
     return tuple(sample_of(task.records[i].prompt, task.records[i].completion, texts[i]) for i in chosen)
 
 
-def sample_of(prompt: Prompt, expected: str, given: str) -> Sample:
+def sample_of(prompt: Prompt, expected: str, given: str) -> AnsweredExample:
     text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     end = one_line(text[-2 * SAMPLE_CHARACTERS :])
     end = end if len(end) <= SAMPLE_CHARACTERS else "..." + end[3 - SAMPLE_CHARACTERS :]
-    return Sample(end, *(shorten_end(one_line(one)) for one in (expected, given)))
+    return AnsweredExample(end, *(shorten_end(one_line(one)) for one in (expected, given)))
 
 
 def one_line(text: str) -> str:

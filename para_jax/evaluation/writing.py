@@ -133,11 +133,11 @@ class EngineWriter:
         if completion.error == NO_TOKEN_MESSAGE:  # this tenant's answer is wrong, and the others' stay
             return pending, Written("", len(completion.tokens), finite=False)
         if completion.error is not None:
-            raise ValueError(f"a question to {named(pending.tenant)} was not answered: {completion.error}")
+            raise ValueError(f"a question to {describe_tenant(pending.tenant)} was not answered: {completion.error}")
         return pending, Written(completion.text, len(completion.tokens))
 
 
-def named(tenant: Any) -> str:
+def describe_tenant(tenant: Any) -> str:
     """A tenant in a message. A StackBank's are numbers, which say nothing to a user."""
     if tenant is None:
         return "the base model"

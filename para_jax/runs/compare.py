@@ -31,7 +31,7 @@ from .health import logged_warning
 from .report import with_error
 from .scoring import NotFinite
 from .standing import Standing
-from .tenants import Shared, of_data, tenant_configs
+from .tenants import SharedResources, of_data, tenant_configs
 from .train import trained
 
 #: The table of a comparison, in its output_dir.
@@ -101,7 +101,7 @@ def compare_methods(config: RunConfig, data: Any = None) -> MethodsResult:
 
     on_first_process(claim)
     found: list[MethodScore] = []
-    shared, methods = Shared(), method_configs(config)
+    shared, methods = SharedResources(), method_configs(config)
     if not any(own.many for own in methods.values()):
         shared.rows = on_first_process(lambda: next(filter(None, map(rows_before, methods.values())), None))
     for number, (method, own) in enumerate(methods.items(), 1):
@@ -115,7 +115,7 @@ def compare_methods(config: RunConfig, data: Any = None) -> MethodsResult:
     return MethodsResult(found, folder)
 
 
-def train_method(config: RunConfig, shared: Shared) -> Standing | None:
+def train_method(config: RunConfig, shared: SharedResources) -> Standing | None:
     """Trains one method to the end of its run. None: its loss was not finite."""
     try:
         return trained(config, shared).standing
@@ -124,7 +124,7 @@ def train_method(config: RunConfig, shared: Shared) -> Standing | None:
         return None
 
 
-def parameters_of(config: RunConfig, shared: Shared) -> int:
+def parameters_of(config: RunConfig, shared: SharedResources) -> int:
     (model,) = shared.backbones.values()
     return count_parameters(jax.eval_shape(lambda: init_adapter(config.adapter, model.config)))
 
@@ -145,7 +145,9 @@ def method_configs(config: RunConfig) -> dict[str, RunConfig]:
     }
 
 
-def method_scores(config: RunConfig, shared: Shared, parameters: int, standing: Standing | None) -> list[MethodScore]:
+def method_scores(
+    config: RunConfig, shared: SharedResources, parameters: int, standing: Standing | None
+) -> list[MethodScore]:
     """What a method's run left in its folder.
 
     Args:
@@ -160,7 +162,7 @@ def method_scores(config: RunConfig, shared: Shared, parameters: int, standing: 
         place = folder / name if name else folder
         entry, log = entries.get(name, {}), place / "metrics.jsonl"
         # The log may also have scores of data that changed since, but a run that broke off has nothing else.
-        logged = rows_of(entry) or (list(read_metrics(log)) if is_log(log) else [])
+        logged = final_scores(entry) or (list(read_metrics(log)) if is_log(log) else [])
         scores = best_scores(logged, task.metric) if task else {}
         count = min(own.eval.limit or len(validation.records), len(validation.records)) if validation else 0
         count = entry.get("scores", {}).get("validation", {}).get("count", count)
@@ -185,7 +187,7 @@ def entry_of(standing: Standing) -> dict[str, Any]:
     return ended | {"scores": standing.records(0)}
 
 
-def rows_of(entry: dict[str, Any]) -> list[dict[str, float]]:
+def final_scores(entry: dict[str, Any]) -> list[dict[str, float]]:
     """The scores of a run that has ended, as its log has them."""
     held, step = entry.get("scores", {}), entry.get("best_step", 0)
     names = {"validation": "validation", "test": "test_after"}

@@ -49,13 +49,13 @@ def initial_adapter(own: RunConfig, model_config: ModelConfig, *, model=None) ->
     source = own.train.init_from
     assert source is not None, "a tenant without init_from starts from a fresh adapter"
     adapter = load_adapter(source, model_config, model=model)
-    if differing := differences(adapter.config, own.adapter):
+    if differing := adapter_differences(adapter.config, own.adapter):
         found = ", ".join(differing)
         raise ValueError(f"train.init_from {source}: {found}; set these fields of `adapter` to the adapter's values")
     return adapter
 
 
-def differences(there: Any, here: Any) -> list[str]:
+def adapter_differences(there: Any, here: Any) -> list[str]:
     """The fields in which two configs of adapters differ."""
     if type(there) is not type(here):
         return [f"method={method_of(there).name} there, {method_of(here).name} here"]

@@ -58,7 +58,7 @@ class Tenant(NamedTuple):
         return f"{split} data of {self.name}" if self.name else f"{split} data"
 
 
-class Shared:
+class SharedResources:
     """What several runs of one command load once."""
 
     def __init__(self):
@@ -87,7 +87,7 @@ def read_inputs(
     names: Sequence[str] | None = None,
     *,
     before: bool = False,
-    shared: Shared | None = None,
+    shared: SharedResources | None = None,
 ) -> Inputs:
     """The tokenizer, the tenants with their data, and the compiled shapes.
 
@@ -99,7 +99,7 @@ def read_inputs(
     resolve_backbone(config.backbone.source)
     tokenizer, model = run_tokenizer(config), load_model_config(config.backbone.source)
     configs = {name: own for name, own in tenant_configs(config).items() if names is None or name in names}
-    read_once = (shared or Shared()).data  # the combinations of a sweep share their data
+    read_once = (shared or SharedResources()).data  # the combinations of a sweep share their data
     long: dict[str, TooLong] = {}
     for name, own in configs.items():
         if of_data(own) not in read_once:

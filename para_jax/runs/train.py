@@ -25,7 +25,7 @@ from ..backbone.kernel_choice import describe_attention
 from ..backbone.load import load_backbone, load_model_config
 from ..config import RunConfig, config_dict, expanded, require, shorten
 from ..config.unused import unused_fields
-from ..data.example_arrays import digest
+from ..data.example_arrays import examples_digest
 from ..data.given import with_data, with_tenants
 from ..data.tenants import OWN_FILE
 from ..evaluation.evaluate import Tasks, share_shapes
@@ -71,7 +71,7 @@ from .report import sample_lines, score_table, tenants_table
 from .scoring import Scoring, kept_adapter
 from .standing import Standing, fresh_standing, reopened, require_same_tenants
 from .tenant_file import of_most_memory, own_values
-from .tenants import Inputs, Shared, Tenant, read_inputs, require_validation, tenant_configs, with_length
+from .tenants import Inputs, SharedResources, Tenant, read_inputs, require_validation, tenant_configs, with_length
 
 
 class TrainResult(NamedTuple):
@@ -193,13 +193,13 @@ def refuse_methods(config: RunConfig) -> None:
         raise ValueError(f"sweep.method {list(config.sweep.method)} makes several runs; use compare_methods")
 
 
-def trained(config: RunConfig, shared: Shared | None = None) -> Ended:
+def trained(config: RunConfig, shared: SharedResources | None = None) -> Ended:
     """Runs a run to its end.
 
     Args:
         shared: what it shares with other runs of this process.
     """
-    shared = shared or Shared()
+    shared = shared or SharedResources()
     devices.start(config.runtime)
     require_same("the config", lambda: {k: v for k, v in config_dict(config).items() if k not in HOST_FIELDS})
     if config.train.cache_prompts != "off" and (count := jax.process_count()) > 1:
@@ -320,7 +320,7 @@ def mesh_of_run(config: RunConfig, own: list[RunConfig], parts: list[Part]):
 
 
 def read_parts(
-    config: RunConfig, parts: list[Part], layouts: list[Layout], chosen: dict[str, float], shared: Shared
+    config: RunConfig, parts: list[Part], layouts: list[Layout], chosen: dict[str, float], shared: SharedResources
 ) -> list[Inputs]:
     """The inputs of each part. Raises ValueError where the data or a tenant.yaml of two hosts differ."""
     before = on_first_process(lambda: began_before(config))
@@ -333,7 +333,10 @@ def read_parts(
     tenants = [tenant for of_part in inputs for tenant in of_part.tenants]
     require_same(
         "the data",
-        lambda: [(t.name, *(p and digest(p.examples or []) for p in (t.data, t.validation, t.test))) for t in tenants],
+        lambda: [
+            (t.name, *(p and examples_digest(p.examples or []) for p in (t.data, t.validation, t.test)))
+            for t in tenants
+        ],
     )
     require_same(f"a tenant's {OWN_FILE}", lambda: [own_values(tenant.config) for tenant in tenants])
     on_first_process(lambda: require_validation(config, [tenant.validation for tenant in tenants]))
@@ -347,7 +350,7 @@ def read_parts(
     return inputs
 
 
-def shared_backbone(config: RunConfig, mesh, shared: Shared):
+def shared_backbone(config: RunConfig, mesh, shared: SharedResources):
     """The backbone on this mesh, loaded once for all runs that share it."""
     if mesh not in shared.backbones:
         shared.backbones.clear()  # two at once may not fit
@@ -359,7 +362,7 @@ def shared_backbone(config: RunConfig, mesh, shared: Shared):
 
 
 def train_part(
-    config: RunConfig, model, inputs: Inputs, layout: Layout, mesh, part: Part, shared: Shared
+    config: RunConfig, model, inputs: Inputs, layout: Layout, mesh, part: Part, shared: SharedResources
 ) -> tuple[TrainState, Standing]:
     """Trains a part's tenants, after the trials of those whose learning rate is still to be chosen."""
     prompts = partial(prompts_of, config, model, inputs, layout, mesh, shared)
@@ -372,7 +375,9 @@ def train_part(
     return fit(config, model, inputs, layout, mesh, part, prompts)
 
 
-def prompts_of(config: RunConfig, model, inputs: Inputs, layout: Layout, mesh, shared: Shared) -> PromptCache | None:
+def prompts_of(
+    config: RunConfig, model, inputs: Inputs, layout: Layout, mesh, shared: SharedResources
+) -> PromptCache | None:
     """The states of the prompts that a run and its trials read, where the config asks to keep them."""
     train, orders = config.train, [tenant.order for tenant in inputs.tenants]
     if train.cache_prompts == "off":

@@ -43,7 +43,7 @@ class ApiKeys:
         self._keys: list[tuple[bytes, Access]] = []
         for line in lines:
             key, *tenants = line.split()
-            known = digest(key)
+            known = key_digest(key)
             self._keys.append((known, Access(frozenset(tenants), True, known.hex()) if tenants else Access(keyed=True)))
         if len({known for known, _ in self._keys}) < len(self._keys):
             raise ValueError("a key is there twice; write its tenants on one line")
@@ -67,7 +67,7 @@ class ApiKeys:
         if not self._keys:
             return Access()
         scheme, _, key = (authorization or "").partition(" ")
-        given, found = digest(key.strip()), None
+        given, found = key_digest(key.strip()), None
         for known, access in self._keys:
             if hmac.compare_digest(given, known):
                 found = access
@@ -78,7 +78,7 @@ class ApiKeys:
         return found
 
 
-def digest(key: str) -> bytes:
+def key_digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 

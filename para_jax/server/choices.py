@@ -13,7 +13,7 @@ from .protocol import Asked
 from .token_text import TokenTexts
 
 
-class Part(NamedTuple):
+class ChoicePart(NamedTuple):
     """What is new of a choice."""
 
     text: str
@@ -57,7 +57,7 @@ class Choice:
         if piece.finish_reason == "length" and one_token_is_scored(self._asked):
             self.finish_reason = "stop" if piece.tokens[-1:] and piece.tokens[-1] in self._engine.stop_ids else "length"
 
-    def take(self) -> Part | None:
+    def take(self) -> ChoicePart | None:
         """What is new; None for nothing that a client could see."""
         asked, first = self._asked, not self._begun
         if not (self._text or self.finish_reason or (asked.logprobs is not None and self._ids)):
@@ -72,8 +72,10 @@ class Choice:
             if asked.logprobs is not None:
                 ids, logprobs = before + ids, list(self._stream.prompt_logprobs) + logprobs
         if asked.logprobs is None:
-            return Part(text, None, None, ids, new, self.finish_reason, first)
-        return Part(text, logprobs, [self._offsets.next(token) for token in ids], ids, new, self.finish_reason, first)
+            return ChoicePart(text, None, None, ids, new, self.finish_reason, first)
+        return ChoicePart(
+            text, logprobs, [self._offsets.next(token) for token in ids], ids, new, self.finish_reason, first
+        )
 
 
 class Offsets:

@@ -10,7 +10,7 @@ from .errors import ApiError
 from .token_text import TokenTexts
 
 if TYPE_CHECKING:
-    from .choices import Choice, Part
+    from .choices import Choice, ChoicePart
 
 #: JSON has no minus infinity; OpenAI writes this for a token that is very unlikely.
 LEAST = -9999.0
@@ -22,14 +22,16 @@ def chat_logprobs(tokens: TokenTexts, logprobs: list[TokenLogprob | None]) -> di
 
 
 def chat_token(tokens: TokenTexts, one: TokenLogprob) -> dict:
-    return named(tokens, one.token, one.logprob) | {"top_logprobs": [named(tokens, *top) for top in one.top]}
+    return token_fields(tokens, one.token, one.logprob) | {
+        "top_logprobs": [token_fields(tokens, *top) for top in one.top]
+    }
 
 
-def named(tokens: TokenTexts, token: int, logprob: float) -> dict:
+def token_fields(tokens: TokenTexts, token: int, logprob: float) -> dict:
     return {"token": tokens.text(token), "logprob": finite(logprob), "bytes": list(tokens.bytes(token))}
 
 
-def text_logprobs(choice: Choice, part: Part) -> dict:
+def text_logprobs(choice: Choice, part: ChoicePart) -> dict:
     """The `logprobs` of a text's choice: four parallel lists. The first token of an echoed prompt has null."""
     found, tokens = part.logprobs or [], choice.tokens
     return {

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from .choices import Choice, Part
+from .choices import Choice, ChoicePart
 from .logprobs import chat_logprobs, text_logprobs
 
 DONE = b"data: [DONE]\n\n"
@@ -25,9 +25,9 @@ class Shape(NamedTuple):
     """the object of an answer"""
     chunk: str
     """the object of a piece of a stream"""
-    choice: Callable[[Choice, Part], dict]
+    choice: Callable[[Choice, ChoicePart], dict]
     """a complete choice"""
-    deltas: Callable[[Choice, Part], list[dict]]
+    deltas: Callable[[Choice, ChoicePart], list[dict]]
     """what a stream says of a choice when more of it is known"""
 
 
@@ -91,7 +91,7 @@ def encoded(value: object) -> bytes:
 # ---------------------------------------------------------------------------------------------------------------- chat
 
 
-def chat_choice(choice: Choice, part: Part) -> dict:
+def chat_choice(choice: Choice, part: ChoicePart) -> dict:
     return {
         "index": choice.index,
         "message": {"role": "assistant", "content": part.text},
@@ -100,7 +100,7 @@ def chat_choice(choice: Choice, part: Part) -> dict:
     }
 
 
-def chat_deltas(choice: Choice, part: Part) -> list[dict]:
+def chat_deltas(choice: Choice, part: ChoicePart) -> list[dict]:
     """The first piece of a choice comes after one that names the role."""
     logprobs = chat_logprobs(choice.tokens, part.logprobs) if part.logprobs else None
     content = {"content": part.text} if part.text or logprobs else {}
@@ -112,12 +112,12 @@ def chat_deltas(choice: Choice, part: Part) -> list[dict]:
 # ---------------------------------------------------------------------------------------------------------------- text
 
 
-def text_choice(choice: Choice, part: Part) -> dict:
+def text_choice(choice: Choice, part: ChoicePart) -> dict:
     logprobs = None if part.logprobs is None else text_logprobs(choice, part)
     return {"index": choice.index, "text": part.text, "logprobs": logprobs, "finish_reason": part.finish_reason}
 
 
-def text_deltas(choice: Choice, part: Part) -> list[dict]:
+def text_deltas(choice: Choice, part: ChoicePart) -> list[dict]:
     return [text_choice(choice, part)]
 
 

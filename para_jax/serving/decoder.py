@@ -21,7 +21,7 @@ from ..model import prefill
 from ..progress import Progress
 from ..sharding import mesh_of
 from .capacity import KEPT
-from .prefills import Prefills, Prompt, token_bytes
+from .prefills import ChunkedPrompt, Prefills, token_bytes
 from .scoring import ScoredPrompt, score_prompt
 from .slots import empty_slots, first_logprobs, insert, insert_prompt, steps
 from .ticket import Sample
@@ -106,9 +106,9 @@ class Decoder:
             return self.prefills.has_finished(sample.key)
         return sample.key in self._kept
 
-    def prefilled(self, sample: Sample) -> tuple | Prompt:
+    def prefilled(self, sample: Sample) -> tuple | ChunkedPrompt:
         """A sample's prefilled prompt, kept for samples with the same adapter and the same whole prompt: (logits, row),
-        or a Prompt that is finished."""
+        or a ChunkedPrompt that is finished."""
         if self.prefills.takes(sample.entry):
             prompt = self.prefills.finished(sample.key)
             assert prompt is not None
@@ -121,7 +121,7 @@ class Decoder:
         return self._kept[sample.key]
 
     def insert(
-        self, slot: int, prefilled: tuple | Prompt, sampling: Sampling | None, *, logprobs: bool
+        self, slot: int, prefilled: tuple | ChunkedPrompt, sampling: Sampling | None, *, logprobs: bool
     ) -> tuple[jax.Array, Logprobs | None] | None:
         """Puts a prefilled prompt into a slot, and returns its first token [1] and its log-probabilities; None if
         decoding will give it.
@@ -130,7 +130,7 @@ class Decoder:
             logprobs: whether they are asked for.
         """
         drawn = row_sampling([sampling])
-        if isinstance(prefilled, Prompt):
+        if isinstance(prefilled, ChunkedPrompt):
             prompt = self.prefills.for_slot(prefilled)
             self._state, token = insert_prompt(self._state, slot, self.prefills.pool, prompt, drawn)
             if prefilled.entry is not None:

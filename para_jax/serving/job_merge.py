@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from .. import atomic
-from ..shards import Part, in_order, job_shard_file, read_part
+from ..shards import ShardOutput, in_order, job_shard_file, read_part
 from ..storage.bucket import BucketPath, Place
 from ..storage.pieces import open_pieces
 from .answers import MAX_ANSWER, answer_of, bounded_lines
@@ -39,7 +39,7 @@ def merge_jobs(outputs: Sequence[Place], output: Place) -> tuple[int, int]:
     return len(found), sum(failed for *_, failed in found)
 
 
-def part_of(output: Place) -> Part:
+def part_of(output: Place) -> ShardOutput:
     file = job_shard_file(output)
     part = read_part(file, output)
     if part is None:
@@ -51,7 +51,7 @@ def part_of(output: Place) -> Part:
     return part
 
 
-def copied(part: Part, copy: BinaryIO, days: dict[str, Place]) -> list[tuple[int, int, int, int, bool]]:
+def copied(part: ShardOutput, copy: BinaryIO, days: dict[str, Place]) -> list[tuple[int, int, int, int, bool]]:
     """Copies the answers of a shard. Returns the line and sample of each, where it begins in the copy, its length, and
     whether it is an error.
 

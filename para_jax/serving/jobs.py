@@ -18,7 +18,7 @@ from ..data.chat_template import fixed_date, writes_date
 from ..data.token_cache import today
 from ..messages import say, warn
 from ..progress import Progress
-from ..shards import Part, Shard, job_shard_file, write_part
+from ..shards import Shard, ShardOutput, job_shard_file, write_part
 from ..storage.bucket import Place
 from .answers import MAX_LINE, Answers, Kept, bounded_lines, check_shard
 from .engine import Engine
@@ -82,7 +82,7 @@ def answer_lines(
     if engine.open:
         raise ValueError(f"engine: {engine.open} requests are open; take their answers first")
     check_shard(answers, shard)
-    part = None if shard is None else Part(answers.file, shard, job_settings(engine, defaults), False, {})
+    part = None if shard is None else ShardOutput(answers.file, shard, job_settings(engine, defaults), False, {})
     if not writes_date(engine.tokenizer):
         return answer_others(engine, source, answers, defaults, part)
     day = answers.date or today()  # one for the whole job, also after midnight
@@ -91,7 +91,7 @@ def answer_lines(
 
 
 def answer_others(
-    engine: Engine, source: Place, answers: Answers, defaults: Request, part: Part | None, day: str | None = None
+    engine: Engine, source: Place, answers: Answers, defaults: Request, part: ShardOutput | None, day: str | None = None
 ) -> Counter[str]:
     """Answers the lines that have no answer yet.
 

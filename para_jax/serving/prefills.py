@@ -38,7 +38,7 @@ class PromptFailed(Exception):
         self.key = key
 
 
-class Prompt:
+class ChunkedPrompt:
     """A prompt in one of the rows."""
 
     def __init__(self, key: tuple, ids: Sequence[int], entry: Entry | None, row: int, block_keys: list[bytes]):
@@ -91,7 +91,7 @@ class Prefills:
         self.cache = PrefixCache(self._room + cached, size, model.fingerprint or "", enabled=cached > 0)
         self.pins: dict[tuple[int, ...], list[bytes]] = {}
         """the keys of pinned prompts, by their ids"""
-        self._prompts: OrderedDict[tuple, Prompt] = OrderedDict()
+        self._prompts: OrderedDict[tuple, ChunkedPrompt] = OrderedDict()
         """by Sample.key, the most recently used last"""
         self._suspects: dict[tuple, int] = {}
         """prompts whose prefill raised: these run alone. The count is how often they raised alone"""
@@ -117,7 +117,7 @@ class Prefills:
         """Whether the prompt of a key is prefilled."""
         return key in self._prompts and self._prompts[key].made is not None
 
-    def finished(self, key: tuple) -> Prompt | None:
+    def finished(self, key: tuple) -> ChunkedPrompt | None:
         """The prompt of a key, if it is prefilled. It is the most recently used one from now on."""
         if not self.has_finished(key):
             return None
@@ -138,7 +138,7 @@ class Prefills:
         while not self._fits(self._prompts.values(), ids):
             self._drop(next(prompt for prompt in self._prompts.values() if prompt.made is not None))
         row = min(set(range(self.rows)) - {prompt.row for prompt in self._prompts.values() if prompt.made is None})
-        self._prompts[key] = Prompt(key, ids, entry, row, self.cache.keys(ids, key[-1]))
+        self._prompts[key] = ChunkedPrompt(key, ids, entry, row, self.cache.keys(ids, key[-1]))
         self.cache.queries += len(ids)
 
     def keep(self, wanted: Collection[tuple]) -> None:
@@ -176,7 +176,7 @@ class Prefills:
             if prompt.made is not None:
                 self._suspects.pop(prompt.key, None)
 
-    def for_slot(self, prompt: Prompt) -> PrefilledPrompt:
+    def for_slot(self, prompt: ChunkedPrompt) -> PrefilledPrompt:
         """A finished prompt, to be inserted into a slot."""
         assert prompt.made is not None
         token = -1 if prompt.entry is None else prompt.ids[-1]
@@ -184,7 +184,7 @@ class Prefills:
             self._table(prompt), len(prompt.ids), prompt.row, *prompt.made, adapted=prompt.adapted, token=token
         )
 
-    def _table(self, prompt: Prompt) -> np.ndarray:
+    def _table(self, prompt: ChunkedPrompt) -> np.ndarray:
         """The pool's blocks of a prompt, int32 [blocks of the longest prompt]."""
         table = np.zeros(self._longest, np.int32)
         table[: len(prompt.blocks)] = prompt.blocks
@@ -197,36 +197,36 @@ class Prefills:
         self.pins = pins
         self.cache.pin(key for keys in self.pins.values() for key in keys)
 
-    def warm_up(self) -> Prompt:
+    def warm_up(self) -> ChunkedPrompt:
         """Compiles the programs. Returns a finished prompt."""
-        prompt = Prompt((), [0], None, 0, [])
+        prompt = ChunkedPrompt((), [0], None, 0, [])
         self.pool, last = prefill_chunk(self._treedef, self._leaves, self.pool, self._no_lanes())
-        logits, entered = rows_of(np.zeros(ROWS, np.int32), last.logits, last.entered)
+        logits, entered = take_rows(np.zeros(ROWS, np.int32), last.logits, last.entered)
         prompt.made = logits, *self._nothing
         for entry in filter(self.takes, self.bank.blanks() if self.bank is not None else ()):
-            self._adapt([Prompt((), [0, 0], entry, 0, [])], entered)
+            self._adapt([ChunkedPrompt((), [0, 0], entry, 0, [])], entered)
         return prompt
 
     # ------------------------------------------------------------------------------------------------- the computation
 
-    def _compute(self, working: list[Prompt]) -> None:
+    def _compute(self, working: list[ChunkedPrompt]) -> None:
         lanes = self._planned(working)
         self.pool, last = prefill_chunk(self._treedef, self._leaves, self.pool, lanes)
         complete = [prompt for prompt in working if len(prompt.blocks) == self._needed(prompt.ids)]
         for start in range(0, len(complete), ROWS):
             self._finish(complete[start : start + ROWS], last)
 
-    def _finish(self, prompts: list[Prompt], last: LastToken) -> None:
+    def _finish(self, prompts: list[ChunkedPrompt], last: LastToken) -> None:
         """Applies the adapters of at most ROWS prompts. All their blocks are computed."""
         chosen = np.zeros(ROWS, np.int32)
         for place, prompt in enumerate(prompts):
             chosen[place], prompt.row = prompt.row, place
-        logits, entered = rows_of(chosen, last.logits, last.entered)
+        logits, entered = take_rows(chosen, last.logits, last.entered)
         adapted = self._adapt([prompt for prompt in prompts if prompt.entry is not None], entered)
         for prompt in prompts:
             prompt.made = logits, *(self._nothing if prompt.entry is None else adapted)
 
-    def _planned(self, working: list[Prompt]) -> Lanes:
+    def _planned(self, working: list[ChunkedPrompt]) -> Lanes:
         """The next blocks of the prompts, which take turns. Blocks that are known are not computed again, except a
         prompt's last one: its last token gives the logits."""
         lanes, used, turns = self._no_lanes(), 0, True
@@ -249,7 +249,7 @@ class Prefills:
             lanes.table[prompt.row] = self._table(prompt)
         return lanes
 
-    def _find_blocks(self, prompt: Prompt) -> None:
+    def _find_blocks(self, prompt: ChunkedPrompt) -> None:
         while len(prompt.blocks) < self._needed(prompt.ids) - 1:
             found = self.cache.find(prompt.block_keys[len(prompt.blocks)])
             if found is None:
@@ -258,7 +258,7 @@ class Prefills:
             prompt.found += self.size
             self.cache.hits += self.size
 
-    def _adapt(self, prompts: list[Prompt], entered: tuple) -> tuple:
+    def _adapt(self, prompts: list[ChunkedPrompt], entered: tuple) -> tuple:
         """(adjustments, keys and values of last tokens but one) of prompts with an adapter, in the prompts' rows."""
         if not prompts:
             return self._nothing
@@ -289,16 +289,16 @@ class Prefills:
         """Blocks of a prompt."""
         return -(-len(ids) // self.size)
 
-    def _fits(self, others: Collection[Prompt], ids: Sequence[int]) -> bool:
+    def _fits(self, others: Collection[ChunkedPrompt], ids: Sequence[int]) -> bool:
         """Whether there are a row and blocks for one more prompt next to these."""
         blocks = sum(self._needed(one.ids) for one in others)
         return len(others) < self.rows and blocks + self._needed(ids) <= self._room
 
-    def _drop(self, prompt: Prompt) -> None:
+    def _drop(self, prompt: ChunkedPrompt) -> None:
         del self._prompts[prompt.key]
         self.cache.release(prompt.blocks)
 
-    def _suspect(self, working: list[Prompt], error: Exception) -> None:
+    def _suspect(self, working: list[ChunkedPrompt], error: Exception) -> None:
         """Notes prompts whose program raised. Raises PromptFailed for one that was alone for the second time."""
         keys = {prompt.key for prompt in self._prompts.values()}
         self._suspects = {key: count for key, count in self._suspects.items() if key in keys}
@@ -349,7 +349,7 @@ def prefill_chunk(treedef, leaves, pool, lanes: Lanes):
 
 
 @jax.jit
-def rows_of(chosen, logits, entered: tuple) -> tuple:
+def take_rows(chosen, logits, entered: tuple) -> tuple:
     """These rows of the logits, and of the streams that enter each layer."""
     return constrain(logits[chosen], (None, "vocab")), replicate(tuple(stream[chosen] for stream in entered))
 

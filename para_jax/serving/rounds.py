@@ -20,7 +20,7 @@ from ..sharding import using
 from .decoder import Decoder
 from .open_requests import OpenRequests
 from .pins import Pins
-from .prefills import Prompt, PromptFailed
+from .prefills import ChunkedPrompt, PromptFailed
 from .scoring import ScoredPrompt
 from .ticket import Sample, is_request_error
 
@@ -205,14 +205,14 @@ class Rounds:
         for slot, sample in list(self._waiting.items()):
             if self._decoder.keeps(sample):
                 prompt = self._decoder.prefilled(sample)
-                assert isinstance(prompt, Prompt)
+                assert isinstance(prompt, ChunkedPrompt)
                 if sample.ticket.cached_tokens is None:
                     sample.ticket.cached_tokens = prompt.found
                 self._insert(slot, sample, prompt, first)
                 del self._waiting[slot]
         return True
 
-    def _insert(self, slot: int, sample: Sample, prefilled: tuple | Prompt, first: dict[int, tuple]) -> None:
+    def _insert(self, slot: int, sample: Sample, prefilled: tuple | ChunkedPrompt, first: dict[int, tuple]) -> None:
         asked = sample.request.logprobs is not None
         found = self._decoder.insert(slot, prefilled, sample.sampling, logprobs=asked)
         if found is not None:

@@ -59,8 +59,8 @@ def local_copy(folder: BucketPath, cache: Path, files: list[BucketPath], max_tex
     for file, about in found.items():
         if about.st_size > max_text_bytes and file.suffix not in (".safetensors", ".gguf"):
             raise ValueError(f"{file}: {about.st_size} bytes, more than the allowed {max_text_bytes}")
-    key = digest(*(f"{file.name} {about.generation} {about.st_size}" for file, about in found.items()))
-    place = cache / "buckets" / digest(str(folder)) / key
+    key = short_digest(*(f"{file.name} {about.generation} {about.st_size}" for file, about in found.items()))
+    place = cache / "buckets" / short_digest(str(folder)) / key
     with locked_copy(place) as missing:
         if missing:
             need = sum(about.st_size for about in found.values())
@@ -85,12 +85,14 @@ def fetch(file: BucketPath, to: Path, generation: int) -> None:
 
 def fetched_adapter(folder: BucketPath, cache: Path, names: list[str], max_bytes: int) -> Path:
     """A local folder with the files of an adapter, all of one version; see `read_folder`."""
-    return adapter_copy(cache / "buckets" / digest(str(folder)), read_folder(folder, names, max_bytes))
+    return adapter_copy(cache / "buckets" / short_digest(str(folder)), read_folder(folder, names, max_bytes))
 
 
 def adapter_copy(versions: Path, files: dict[str, bytes]) -> Path:
     """A folder with these files of an adapter, in the folder of its versions. A damaged one is written again."""
-    place = versions / digest(*(f"{name} {hashlib.sha256(data).hexdigest()}" for name, data in sorted(files.items())))
+    place = versions / short_digest(
+        *(f"{name} {hashlib.sha256(data).hexdigest()}" for name, data in sorted(files.items()))
+    )
     with locked_copy(place):
         if not holds(place, files):
             shutil.rmtree(place, ignore_errors=True)
@@ -135,5 +137,5 @@ def new_folder(place: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def digest(*texts: str) -> str:
+def short_digest(*texts: str) -> str:
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:20]

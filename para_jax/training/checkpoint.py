@@ -98,7 +98,7 @@ def save_checkpoint(checkpoints, state: Any, progress: Any) -> None:
     Raises ValueError for a state that is not finite, and if the save before could not be written (a full disk).
     """
     arrays = {}
-    for name, leaf in named(state).items():
+    for name, leaf in arrays_by_path(state).items():
         array = full_arrays(leaf)
         if is_first():  # the others keep one array at a time
             arrays[name] = array
@@ -116,7 +116,7 @@ def start_saving(checkpoints, arrays: dict[str, Any], progress: Any) -> None:
     if not all(np.isfinite(array).all() for array in arrays.values()):
         raise ValueError(f"step {progress.step}: the state is not finite, and is not saved; lower train.learning_rate")
     about = progress._asdict()
-    about["sha256"] = digest(arrays, about)
+    about["sha256"] = checkpoint_digest(arrays, about)
     saved = ocp.args.Composite(state=ocp.args.StandardSave(arrays), progress=ocp.args.JsonSave(about))
     with errors_in_one_line(checkpoints):
         if progress.step in steps_in(folder):
@@ -128,7 +128,7 @@ def start_saving(checkpoints, arrays: dict[str, Any], progress: Any) -> None:
 def replace_progress(file: Place, arrays: dict[str, np.ndarray], about: dict[str, Any]) -> None:
     """Replaces what a checkpoint says, if it is one of these arrays. A kill leaves the old text or the new."""
     held = json.loads(file.read_bytes())
-    if held.pop("sha256", None) == digest(arrays, held):
+    if held.pop("sha256", None) == checkpoint_digest(arrays, held):
         atomic.write_text(file, json.dumps(about))
 
 
@@ -167,7 +167,7 @@ def restore_checkpoint(
 
     Raises ValueError if there are checkpoints and none of them can be used, or if the newest is of other data.
     """
-    arrays = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in named(state).items()}
+    arrays = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in arrays_by_path(state).items()}
 
     def read_first() -> dict[str, Any] | None:
         found = newest_whole(checkpoints, arrays, kind, run, accept_data)
@@ -178,7 +178,7 @@ def restore_checkpoint(
     if progress is None:
         return None
     leaves = []
-    for name, leaf in named(state).items():
+    for name, leaf in arrays_by_path(state).items():
         leaves.append(placed_like(leaf, broadcast_arrays(arrays.pop(name))))
         leaf.delete()
     held = progress.get("run") if accept_data else None
@@ -248,7 +248,7 @@ def read_checkpoint(
     read = ocp.args.Composite(state=ocp.args.StandardRestore(wanted), progress=ocp.args.JsonRestore())
     restored = checkpoints.restore(step, args=read)
     arrays, about = {name: np.asarray(restored.state[name]) for name in wanted}, restored.progress
-    if not isinstance(about, dict) or about.pop("sha256", None) != digest(arrays, about):
+    if not isinstance(about, dict) or about.pop("sha256", None) != checkpoint_digest(arrays, about):
         raise ValueError("its bytes have changed since they were written")
     return arrays, about
 
@@ -390,7 +390,7 @@ def set_aside(folder: Place) -> Place:
 # -------------------------------------------------------------------------------------------------------------- pieces
 
 
-def named(state: Any) -> dict[str, jax.Array]:
+def arrays_by_path(state: Any) -> dict[str, jax.Array]:
     """A state's arrays by their paths: orbax gets plain arrays instead of Flax's classes."""
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
 
@@ -402,7 +402,7 @@ def placed_like(leaf: jax.Array, array: np.ndarray) -> jax.Array:
     return jnp.asarray(array)
 
 
-def digest(arrays: dict[str, np.ndarray], progress: dict[str, Any]) -> str:
+def checkpoint_digest(arrays: dict[str, np.ndarray], progress: dict[str, Any]) -> str:
     """The sha256 of the progress as JSON and of all arrays' bytes in the order of their names."""
     found = hashlib.sha256(json.dumps(progress, sort_keys=True).encode())
     for name in sorted(arrays):

@@ -16,7 +16,7 @@ from .. import atomic
 from ..adapters.folder import require_undamaged, safetensors_bytes
 from ..processes import broadcast_arrays, full_arrays, on_first_process
 from ..storage.bucket import BucketPath, Place
-from .checkpoint import check_shapes, named
+from .checkpoint import arrays_by_path, check_shapes
 
 
 def file_of(folder: Place, steps: int) -> Place:
@@ -32,7 +32,7 @@ def last_states_left(folder: Place) -> list[Place]:
 
 def write_last_state(folder: Place, steps: int, state: Any) -> None:
     """Writes one tenant's weights, moments and step, a slice of a TrainState, after `steps` of its own steps."""
-    arrays = {name: np.asarray(array) for name, array in named(full_arrays(state)).items()}
+    arrays = {name: np.asarray(array) for name, array in arrays_by_path(full_arrays(state)).items()}
     on_first_process(lambda: atomic.write_bytes(file_of(folder, steps), safetensors_bytes(arrays)))
 
 
@@ -44,7 +44,7 @@ def read_last_state(folder: Place, steps: int, like: Any) -> Any:
 
     Raises ValueError, naming the file, where it is missing or damaged.
     """
-    arrays = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in named(like).items()}
+    arrays = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in arrays_by_path(like).items()}
 
     file = file_of(folder, steps)
 
@@ -65,5 +65,5 @@ def read_last_state(folder: Place, steps: int, like: Any) -> Any:
         arrays.update(found)
 
     on_first_process(read_first)
-    leaves = [broadcast_arrays(arrays[name]) for name in named(like)]
+    leaves = [broadcast_arrays(arrays[name]) for name in arrays_by_path(like)]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)

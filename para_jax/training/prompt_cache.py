@@ -18,7 +18,7 @@ import numpy as np
 
 from ..adapters.adapter import Adapter
 from ..data.batches import Batch, Bucket
-from ..data.example_arrays import ExampleArrays, digest
+from ..data.example_arrays import ExampleArrays, examples_digest
 from ..data.packing import Packed, RowShape
 from ..data.prefetch import AHEAD, THREADS
 from ..data.schedule import TenantOrder
@@ -26,7 +26,7 @@ from ..messages import say
 from ..progress import Progress
 from ..tail import PromptStates
 from . import prompt_file
-from .prompt_states import Record, computed, pooler_digest, pooler_of, record_of
+from .prompt_states import StatesFormat, computed, pooler_digest, pooler_of, states_format_of
 from .stop import interruption_point
 
 #: The share of the free memory, or of the free space on the disk, that may be taken.
@@ -40,7 +40,7 @@ class PromptCache(NamedTuple):
     """where each prompt's record is in the data, by its token ids as int32"""
     data: np.ndarray
     """uint8 [bytes]"""
-    record: Record
+    states_format: StatesFormat
 
     def states(self, batch: Batch | Packed, prompt: int) -> PromptStates:
         """The states of a batch's prompts, arrays [passes, layers, rows, ...] of NumPy.
@@ -49,7 +49,7 @@ class PromptCache(NamedTuple):
             batch: arrays [passes, rows, ...].
             prompt: the tokens per row to pad to.
         """
-        (passes, rows), form = batch.tokens.shape[:2], self.record
+        (passes, rows), form = batch.tokens.shape[:2], self.states_format
         segments = batch.start.shape[2:] if isinstance(batch, Packed) else ()
         shape = passes, form.layers, rows, form.kv_heads, prompt, form.head_dim
         keys, values = (np.zeros(shape, form.dtype) for _ in range(2))
@@ -58,7 +58,7 @@ class PromptCache(NamedTuple):
             row, stop = (index[0], slice(None), index[1]), 0
             for segment, ids in prompts_of_row(batch, index):
                 start, stop = stop, stop + len(ids)
-                found = self.record.read(self.data[self.place[ids.tobytes()]], len(ids))
+                found = self.states_format.read(self.data[self.place[ids.tobytes()]], len(ids))
                 keys[row][:, :, start:stop], values[row][:, :, start:stop] = found.keys, found.values
                 summaries[(*row, *segment)] = found.summaries
         return PromptStates(keys, values, summaries)  # pyright: ignore[reportArgumentType]
@@ -98,24 +98,24 @@ def cached_prompts(
     Raises ValueError, before any prompt is computed, where there is too little memory or space.
     """
     prompts, pooler = distinct_prompts(orders), pooler_of(adapter_config, model.config)
-    key = where, digest(prompts), pooler_digest(pooler), rows, jax.sharding.get_mesh()
+    key = where, examples_digest(prompts), pooler_digest(pooler), rows, jax.sharding.get_mesh()
     if key not in held:
         held.clear()
-        record = record_of(model, pooler)
-        ahead = (AHEAD + THREADS) * step_rows * max(row_size(record, shape) for shape in shapes)
-        held[key] = filled(where, model, pooler, prompts, record, rows, ahead)
+        states_format = states_format_of(model, pooler)
+        ahead = (AHEAD + THREADS) * step_rows * max(row_size(states_format, shape) for shape in shapes)
+        held[key] = filled(where, model, pooler, prompts, states_format, rows, ahead)
     return held[key]
 
 
 def filled(
-    where: str, model, pooler: Adapter, prompts: ExampleArrays, record: Record, rows: int, ahead: int
+    where: str, model, pooler: Adapter, prompts: ExampleArrays, states_format: StatesFormat, rows: int, ahead: int
 ) -> PromptCache:
     """The states of these prompts.
 
     Args:
         ahead: bytes of the batches that are made ahead of their steps.
     """
-    ends = np.cumsum(record.size(prompts.lengths)).tolist()
+    ends = np.cumsum(states_format.size(prompts.lengths)).tolist()
     size = ends[-1]
     say(
         f"train.cache_prompts={where}: {len(prompts)} distinct prompts with {prompts.lengths.sum()} tokens take "
@@ -136,7 +136,7 @@ def filled(
         data = on_disk(prompt_file.file_of(model, pooler, prompts, rows), size, records())
     ids = (prompts.ids[a:b].tobytes() for a, b in zip(prompts.starts, prompts.starts[1:], strict=False))
     place = {key: slice(a, b) for key, a, b in zip(ids, [0, *ends[:-1]], ends, strict=True)}
-    return PromptCache(place, data, record)
+    return PromptCache(place, data, states_format)
 
 
 def distinct_prompts(orders: Sequence[TenantOrder]) -> ExampleArrays:
@@ -177,10 +177,10 @@ def on_disk(file: Path, size: int, records: Iterator[bytes]) -> np.ndarray:
 # -------------------------------------------------------------------------------------------------------------- limits
 
 
-def row_size(record: Record, shape: Bucket | RowShape) -> int:
+def row_size(states_format: StatesFormat, shape: Bucket | RowShape) -> int:
     """Bytes of a row's states in a batch of this shape."""
     segments = shape.segments if isinstance(shape, RowShape) else 1
-    return record.size(shape.prompt or shape.length) + (segments - 1) * record.summary_size
+    return states_format.size(shape.prompt or shape.length) + (segments - 1) * states_format.summary_size
 
 
 def require_room(where: str, size: int, free: int | None, what: str) -> None:

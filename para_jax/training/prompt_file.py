@@ -22,7 +22,7 @@ from ..adapters.adapter import Adapter
 from ..atomic import remedy, replacing
 from ..backbone.content import backbone_content
 from ..config import printable
-from ..data.example_arrays import ExampleArrays, digest
+from ..data.example_arrays import ExampleArrays, examples_digest
 from ..data.token_cache import delete_oldest, files_digest
 from ..hub import cache_folder
 from ..messages import warn
@@ -41,7 +41,7 @@ def file_of(model, pooler: Adapter, prompts: ExampleArrays, rows: int) -> Path:
     code = *sorted((package / "backbone").glob("*.py")), package / "residual.py", package / "training/prompt_states.py"
     named = [FORMAT, rows, dict(mesh.shape), mesh.devices.flat[0].device_kind, jax.__version__]
     named += [jax.config.jax_default_matmul_precision]  # pyright: ignore[reportAttributeAccessIssue]
-    named += [repr(model.attention), backbone_content(model), pooler_digest(pooler), digest(prompts)]
+    named += [repr(model.attention), backbone_content(model), pooler_digest(pooler), examples_digest(prompts)]
     text = json.dumps([*named, files_digest(code)])
     return folder() / (hashlib.sha256(text.encode()).hexdigest() + ENDING)
 

@@ -26,7 +26,7 @@ BUCKETS = 4
 PROBES = (*range(1, 9), *(2**i for i in range(4, 11)))
 
 
-class Record(NamedTuple):
+class StatesFormat(NamedTuple):
     """The form of one prompt's states as bytes: keys and values [layers, kv_heads, tokens, head_dim], then summaries
     [layers, width]."""
 
@@ -55,11 +55,11 @@ class Record(NamedTuple):
         return PromptStates(keys, values, summaries)  # pyright: ignore[reportArgumentType]
 
 
-def record_of(model, pooler: Adapter) -> Record:
+def states_format_of(model, pooler: Adapter) -> StatesFormat:
     int32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
     keys, _, summaries, _ = jax.eval_shape(prompt_states, model, pooler, int32(1, 1), int32(1))
     layers, _, kv_heads, _, head_dim = keys.shape
-    return Record(layers, kv_heads, head_dim, summaries.shape[2], str(keys.dtype), str(summaries.dtype))
+    return StatesFormat(layers, kv_heads, head_dim, summaries.shape[2], str(keys.dtype), str(summaries.dtype))
 
 
 def computed(model, pooler: Adapter, prompts: ExampleArrays, rows: int) -> Iterator[tuple[int, bytes]]:

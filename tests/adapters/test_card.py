@@ -7,7 +7,7 @@ import yaml
 from golden_models import backbone
 
 from para_jax import LoraConfig, ParaConfig, init_adapter, save_adapter
-from para_jax.adapters.card import lines_of, score_line, training_lines, with_test_score
+from para_jax.adapters.card import given_lines, score_line, training_lines, with_test_score
 from para_jax.adapters.files import add_test_score
 
 LINES = training_lines(
@@ -60,11 +60,11 @@ def test_training_and_scores_are_said(tmp_path):
     for said in ("60 steps on mine (200 examples)", "Learning rate 0.001, 16 rows per step", "para_jax 0.1.0",
                  "Validation loss: 0.2078 ± 0.0100 (standard error) on 100 examples."):  # fmt: skip
         assert said in text
-    assert lines_of(text) == found
+    assert given_lines(text) == found
     tested = score_line("Test", "accuracy", 0.9, None, 60, 0.116, 0.25)
     assert tested == "- Test accuracy: 0.9000 on 60 examples, loss 0.1160; 0.2500 without the adapter."
     once = with_test_score(text, tested)
-    assert lines_of(once) == [*found, tested] == lines_of(with_test_score(once, tested))
+    assert given_lines(once) == [*found, tested] == given_lines(with_test_score(once, tested))
     weights = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
     add_test_score(tmp_path / "adapter", tested)
     assert (tmp_path / "adapter" / "README.md").read_text() == once

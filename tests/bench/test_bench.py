@@ -230,7 +230,7 @@ def test_http_is_measured_against_the_engine_with_every_token_of_the_same_work(m
 
 def test_a_first_token_comes_with_the_round_that_takes_its_request():
     ended = [(0, 5), (3, 13), (3, 1)]  # the second has 5, 4 and 4 tokens in the rounds 1 to 3
-    latencies = bench_serve.Served([1.0, 2.0, 4.0, 8.0], ended).latencies()
+    latencies = bench_serve.ServingTimes([1.0, 2.0, 4.0, 8.0], ended).latencies()
     assert latencies["first token p50"] == 2000.0
     assert latencies["a token p50"] == pytest.approx(1000 * 6 / 12)
 

@@ -6,7 +6,7 @@ import pytest
 
 from para_jax.data import example_arrays
 from para_jax.data.batches import example_lengths, plan_buckets
-from para_jax.data.example_arrays import ExampleBuilder, digest, prompt_and_completion_sizes
+from para_jax.data.example_arrays import ExampleBuilder, examples_digest, prompt_and_completion_sizes
 from para_jax.data.examples import Example
 from para_jax.data.packing import plan_packing
 
@@ -51,7 +51,7 @@ def test_a_digest_covers_sizes_and_ids_as_int64(monkeypatch, count, at_once):
     examples, expected = made(count), hashlib.sha256()
     for prompt, completion in examples:
         expected.update(array("q", [len(prompt), len(completion), *prompt, *completion]).tobytes())
-    assert digest(arrays_of(examples)) == digest(examples) == expected.hexdigest()
+    assert examples_digest(arrays_of(examples)) == examples_digest(examples) == expected.hexdigest()
 
 
 def test_a_token_takes_little_more_than_four_bytes():

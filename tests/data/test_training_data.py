@@ -215,7 +215,7 @@ def test_concurrent_writers_leave_one_complete_file(tmp_path, monkeypatch):
 
 
 def test_the_least_recently_used_files_make_room(tmp_path, monkeypatch):
-    tokens = token_cache.Tokens(np.ones((10, 2), np.int32), np.arange(10), np.ones(20, np.int32), 0, 0)
+    tokens = token_cache.TokenisedExamples(np.ones((10, 2), np.int32), np.arange(10), np.ones(20, np.int32), 0, 0)
     for i in range(3):
         token_cache.store_tokens("key", str(i), tokens)
         os.utime(token_cache.path_of("key", str(i)), (i, i))

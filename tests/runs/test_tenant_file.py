@@ -20,7 +20,7 @@ from para_jax.runs import tenants as of_runs
 from para_jax.runs import train as train_module
 from para_jax.runs.parts import Part
 from para_jax.runs.tenant_file import OWN_FIELDS, of_most_memory, with_own_fields
-from para_jax.runs.tenants import Shared, read_inputs, tenant_configs
+from para_jax.runs.tenants import SharedResources, read_inputs, tenant_configs
 from para_jax.training.passes import Layout
 
 SIZES = {"acme": 20, "globex": 9, "hooli": 12}
@@ -259,7 +259,9 @@ def test_hosts_with_other_tenant_files_are_refused(folder, tmp_path, monkeypatch
         write_tenants(tmp_path / str(host), {"acme": 5, "globex": 5})
         (tmp_path / str(host) / "acme" / "tenant.yaml").write_text(text)
         config = tenants_config(folder, tmp_path / "run", f"data.tenants={tmp_path / str(host)}")
-        train_module.read_parts(config, [Part(["acme", "globex"], tmp_path)], [Layout(2, 2, 4, 1)], {}, Shared())
+        train_module.read_parts(
+            config, [Part(["acme", "globex"], tmp_path)], [Layout(2, 2, 4, 1)], {}, SharedResources()
+        )
     data, files = ({text for what, text in told if what == name} for name in ("the data", "a tenant's tenant.yaml"))
     assert len(data) == 1 and len(files) == 3
 

@@ -27,7 +27,7 @@ from para_jax import (
 from para_jax.cli import main
 from para_jax.serving.job_merge import merge_jobs
 from para_jax.serving.jobs import run_job
-from para_jax.shards import Part, Shard, job_shard_file, write_part
+from para_jax.shards import Shard, ShardOutput, job_shard_file, write_part
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +195,7 @@ def test_an_answer_that_is_missing_or_not_the_shards_is_named(rows, said, tmp_pa
     for index, found in ((0, []), (1, rows)):
         output = tmp_path / f"{index}.jsonl"
         output.write_text("".join(json.dumps(row) + "\n" for row in found))
-        part = Part(output, Shard(index, 2), settings, True, {"answers": 2 * index})
+        part = ShardOutput(output, Shard(index, 2), settings, True, {"answers": 2 * index})
         write_part(job_shard_file(output), part)
     with pytest.raises(ValueError) as error:
         merge_jobs([tmp_path / "0.jsonl", tmp_path / "1.jsonl"], tmp_path / "merged.jsonl")
@@ -209,7 +209,7 @@ def test_shards_of_different_days_are_refused_if_the_chat_template_writes_the_da
         for index, output in enumerate(outputs):
             row = ROW | {"line": 1 + index, "date": "2026-07-25" if same or not index else "2026-07-26"}
             output.write_text(json.dumps(row) + "\n")
-            part = Part(output, Shard(index, 2), {"input": {"lines": 2}}, True, {"answers": 1})
+            part = ShardOutput(output, Shard(index, 2), {"input": {"lines": 2}}, True, {"answers": 1})
             write_part(job_shard_file(output), part)
         if same:
             assert merge_jobs(outputs, tmp_path / "merged.jsonl") == (2, 0)
@@ -223,7 +223,7 @@ def test_shards_of_different_days_are_refused_if_the_chat_template_writes_the_da
 )
 def test_a_damaged_shard_file_is_named(settings, content, tmp_path):
     (tmp_path / "0.jsonl").write_text("")
-    write_part(job_shard_file(tmp_path / "0.jsonl"), Part(tmp_path, Shard(0, 1), settings, True, content))
+    write_part(job_shard_file(tmp_path / "0.jsonl"), ShardOutput(tmp_path, Shard(0, 1), settings, True, content))
     with pytest.raises(ValueError, match="0.jsonl.shard.json is damaged; run the command of shard 0/1 again"):
         merge_jobs([tmp_path / "0.jsonl"], tmp_path / "merged.jsonl")
 

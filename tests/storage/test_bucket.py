@@ -550,7 +550,7 @@ def test_the_next_fetch_deletes_what_a_killed_one_left(folder, monkeypatch):
         patch.setattr(cache.shutil, "rmtree", lambda *given, **options: None)  # a killed process cleans nothing up
         with pytest.raises(ZeroDivisionError):
             resolve_backbone(f"{folder}/model.gguf")
-    copies = cache_folder() / "buckets" / cache.digest(str(folder))
+    copies = cache_folder() / "buckets" / cache.short_digest(str(folder))
     assert [path for path in copies.iterdir() if path.is_dir()]
     place = resolve_backbone(f"{folder}/model.gguf")
     assert {path for path in copies.iterdir() if path.is_dir()} == {place.parent}

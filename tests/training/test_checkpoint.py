@@ -24,10 +24,10 @@ from para_jax import ParaConfig, init_adapter
 from para_jax.sharding import make_mesh, place
 from para_jax.training import checkpoint
 from para_jax.training.checkpoint import (
+    arrays_by_path,
     changed_data,
-    digest,
+    checkpoint_digest,
     finish_saving,
-    named,
     open_checkpoints,
     reason,
     require_saved,
@@ -110,7 +110,7 @@ def test_a_checkpoint_of_the_same_step_and_state_gets_the_new_progress(tmp_path)
 
 def test_a_checkpoint_holds_adapter_optimiser_and_step_and_never_the_backbone(tmp_path):
     state = state_on(make_mesh(), seed=1)
-    names = named(state)
+    names = arrays_by_path(state)
     assert len(names) == len(jax.tree.leaves(state)) and {name.split(".")[1].split("[")[0] for name in names} == {
         "adapters", "optimizer", "step", "finite",
     }  # fmt: skip
@@ -218,7 +218,7 @@ def forged(folder, change):
     about = json.loads(file.read_text())
     about.pop("sha256")
     change(about)
-    about["sha256"] = digest({name: np.asarray(array) for name, array in restored.state.items()}, about)
+    about["sha256"] = checkpoint_digest({name: np.asarray(array) for name, array in restored.state.items()}, about)
     file.write_text(json.dumps(about))
 
 
