@@ -33,6 +33,7 @@ def engine_requests(asked: Asked, tenant: str | None, engine: Engine, salt: str 
         if asked.only_echoes and isinstance(prompt, str):
             prompt = prompt_ids(prompt, engine)
         if asked.max_tokens is None or asked.variables:
+            assert not isinstance(prompt, tuple), "only chats have no max_tokens, or variables"
             stops = () if sampling["ignore_eos"] else turn_stop_ids(engine.tokenizer, prompt)
             prompt = prompt_ids(prompt, engine, asked.variables)
             sampling["stop_token_ids"] += stops
