@@ -15,10 +15,10 @@ def part_of(rows: Iterator[Row], share: float, *, held_out: bool) -> Iterator[Ro
     """The rows that are held out, or the others. A row's number alone decides. So sorted data is held out evenly, and
     rows that are added at the end change nothing before them."""
     exact = Fraction(str(share))  # 0.1 is a tenth
-    return (row for number, row in enumerate(rows) if is_held_out(number, exact) == held_out)
+    return (row for number, row in enumerate(rows) if is_validation_row(number, exact) == held_out)
 
 
-def is_held_out(number: int, share: Fraction) -> bool:
+def is_validation_row(number: int, share: Fraction) -> bool:
     """Whether a row is held out, by its number from 0. One row of each block of 1 / share rows is: a different one in
     each block, because data may repeat a pattern, and in the first block the last one, so that a few rows are all
     trained on."""

@@ -78,10 +78,9 @@ def is_pythons(found: dict, text: str, messages: list[dict]) -> bool:
 
 def with_parsed_calls(message: dict, found: list[dict]) -> dict:
     """The message with the arguments of its calls as objects, which are also added to `found`."""
-    calls = message.get("tool_calls")
-    return (
-        message | {"tool_calls": [with_object(call, found) for call in calls]} if isinstance(calls, list) else message
-    )
+    if not isinstance(calls := message.get("tool_calls"), list):
+        return message
+    return message | {"tool_calls": [with_object(call, found) for call in calls]}
 
 
 def with_object(call: Any, found: list[dict]) -> Any:

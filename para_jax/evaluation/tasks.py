@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -127,8 +128,16 @@ def as_learnt(tokenizer, record: Record, example: Example, opening: str) -> Reco
     text = written.strip().removeprefix(opening).lstrip()
     if not text or single_spaced(text) == single_spaced(record.completion):
         return record
-    if all(before_stop(encode_completion(tokenizer, record.prompt, one), ends) != learnt for one in (text, written)):
-        return record  # the tokenizer lacks a part of the completion, and the rest is another answer
+    with suppress(ValueError):  # from a template that refuses the text
+        if any(
+            before_stop(encode_completion(tokenizer, record.prompt, one), ends) == learnt for one in (text, written)
+        ):
+            return with_reference(record, text)
+    return record  # the tokenizer lacks a part of the completion, and the rest is another answer
+
+
+def with_reference(record: Record, text: str) -> Record:
+    """The record with this text before its completion among the accepted answers."""
     own = record.completion
     accepted = (both for one in record.references for both in ((text, own) if one == own else (one,)))
     return record._replace(references=tuple(accepted))
