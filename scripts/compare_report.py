@@ -35,8 +35,6 @@ REFERENCES = (("PARA r=12", "PARA r=12, response"), ("LoRA r=# on q, v, up", "Lo
 SHUFFLED = ", prompts shuffled"
 #: With fewer seeds nothing is claimed.
 FEWEST_SEEDS = 3
-#: The verdicts that claim a difference.
-WORDS = ("better", "worse")
 #: The end of the names of methods with that scope.
 RESPONSE = ", response"
 
@@ -104,8 +102,8 @@ HOW_TO_READ = f"""\
 Scores and losses are means over the seeds, with the lowest and the highest. Verdicts compare a method with PARA r=12
 and with the LoRA of its size: the difference of scores, its 95 % interval, and better, worse or within noise at 5 %.
 
-- The interval is over the test rows that both answered and over the seeds of each method. In simulations of three seeds
-  without a difference it claims one in 3 to 10 % of the cases.
+- The interval is over the test rows that both answered and over the seeds of each method. In simulations of equal
+  methods (tests/scripts/test_compare_statistics.py) at most about one pair in ten is told apart before the correction.
 - Verdicts are corrected for the number of comparisons of a task (Holm). The intervals are not.
 - "seeds overlap": one method's worst seed is not above the other's best one, so other seeds may say otherwise.
 - "unpaired": scores of other rows, or of earlier versions without rows. Their interval is wider.
@@ -244,9 +242,16 @@ def verdicts(cells: Sequence[Cell]) -> dict[tuple[str, str], str]:
 
 def describe(apart: Difference, word: str, one: Cell, other: Cell) -> str:
     """ "+0.021 (+0.004 to +0.038) better, seeds overlap"; without a verdict where few seeds can't give one."""
+    if has_few_seeds(one, other):
+        word = ""
+    overlap = word not in ("", "within noise") and seeds_overlap(one, other)
+    return f"{interval(apart)}{word and ' '}{word}{marks(apart, one, other, overlap)}"
+
+
+def marks(apart: Difference, one: Cell, other: Cell, overlap: bool) -> str:
+    """What limits a comparison: ", seeds overlap, few seeds, unpaired"."""
     few = has_few_seeds(one, other)
-    said = "" if few else f" {word}{', seeds overlap' * (word in WORDS and seeds_overlap(one, other))}"
-    return f"{interval(apart)}{said}{', few seeds' * few}{'' if apart.paired else ', unpaired'}"
+    return ", seeds overlap" * overlap + ", few seeds" * few + ", unpaired" * (not apart.paired)
 
 
 def interval(apart: Difference) -> str:
@@ -313,8 +318,8 @@ def pair_lines(cells: Sequence[Cell], compared: Sequence[Cell]) -> list[str]:
     lines = []
     for one, other in combinations(others, 2):
         apart, _ = difference(one, other)
-        marks = ", seeds overlap" * seeds_overlap(one, other) + ", few seeds" * has_few_seeds(one, other)
-        lines.append(f"- `{one.name}` minus `{other.name}`: {interval(apart)}{marks}")
+        said = interval(apart) + marks(apart, one, other, seeds_overlap(one, other))
+        lines.append(f"- `{one.name}` minus `{other.name}`: {said}")
     return ["The other methods, each from each, with intervals and without verdicts:", "", *lines, ""] if lines else []
 
 
@@ -326,10 +331,11 @@ def scope_lines(cells: Sequence[Cell]) -> list[str]:
         same_run = (one.folder, one.task) == (other.folder, other.task)
         if same_run and other.name in (one.name + RESPONSE, one.name.partition(" on q")[0] + RESPONSE):
             apart, _ = difference(other, one)
-            marks = ", seeds overlap" * seeds_overlap(one, other) + ", unpaired" * (not apart.paired)
             where = f"{one.task} ({one.folder})" if one.folder else one.task
             scores = (spread(cell.scores, 3, mean) for cell in (one, other))
-            lines.append(row([where, one.name, *scores, interval(apart) + marks]))
+            lines.append(
+                row([where, one.name, *scores, interval(apart) + marks(apart, one, other, seeds_overlap(one, other))])
+            )
     if not lines:
         return []
     return ["## What scope `response` costs", "", row(heads), "|" + "---|" * len(heads), *lines, ""]

@@ -41,17 +41,17 @@ def paired_difference(one: np.ndarray, other: np.ndarray, *, same_seeds: bool = 
     assert np.isfinite(one).all() and np.isfinite(other).all(), "a row without a score"
     rows = one.mean(axis=0) - other.mean(axis=0)
     of_rows = float(rows.var(ddof=1)) / count if count > 1 else 0.0
-    return difference(float(rows.mean()), of_rows, [one - other] if same_seeds else [one, other])
+    return with_interval(float(rows.mean()), of_rows, [one - other] if same_seeds else [one, other])
 
 
 def unpaired_difference(one: tuple[float, float], other: tuple[float, float], seeds: Sequence[Sequence[float]] = ()):
     """From (score, standard error over rows) of each, and the scores of each method's seeds. A pair's own rows would
     narrow it."""
     of_seeds = [np.array(scores, float)[:, None] for scores in seeds]
-    return difference(one[0] - other[0], one[1] ** 2 + other[1] ** 2, of_seeds)._replace(paired=False)
+    return with_interval(one[0] - other[0], one[1] ** 2 + other[1] ** 2, of_seeds)._replace(paired=False)
 
 
-def difference(value: float, of_rows: float, seeds: Sequence[np.ndarray]) -> Difference:
+def with_interval(value: float, of_rows: float, seeds: Sequence[np.ndarray]) -> Difference:
     """A difference with its interval.
 
     Args:

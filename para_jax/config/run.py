@@ -63,7 +63,7 @@ class DataSection:
     validation: str | None = None
     test: str | None = None
     validation_split: Annotated[float, Bounds(above=0, at_most=0.5)] | None = None
-    """without validation data: the share of the training rows that are held out as such. A conversation is one row"""
+    """the share of the training rows to hold out as validation data, if there is none. A conversation is one row"""
     tenants: str | None = None
     """a folder of tenants to train in one run: each sub-folder (as for `train`) and each data file is one. train,
     validation and test are then ignored"""

@@ -50,7 +50,7 @@ def encode_examples(tokenizer, pairs: Sequence[tuple[Prompt, str]]) -> list[Exam
         answers.append(answer)
     prompt_ids, completions = encode_pairs(tokenizer, prompts, answers, chats)
     seen: dict[int, bool | None] = {}
-    end = -1 if all(chats) else eos_token_id(tokenizer)
+    end = -1 if all(chats) else eos_token_id(tokenizer)  # unused for chats, whose tokenizer may lack one
     return [
         Example(prompt, up_to_end_token(tokenizer, ids, seen) if chat else with_end(ids, end))
         for prompt, ids, chat in zip(prompt_ids, completions, chats, strict=True)

@@ -30,7 +30,7 @@ from .examples import (
 from .given import is_nan
 from .held_out import part_of
 from .row_files import read_rows
-from .sources import FORMS, DatasetSplit, class_labels_of, is_held_out, source_of, task_of
+from .sources import FORMS, DatasetSplit, class_labels_of, is_held_out, own_source, task_of
 from .tasks import TASKS, field, names_of
 
 #: Examples per call of the tokenizer.
@@ -102,7 +102,8 @@ def split_records(section: DataSection, split: str, seen=None) -> Iterator[Recor
     Args:
         seen: a hash that is updated with a file's bytes as they are read.
     """
-    source = source_of(section, split)
+    held_out = split != "test" and is_held_out(section)
+    source = own_source(section, "train" if held_out else split)
     if source is None and split == "train":
         raise ValueError(f"data.train is not set; name {FORMS.format(split=split)}")
     form = dict(prompt=section.prompt, completion=section.completion, task=task_of(section))
@@ -113,7 +114,7 @@ def split_records(section: DataSection, split: str, seen=None) -> Iterator[Recor
         rows, name = source.rows(), source.label
     else:
         rows, name = read_rows(source, seen), str(source)
-    if section.validation_split and split != "test" and is_held_out(section):
+    if held_out and section.validation_split:
         rows = part_of(rows, section.validation_split, held_out=split == "validation")
         if split == "validation":
             first = next(rows, None)

@@ -40,8 +40,7 @@ def answer(request: dict, render: Callable) -> dict:
     try:
         for messages, variables in request["conversations"]:
             limit_time(seconds)
-            given = {"chat_template": request["template"]} | variables
-            text = render_chat(messages, lambda chat, given=given: render([chat], **given)[0][0])
+            text = render_chat(messages, render, {"chat_template": request["template"]} | variables)
             if len(text) > most:
                 raise ValueError(f"it writes {len(text)} characters, more than {most}")
             texts.append(text)
@@ -54,19 +53,19 @@ def answer(request: dict, render: Callable) -> dict:
         limit_time(0)
 
 
-def render_chat(messages: list[dict], render: Callable[[list[dict]], str]) -> str:
+def render_chat(messages: list[dict], render: Callable, options: dict) -> str:
     """The text of a chat. OpenAI writes the arguments of tool calls as JSON text. Most templates take an object and
     write its JSON, so a text would be encoded twice. Templates that take a text fail with an object, or write it as
     Python does."""
     objects: list[dict] = []
     parsed = [with_parsed_calls(message, objects) for message in messages]
-    if not objects:
-        return render(messages)
-    with suppress(Exception):
-        text = render(parsed)
-        if not any(is_pythons(one, text, messages) for one in objects):
-            return text
-    return render(messages)
+    if objects:
+        with suppress(Exception):
+            (text,), _ = render([parsed], **options)
+            if not any(is_pythons(one, text, messages) for one in objects):
+                return text
+    (text,), _ = render([messages], **options)
+    return text
 
 
 def is_pythons(found: dict, text: str, messages: list[dict]) -> bool:
@@ -80,10 +79,11 @@ def with_parsed_calls(message: dict, found: list[dict]) -> dict:
     """The message with the arguments of its calls as objects, which are also added to `found`."""
     if not isinstance(calls := message.get("tool_calls"), list):
         return message
-    return message | {"tool_calls": [with_object(call, found) for call in calls]}
+    return message | {"tool_calls": [with_parsed_arguments(call, found) for call in calls]}
 
 
-def with_object(call: Any, found: list[dict]) -> Any:
+def with_parsed_arguments(call: Any, found: list[dict]) -> Any:
+    """The call with its arguments as an object, if they are the JSON text of one."""
     function = call.get("function") if isinstance(call, dict) else None
     if isinstance(function, dict) and isinstance(function.get("arguments"), str):
         with suppress(ValueError, RecursionError):

@@ -129,8 +129,8 @@ class Answerer:
         return found
 
     def _warn_of_overflow(self, asked: Sequence[Pending], found: Sequence[Answer]) -> None:
-        """Warns, once of each tenant, of written answers whose logits were not finite, also where the journal had
-        them."""
+        """Warns once per tenant if the logits of a written answer were not finite, also if the answer comes from the
+        journal."""
         for one, answer in zip(asked, found, strict=True):
             if isinstance(answer, Written) and not answer.finite and one.tenant not in self._warned:
                 self._warned.add(one.tenant)

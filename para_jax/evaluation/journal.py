@@ -86,7 +86,7 @@ class Journal:
             return
         if self._lines is None and self._stream is None:
             raise ValueError(f"{self.file}: this journal is closed")
-        line = json.dumps({"key": key, **fields_of(answer)}, ensure_ascii=False) + "\n"
+        line = json.dumps({"key": key, **line_fields(answer)}, ensure_ascii=False) + "\n"
         if self._lines is not None:
             with LOCK:
                 self._lines.add(line.encode())
@@ -119,7 +119,7 @@ class Journal:
                     lines.close()
 
 
-def fields_of(answer: Answer) -> dict:
+def line_fields(answer: Answer) -> dict:
     """An answer as a line has it. `finite` is written only where it is false: earlier versions don't know it."""
     fields = answer._asdict()
     return {name: value for name, value in fields.items() if (name, value) != ("finite", True)}

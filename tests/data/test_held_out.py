@@ -46,7 +46,8 @@ def test_each_row_is_in_one_part_and_the_share_holds_for_any_number_of_rows(shar
 
 @pytest.mark.parametrize("turns", [2, 3, 8, 10, 21, 55, 64, 89])
 def test_no_pattern_of_the_data_decides(turns):
-    """Rows whose classes take turns, as those of generated data may, are held out alike, and so are sorted ones."""
+    """No class is favoured where classes alternate in a fixed order, as in generated data, nor any part of sorted
+    data."""
     _, held = split(100 * turns, 0.1)
     counts = np.bincount(np.array(held) % turns, minlength=turns)
     assert counts.sum() == 10 * turns and counts.max() < 35 and (turns > 10 or counts.min() > 0)
