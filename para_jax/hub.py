@@ -178,6 +178,8 @@ def adapter_near(folder: Place, source: str | Place) -> str:
         return f"did you mean {source_name(source)}/adapter?"
     if (folder / "tenants.json").is_file():
         return "it is a run of many tenants; choose NAME/adapter in it (--adapters takes the whole run)"
+    if (folder / "comparison.json").is_file():
+        return "it compares methods; choose METHOD/adapter in it"
     around = islice(folder.iterdir(), 1000) if isinstance(folder, Path) else ()  # each would be a request to a bucket
     runs = [inside.name for inside in around if (inside / "tenants.json").is_file()]
     return f"did you mean {source_name(source)}/{runs[0]}?" if len(runs) == 1 else "choose the folder of an adapter"

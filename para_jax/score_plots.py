@@ -18,8 +18,8 @@ from .messages import warn
 from .training.metrics_file import is_log, is_number, read_metrics
 from .training.scores_file import Records
 from .training.scores_file import read_scores as read_records
+from .training.tenants_file import COMPARISON_FILE, read_entries
 from .training.tenants_file import FILE as TENANTS_FILE
-from .training.tenants_file import read_entries
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -189,15 +189,17 @@ def shorten_name(name: str, longest: int = 40) -> str:
 
 
 def read_scores(folders: Sequence[str | Path]) -> dict[str, Scores]:
-    """The scores in folders: run folders of one adapter (a bar each), of many tenants (a bar each), and folders of
-    `para-jax evaluate` (a bar for each adapter, a panel for each task).
+    """The scores in folders: run folders of one adapter (a bar each), of many tenants (a bar each), of a comparison of
+    methods (those of each method's run), and folders of `para-jax evaluate` (a bar for each adapter, a panel for each
+    task).
 
     A run gives its test scores, or its best validation scores if it has no test data. Raises ValueError,
     naming the folder, for a folder without scores.
     """
     panels: dict[str, Scores] = {}
-    several = len(folders) > 1
-    for name, folder in zip(run_names(folders), map(expanded, folders), strict=True):
+    runs = [run for folder in folders for run in compared_runs(expanded(folder))]
+    several = len(runs) > 1
+    for name, folder in zip(run_names(runs), runs, strict=True):
         if (folder / TENANTS_FILE).exists():
             parts = []
             for key, entry in read_entries(folder).items():
@@ -218,6 +220,12 @@ def read_scores(folders: Sequence[str | Path]) -> dict[str, Scores]:
         left_out = ", ".join(list(panels)[MAX_PANELS:][:5]) + " ..." * (len(panels) > MAX_PANELS + 5)
         warn(f"of {len(panels)} sets of scores the first {MAX_PANELS} are drawn; without {left_out}")
     return dict(list(panels.items())[:MAX_PANELS])
+
+
+def compared_runs(folder: Path) -> list[Path]:
+    """The runs of a comparison of methods, or the folder itself."""
+    compared = (folder / COMPARISON_FILE).is_file()
+    return sorted(config.parent for config in folder.glob("*/config.yaml")) if compared else [folder]
 
 
 def of_records(name: str, records: Records) -> dict[str, Scores]:

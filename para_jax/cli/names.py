@@ -15,7 +15,7 @@ LISTED = 20  # names in an error
 def named_adapters(given: list[str], listed: Place | None = None) -> dict[str, str]:
     """{name: folder or hub id} of --adapters DIR or NAME=DIR, and of a file with one of these per line. Without NAME=
     the name is the folder's own, or the run's for RUN/adapter. A pattern such as 'runs/*/adapter' gives every folder
-    that it matches, and the folder of a run with many tenants all of them."""
+    that it matches, and the folder of a run with many tenants, or of a comparison of methods, all of them."""
     sources: dict[str, str] = {}
     texts = [(f"--adapters {one!r}", one) for text in given for one in matching(text) or tenants_of_run(text) or [text]]
     for where, text in texts + (adapter_lines(listed) if listed is not None else []):
@@ -94,12 +94,16 @@ def name_and_source(text: str) -> tuple[str, str]:
 
 
 def tenants_of_run(folder: str) -> list[str]:
-    """NAME=DIR for each tenant of a run with many; empty for anything else."""
+    """NAME=DIR for each tenant of a run with many, and for each method of a comparison; empty for anything else."""
     from ..config import expanded
 
-    if "=" in folder or not (expanded(folder) / "tenants.json").is_file():
+    run = expanded(folder)
+    if "=" in folder or not any((run / file).is_file() for file in ("tenants.json", "comparison.json")):
         return []
-    found = [f"{path.parent.name}={path}" for path in sorted(expanded(folder).glob("*/adapter"))]
+    found = [f"{path.parent.name}={path}" for path in sorted(run.glob("*/adapter"))]
+    sweeps = sorted(path.parent.name for path in run.glob("*/tenants.json"))
+    if not found and sweeps:
+        raise ValueError(f"--adapters {folder}: each method there has several adapters\ngive {folder}/{sweeps[0]}")
     if not found:
         raise ValueError(f"--adapters {folder}: no tenant of this run has an adapter yet\nwait until one has ended")
     return found

@@ -116,6 +116,9 @@ def train_methods(options, config) -> int:
         scores = {"methods": [row._asdict() for row in result.methods]}
         write_results(options, config, scores, time.monotonic() - begun)
     print(f"{comparison_table(result.methods)}\n\nthe table is in {result.output_dir / 'comparison.md'}")
+    best = result.methods[0]
+    if best.score is not None:
+        print(f"the best is {' '.join(filter(None, (best.method, best.name)))}, in {best.folder}/adapter")
     for row in result.methods:
         if row.warning:
             print(f"warning: {' '.join(filter(None, (row.method, row.name)))}: {row.warning}")

@@ -25,7 +25,7 @@ from ..storage.bucket import Place
 from ..table import table
 from ..training.metrics_file import is_log, read_metrics
 from ..training.stop import end_if_told
-from ..training.tenants_file import read_entries
+from ..training.tenants_file import COMPARISON_FILE, read_entries
 from .folder import claim_folder, locked_folder, rows_before
 from .health import logged_warning
 from .report import with_error
@@ -239,7 +239,7 @@ def cells(found: Sequence[MethodScore]) -> list[list[str]]:
 
 def write_comparison(folder: Place, found: Sequence[MethodScore]) -> None:
     """comparison.json and comparison.md, after each method."""
-    atomic.write_text(folder / "comparison.json", json.dumps([row._asdict() for row in found], indent=1) + "\n")
+    atomic.write_text(folder / COMPARISON_FILE, json.dumps([row._asdict() for row in found], indent=1) + "\n")
     head, *rows = cells(found)
     lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
     atomic.write_text(folder / TABLE, "\n".join(lines) + "\n")

@@ -13,6 +13,8 @@ from .metrics_file import is_number, is_step
 from .scores_file import is_records
 
 FILE = "tenants.json"
+#: What tells the folder of a comparison of methods, which holds a run for each (runs/compare.py).
+COMPARISON_FILE = "comparison.json"
 MAX_BYTES = 2**26
 ENDINGS = ("done", "patience", "not finite")
 

@@ -122,6 +122,15 @@ def test_adapters_come_from_patterns_and_lists(folder, tmp_path, bucket):
             named_adapters([], listed)
 
 
+def test_a_comparison_of_sweeps_is_not_a_set_of_tenants(tmp_path):
+    for file in ("comparison.json", "lora/tenants.json", "para/tenants.json", "para/lr-1/adapter/config"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    with pytest.raises(ValueError, match=re.escape(f"give {tmp_path}/lora")):
+        named_adapters([str(tmp_path)])
+    assert list(named_adapters([f"{tmp_path}/para"])) == ["lr-1"]
+
+
 def test_a_path_may_have_the_signs_of_a_pattern(tmp_path):
     folder = tmp_path / "lr[1e-3]"
     folder.mkdir()

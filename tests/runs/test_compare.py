@@ -13,18 +13,21 @@ from para_jax import (
     MethodsResult,
     ParaConfig,
     compare_methods,
+    load_adapter,
     load_config,
     make_mesh,
     train,
     train_tenants,
 )
 from para_jax.cli import main
+from para_jax.cli.names import named_adapters
 from para_jax.config import ADAPTER_CONFIGS, save_config
 from para_jax.inspect import folder_report
 from para_jax.runs import compare
 from para_jax.runs import train as runs
 from para_jax.runs.compare import MethodScore, comparison_table, method_configs
 from para_jax.runs.scoring import NotFinite
+from para_jax.score_plots import read_scores as read_panels
 from para_jax.training.scores_file import read_scores
 from para_jax.training.stop import Stopped, StopSignal
 
@@ -155,6 +158,14 @@ def test_the_command_trains_all_methods_with_one_backbone_and_resumes(folder, tm
     said = capsys.readouterr().out
     assert "method" in said and "para" in said and "ia3" in said and "comparison.md" in said
     found = json.loads((tmp_path / "run" / "comparison.json").read_text())
+    assert f"the best is {found[0]['method']}, in {found[0]['folder']}/adapter" in said
+    assert named_adapters([str(tmp_path / "run")]) == {
+        method: str(tmp_path / "run" / method / "adapter") for method in ("ia3", "para")
+    }
+    (drawn,) = read_panels([tmp_path / "run"]).values()
+    assert set(drawn.bars) == {"ia3", "para"}
+    with pytest.raises(ValueError, match="METHOD/adapter"):
+        load_adapter(tmp_path / "run")
     assert found == json.loads((tmp_path / "results.json").read_text())["scores"]["methods"]
     assert [one["score"] for one in found] == sorted(one["score"] for one in found)
     for one in found:
