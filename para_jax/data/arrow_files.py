@@ -15,7 +15,7 @@ import numpy as np
 
 from ..config import printable, shorten
 from ..storage.bucket import BucketPath, Place
-from ..untrusted import read_json, require_unicode
+from ..untrusted import json_mapping, read_json, require_unicode
 from .tfds import plain
 
 #: The first bytes of a Parquet file.
@@ -41,6 +41,20 @@ def parquet_rows(path: Place) -> Iterator[tuple[str, dict]]:
             yield from rows_of_batches(str(path), file.iter_batches(READ_AT_ONCE, columns=names))
         except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: not a Parquet file that can be read: {printable(str(error), 300)}") from None
+
+
+def parquet_labels(path: Place) -> dict[str, list[str]]:
+    """The names of the classes of each ClassLabel column, in a file that Hugging Face datasets wrote."""
+    arrow = pyarrow_for(path)
+    from pyarrow.parquet import read_schema
+
+    try:
+        with path.open("rb") as stream:
+            described = json_mapping((read_schema(stream).metadata or {}).get(b"huggingface", b"{}"))
+    except (arrow.ArrowException, OSError, ValueError):
+        return {}  # reading the rows tells what is wrong with the file
+    info = described.get("info")
+    return described_labels(info) if isinstance(info, dict) else {}
 
 
 class SavedSplit(NamedTuple):
@@ -76,10 +90,7 @@ class SavedSplit(NamedTuple):
     def class_labels(self) -> dict[str, list[str]]:
         """The names of the classes of each ClassLabel column."""
         file = self.folder / "dataset_info.json"
-        features = read_json(file).get("features") if file.is_file() else None
-        kinds = features.items() if isinstance(features, dict) else ()
-        labels = [(name, kind) for name, kind in kinds if isinstance(kind, dict) and kind.get("_type") == "ClassLabel"]
-        return {name: kind["names"] if isinstance(kind.get("names"), list) else [] for name, kind in labels}
+        return described_labels(read_json(file)) if file.is_file() else {}
 
     def batches(self, arrow: Any) -> Iterator[Any]:
         for file in self.files():
@@ -153,6 +164,14 @@ def hides_labels(data: Any) -> bool:
     labels = list(class_labels(data)) if whole else []
     first = data.select_columns(labels).with_format(None)[:1] if labels else {}
     return any(-1 in first[name] for name in labels)
+
+
+def described_labels(info: dict) -> dict[str, list[str]]:
+    """The names of the classes of each ClassLabel column, from the description that `datasets` writes of a data set."""
+    features = info.get("features")
+    kinds = features.items() if isinstance(features, dict) else ()
+    labels = [(name, kind) for name, kind in kinds if isinstance(kind, dict) and kind.get("_type") == "ClassLabel"]
+    return {name: kind["names"] if isinstance(kind.get("names"), list) else [] for name, kind in labels}
 
 
 def class_labels(data: Any) -> dict[str, list[str]]:

@@ -30,7 +30,7 @@ from .examples import (
 from .given import is_nan
 from .held_out import part_of
 from .row_files import read_rows
-from .sources import FORMS, DatasetSplit, class_labels_of, is_held_out, own_source, task_of
+from .sources import FORMS, DatasetSplit, Source, class_labels_of, is_held_out, own_source, task_of
 from .tasks import TASKS, field, names_of
 
 #: Examples per call of the tokenizer.
@@ -109,8 +109,8 @@ def split_records(section: DataSection, split: str, seen=None) -> Iterator[Recor
     form = dict(prompt=section.prompt, completion=section.completion, task=task_of(section))
     if source is None:
         return None
+    warn_of_numbers(source, section)
     if isinstance(source, DatasetSplit):
-        warn_of_numbers(source, section)
         rows, name = source.rows(), source.label
     else:
         rows, name = read_rows(source, seen), str(source)
@@ -338,11 +338,12 @@ def fill(template: str, row: dict) -> str:
     return "".join(parts)
 
 
-def warn_of_numbers(source: DatasetSplit, section: DataSection) -> None:
+def warn_of_numbers(source: Source, section: DataSection) -> None:
     """Warns of templates over ClassLabel columns: their rows hold numbers, not the names of the classes."""
-    labels = class_labels_of(source)
-    for field_name in ("prompt", "completion") if labels else ():
-        for _, name in template_fields(f"data.{field_name}", getattr(section, field_name) or ""):
+    templates = {f"data.{name}": getattr(section, name) for name in ("prompt", "completion") if getattr(section, name)}
+    labels = class_labels_of(source) if templates else {}
+    for field_name, template in templates.items():
+        for _, name in template_fields(field_name, template):
             if name in labels:
                 names = ", ".join(map(str, labels[name][:5])) + ", ..." * (len(labels[name]) > 5)
                 warn_once(printable(f"{name} is a ClassLabel ({names}): {{{name}}} writes its number", 300))

@@ -7,10 +7,10 @@ from functools import cache
 from ..config import DataSection, expanded, is_tfds, nearest, printable, shorten
 from ..storage.bucket import BucketPath, Place
 from . import hf, tfds
-from .arrow_files import SavedSplit, class_labels, is_saved, saved_sibling, saved_split, splits_of_saved
+from .arrow_files import SavedSplit, class_labels, is_saved, parquet_labels, saved_sibling, saved_split, splits_of_saved
 from .given import GivenSplit, given_split, is_given, warn_of_hidden
 from .hf import HfSplit, is_hf, parse_hf
-from .row_files import misnamed_validation, place_prefix, split_file
+from .row_files import form_of, misnamed_validation, place_prefix, split_file
 from .tasks import TFDS_TASKS
 from .tfds import TfdsSplit, parse_tfds
 
@@ -150,9 +150,11 @@ def prefix_of(source: Source | None) -> str:
     return f"{source.label}[" if isinstance(source, DatasetSplit) else place_prefix(source)
 
 
-def class_labels_of(source: DatasetSplit) -> dict[str, list[str]]:
+def class_labels_of(source: Source) -> dict[str, list[str]]:
     """The names of the classes of each ClassLabel column. Its rows hold the numbers of the classes. Only Hugging Face
-    datasets have such columns."""
+    datasets have such columns, also in the Parquet files that they wrote."""
+    if not isinstance(source, DatasetSplit):
+        return parquet_labels(source) if source.is_file() and form_of(source) == "parquet" else {}
     if isinstance(source, SavedSplit):
         return source.class_labels()
     if isinstance(source, HfSplit):

@@ -16,7 +16,7 @@ from para_jax.data import token_cache
 from para_jax.data.given import with_data
 from para_jax.data.records import load_records, read_records
 from para_jax.data.row_files import read_rows
-from para_jax.data.sources import source_of
+from para_jax.data.sources import class_labels_of, source_of
 from para_jax.data.training_data import load_training_data
 
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -190,6 +190,17 @@ def test_without_pyarrow_the_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match=r"x.parquet: .*pip install 'para_jax\[hf\]'"):
         read_records(file)
+
+
+@pytest.mark.parametrize(
+    "described",
+    [b"\xff", b"[]", b"{", b'{"info": 1}', b'{"info": {"features": [1]}}', b'{"info": {"features": {"a": 1}}}'],
+)
+def test_a_description_of_another_form_tells_of_no_classes(tmp_path, described):
+    table = pa.Table.from_pylist([{"a": 1}]).replace_schema_metadata({"huggingface": described})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    section = DataSection(train=str(tmp_path / "x.parquet"), prompt="{a}", completion="{a}")
+    assert class_labels_of(tmp_path / "x.parquet") == {} and len(load_records(section, "train")) == 1
 
 
 # -------------------------------------------------------------------------------------------------------------- splits

@@ -30,13 +30,16 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["dataset", "folder"])
+@pytest.mark.parametrize("kind", ["dataset", "folder", "parquet"])
 def test_a_template_over_class_labels_says_once_that_it_writes_numbers(tmp_path, capsys, kind):
     features = datasets.Features({"text": datasets.Value("string"), kind: datasets.ClassLabel(names=["no", "yes"])})
     rows = datasets.Dataset.from_list([{"text": "a", kind: 1}], features=features)
     section = DataSection(prompt="{text}", completion=f"{{{kind}}}")
     if kind == "dataset":
         section = with_data(section, rows)
+    elif kind == "parquet":
+        rows.to_parquet(tmp_path / "rows.parquet")
+        section = replace(section, train=str(tmp_path / "rows.parquet"))
     else:
         rows.save_to_disk(tmp_path / "rows")
         section = replace(section, train=str(tmp_path / "rows"))
