@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +15,30 @@ from .transformer import Transformer
 
 def backbone_content(model: Transformer) -> str:
     """A hash of a backbone's config, dtypes and weights. Each array is hashed on its device, without a copy."""
-    sums = [(leaf.shape, str(leaf.dtype), int(bit_hash(leaf))) for leaf in jax.tree.leaves(model)]
-    return hashlib.sha256(repr((model.config, model.layout, sums)).encode()).hexdigest()
+    return hashlib.sha256(repr((model.config, model.layout, weight_sums(model))).encode()).hexdigest()
+
+
+def digests_of_run(model: Transformer) -> dict[str, str]:
+    """What a checkpoint keeps of a backbone, by a name for errors: hashes of its config, and of its weights in their
+    dtype. A run may continue in another dtype, on other devices, or under a version whose configs have more fields."""
+    parts = {"backbone config": given_values(model.config), f"backbone in {model.dtype}": weight_sums(model)}
+    return {name: hashlib.sha256(repr(part).encode()).hexdigest() for name, part in parts.items()}
+
+
+def weight_sums(model: Transformer) -> list[tuple[tuple[int, ...], str, int]]:
+    return [(leaf.shape, str(leaf.dtype), int(bit_hash(leaf))) for leaf in jax.tree.leaves(model)]
+
+
+def given_values(value: Any) -> Any:
+    """A config's fields that are not their defaults, sorted, so that a new field with a default changes nothing."""
+    if is_dataclass(value):
+        given = (
+            (field.name, getattr(value, field.name))
+            for field in fields(value)
+            if field.default is MISSING or field.default != getattr(value, field.name)
+        )
+        return type(value).__name__, sorted((name, given_values(one)) for name, one in given)
+    return [given_values(one) for one in value] if isinstance(value, tuple) else value
 
 
 @jax.jit

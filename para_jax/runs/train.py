@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from .. import devices
 from ..adapters.adapter import Adapter
 from ..adapters.bank import weights_hash
+from ..backbone.content import digests_of_run
 from ..backbone.kernel_choice import describe_attention
 from ..backbone.load import load_backbone, load_model_config
 from ..config import RunConfig, config_dict, expanded, require, shorten
@@ -410,7 +411,7 @@ def fit(
     say_attention(model, [bucket.length for bucket in buckets], mesh, packed=config.data.packing)
     with jax.set_mesh(mesh), open_checkpoints(folder / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
         validation, test = tasks_of(model, tokenizer, tenants)
-        run = run_digests(config, model.fingerprint, tenants)
+        run = run_digests(config, model.fingerprint, tenants) | digests_of_run(model)
         require_same("the data", lambda: run)  # also what the ids don't show, such as references
         state = empty_state(config, model, layout.slots, mesh)
         restored = restore_checkpoint(checkpoints, state, Standing, run, config.data.changed == "accept")

@@ -309,8 +309,8 @@ def check_run(about: dict[str, Any], run: dict[str, str] | None, accept_data: bo
     held = about.get("run")
     if not held or not run:
         return
-    names = (held.keys() | run.keys()) & set(NOT_DATA)
-    other = [f"another {shorten(name)}" for name in sorted(names) if held.get(name) != run.get(name)]
+    names = sorted(name for name in held.keys() & run.keys() if not is_data(name))  # earlier versions kept fewer
+    other = [f"another {shorten(name)}" for name in names if held[name] != run[name]]
     changed = [] if accept_data else changed_data(held, run)
     kind = ValueError if other else OtherData
     other += [describe_changes(changed, held, run)] if changed else []
@@ -318,8 +318,10 @@ def check_run(about: dict[str, Any], run: dict[str, str] | None, accept_data: bo
         raise kind(f"it is of another run: {' and '.join(other)}")
 
 
-#: What identifies a run, apart from its data.
-NOT_DATA = ("config", "backbone")
+def is_data(name: str) -> bool:
+    """Whether a part of what identifies a run is of its data. The others are "config", "backbone", and what
+    `digests_of_run` adds."""
+    return name.partition(" ")[0] not in ("config", "backbone")
 
 
 def changed_data(held: dict[str, str] | None, run: dict[str, str] | None) -> list[str]:
@@ -327,7 +329,7 @@ def changed_data(held: dict[str, str] | None, run: dict[str, str] | None) -> lis
     which part."""
     if not held or not run:
         return []
-    parts = [set(names) - {*NOT_DATA, "data"} for names in (held, run)]
+    parts = [{name for name in names if is_data(name)} - {"data"} for names in (held, run)]
     names = sorted(parts[0] | parts[1]) if all(parts) else ["data"]
     return [name for name in names if held.get(name) != run.get(name)]
 

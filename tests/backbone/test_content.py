@@ -1,11 +1,13 @@
 """A hash of a backbone changes with every weight and its place."""
 
+from dataclasses import make_dataclass, replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from golden_models import backbone
 
-from para_jax.backbone.content import backbone_content, bit_hash
+from para_jax.backbone.content import backbone_content, bit_hash, digests_of_run
 
 
 def test_one_changed_weight_is_another_backbone():
@@ -15,6 +17,16 @@ def test_one_changed_weight_is_another_backbone():
     leaves, treedef = jax.tree.flatten(model)
     leaves[-1] = leaves[-1].at[(0,) * leaves[-1].ndim].add(1e-3)
     assert backbone_content(jax.tree.unflatten(treedef, leaves)) != before
+
+
+def test_a_new_field_of_the_config_with_a_default_changes_no_checkpoints_digest():
+    model = backbone("llama")
+    before = digests_of_run(model)
+    grown = make_dataclass("ModelConfig", [("new", int, 0)], bases=(type(model.config),), frozen=True)
+    model.config = grown(**vars(model.config))
+    assert digests_of_run(model) == before
+    model.config = replace(model.config, new=1)
+    assert {name for name, digest in digests_of_run(model).items() if digest != before[name]} == {"backbone config"}
 
 
 def test_weights_that_change_places_are_another_backbone():

@@ -22,6 +22,7 @@ from flax import nnx
 from golden_models import FIXTURES, backbone
 from long_cases import long, slow
 from lowering import lowered
+from safetensors.numpy import load_file, save_file
 from stopped_run import assert_same_arrays, interrupt
 from tensorflow_datasets.core.features import Text
 from tiny_run import STEPS, metrics, rows_of_text, run_config, run_folder, tokenizer, write_rows
@@ -717,6 +718,37 @@ def test_a_checkpoint_that_another_run_of_the_same_shape_left_is_refused(whole, 
     shutil.copytree(Path(whole[1].output_dir) / "checkpoints", Path(config.output_dir) / "checkpoints")
     with pytest.raises(ValueError, match=f"{config.output_dir}/checkpoints/6: it is of another run: another 'config'"):
         train(other)
+
+
+def other_theta(backbone):
+    described = json.loads((backbone / "config.json").read_text())
+    (backbone / "config.json").write_text(
+        json.dumps(described | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}})
+    )
+
+
+def other_last_layer(backbone):
+    tensors = load_file(backbone / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] = -tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, backbone / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"), [(other_theta, "backbone config"), (other_last_layer, "backbone in float32")]
+)
+def test_a_run_does_not_go_on_with_another_backbone(change, named, config, tmp_path, monkeypatch):
+    """Also where its first layer is the same."""
+    own = config.backbone.source
+    backbone = shutil.copytree(own, tmp_path / "backbone")
+    config = replace(config, backbone=replace(config.backbone, source=str(backbone)))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        interrupt(patched, at_step=5)
+        train(config)
+    change(backbone)
+    with pytest.raises(ValueError, match=f"{config.output_dir}/checkpoints/3: it is of another run: another '{named}'"):
+        train(config)
+    shutil.copytree(own, backbone, dirs_exist_ok=True)
+    assert train(config).step == 6
 
 
 def with_data_of_its_own(config, folder, at_step, monkeypatch):
