@@ -20,18 +20,16 @@ NAME = re.compile(r"(\d{4,9})-(\d{6,9})\.jsonl")
 
 def pieces(file: BucketPath) -> list[BucketPath]:
     """The objects that make up the file, in order; none if it does not exist."""
-    found = numbered(file)
-    if not found:
-        return [file] if BucketPath(file.bucket, file.key).is_file() else []
-    newest = max(version for version, _ in found)
-    if (newest, 0) not in found and (plain := BucketPath(file.bucket, file.key)).is_file():
+    found, plain = numbered(file), BucketPath(file.bucket, file.key)
+    newest = max((version for version, _ in found), default=0)
+    if (newest, 0) not in found and plain.is_file():
         return [plain]
     return [path for (version, _), path in sorted(found.items()) if version == newest]
 
 
 def numbered(file: BucketPath) -> dict[tuple[int, int], BucketPath]:
     """All pieces of the file by version and position, also of older versions."""
-    matches = ((NAME.fullmatch(path.name), path) for path in BucketPath(file.bucket, file.key).iterdir())
+    matches = ((NAME.fullmatch(path.name), path) for path in file.iterdir())
     return {(int(match[1]), int(match[2])): path for match, path in matches if match}
 
 
@@ -68,7 +66,7 @@ def replace_pieces(file: BucketPath, data: bytes) -> None:
     piece(file, version, 0).create(data)
     for path in old.values():
         path.unlink(missing_ok=True)
-    BucketPath(file.bucket, file.key).unlink(missing_ok=True)
+    file.unlink(missing_ok=True)
 
 
 def piece(file: BucketPath, version: int, number: int) -> BucketPath:
@@ -100,6 +98,6 @@ def join_pieces(file: BucketPath, without: set[int] | frozenset[int] = frozenset
     old = numbered(file)
     with open_pieces(file) as stream:
         data = b"".join(line for number, line in enumerate(stream, 1) if number not in without)
-    BucketPath(file.bucket, file.key).write_bytes(data)
+    file.write_bytes(data)
     for _, path in sorted(old.items()):  # first the first piece of a version: without it the others don't count
         path.unlink(missing_ok=True)
