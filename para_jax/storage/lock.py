@@ -84,10 +84,17 @@ def acquire(file: BucketPath, content: bytes, say: Callable[[str], None]) -> tup
         until = deadline()
         with suppress(FileExistsError):
             return file.write_bytes(content, generation=found.generation if found else 0), until
-        with suppress(OSError):  # gcsfs sent the request twice, and the first one succeeded
-            if file.read_bytes() == content:
-                return file.stat().generation, until
+        if (generation := own_generation(file, content)) is not None:
+            return generation, until
         before = -1  # another process was faster and has the lock
+
+
+def own_generation(file: BucketPath, content: bytes) -> int | None:
+    """The generation of a lock that this process wrote in a request that gcsfs sent twice; None if it did not."""
+    with suppress(OSError):
+        if file.read_bytes() == content:
+            return file.stat().generation
+    return None
 
 
 def owner(file: BucketPath) -> str:
@@ -113,20 +120,12 @@ class Renewal:
                 # Also after the deadline: while the generation is ours, no other process has taken over.
                 self.generation = self.file.write_bytes(self.content, generation=self.generation, is_lock=True)
             except FileExistsError:
-                if not self.still_mine():
+                found = own_generation(self.file, self.content)
+                if found is None:
                     DEADLINES[self.file.parent] = 0.0
                     return
+                self.generation = found
             except OSError:  # try again; after the deadline nothing else is written
                 continue
             if not self.ended.is_set():
                 DEADLINES[self.file.parent] = until
-
-    def still_mine(self) -> bool:
-        """Whether this process wrote the object, in a request that gcsfs sent twice."""
-        try:
-            if self.file.read_bytes() != self.content:
-                return False
-            self.generation = self.file.stat().generation
-            return True
-        except OSError:
-            return False
