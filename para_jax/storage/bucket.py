@@ -173,16 +173,13 @@ class BucketPath:
     @one_line_errors
     def iterdir(self) -> Iterator[BucketPath]:
         """The files and folders in the folder, without objects whose names no file can have."""
-        return iter(self._children())
-
-    def _children(self) -> list[BucketPath]:
         found, start = {}, f"{self.key}/" if self.key else ""
         for page in self._pages(delimiter="/"):
             for item in page.get("items", []):
                 found[item["name"][len(start) :]] = False
             for prefix in page.get("prefixes", []):
                 found.setdefault(prefix[len(start) :].rstrip("/"), True)
-        return [BucketPath(self.bucket, start + name, folder) for name, folder in found.items() if is_file_name(name)]
+        return (BucketPath(self.bucket, start + name, folder) for name, folder in found.items() if is_file_name(name))
 
     def _pages(self, **settings) -> Iterator[dict[str, Any]]:
         """The pages of a listing. One may be empty although others follow it."""
