@@ -152,7 +152,7 @@ def journal_lines(file: Place) -> Iterator[tuple[bytes, str, Answer]]:
     """The complete lines of a file, each with its key and answer. Raises ValueError for one that is not an answer."""
     if isinstance(file, BucketPath) and not pieces(file):
         return
-    with open_pieces(file) if isinstance(file, BucketPath) else file.open("rb") as lines:
+    with open_pieces(file) as lines:
         for number, line in enumerate(iter(lambda: lines.readline(LONGEST), b""), 1):
             if not line.endswith(b"\n") and (line.startswith(HEAD) or HEAD.startswith(line)) and len(line) < LONGEST:
                 break

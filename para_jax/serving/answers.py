@@ -127,7 +127,7 @@ class Answers:
         complete = 0  # bytes
         if self._lines and not pieces(self.file):
             return
-        with open_pieces(self.file) if self._lines else self.file.open("rb") as lines:
+        with open_pieces(self.file) as lines:
             for row, line in enumerate(bounded_lines(lines, MAX_ANSWER), 1):
                 try:
                     if line is not None and cut_off(line, HEAD):

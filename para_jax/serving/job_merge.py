@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import BinaryIO
 
 from .. import atomic
@@ -62,7 +61,7 @@ def copied(part: ShardOutput, copy: BinaryIO, days: dict[str, Place]) -> list[tu
     lines = part.settings["input"]["lines"]
     if part.content["answers"] == 0 and not file.exists():  # a job leaves no empty file
         return []
-    with open_pieces(file) if isinstance(file, BucketPath) else Path(file).open("rb") as stream:
+    with open_pieces(file) as stream:
         for row, text in enumerate(bounded_lines(stream, MAX_ANSWER), 1):
             try:
                 if text is not None and not text.endswith(b"\n"):

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from .bucket import BLOCK, BucketPath
+from .bucket import BLOCK, BucketPath, Place
 
 NAME = re.compile(r"(\d{4,9})-(\d{6,9})\.jsonl")
 
@@ -33,8 +33,10 @@ def numbered(file: BucketPath) -> dict[tuple[int, int], BucketPath]:
     return {(int(match[1]), int(match[2])): path for match, path in matches if match}
 
 
-def open_pieces(file: BucketPath) -> BinaryIO:
-    """A stream of the complete file. Raises FileNotFoundError if it does not exist."""
+def open_pieces(file: Place) -> BinaryIO:
+    """A stream of the complete file, which in a bucket is in pieces. Raises FileNotFoundError if it does not exist."""
+    if not isinstance(file, BucketPath):
+        return file.open("rb")
     found = pieces(file)
     if not found:
         raise FileNotFoundError(2, "no such file", str(file))

@@ -35,7 +35,7 @@ def read_metrics(file: Path) -> Iterator[dict[str, float]]:
     """
     if not is_log(file):
         raise ValueError(f"{file} is not a file; a run writes its log there")
-    with open_pieces(file) if isinstance(file, BucketPath) else file.open("rb") as stream:
+    with open_pieces(file) as stream:
         number = 0
         while line := stream.readline(MAX_LINE_BYTES):
             number += 1
