@@ -53,8 +53,10 @@ class ParaConfig(AdapterConfig):
     def __post_init__(self):
         object.__setattr__(self, "target_modules", sites_in_order(self.target_modules))
         super().__post_init__()
-        if self.layers_to_transform is not None:
-            object.__setattr__(self, "layers_to_transform", rising_layers(self.layers_to_transform))
+        if (layers := self.layers_to_transform) is not None:
+            rise = bool(layers) and layers[0] >= 0 and layers == tuple(sorted(set(layers)))
+            expected = "None (all layers) or rising whole numbers of at least 0, such as (20, 21, 22)"
+            require(rise, "layers_to_transform", layers, expected)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +77,6 @@ class LoraConfig(AdapterConfig):
 
     def __post_init__(self):
         object.__setattr__(self, "target_modules", sites_in_order(self.target_modules))
-        if isinstance(self.alora_invocation_tokens, list):
-            object.__setattr__(self, "alora_invocation_tokens", tuple(self.alora_invocation_tokens))
         super().__post_init__()
         if self.alora_invocation_tokens is not None:
             self.check_invocation(self.alora_invocation_tokens)
@@ -144,15 +144,6 @@ def sites_in_order(target_modules: Any) -> tuple[str, ...]:
 def listed(names: Any) -> tuple | None:
     """The items of a list, a set or the like. None for a text, which is no list of its letters, and anything else."""
     return None if isinstance(names, str) or not isinstance(names, Iterable) else tuple(names)
-
-
-def rising_layers(layers: Any) -> tuple[int, ...]:
-    """The layers as a tuple. Raises ValueError unless they are whole numbers from 0 that rise."""
-    numbers = tuple(layers) if isinstance(layers, (tuple, list, range)) else ()
-    rise = all(type(i) is int and i >= 0 for i in numbers) and numbers == tuple(sorted(set(numbers)))
-    expected = "None (all layers) or rising whole numbers of at least 0, such as (20, 21, 22)"
-    require(bool(numbers) and rise, "layers_to_transform", layers, expected)
-    return numbers
 
 
 #: The adapter methods and their configs.
