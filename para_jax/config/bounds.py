@@ -52,8 +52,12 @@ def field_types(config: type) -> dict[str, Any]:
     """The fields of a dataclass that a file may hold and their types, also where `from __future__ import annotations`
     made them texts."""
     hints = typing.get_type_hints(config, include_extras=True)
-    held = [field.name for field in dataclasses.fields(config) if field.metadata.get("in_file", True)]
-    return {name: hints[name] for name in held}
+    return {name: hints[name] for name in names_in_files(config)}
+
+
+def names_in_files(config: Any) -> list[str]:
+    """The fields of a dataclass that a file or an override may set."""
+    return [field.name for field in dataclasses.fields(config) if field.metadata.get("in_file", True)]
 
 
 def check_fields(config: Any, section: str = "") -> None:

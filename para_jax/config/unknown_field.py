@@ -8,6 +8,7 @@ import difflib
 from typing import Any
 
 from .adapter import ADAPTER_CONFIGS
+from .bounds import names_in_files
 from .check import printable
 
 #: Other names of a field, as other libraries and other words have them.
@@ -118,8 +119,3 @@ def dotted_fields(root: Any) -> list[str]:
         inner += ["method"] if field.name == "adapter" else []
         names += [field.name, *(f"{field.name}.{name}" for name in inner)]
     return names
-
-
-def names_in_files(template: Any) -> list[str]:
-    """The fields of a dataclass that a file or an override may set."""
-    return [field.name for field in dataclasses.fields(template) if field.metadata.get("in_file", True)]
