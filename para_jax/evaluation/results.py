@@ -20,7 +20,7 @@ from ..record_file import check_results_folder
 from ..shards import SHARD_FILE
 from .answers import Answerer
 from .questions import SEEDS, Answer
-from .score import error_of_ratio, likelihoods_of, score_answers
+from .score import error_of_ratio, likelihoods_of, score_answers, with_error
 from .tasks import EncodedTask
 
 #: In an output folder: every answer, as it came.
@@ -200,7 +200,7 @@ def value_cell(values: dict, metric: str) -> str:
     value, error = values.get(metric), values.get(f"{name}_stderr,{kept}")
     if not isinstance(value, (int, float)):
         return cell(str(value if value is not None else ""))
-    return f"{value:.4f}" + (f" ± {error:.4f}" if isinstance(error, (int, float)) else "")
+    return with_error(value, error if isinstance(error, (int, float)) else None)
 
 
 def cell(text: str) -> str:

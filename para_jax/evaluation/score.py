@@ -27,7 +27,7 @@ class Measured(NamedTuple):
     stderr: float | None
 
     def __str__(self) -> str:
-        return f"{self.metric} {self.score:.4f}" + ("" if self.stderr is None else f" ± {self.stderr:.4f}")
+        return f"{self.metric} {with_error(self.score, self.stderr)}"
 
 
 class AnsweredExample(NamedTuple):
@@ -82,7 +82,7 @@ class Score:
 
     def __str__(self) -> str:
         measured = [] if self.metric == "loss" else [Measured(self.metric, self.score, self.stderr), *self.also]
-        loss = f"loss {self.loss:.4f}" + (f" ± {self.stderr:.4f}" if not measured and self.stderr is not None else "")
+        loss = f"loss {with_error(self.loss, None if measured else self.stderr)}"
         return f"{self.name}: {', '.join([*map(str, measured), loss])} on {self.count} examples"
 
 
@@ -90,6 +90,11 @@ def shown_score(metric: str | None, score: float) -> float:
     """A score as people read it: for the metric "loss" the loss itself. (`Score.score` is negated, so that higher is
     better.)"""
     return 0.0 - score if metric == "loss" else score
+
+
+def with_error(value: float | None, stderr: float | None = None) -> str:
+    """ "0.8833 ± 0.0402"; "-" for None."""
+    return "-" if value is None else f"{value:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
 
 
 def describe_best(metric: str | None, score: float | None, step: int) -> str:

@@ -18,6 +18,7 @@ from .. import atomic, devices
 from ..adapters.adapter import count_parameters
 from ..config import ADAPTER_CONFIGS, RunConfig, adapter_method, expanded, load_config, require, with_scope_of
 from ..data.given import with_data
+from ..evaluation.score import with_error
 from ..messages import say, warn
 from ..model import init_adapter
 from ..processes import on_first_process
@@ -28,7 +29,6 @@ from ..training.stop import end_if_told
 from ..training.tenants_file import COMPARISON_FILE, read_entries
 from .folder import claim_folder, locked_folder, rows_before
 from .health import logged_warning
-from .report import with_error
 from .scoring import NotFinite
 from .standing import Standing
 from .tenants import SharedResources, of_data, tenant_configs

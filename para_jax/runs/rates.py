@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from .. import atomic
 from ..config import PLAIN_LEARNING_RATE, CheckpointSection, EvalSection, ProfilerSection, RunConfig, SweepSection
 from ..data.batches import for_mixed_rows
+from ..evaluation.score import with_error
 from ..evaluation.tasks import EvalTask
 from ..messages import say, warn
 from ..processes import on_first_process
@@ -27,7 +28,6 @@ from ..training.stop import end_if_told
 from .chosen import FILE, TRIALS, is_auto, resolved
 from .folder import claim_folders
 from .parts import Part
-from .report import with_error
 from .standing import Standing
 from .tenants import Inputs, Tenant
 

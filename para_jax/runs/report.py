@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..evaluation.score import Score, shown_score
+from ..evaluation.score import Score, shown_score, with_error
 from ..table import table
 from ..training.scores_file import Records
 
@@ -104,8 +104,3 @@ def number(record: dict[str, Any] | None, metric: str | None, *, error: bool = T
         return "-"
     stderr = record["values"].get(f"{metric}_stderr") if error else None
     return with_error(value, stderr)
-
-
-def with_error(value: float | None, stderr: float | None = None) -> str:
-    """ "0.8833 ± 0.0402"; "-" for None."""
-    return "-" if value is None else f"{value:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
