@@ -114,17 +114,12 @@ class Tasks:
         found = self._answers(StackBank(stack), scored, names)
         return {tenant: score_answers(self.encoded[tenant], one) for tenant, one in zip(scored, found, strict=True)}
 
-    def score_one(self, adapter, *, shuffle: int | None = None) -> list[Score]:
-        """The score of each task with the same adapter; None: the backbone.
+    def answer_one(self, adapter, *, shuffle: int | None = None) -> list[list[Answer]]:
+        """The answers to each task's questions with the same adapter; None: the backbone.
 
         Args:
             shuffle: the seed by which examples get the factors of each other's prompts.
         """
-        found = self.answer_one(adapter, shuffle=shuffle)
-        return [score_answers(task, answers) for task, answers in zip(self.encoded.values(), found, strict=True)]
-
-    def answer_one(self, adapter, *, shuffle: int | None = None) -> list[list[Answer]]:
-        """The answers to each task's questions; arguments as for `score_one`."""
         bank = None if adapter is None else StackBank(stack_adapters([adapter]))
         name = None if adapter is None else 0
         return self._answers(bank, list(self.encoded), [name] * len(self.encoded), shuffle)
