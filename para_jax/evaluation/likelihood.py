@@ -193,11 +193,9 @@ def together(size: int, rows: int) -> int:
 
 def collated(continuations: Sequence[Continuation], size: int, rows: int):
     """row int32 [n], tokens int32 [n, size] and lengths int32 [n], padded to the batch's n."""
-    count = together(size, rows)
-    row, tokens, lengths = np.zeros(count, np.int32), np.zeros((count, size), np.int32), np.ones(count, np.int32)
-    for i, (of_row, ids) in enumerate(continuations):
-        row[i], lengths[i], tokens[i, : len(ids)] = of_row, len(ids), ids
-    return row, tokens, lengths
+    row = np.zeros(together(size, rows), np.int32)
+    row[: len(continuations)] = [of_row for of_row, _ in continuations]
+    return row, *right_padded([ids for _, ids in continuations], len(row), size)
 
 
 @partial(jax.jit, static_argnums=0)
