@@ -56,9 +56,9 @@ def evaluate_to_folder(
     sources: Mapping[str, str],
     about: dict,
     *,
-    base: bool = True,
-    passes: Iterable[Sequence[str]] | None = None,
-    part: ShardOfAdapters | None = None,
+    base: bool,
+    passes: Iterable[Sequence[str]] | None,
+    part: ShardOfAdapters | None,
 ) -> tuple[str, dict[str, dict]]:
     """Evaluates every tenant of the bank, and the base model, on tasks. Returns the Markdown table and each tenant's
     record.
@@ -68,15 +68,16 @@ def evaluate_to_folder(
 
     Args:
         tasks: as read_tasks gives them, with the same options.
-        sources, about: for the records: where each tenant comes from, and what was asked for.
+        sources, about: for the records: where each tenant comes from, by name (those of other shards too), and what
+            was asked for.
         base: whether to evaluate the base model too.
-        passes: names of tenants, which the bank holds when they are taken from here (adapter_passes.py); default: all
-            tenants of the bank in one pass.
+        passes: names of tenants, which the bank holds when they are taken from here (adapter_passes.py); None: there
+            are no tenants.
         part: evaluate only this shard's adapters, which `passes` must then give. Shard 0 has the base model too; a
             task that is one tenant's own is asked of the base model in that tenant's shard. A file in the folder
-            describes the shard, and merge.py joins the folders.
+            describes the shard, and merge.py joins the folders. None: all tenants.
     """
-    everyone = [*(part.digests if part else sources if passes is not None else bank.names if bank is not None else ())]
+    everyone = list(sources)
     if BASE in everyone:
         raise ValueError(f"tenant {BASE!r}: this is the name of the base model; choose another name")
     here = part.names if part else everyone
@@ -103,7 +104,7 @@ def evaluate_to_folder(
         if options.shuffle_prompts:
             about = about | {"shuffle_prompts": True}
         found = Found({}, [], {})
-        for number, names in enumerate(passes if passes is not None else [here]):
+        for number, names in enumerate(passes or [()]):
             tenants = [*([None] if base_here and number == 0 else []), *names]
             for tenant, made in answered(answerer, tasks, tenants, asks):
                 name = tenant or BASE
