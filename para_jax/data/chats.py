@@ -54,11 +54,6 @@ def with_known_roles(template: str, messages: list[dict]) -> list[dict]:
 THOUGHT, END_OF_THOUGHT = "<think>", "</think>"
 
 
-def assistant_turn(tokenizer, prompt: list[dict], completion: str) -> str:
-    """The answer as the chat template renders it."""
-    return answered(tokenizer, [(prompt, completion)])[0][1]
-
-
 def answered(tokenizer, pairs: Sequence[tuple[list[dict], str]]) -> list[tuple[str, str]]:
     """Each conversation up to its answer, and the answer's turn, as the chat template renders them. The turn is what
     the conversation with the answer adds to the one before it.

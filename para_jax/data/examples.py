@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from ..config import Variables, one_of, printable, shorten
 from ..messages import warn
 from ..untrusted import require_unicode
-from .chats import answered, assistant_turn, render_all
+from .chats import answered, render_all
 from .fewest_tokens import fewest_tokens
 
 #: The roles that the messages of a request may have.
@@ -150,7 +150,8 @@ def answer_opening(tokenizer, prompt: Prompt) -> str:
 def template_opening(tokenizer, template: str) -> str:
     """`answer_opening` of the tokenizer's chat template, which is `template`, as in `end_of_turn`."""
     answer = "0123456789"
-    before, found, _ = assistant_turn(tokenizer, [{"role": "user", "content": "a"}], answer).partition(answer)
+    ((_, turn),) = answered(tokenizer, [([{"role": "user", "content": "a"}], answer)])
+    before, found, _ = turn.partition(answer)
     ids = encode(tokenizer, before) if found else []
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
 
