@@ -35,7 +35,6 @@ from .tasks import TASKS, field, names_of
 
 #: Examples per call of the tokenizer.
 ENCODED_AT_ONCE = 1024
-SPLITS = ("train", "validation", "test")
 #: Keys of an answer that chat templates read next to its content. Only the content is learnt and scored.
 NOT_LEARNT = (*CALLS, "reasoning_content", "reasoning", "reasoning_details", "thinking")
 #: What an error adds for rows with `conversations`.

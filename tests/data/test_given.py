@@ -12,8 +12,8 @@ import tiny_tokenizers
 from tiny_run import write_rows
 
 from para_jax.config import DataSection, RunConfig, config_dict, load_config
-from para_jax.data.given import with_data, with_tenants
-from para_jax.data.records import SPLITS, load_records, read_records
+from para_jax.data.given import SPLITS, with_data, with_tenants
+from para_jax.data.records import load_records, read_records
 from para_jax.data.tenants import tenant_sections
 from para_jax.data.training_data import load_training_data
 

@@ -10,7 +10,8 @@ import tiny_tokenizers
 from para_jax.config import DataSection
 from para_jax.data import row_files
 from para_jax.data.examples import encode_example, warn_of_role
-from para_jax.data.records import SPLITS, Record, encode_records, load_records, read_records
+from para_jax.data.given import SPLITS
+from para_jax.data.records import Record, encode_records, load_records, read_records
 from para_jax.data.sources import source_of
 from para_jax.server.chat_messages import read_messages
 
