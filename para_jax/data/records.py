@@ -77,12 +77,9 @@ class EncodedRecords(NamedTuple):
     cut: int = 0
     skipped: int = 0
 
-    def report(self) -> str:
-        """One line for the user: the number of examples, and how many were cut or skipped."""
-        return report(len(self.examples), self.cut, self.skipped)
-
 
 def report(count: int, cut: int, skipped: int) -> str:
+    """One line for the user: the number of examples, and how many were cut or skipped."""
     also_cut = f", {cut} of them too long and cut from the left" if cut else ""
     also_skipped = f", {skipped} too long and skipped" if skipped else ""
     return f"{count} examples{also_cut}{also_skipped}"

@@ -67,7 +67,7 @@ def test_parts_and_the_cache_change_nothing(tmp_path, monkeypatch, kind, fields)
     tokenizer, section = getattr(tiny_tokenizers, kind)(), section_of(written(tmp_path), **fields)
     wanted = encode_records(load_records(section, "train"), tokenizer, section)
     made = load_training_data(section, tokenizer)
-    assert list(made.examples) == wanted.examples and made.report() == wanted.report()
+    assert list(made.examples) == wanted.examples and (made.cut, made.skipped) == (wanted.cut, wanted.skipped)
     assert list(made.places) == [record.place for record in wanted.records]
     if fields:
         assert made.cut + made.skipped > 0
