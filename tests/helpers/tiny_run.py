@@ -95,3 +95,8 @@ def write_tenants(to: Path, sizes: dict[str, int]) -> None:
 def metrics(config: RunConfig) -> list[dict]:
     """The lines of a run's log."""
     return [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(config: RunConfig, name: str = "loss") -> list[float]:
+    """The loss, or another value, of the lines of a run's log that have it."""
+    return [row[name] for row in metrics(config) if name in row]

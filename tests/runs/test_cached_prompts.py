@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from long_cases import quick
 from stopped_run import assert_same_arrays, interrupt
-from tiny_run import metrics, rows_of_text, run_config, run_folder, write_rows
+from tiny_run import losses, metrics, rows_of_text, run_config, run_folder, write_rows
 
 from para_jax import LoraConfig, compare_methods, train, train_tenants
 from para_jax.runs import train as runs
@@ -46,10 +46,6 @@ def computed(monkeypatch):
 
 def config_of(folder, output, *overrides):
     return run_config(folder, *SCOPED, *overrides, f"output_dir={output}")
-
-
-def losses(config, name="loss"):
-    return [row[name] for row in metrics(config) if name in row]
 
 
 def with_cache(config, where):

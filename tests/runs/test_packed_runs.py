@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from stopped_run import assert_same_arrays, interrupt
-from tiny_run import metrics, run_config, run_folder
+from tiny_run import losses, run_config, run_folder
 
 from para_jax import init_adapter, load_backbone, make_mesh, train
 from para_jax.data.batches import Bucket, collate
@@ -28,10 +28,6 @@ def whole(folder):
     """A packed run that was never interrupted."""
     config = run_config(folder, *PACKED, f"output_dir={folder / 'whole'}")
     return config, train(config)
-
-
-def losses(config, name="loss"):
-    return [row[name] for row in metrics(config) if name in row]
 
 
 def test_a_packed_step_has_the_mean_loss_of_its_examples_completion_tokens(whole):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from stopped_run import assert_same_arrays, interrupt
-from tiny_run import metrics, run_config, run_folder
+from tiny_run import losses, run_config, run_folder
 
 from para_jax import load_adapter, load_backbone, train, train_tenants
 from para_jax.data.tokenizer import load_tokenizer
@@ -25,10 +25,6 @@ def folder(tmp_path_factory):
 def whole(folder):
     config = run_config(folder, *SCOPED, f"output_dir={folder / 'whole'}")
     return config, train(config)
-
-
-def losses(config, name="loss"):
-    return [row[name] for row in metrics(config) if name in row]
 
 
 def test_it_learns_resumes_with_the_same_bits_and_is_what_it_says_when_loaded(whole, tmp_path, monkeypatch):
