@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +21,6 @@ from ..untrusted import MAX_JSON_BYTES, json_mapping
 from .adapter import Adapter, init
 from .files import load_adapter, of_folder, read_adapter
 from .folder import CONFIG, WEIGHTS, own_file, refuse_pickles
-from .method import Method
 from .methods import form_named
 from .own_config import read_own_config, require_same_backbone
 
@@ -114,9 +112,6 @@ def normal_config(place: Place, data: bytes, model_config: ModelConfig, known: d
     config, backbone = read_own_config(method.config, found)
     require_same_backbone(backbone, model_config, found.get("base_model_name_or_path"))
     if config not in known:
-        known[config] = jax.eval_shape(partial(fresh, method, config, model_config)).config
+        adapter = jax.eval_shape(lambda: init(method.adapter, config, model_config, 0).normal(model_config))
+        known[config] = adapter.config
     return known[config]
-
-
-def fresh(method: Method, config: Any, model_config: ModelConfig):
-    return init(method.adapter, config, model_config, 0).normal(model_config)
