@@ -79,10 +79,6 @@ class LowRank(Adjustment):
         return y + (x @ self.a[site].astype(x.dtype)) @ self.b[site].astype(x.dtype)
 
 
-def padded_config(config: LoraConfig, sites: tuple[str, ...], max_r: int) -> LoraConfig:
-    return replace(config, target_modules=sites, r=max_r, lora_alpha=float(max_r))
-
-
 LORA = Method(
     name="lora",
     label="LoRA",
@@ -91,7 +87,7 @@ LORA = Method(
     adapter=Lora,
     carries="matrices",
     rank=lambda config: config.r,
-    group_config=padded_config,
+    group_config=lambda config, sites, max_r: replace(config, target_modules=sites, r=max_r, lora_alpha=float(max_r)),
     outline=lora_outline,
     to_tensors=lora_tensors,
     from_tensors=lora_leaves,
