@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import SITES, Ia3Config, ModelConfig
+from ..config import Ia3Config, ModelConfig
 from .adapter import Adapter, Backbone, named_leaves
 from .own_tensors import ValueCounts, join_layers, layer_name
 from .peft_config import named_linears, peft_tensors, require_supported, target_sites
@@ -76,11 +76,10 @@ def ia3_leaves(
     """The adapter's config and arrays, without sites that share a linear and change nothing."""
     stacked = join_layers(tensors)
     linears = linears_of(model.model_type, config.target_modules)
-    widths = {site: model.site_width(site) for site in SITES}
     found: dict[str, Any] = {}
     for name, parts in linears.items():
         vectors = stacked[f"{name}.ia3_l"].reshape(model.num_layers, -1)
-        cuts = np.cumsum([widths[site] for site in parts])[:-1]
+        cuts = np.cumsum([model.site_width(site) for site in parts])[:-1]
         found |= dict(zip(parts, np.split(vectors, cuts, axis=1), strict=True))
     kept = used_sites(linears, {site for site, vectors in found.items() if (vectors == 1).all()})
     return replace(config, target_modules=kept), {f"scale.{site}": found[site] for site in kept}
