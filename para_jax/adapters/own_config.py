@@ -93,17 +93,13 @@ def checked_value(name: str, value: Any, default: Any) -> Any:
             raise ValueError(f"{name} must be a list of names or numbers; got {shorten(value)}")
         return tuple(value)
     if isinstance(default, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return checked_float(name, value)
+        if not abs(value) < 1e30:  # also refuses NaN
+            raise ValueError(f"{name} must be a finite number; got {shorten(value)}")
+        return float(value)
     if default is not None and type(value) is not type(default):
         expected = {tuple: "a list", bool: "true or false", int: "a whole number", float: "a number", str: "text"}
         raise ValueError(f"{name} must be {expected[type(default)]}; got {shorten(value)}")
     return value
-
-
-def checked_float(name: str, value: int | float) -> float:
-    if not abs(value) < 1e30:  # also refuses NaN
-        raise ValueError(f"{name} must be a finite number; got {shorten(value)}")
-    return float(value)
 
 
 def checked_backbone(backbone: object, sites: tuple[str, ...]) -> dict:
