@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..config import ModelConfig, expanded, one_of, shorten
-from ..hub import BUILT_IN, BUILT_IN_HUB_ID
+from ..hub import BUILT_IN, BUILT_IN_HUB_ID, resolve_adapter
 from ..storage.bucket import BucketPath
 from ..storage.folder import require_matching_manifest
 from ..text_part import has_image_part, whole_name
@@ -165,8 +165,6 @@ def files_for_peft(source: Path, base_model: str) -> dict[str, bytes]:
 
 def add_test_score(folder: str | Path | BucketPath, line: str) -> None:
     """Adds a line with the test score to the model card of an adapter that was saved."""
-    from ..hub import resolve_adapter
-
     place = expanded(folder)
     local = resolve_adapter(place)
     files = {name: (local / name).read_bytes() for name in (CONFIG, WEIGHTS, CARD)}
@@ -201,8 +199,6 @@ def load_adapter(source: str | Path | BucketPath, model_config: ModelConfig, *, 
 
 def of_folder(source: str | Path | BucketPath, read: Callable[[Path], T]) -> T:
     """What `read` makes of an adapter's local folder, all of one version. Its errors name the source."""
-    from ..hub import resolve_adapter
-
     try:
         return read_whole(lambda: resolve_adapter(source), read)
     except ValueError as error:
@@ -250,8 +246,6 @@ def expected_shapes(method: Method, config: Any, model_config: ModelConfig) -> d
 
 def read_adapter_config(folder: str | Path | BucketPath) -> Described:
     """What an adapter folder says about itself. PARA's needs no weights for it."""
-    from ..hub import resolve_adapter
-
     place = expanded(folder)
     local = resolve_adapter(place) if isinstance(place, BucketPath) else place
     method, config, backbone, base_model = read_config(local)

@@ -226,7 +226,7 @@ def test_the_model_card_names_library_and_base_model_whatever_its_name(tmp_path)
 
 
 def test_a_hub_id_goes_through_the_hub(folder, monkeypatch):
-    monkeypatch.setattr("para_jax.hub.resolve_adapter", {"me/adapter@v1": folder}.__getitem__)
+    monkeypatch.setattr("para_jax.adapters.files.resolve_adapter", {"me/adapter@v1": folder}.__getitem__)
     np.testing.assert_array_equal(load("me/adapter@v1").down[...], trained().down[...])
 
 
