@@ -49,7 +49,7 @@ def scored() -> shared.Parser:
         metavar="CONFIG",
         help="a run's config: its backbone, and its data as the task",
     )
-    model.add_argument("overrides", nargs="*", default=[], metavar="FIELD=VALUE", help=shared.RUN_FIELDS)
+    shared.add_overrides(model)
     model.add_argument(
         "--backbone",
         type=shared.filled,

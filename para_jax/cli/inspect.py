@@ -13,7 +13,7 @@ def add(commands) -> None:
     example = "runs/mine\n  para-jax inspect configs/own-data.yaml --data data.train=data/mine"
     parser = shared.add_command(commands, "inspect", text, example)
     parser.add_argument("target", type=shared.place, metavar="TARGET", help="a folder, or with --data a config")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="FIELD=VALUE", help=shared.RUN_FIELDS)
+    shared.add_overrides(parser)
     parser.add_argument(
         "--data",
         action="store_true",

@@ -10,8 +10,6 @@ from pathlib import Path
 from ..config import ATTENTION, expanded, printable
 from ..storage.bucket import BucketPath, Place
 
-RUN_FIELDS = "fields of the config, such as train.learning_rate=3e-3 or 'data.prompt={question}\\n' (text is literal)"
-
 #: Defaults of --slots and --max-length.
 SLOTS, MAX_LENGTH = 8, 1024
 
@@ -73,6 +71,12 @@ def shard(text: str):
         return parse_shard(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def add_overrides(parser) -> None:
+    """The fields of a config."""
+    text = "fields of the config, such as train.learning_rate=3e-3 or 'data.prompt={question}\\n' (text is literal)"
+    parser.add_argument("overrides", nargs="*", default=[], metavar="FIELD=VALUE", help=text)
 
 
 def add_shard(group, what: str) -> None:
@@ -181,12 +185,6 @@ def add_adapter_memory(group, when_more: str) -> None:
 # Each function returns a parser for `parents`.
 
 
-def run_fields() -> argparse.ArgumentParser:
-    shared = Parser(add_help=False)
-    shared.add_argument("overrides", nargs="*", default=[], metavar="FIELD=VALUE", help=RUN_FIELDS)
-    return shared
-
-
 def add_chat(parser) -> None:
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's turn for the chat template")
     parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message before it; \\n is a newline")
@@ -204,13 +202,6 @@ def turns(options, text: str) -> list[dict]:
     """The chat that --chat makes of a prompt."""
     system = [] if options.system is None else [{"role": "system", "content": with_newlines(options.system)}]
     return [*system, {"role": "user", "content": text}]
-
-
-def run_config() -> argparse.ArgumentParser:
-    shared = Parser(add_help=False)
-    shared.add_argument("config", type=place, metavar="CONFIG", help="the .yaml file of a run")
-    shared.add_argument("overrides", nargs="*", default=[], metavar="FIELD=VALUE", help=RUN_FIELDS)
-    return shared
 
 
 def backbone(default: str | None = None) -> argparse.ArgumentParser:
