@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ..storage.bucket import Place
 from . import options as shared
 
 
@@ -30,7 +29,7 @@ def run(options) -> int:
     from ..messages import say
     from ..shards import SHARD_FILE, job_shard_file
 
-    folders = [is_folder(one) for one in options.shards]
+    folders = [(one / SHARD_FILE).is_file() for one in options.shards]
     for one, folder in zip(options.shards, folders, strict=True):
         if not folder and not job_shard_file(one).is_file():
             raise ValueError(
@@ -52,9 +51,3 @@ def run(options) -> int:
     answers, errors = merge_jobs(options.shards, options.output)
     say(f"wrote {options.output}: {answers} answers, {errors} of them errors")
     return int(errors > 0)
-
-
-def is_folder(output: Place) -> bool:
-    from ..shards import SHARD_FILE
-
-    return (output / SHARD_FILE).is_file()
