@@ -14,9 +14,7 @@ def add(commands) -> None:
     parser = shared.add_command(
         commands, "bench", text, "decode --rows 1,8,32 --output results/decode.json", [shared.backbone("smollm2-135m")]
     )
-    parser.add_argument(
-        "name", metavar="NAME", help="load, decode, serve, http, evaluate, train, scopes, packing, tenants, sampling"
-    )
+    parser.add_argument("name", metavar="NAME", help=", ".join(NAMES))
     parser.add_argument(
         "--output", type=shared.local, metavar="FILE", help="write the measurement to this JSON file (default: none)"
     )
@@ -41,15 +39,10 @@ def run(options) -> None:
 
     if options.name not in NAMES:
         raise ValueError(f"bench: {shorten(options.name)} is no benchmark; choose {one_of(NAMES)}")
-    given = {}
+    given = {name: value for name in (*NUMBERS, "data") if (value := getattr(options, name)) is not None}
     for name in NUMBERS:
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} is {value}\ngive a number of at least 1")
-        if value is not None:
-            given[name] = value
-    if options.data is not None:
-        given["data"] = options.data
+        if given.get(name, 1) < 1:
+            raise ValueError(f"--{name} is {given[name]}\ngive a number of at least 1")
     if options.random:
         given["random"] = True
     if options.rows:
