@@ -233,13 +233,12 @@ def config_of(options):
     config = load_config(options.config, options.overrides)
     if options.config is None and not any(text.startswith("backbone.source") for text in options.overrides):
         options.backbone = chosen_backbone(options.backbone, sources_of(options).values())
-    backbone = {"source": options.backbone, **{name: getattr(options, name) for name in ("dtype", "quantize")}}
-    backbone |= {"attention": options.attention}
+    backbone = {name: getattr(options, name) for name in ("dtype", "quantize", "attention")}
     runtime = {"allow_cpu": options.allow_cpu or config.runtime.allow_cpu}
     runtime |= {"compilation_cache": config.runtime.compilation_cache and not options.no_compilation_cache}
     return replace(
         config,
-        backbone=replace(config.backbone, **given(backbone)),
+        backbone=replace(config.backbone, **given({"source": options.backbone, **backbone})),
         runtime=replace(config.runtime, **runtime),
         data=replace(config.data, **given({"chat_template_kwargs": options.chat_template_kwargs})),
         eval=replace(config.eval, **given({"batch_size": options.rows})),
