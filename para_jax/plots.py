@@ -14,7 +14,6 @@ import numpy as np
 
 from .config import expanded
 from .evaluation.factors import Spread, root_mean_square
-from .figures import FORMATS as FORMATS
 from .figures import drawable, explain, new_figure, plain, run_names, wrapped
 from .figures import save as save
 from .score_plots import Bar, Scores, draw_panel, shorten_name

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from .. import devices
 from ..config import RuntimeSection, shorten
+from ..figures import FORMATS
 from ..inspect import new_record
-from ..plots import FORMATS, decode_plot
+from ..plots import decode_plot
 from ..record_file import check_record_file
 from .decode import bench_decode
 from .evaluate import bench_evaluate

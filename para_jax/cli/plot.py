@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from ..figures import FORMATS
 from . import options as shared
-
-FORMATS = (".png", ".pdf", ".svg")
 
 
 def add(commands) -> None:

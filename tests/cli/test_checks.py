@@ -9,7 +9,6 @@ import pytest
 from tiny_run import write_rows
 
 from para_jax.cli import bench as bench_command
-from para_jax.cli import plot as plot_command
 from para_jax.cli.checks import check_data
 from para_jax.config import load_config
 
@@ -192,10 +191,9 @@ def test_help_loads_nothing_slow(told, line):
 
 
 def test_the_names_that_are_checked_early_are_those_that_are_used():
-    from para_jax import bench, plots
+    from para_jax import bench
 
     assert set(bench_command.NAMES) == set(bench.BENCHMARKS)
-    assert plot_command.FORMATS == plots.FORMATS
 
 
 def test_the_rows_of_a_tenant_are_read_by_its_own_templates(tmp_path):
