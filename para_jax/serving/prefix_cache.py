@@ -77,10 +77,11 @@ class PrefixCache:
 
     def take(self) -> int:
         """A block to write, with one reference. The pool has room for it: see `Prefills`."""
-        if not self._free:
+        if self._free:
+            block = self._free.pop()
+        else:
             block, _ = self._idle.popitem(last=False)
-            self._forget(block)
-        block = self._free.pop()
+            del self._of_key[self._key_of.pop(block)]
         self._references[block] = 1
         return block
 
@@ -130,7 +131,3 @@ class PrefixCache:
             self._free.append(block)
         elif key not in self.pinned:
             self._idle[block] = None
-
-    def _forget(self, block: int) -> None:
-        del self._of_key[self._key_of.pop(block)]
-        self._free.append(block)
