@@ -12,6 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Hashable
 from contextlib import suppress
+from copy import copy
 from dataclasses import replace
 from queue import Empty, SimpleQueue
 
@@ -185,7 +186,8 @@ class OpenRequests:
 
     def _close(self, ticket: Ticket) -> None:
         ticket.times.ended = time.monotonic()
-        alone = ticket.without_samples()
+        alone = copy(ticket)
+        alone.samples = []
         for sample in ticket.samples:
             sample.ticket = alone  # in a reference cycle, the adapters would stay until the garbage collector runs
         del self.tickets[ticket.id]

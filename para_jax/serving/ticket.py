@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -44,12 +43,6 @@ class Ticket:
         """Notes that a sample has left the queue. The first one gives cached_tokens: the others share its prompt."""
         if self.times.started is None:
             self.times.started, self.cached_tokens = time.monotonic(), cached_tokens
-
-    def without_samples(self) -> Ticket:
-        """What an ended sample still tells about its request."""
-        other = copy(self)
-        other.samples = []
-        return other
 
     @property
     def ended(self) -> bool:
