@@ -86,10 +86,6 @@ class EngineLoop:
         return self.fatal is None and self.failures < MOST_FAILURES and not self.hangs
 
     @property
-    def ready(self) -> bool:
-        return self.warm and self.healthy and not self.draining
-
-    @property
     def open_answers(self) -> int:
         """How many HTTP requests wait for their answers."""
         return len(self._open)

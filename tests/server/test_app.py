@@ -78,7 +78,7 @@ async def client_of(engine, bank):
     app = create_app(engine, models=Models(bank))
     held = next(route.endpoint.held for route in app.routes if route.path == "/v1/completions")
     async with app.router.lifespan_context(app), asyncio.timeout(20):
-        while not app.state.loop.ready:
+        while not app.state.loop.warm:
             await asyncio.sleep(0.001)
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:

@@ -217,7 +217,7 @@ def test_a_client_that_never_reads_is_given_up_at_its_deadline(engine):
         scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b""}
         async with app.router.lifespan_context(app):
             async with asyncio.timeout(60):
-                while not app.state.loop.ready:
+                while not app.state.loop.warm:
                     await asyncio.sleep(0.01)
             await asyncio.wait_for(app(scope, receive, send), 100)
             assert forever and engine.open == 0
