@@ -123,7 +123,7 @@ def answer_left(
     total: int | None,
     seen: InputSeen,
     shard: Shard | None,
-    day: str | None = None,
+    day: str | None,
 ) -> Counter[str]:
     """Answers the samples that are left, and finishes the output. Returns how many errors of each kind there are.
 
@@ -251,7 +251,7 @@ def with_id(lines: dict[bytes, int], sample: LineSample) -> dict[bytes, int] | N
     return lines if len(lines) < MOST_IDS else None
 
 
-def checked_lines(source: Place, answers: Answers, defaults: Request, by: KeyParts, shard: Shard | None = None) -> int:
+def checked_lines(source: Place, answers: Answers, defaults: Request, by: KeyParts, shard: Shard | None) -> int:
     """The number of lines in `source`. Raises ValueError, before anything is answered, if a line was answered as
     another request."""
     if answers.kept:
@@ -286,7 +286,7 @@ def require_same(sample: LineSample, before: Kept | None, output: Place) -> None
         )
 
 
-def record(sample: LineSample, completion: Completion, day: str | None = None) -> dict:
+def record(sample: LineSample, completion: Completion, day: str | None) -> dict:
     """An answer as a line of the output. The answer to a chat has the day that the chat template wrote."""
     line: dict[str, object] = {"line": sample.line, "index": sample.index, "request": sample.key}
     if sample.id is not None:
