@@ -4,20 +4,16 @@ from functools import partial
 
 import numpy as np
 import pytest
-from golden_models import strong
 from tiny_harness import GROUP, PICK, ROLLING, SAMPLES, WRITE, command
-from tiny_run import backbone_folder, rows_of_text, words, write_rows
+from tiny_run import rows_of_text, strong_adapters, words, write_rows
 
 from para_jax import (
     AdapterBank,
     Engine,
-    ParaConfig,
     generate,
-    init_adapter,
     load_adapter,
     load_backbone,
     load_tokenizer,
-    save_adapter,
 )
 from para_jax.cli import main
 
@@ -33,10 +29,8 @@ def no_hub():
 def folder(tmp_path_factory):
     """A backbone, two strong tenants, two tasks of ours and three of lm-eval."""
     folder = tmp_path_factory.mktemp("many")
-    backbone_folder(folder / "backbone")
+    strong_adapters(folder, ["A/adapter", "B/adapter"])
     model = load_backbone(folder / "backbone")
-    for i, name in enumerate("AB"):
-        save_adapter(strong(init_adapter(ParaConfig(r=4), model.config), i, 0.3), folder / name / "adapter")
     draw = np.random.default_rng(0)
     texts = [words(draw.integers(20, 250, int(draw.integers(3, 8)))) for _ in range(6)]
     labels = [

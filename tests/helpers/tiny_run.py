@@ -2,15 +2,16 @@
 
 import json
 import shutil
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
 import numpy as np
-from golden_models import FIXTURES
+from golden_models import FIXTURES, strong
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from para_jax import ParaConfig
+from para_jax import ParaConfig, init_adapter, load_backbone, save_adapter
 from para_jax.config import RunConfig, TrainSection, load_config
 
 #: Statistics and weight decay are on, so that every test of a step sees that the ones are left alone by the other.
@@ -38,6 +39,13 @@ def backbone_folder(folder: Path) -> Path:
         shutil.copy(FIXTURES / "llama" / name, folder)
     tokenizer().save_pretrained(folder)
     return folder
+
+
+def strong_adapters(folder: Path, paths: Iterable[str]) -> None:
+    """A backbone in the folder, and at each of these paths a PARA adapter that changes its answers."""
+    model = load_backbone(backbone_folder(folder / "backbone"))
+    for i, path in enumerate(paths):
+        save_adapter(strong(init_adapter(ParaConfig(r=4), model.config), i, 0.3), folder / path)
 
 
 def rows_of_text(count: int, seed: int) -> list[dict]:

@@ -9,13 +9,11 @@ import time
 from _thread import interrupt_main
 
 import pytest
-from golden_models import strong
 from jax._src import xla_bridge
 from local_ray import cluster, process_that_writes
 from stub_worker import StubWorker
-from tiny_run import backbone_folder, rows_of_text, words, write_rows
+from tiny_run import rows_of_text, strong_adapters, words, write_rows
 
-from para_jax import ParaConfig, init_adapter, load_backbone, save_adapter
 from para_jax.cli import main
 from para_jax.ray import evaluate_on_ray, generate_on_ray
 from para_jax.ray.pool import run_shards
@@ -31,10 +29,7 @@ GENERATION = HERE | {"max_new_tokens": 12, "max_length": 32, "slots": 2, "temper
 def folder(tmp_path_factory):
     """A backbone, five strong tenants, a task, and requests."""
     folder = tmp_path_factory.mktemp("ray")
-    backbone_folder(folder / "backbone")
-    model = load_backbone(folder / "backbone")
-    for i in range(5):
-        save_adapter(strong(init_adapter(ParaConfig(r=4), model.config), i, 0.3), folder / "tenants" / f"t{i}")
+    strong_adapters(folder, [f"tenants/t{i}" for i in range(5)])
     write_rows(folder / "free" / "test.jsonl", rows_of_text(6, 3))
     lines = [{"prompt": words(range(20 + i, 24 + i)), "tenant": f"t{i % 6}"} for i in range(24)]  # t5 is an error
     write_rows(folder / "in.jsonl", lines)

@@ -4,10 +4,8 @@ import json
 import os
 
 import pytest
-from golden_models import strong
-from tiny_run import backbone_folder, words, write_rows
+from tiny_run import strong_adapters, words, write_rows
 
-from para_jax import ParaConfig, init_adapter, load_backbone, save_adapter
 from para_jax.ray.claim import claim_output
 from para_jax.ray.command import arguments
 from para_jax.ray.workers import MOST_DEATHS, GenerationWorker, ShardWorker
@@ -17,10 +15,7 @@ from para_jax.serving.job_merge import merge_jobs
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("workers")
-    backbone_folder(folder / "backbone")
-    model = load_backbone(folder / "backbone")
-    for i in range(4):
-        save_adapter(strong(init_adapter(ParaConfig(r=4), model.config), i, 0.3), folder / "tenants" / f"t{i}")
+    strong_adapters(folder, [f"tenants/t{i}" for i in range(4)])
     write_rows(folder / "in.jsonl", [{"prompt": words(range(20, 24 + i)), "tenant": f"t{i}"} for i in range(4)])
     return folder
 

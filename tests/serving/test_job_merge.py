@@ -9,21 +9,10 @@ import sys
 import time
 
 import pytest
-from golden_models import strong
 from quick_compiler import own_flags
-from tiny_run import backbone_folder, words
+from tiny_run import strong_adapters, words
 
-from para_jax import (
-    AdapterBank,
-    Engine,
-    ParaConfig,
-    Request,
-    init_adapter,
-    load_adapter,
-    load_backbone,
-    load_tokenizer,
-    save_adapter,
-)
+from para_jax import AdapterBank, Engine, Request, load_adapter, load_backbone, load_tokenizer
 from para_jax.cli import main
 from para_jax.serving.job_merge import merge_jobs
 from para_jax.serving.jobs import run_job
@@ -34,10 +23,7 @@ from para_jax.shards import Shard, ShardOutput, job_shard_file, write_part
 def folder(tmp_path_factory):
     """A backbone, two strong tenants, and 20 lines with a blank one, a wrong one and several samples."""
     folder = tmp_path_factory.mktemp("shards")
-    backbone_folder(folder / "backbone")
-    model = load_backbone(folder / "backbone")
-    for i, name in enumerate("AB"):
-        save_adapter(strong(init_adapter(ParaConfig(r=4), model.config), i, 0.3), folder / name)
+    strong_adapters(folder, "AB")
     lines = [{"prompt": words(range(20 + i, 24 + i)), "max_new_tokens": 2 + i % 5} for i in range(20)]
     for i, line in enumerate(lines):
         line |= {"tenant": "AB"[i % 2]} if i % 3 else {"n": 2, "temperature": 1.0}

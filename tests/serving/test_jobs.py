@@ -13,22 +13,18 @@ from functools import partial
 
 import jax
 import pytest
-from golden_models import strong
 from long_cases import long, slow
 from quick_compiler import own_flags
-from tiny_run import backbone_folder, words
+from tiny_run import strong_adapters, words
 
 from para_jax import (
     AdapterBank,
     Engine,
-    ParaConfig,
     Request,
     generate,
-    init_adapter,
     load_adapter,
     load_backbone,
     load_tokenizer,
-    save_adapter,
 )
 from para_jax.adapters.loading_bank import LoadingBank
 from para_jax.adapters.preview import previews
@@ -46,10 +42,7 @@ from para_jax.serving.open_requests import QueueFull
 def folder(tmp_path_factory):
     """A backbone, two strong tenants, and 40 lines of requests."""
     folder = tmp_path_factory.mktemp("jobs")
-    backbone_folder(folder / "backbone")
-    model = load_backbone(folder / "backbone")
-    for i, name in enumerate("AB"):
-        save_adapter(strong(init_adapter(ParaConfig(r=4), model.config), i, 0.3), folder / name)
+    strong_adapters(folder, "AB")
     (folder / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines(40)))
     return folder
 
