@@ -116,14 +116,14 @@ def check_target(target: Place) -> None:
     """Raises ValueError for what `inspect` without --data can't show."""
     if isinstance(target, BucketPath):
         return
-    path = expanded(target)
-    if not path.exists():
-        raise ValueError(f"inspect {target}: no such folder{nearest(path) or '; give the folder of a run or adapter'}")
-    if path.is_file():
+    if not target.exists():
+        advice = nearest(target) or "; give the folder of a run or adapter"
+        raise ValueError(f"inspect {target}: no such folder{advice}")
+    if target.is_file():
         raise ValueError(
             f"inspect {target}: this is a file; give the folder of a run or adapter, or add --data for a config"
         )
-    if not any((path / name).is_file() for name in ("adapter_config.json", "config.yaml")):
+    if not any((target / name).is_file() for name in ("adapter_config.json", "config.yaml")):
         raise ValueError(
             f"{target} holds neither an adapter (adapter_config.json) nor a run (config.yaml); choose another folder"
         )
@@ -132,15 +132,13 @@ def check_target(target: Place) -> None:
 def check_runs(folders: Iterable[Place]) -> None:
     """Raises ValueError for run folders that are not there."""
     for folder in folders:
-        path = expanded(folder)
-        if not isinstance(path, BucketPath) and not path.is_dir():
-            advice = nearest(path) or "; give the output_dir of `para-jax train`"
+        if not isinstance(folder, BucketPath) and not folder.is_dir():
+            advice = nearest(folder) or "; give the output_dir of `para-jax train`"
             raise ValueError(f"{folder}: no run is there{advice}")
 
 
 def check_file(option: str, file: Place) -> None:
     """Raises ValueError for a file that is not there."""
-    path = expanded(file)
-    if not isinstance(path, BucketPath) and not path.is_file():
-        problem = "is a folder; give a .jsonl file" if path.is_dir() else f"does not exist{nearest(path)}"
+    if not isinstance(file, BucketPath) and not file.is_file():
+        problem = "is a folder; give a .jsonl file" if file.is_dir() else f"does not exist{nearest(file)}"
         raise ValueError(f"{option} {file} {problem}")

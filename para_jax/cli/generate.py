@@ -123,13 +123,13 @@ def checked(options) -> tuple[dict[str, str], list[str | None] | None]:
 
 def check_input(source: Place) -> None:
     """Raises ValueError, before anything is loaded, if there is nothing to answer. A pipe is not touched."""
-    from ..config import expanded, nearest
+    from ..config import nearest
     from ..serving.answers import MAX_LINE, bounded_lines
 
     if str(source) == "-":
         raise ValueError("--input -: give /dev/stdin for the standard input")
     if source.is_dir() or not source.exists():
-        problem = "a folder" if source.is_dir() else f"no such file{nearest(expanded(source))}"
+        problem = "a folder" if source.is_dir() else f"no such file{nearest(source)}"
         raise ValueError(f"--input {source}: {problem}\ngive a file with one JSON request per line")
     if source.is_file():
         with source.open("rb") as stream:

@@ -66,7 +66,7 @@ def run(options) -> None:
             "plot draws one of four things\ngive RUN... (learning curves), --scores FOLDER..., one --adapter with one "
             "or two --prompt (factors), or --adapter once or more with --data FILE (how much factors differ)"
         )
-    check_runs([*options.runs, *(options.scores or ())])
+    check_runs([*options.runs, *options.scores])
     if options.data:
         check_file("--data", options.data)
     check_adapters(options.adapter)
