@@ -200,11 +200,9 @@ class AdapterBank:
         self.entry(name)
         entry = self._new_entry(name, adapter)
         with self._lock:
-            held = name in self._entries
-            if held:
-                self._put(name, entry)
-        if not held:
-            self.entry(name)  # raises: another thread removed it
+            if name in self._entries:
+                return self._put(name, entry)
+        self.entry(name)  # raises: another thread removed it
 
     def remove(self, name: str) -> None:
         """Removes a tenant. Raises ValueError for an unknown name."""
