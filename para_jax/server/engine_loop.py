@@ -7,6 +7,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 from ..adapters.bank import Entry
 from ..config import printable
@@ -198,10 +199,8 @@ class EngineLoop:
                 self._call(put_all, batch)
 
     def _call(self, function, *arguments) -> None:
-        try:
+        with suppress(RuntimeError):  # asyncio's loop has ended, and with it all clients
             self._asyncio.call_soon_threadsafe(function, *arguments)
-        except RuntimeError:  # asyncio's loop has ended, and with it all clients
-            pass
 
 
 def shutting_down() -> ApiError:
