@@ -4,6 +4,7 @@ folder."""
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -224,7 +225,8 @@ def methods_report(folder: Path, config: RunConfig) -> str:
     if file.is_file():
         with file.open("rb") as stream:
             found = stream.read(MAX_JSON_BYTES).decode(errors="replace").rstrip()
-    return "\n".join([head, found, f"each method's run is in a folder of its own: para-jax inspect {folder}/METHOD"])
+    each = f"each method's run is in a folder of its own: para-jax inspect {shlex.quote(str(folder))}/METHOD"
+    return "\n".join([head, found, each])
 
 
 def tenants_report(folder: Path, config: RunConfig) -> str:

@@ -37,6 +37,20 @@ def check_run(config: RunConfig) -> None:
     check_new_folder("output_dir", folder)
 
 
+def check_moved(file: Place, overrides: Iterable[str], config: RunConfig) -> None:
+    """Raises ValueError for the config.yaml of a run folder that was moved or copied: its output_dir still names the
+    old place, where another run would begin, or the original go on."""
+    if file.name != "config.yaml" or any(field.startswith("output_dir=") for field in overrides):
+        return
+    folder, output = file.parent, expanded(config.output_dir)
+    is_run = any((folder / name).exists() for name in ("checkpoints", "comparison.json"))
+    if is_run and folder.resolve() != output.resolve():
+        raise ValueError(
+            f"{file} is in a run folder, but its output_dir is {output}: the folder was moved or copied\nadd "
+            f"output_dir={folder} to continue here, or output_dir={output} to train there"
+        )
+
+
 def check_new_folder(option: str, folder: Place) -> None:
     """Raises ValueError where a folder can't be made or used because there is a file in its place, or above it."""
     if isinstance(folder, BucketPath):

@@ -32,7 +32,7 @@ def add(commands) -> None:
 def run(options) -> int | None:
     from ..config import load_config
     from ..record_file import check_record_file
-    from .checks import check_backbone, check_run
+    from .checks import check_backbone, check_moved, check_run
 
     config = load_config(options.config, options.overrides)
     if options.topology and not options.dry_run:
@@ -47,6 +47,7 @@ def run(options) -> int | None:
         return
     if options.results and config.runtime.coordinator is None:  # of several hosts, only one writes the file
         check_record_file("--results", options.results)
+    check_moved(options.config, options.overrides, config)
     check_run(config)
     if config.sweep.method:
         return train_methods(options, config)

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from .. import atomic
@@ -138,7 +139,7 @@ def adapter_method(config: Any) -> str:
 
 
 def data_advice(path: Path) -> str:
-    return f"give a config, and this as its data: para-jax train configs/own-data.yaml data.train={path}"
+    return f"give a config, and this as its data: para-jax train configs/own-data.yaml data.train={quote(str(path))}"
 
 
 def read_yaml(file: Path) -> dict[str, Any]:

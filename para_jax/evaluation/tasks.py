@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from shlex import quote
 from typing import NamedTuple
 
 from ..backbone.load import load_model_config
@@ -290,7 +291,7 @@ def file_task(text: str, tokenizer, config: ModelConfig, *, split: str, limit: i
     except MissingColumn as error:  # no template goes with --tasks
         raise ValueError(
             f"{error.said}, and --tasks takes no templates\nscore the file with those of a run: para-jax evaluate "
-            f"RUN/config.yaml data.{split}={file}"
+            f"RUN/config.yaml data.{split}={quote(str(file))}"
         ) from None
     metric = metric or (known.metric if known else None)
     choices = choices_of(file, records, known) if metric in (None, "accuracy", *LABEL_METRICS) else ()

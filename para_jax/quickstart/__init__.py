@@ -78,11 +78,11 @@ def quickstart(overrides: Sequence[str] = ()) -> bool:
     for job, found in scores.items():
         was, now = found.values()
         print(f"{job:<10}{was:>8.3f}{now:>8.3f}{now - was:>8.3f}")
-    print(f"\n{time.monotonic() - begun:.0f} s in all; the tenants: para-jax inspect {run}")
+    print(f"\n{time.monotonic() - begun:.0f} s in all; the tenants: {shlex.join(['para-jax', 'inspect', str(run)])}")
     prompt = str(asked[-1].prompt).replace("\n", "\\n")
     print(
-        f"next: para-jax generate --backbone {config.backbone.source} --adapters {run} --tenant {JOBS[-1]} "
-        f'--prompt "{prompt}"'
+        f"next: para-jax generate --backbone {shlex.quote(config.backbone.source)} --adapters {shlex.quote(str(run))} "
+        f'--tenant {JOBS[-1]} --prompt "{prompt}"'
     )
     short = [job for job, found in scores.items() if found["after"] - found["before"] < LEAST_GAIN]
     if short:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 import time
 from typing import Any, NamedTuple, NoReturn
 
@@ -15,6 +16,7 @@ from .. import devices
 from ..adapters.adapter import Adapter
 from ..config import RunConfig, expanded
 from ..data.batches import Batch, Bucket
+from ..data.given import is_given
 from ..data.packing import Packed, RowShape
 from ..data.prefetch import prefetch
 from ..data.schedule import Schedule, StepBatch, Turn, admitted
@@ -323,8 +325,12 @@ class Loop(NamedTuple):
             where = f"step {standing.step}, with {sum(standing.over)} of {len(self.tenants)} tenants ended"
         on_first_process(lambda: finish_saving(self.checkpoints))
         file = expanded(self.config.output_dir) / "config.yaml"
-        other = "" if file.parent.parent.name == TRIALS else f", or `para-jax train {file}`"
-        say(f"stopped after {where}, and saved; the same command resumes{other}")
+        other = f"the same command resumes, or `para-jax train {shlex.quote(str(file))}`"
+        if file.parent.parent.name == TRIALS:
+            other = "the same command resumes"
+        if is_given(self.config.data.train) or is_given(self.config.data.tenants):
+            other = "the same call resumes"
+        say(f"stopped after {where}, and saved; {other}")
         self.stop.end()
 
 

@@ -52,6 +52,9 @@ MISTAKES = [
     ("train run.yaml data.tenants=tenants", "data.tenants.*tenants"),
     ("train run.yaml eval.metric=bleu", "eval.metric.*'bleu'"),
     ("train run.yaml output_dir=runs/mine", "runs/mine.*train.learning_rate.*0.5"),
+    ("train runs/moved/config.yaml", "runs/moved/config.yaml.*output_dir is runs/new.*output_dir=runs/moved"),
+    ("train runs/compared/config.yaml", "output_dir is runs/new.*output_dir=runs/compared"),
+    ("train runs/moved/config.yaml output_dir=runs/mine", "runs/mine.*train.learning_rate.*0.5"),
     ("train run.yaml output_dir=data", "output_dir data is not a run folder"),
     ("train run.yaml output_dir=run.yaml", "output_dir run.yaml is not a run folder"),
     ("train run.yaml output_dir=run.yaml/runs/new", "output_dir run.yaml/runs/new: run.yaml is a file, not a folder"),
@@ -159,6 +162,10 @@ def told(tmp_path_factory):
     (folder / "run.yaml").write_text(CONFIG)
     (folder / "runs/mine/config.yaml").write_text(CONFIG + "train: {learning_rate: 0.5}\n")
     (folder / "runs/mine/adapter/adapter_config.json").write_text("{}")
+    for name, file in (("moved", "checkpoints/3/x"), ("compared", "comparison.json")):
+        (folder / "runs" / name / file).parent.mkdir(parents=True)
+        (folder / "runs" / name / file).touch()
+        (folder / "runs" / name / "config.yaml").write_text(CONFIG)
     away = {"base_model_name_or_path": "models/gone"}
     (folder / "runs/away/adapter/adapter_config.json").write_text(json.dumps(away))
     (folder / "runs/quick/tenants").mkdir(parents=True)

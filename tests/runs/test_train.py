@@ -6,6 +6,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import sys
@@ -277,15 +278,17 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_interrupted(at_ste
 def test_a_signal_lets_the_step_end_and_saves_and_the_same_command_resumes(
     number, raised, whole, config, monkeypatch, capsys
 ):
-    config = replace(config, eval=whole[0].eval, runtime=replace(config.runtime, stopped_exit_code=143))
+    config = replace(config, output_dir=f"{config.output_dir} of mine", eval=whole[0].eval)
+    config = replace(config, runtime=replace(config.runtime, stopped_exit_code=143))
     with monkeypatch.context() as patched, pytest.raises(raised) as error:
         at_call(patched, loop, "train_step", 2, lambda *_: os.kill(os.getpid(), number))
         train(config)
     assert raised is KeyboardInterrupt or error.value.code == 143
     assert checkpoints(config) == [2] and not (Path(config.output_dir) / "adapter").exists()
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("stopped after step 2 of 6, and saved; the same command resumes, or `para-jax train ")
-    assert f"{config.output_dir}/config.yaml" in said
+    assert said.startswith("stopped after step 2 of 6, and saved; the same command resumes, or `")
+    advised = shlex.split(said.split("`")[1])
+    assert advised == ["para-jax", "train", f"{config.output_dir}/config.yaml"]
     assert_ends_as(whole, config)
     assert "\nresuming at step 2 of 6\n" in capsys.readouterr().err
     train(config)
