@@ -93,7 +93,7 @@ def checked(options) -> tuple[dict[str, str], list[str | None] | None]:
     if options.prompt and not options.temperature and (options.top_k or options.top_p != 1):
         warn("--temperature is 0, which takes the most probable token: --top-k and --top-p change nothing")
     shared.check_engine_size(options)
-    sizes = ("--slots", options.slots, shared.SLOTS), ("--max-length", options.max_length, shared.MAX_LENGTH)
+    sizes = ("--slots", options.slots, shared.SLOTS), ("--max-length", options.max_length, None)
     for name, given, usual in sizes:
         if options.prompt and given != usual:
             warn(f"{name} {given}: not used with --prompt: all prompts are answered in one batch")
@@ -153,6 +153,8 @@ def load(options, sources: dict[str, str]) -> tuple:
     found = {}
     if sources:  # a wrong adapter is found before weights are read
         found = dict(zip(sources, previews(sources.values(), load_model_config(options.backbone)), strict=True))
+    if options.input:
+        options.max_length = shared.engine_length(options)
     options.adapter = options.adapter and str(resolve_adapter(options.adapter))
     model = shared.load_model(options, source=options.backbone, **shared.model_options(options))
     return model, load_tokenizer(options.backbone, options.chat_template_kwargs), adapters_of(options, found, model)

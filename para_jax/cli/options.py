@@ -10,7 +10,7 @@ from pathlib import Path
 from ..config import ATTENTION, expanded, printable
 from ..storage.bucket import BucketPath, Place
 
-#: Defaults of --slots and --max-length.
+#: Defaults of --slots and, for models with as many positions, of --max-length.
 SLOTS, MAX_LENGTH = 8, 1024
 
 
@@ -133,17 +133,28 @@ def add_engine_size(group) -> None:
     group.add_argument(
         "--max-length",
         type=int,
-        default=MAX_LENGTH,
         metavar="N",
-        help="tokens per row, prompt and answer together (default: %(default)s)",
+        help=f"tokens per row, prompt and answer (default: {MAX_LENGTH}, or the model's positions if it has fewer)",
     )
 
 
 def check_engine_size(options) -> None:
     """Raises ValueError for --slots and --max-length that no engine can have."""
     for name, value, least in (("--slots", options.slots, 1), ("--max-length", options.max_length, 2)):
-        if value < least:
+        if value is not None and value < least:
             raise ValueError(f"{name} is {value}\ngive a number of at least {least}")
+
+
+def engine_length(options) -> int:
+    """The tokens of a row: --max-length or its default. Raises ValueError for more than the backbone's positions."""
+    from ..backbone.load import load_model_config
+
+    most = load_model_config(options.backbone).max_positions
+    if options.max_length is not None and options.max_length > most:
+        raise ValueError(
+            f"--max-length {options.max_length}: {options.backbone} has {most} positions\ngive 2 to {most}"
+        )
+    return options.max_length or min(MAX_LENGTH, most)
 
 
 def add_tenants(group) -> None:

@@ -164,6 +164,7 @@ def engine_of(options, sources: dict[str, str]):
     from ..serving.engine import Engine
 
     shared.start_devices(options)
+    options.max_length = shared.engine_length(options)
     model = shared.load_model(options, source=options.backbone, **shared.model_options(options))
     gb = options.prefix_cache_gb
     return Engine(

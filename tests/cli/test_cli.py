@@ -346,6 +346,13 @@ def test_the_server_renders_chats_with_the_variables_of_its_command(moody):
     assert ids == [20, 30, 9]
 
 
+def test_a_row_has_at_most_as_many_tokens_as_the_model_has_positions(folder):
+    line = ["serve", "--backbone", str(folder / "backbone"), "--slots", "1", "--allow-cpu", "--no-compilation-cache"]
+    assert serve.engine_of(parse(line), {}).max_length == 512
+    with pytest.raises(ValueError, match="--max-length 513: .* 512 positions"):
+        serve.engine_of(parse([*line, "--max-length", "513"]), {})
+
+
 @pytest.mark.long
 def test_two_servers_draw_different_answers(folder):
     """Each request without a seed: replicas that drew alike would answer one request with the same text."""
