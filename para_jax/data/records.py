@@ -43,6 +43,9 @@ SHAREGPT = (
     "human becomes user and gpt becomes assistant"
 )
 
+#: What an error advises for a row without a prompt or completion, where other rows have one.
+REMEDY = "fill it in, or leave the row out"
+
 #: A run reads its data several times.
 warn_once = cache(warn)
 #: How a chat begins that was written as text, as pandas' to_csv does.
@@ -185,7 +188,7 @@ def records_of(
     templates = {"prompt": prompt, "completion": completion}
     for name, template in templates.items():
         template_fields(f"data.{name}", template or "")
-    empty = True
+    empty, columns = True, set()
     for place, row in rows:
         try:
             ready = {"prompt", "completion"} <= row.keys()
@@ -195,11 +198,14 @@ def records_of(
                 parts = row_fields(row, templates)
             records = [Record(p, c, refs, label_text(label), place) for p, c, refs, label in parts]
         except MissingColumn as error:
+            if row.keys() < columns:  # rows before this one have the column
+                raise ValueError(f"{place}: {error.said}, or it is null: only {names_of(row)}; {REMEDY}") from None
             raise MissingColumn(f"{place}: {error.said}", error.advice) from None
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{place}: {error}") from None
         yield from records
         empty = empty and not records
+        columns |= row.keys()
     if empty:
         raise ValueError(f"{source} has no rows; add one for each example")
 
@@ -295,6 +301,8 @@ def column(row: dict, name: str) -> Prompt:
             + SHAREGPT * ("conversations" in row),
         )
     value = field(row, name)
+    if value is None:
+        raise ValueError(f"{name} must be text or messages, not NoneType; {REMEDY}")
     if isinstance(value, int | float) and not is_nan(value):
         kind = type(value).__name__
         raise ValueError(f"{name} must be text or messages, not {kind}; 'data.{name}={{{name}}}' writes it as text")

@@ -25,9 +25,9 @@ NOT_IN_MESSAGES: dict[str, tuple[tuple, str]] = {
 def read_messages(value: object) -> list[dict]:
     """The messages of a chat, for the tokenizer's chat template."""
     if not isinstance(value, list) or not value:
-        raise wrong_field(
-            "messages", "messages is missing or empty; give a list of messages. A prompt goes to /v1/completions"
-        )
+        found = shorten(value) if value else "missing or empty"
+        advice = "give a list of messages. A prompt goes to /v1/completions"
+        raise wrong_field("messages", f"messages is {found}; {advice}")
     return [read_message(message, f"messages[{i}]") for i, message in enumerate(value)]
 
 

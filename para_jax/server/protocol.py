@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ..config import Variables, template_variables
+from ..config import Variables, shorten, template_variables
 from ..data.examples import Ids, Prompt
 from ..serving.request import MAX_SALT, MAX_SAMPLES, MAX_STOP_LENGTH, MAX_STOPS
 from .chat_messages import NO_TOOLS, NOT_COMPUTED, read_messages
@@ -236,24 +236,20 @@ def read_stop_ids(fields: Fields) -> tuple[int, ...]:
 
 def read_prompts(value: object) -> list[Prompt | Ids]:
     """The prompts of /v1/completions: a text, token ids, or a list of either."""
-    refused = wrong_field(
-        "prompt",
-        "prompt is missing or wrong; give a text, a list of token ids, or a list of them. "
-        "Messages go to /v1/chat/completions",
-    )
     if isinstance(value, str):
         return [value]
-    if not isinstance(value, list) or not value:
-        raise refused
-    if is_ids(value):
-        return [tuple(value)]
-    if len(value) > MAX_SAMPLES:
-        raise wrong_field("prompt", f"prompt has {len(value)} prompts; give at most {MAX_SAMPLES}")
-    if all(isinstance(one, str) for one in value):
-        return list(value)
-    if all(isinstance(one, list) and one and is_ids(one) for one in value):
-        return [tuple(ids) for ids in value]
-    raise refused
+    if isinstance(value, list) and value:
+        if is_ids(value):
+            return [tuple(value)]
+        if len(value) > MAX_SAMPLES:
+            raise wrong_field("prompt", f"prompt has {len(value)} prompts; give at most {MAX_SAMPLES}")
+        if all(isinstance(one, str) for one in value):
+            return list(value)
+        if all(isinstance(one, list) and one and is_ids(one) for one in value):
+            return [tuple(ids) for ids in value]
+    found = shorten(value) if value else "missing or empty"
+    advice = "give a text, a list of token ids, or a list of them. Messages go to /v1/chat/completions"
+    raise wrong_field("prompt", f"prompt is {found}; {advice}")
 
 
 def is_ids(value: object) -> bool:
