@@ -168,7 +168,7 @@ PHI3 = {
     "eos_token_id": 32000, "pad_token_id": 32000,
 }  # fmt: skip
 OLMO2 = {"rms_norm_eps": 1e-5, "bos_token_id": None, "eos_token_id": 50279, "pad_token_id": 1}
-OLMO3 = OLMO2 | {"sliding_window": 4096, "layer_types": None, "rope_theta": 5e5, "rope_local_base_freq": None}
+OLMO3 = OLMO2 | {"sliding_window": 4096, "layer_types": None, "rope_theta": 5e5}
 SMOLLM3 = {
     "num_key_value_heads": 4, "max_position_embeddings": 32768, "rope_theta": 2e6, "tie_word_embeddings": True,
     "use_sliding_window": False, "layer_types": None, "no_rope_layers": None, "no_rope_layer_interval": 4,

@@ -13,17 +13,19 @@ from .config_values import check, config_bool, config_int, config_mapping, confi
 from .rotary import yarn_divisors
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
+#: The families whose layers with a window have a rotary embedding of their own.
+TWO_ROTARIES = ("gemma3_text", "olmo3")
 
 
 def rotaries(c: dict, own: Collection[str], head_dim: int) -> tuple[RotaryConfig, RotaryConfig]:
-    """The rotary embeddings of layers with full attention and with a window. They differ only in Gemma 3 and OLMo 3.
+    """The rotary embeddings of layers with full attention and with a window. They differ only in TWO_ROTARIES.
 
     Args:
         own: the keys that the family has and Llama lacks.
     """
     parameters, scaling = config_mapping(c, "rope_parameters"), config_mapping(c, "rope_scaling")
     base = {key: c[key] for key in ("rope_theta", "partial_rotary_factor") if key in c}
-    if "rope_local_base_freq" not in own:
+    if c["model_type"] not in TWO_ROTARIES:
         if nested := [name for name in LAYER_TYPES if name in parameters]:
             raise ValueError(f"config.json: {c['model_type']} supports no rope_parameters for {nested[0]}")
         length = {key: c[key] for key in {"original_max_position_embeddings"} & c.keys()}  # in transformers it wins
@@ -33,11 +35,16 @@ def rotaries(c: dict, own: Collection[str], head_dim: int) -> tuple[RotaryConfig
             raise ValueError("config.json: rope_scaling and rope_parameters differ; delete the one that is wrong")
         one = found[0] if found else rotary(base, c, own, head_dim)
         return one, one
+    if "rope_type" not in scaling and (kind := scaling.get("type", "default")) != "default":
+        raise ValueError(
+            f"config.json: rope_scaling has type {shorten(kind)} and no rope_type, so transformers leaves it out for "
+            f"{c['model_type']}; write rope_type if it is meant"
+        )
     known = set(parameters) <= set(LAYER_TYPES)
     check(known, "rope_parameters", sorted(parameters), "a mapping with " + " and ".join(LAYER_TYPES))
     own_of = {name: without_null(config_mapping(parameters, name)) for name in LAYER_TYPES}
     full = rotary(base | own_of["full_attention"] | without_null(scaling), c, own, head_dim)
-    if c["rope_local_base_freq"] is not None:
+    if "rope_local_base_freq" in own and c["rope_local_base_freq"] is not None:
         base["rope_theta"] = config_number(c, "rope_local_base_freq")
     return full, rotary(base | own_of["sliding_attention"], c, own, head_dim)
 

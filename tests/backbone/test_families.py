@@ -137,6 +137,14 @@ def test_only_full_attention_of_olmo3_is_scaled():
     assert (full.window, full.rotary.scaling, full.rotary.theta) == (None, "yarn", 9.0)
 
 
+def test_what_transformers_does_not_read_of_two_rotary_embeddings():
+    sliding, _ = model_config(minimal("olmo3", rope_scaling=YARN, rope_local_base_freq=50.0)).kinds[2:4]
+    assert sliding.rotary.theta == 5e5
+    for family in ("olmo3", "gemma3_text"):
+        with pytest.raises(ValueError, match=f"type 'linear' and no rope_type.*{family}"):
+            model_config(minimal(family, rope_scaling={"type": "linear", "factor": 8.0}))
+
+
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
