@@ -6,6 +6,7 @@ import math
 import re
 import shlex
 import time
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -14,6 +15,7 @@ import numpy as np
 
 from .. import devices
 from ..adapters.adapter import Adapter
+from ..adapters.bank import weights_hash
 from ..config import RunConfig, expanded
 from ..data.batches import Batch, Bucket
 from ..data.given import is_given
@@ -38,7 +40,7 @@ from ..training.statistics import standardise, statistics_batches
 from ..training.step import TrainState, put_adapter, put_state, put_tenant, tenant_of, train_step
 from ..training.stop import Interrupted, StopSignal
 from .chosen import TRIALS
-from .initial import initial_adapter
+from .initial import initial_adapter, require_same_start
 from .logs import Logs
 from .scoring import REMEDY, NotFinite, Scoring, read_everywhere
 from .standing import Standing
@@ -137,14 +139,17 @@ class Loop(NamedTuple):
                 like = jax.eval_shape(tenant_of, state, jnp.int32(slot))
                 state = put_state(state, jnp.int32(slot), read_last_state(self.tenants[tenant].folder, steps, like))
             else:
-                fresh = self.fresh_adapter(self.tenants[tenant])
+                fresh = self.fresh_adapter(self.tenants[tenant], standing)
                 state = put_tenant(state, jnp.int32(slot), fresh, config=self.config.train)
         return state, standing._replace(slots=slots)
 
-    def fresh_adapter(self, tenant: Tenant) -> Adapter:
+    def fresh_adapter(self, tenant: Tenant, standing: Standing) -> Adapter:
         if tenant.config.train.init_from:
             like = jax.eval_shape(lambda: init_adapter(self.config.adapter, self.model.config))
-            return read_everywhere(lambda: initial_adapter(tenant.config, self.model.config, model=self.model), like)
+            read = partial(initial_adapter, tenant.config, self.model.config, model=self.model)
+            adapter = read_everywhere(read, like)
+            require_same_start(tenant.name, tenant.config, standing.starts, weights_hash(adapter))
+            return adapter
         made = init_adapter(self.config.adapter, self.model.config, seed=tenant.config.seed)
         if made.needs_statistics:
             longest, seed = self.buckets[-1], tenant.config.seed

@@ -40,6 +40,9 @@ class Standing(NamedTuple):
     scores: dict[str, dict[str, dict[str, str | int | dict[str, float] | list[list[str]]]]] | None = None
     """each tenant's records by its name, as training/scores_file.py describes them; None: an earlier version began the
     run"""
+    starts: dict[str, str] | None = None
+    """a hash of the adapter that each tenant which waits for a slot will start from, by its name (train.init_from);
+    None: an earlier version began the run"""
     kept: dict[str, str] | None = None
     """a hash of each tenant's best adapter, which its folder holds, by its name; None: as for scores"""
     rows: int | None = None

@@ -24,10 +24,11 @@ from ..adapters.bank import weights_hash
 from ..backbone.content import digests_of_run
 from ..backbone.kernel_choice import describe_attention
 from ..backbone.load import load_backbone, load_model_config
-from ..config import RunConfig, config_dict, expanded, require, shorten
+from ..config import ModelConfig, RunConfig, config_dict, expanded, require, shorten
 from ..config.unused import unused_fields
 from ..data.example_arrays import examples_digest
 from ..data.given import with_data, with_tenants
+from ..data.schedule import admitted
 from ..data.tenants import OWN_FILE
 from ..evaluation.evaluate import Tasks, share_shapes
 from ..evaluation.score import describe_best
@@ -63,7 +64,7 @@ from .folder import (
     run_digests,
 )
 from .health import Health
-from .initial import check_initial
+from .initial import check_initial, require_same_start, starts_of
 from .logs import Logs, tenant_rows
 from .loop import Loop
 from .parts import Part, has_begun, parts_of_run, write_parts
@@ -419,6 +420,7 @@ def fit(
         changed, standing = accepted_changes(standing, run)
         require_same_tenants(standing, tenants, layout)
         standing = reopened(standing, tenants, changed)._replace(rows=layout.tenant_rows)
+        standing = with_starts(standing, tenants, model.config)
         if restored:
             say(describe_position(standing, tenants))
         log = open_log(config, folder, model, mesh, standing if restored else None)
@@ -507,6 +509,19 @@ def accepted_changes(standing: Standing, run: dict[str, str]) -> tuple[list[str]
         said = describe_changes(changed, standing.run or {}, run)
         say(f"data.changed=accept: the checkpoint of step {standing.step} is of {said}; the run resumes from it")
     return changed, standing._replace(run=run)
+
+
+def with_starts(standing: Standing, tenants: Sequence[Tenant], model_config: ModelConfig) -> Standing:
+    """The standing with what the tenants that wait for a slot will start from (train.init_from). Raises ValueError if
+    that changed since the run began."""
+    slots = admitted(standing.slots, standing.over)
+    begun = [i in slots or standing.over[i] or standing.steps[i] > 0 for i in range(len(tenants))]
+    waiting = {one.name: one.config for one, has in zip(tenants, begun, strict=True) if not has}
+    waiting = {name: own for name, own in waiting.items() if own.train.init_from}
+    starts = on_first_process(lambda: starts_of(waiting, model_config))
+    for name, own in waiting.items():
+        require_same_start(name, own, standing.starts, starts[name])
+    return standing._replace(starts=starts)
 
 
 def describe_position(standing: Standing, tenants: Sequence[Tenant]) -> str:
