@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ..adapters.bank import AdapterBank, Entry
@@ -224,7 +225,7 @@ class Prefills:
         logits, entered = take_rows(chosen, last.logits, last.entered)
         adapted = self._adapt([prompt for prompt in prompts if prompt.entry is not None], entered)
         for prompt in prompts:
-            prompt.made = logits, *(self._nothing if prompt.entry is None else adapted)
+            prompt.made = logits, *adapted.get(prompt.row, self._nothing)
 
     def _planned(self, working: list[ChunkedPrompt]) -> Lanes:
         """The next blocks of the prompts, which take turns. Blocks that are known are not computed again, except a
@@ -258,25 +259,36 @@ class Prefills:
             prompt.found += self.size
             self.cache.hits += self.size
 
-    def _adapt(self, prompts: list[ChunkedPrompt], entered: tuple) -> tuple:
-        """(adjustments, keys and values of last tokens but one) of prompts with an adapter, in the prompts' rows."""
+    def _adapt(self, prompts: list[ChunkedPrompt], entered: tuple) -> dict[int, tuple]:
+        """(adjustments, keys and values of last tokens but one) of prompts with an adapter, both in the prompts' rows,
+        by row. Windows of each size have a program of their own, so none costs or rounds otherwise than alone."""
         if not prompts:
-            return self._nothing
+            return {}
         assert self.bank is not None
         entries: list[Entry | None] = [None] * ROWS
+        of_size: dict[int, list[ChunkedPrompt]] = {}
         for prompt in prompts:
+            assert prompt.entry is not None
             entries[prompt.row] = prompt.entry
+            of_size.setdefault(self._window_size(prompt.entry.config), []).append(prompt)
         adjustments, carried = make_adjustments(self.bank.rows_of(entries), entered)
-        if not any(prompt.adapted for prompt in prompts):
-            return carried, self._nothing[1]
-        tokens, table = np.zeros((ROWS, self.window), np.int32), np.zeros((ROWS, self._longest), np.int32)
+        made = {}
+        for size, together in of_size.items():
+            last = self._run_windows(size, together, adjustments) if size else self._nothing[1]
+            made |= {prompt.row: (carried, last) for prompt in together}
+        return made
+
+    def _run_windows(self, size: int, prompts: list[ChunkedPrompt], adjustments: tuple) -> tuple:
+        """Keys and values of the last tokens but one of prompts whose windows have this size, in the prompts' rows."""
+        tokens, table = np.zeros((ROWS, size), np.int32), np.zeros((ROWS, self._longest), np.int32)
         length, adapted = np.zeros(ROWS, np.int32), np.zeros(ROWS, np.int32)
         for prompt in prompts:
-            row, last = prompt.row, prompt.ids[:-1][-self.window :]
-            tokens[row, self.window - len(last) :], table[row] = last, self._table(prompt)
+            row, last = prompt.row, prompt.ids[:-1][-size:]
+            tokens[row, size - len(last) :], table[row] = last, self._table(prompt)
             length[row], adapted[row] = len(prompt.ids) - 1, prompt.adapted
         windows = Windows(tokens, table, length, adapted)
-        return carried, run_windows(self._treedef, self._leaves, self.pool, adjustments, windows)
+        last = run_windows(self._treedef, self._leaves, self.pool, adjustments, windows)
+        return last if size == self.window else in_room(last, self.window)
 
     def _no_lanes(self) -> Lanes:
         row, number, count = (np.zeros(self.lanes, np.int32) for _ in range(3))
@@ -310,15 +322,18 @@ class Prefills:
                 raise PromptFailed(prompt.key, error)
 
     def _grow_window(self, configs: Iterable[Any]) -> None:
-        """Makes room for the windows of adapters of these configs. A larger one is a new program."""
-        windows = [scope_of(config)[1] for config in configs if has_plain_prompts(config)]
-        tokens = max(windows, default=1) - 1  # without the last one; rounded up to a power of two, for fewer programs
-        wanted = min(1 << (tokens - 1).bit_length() if tokens else 1, self._longest * self.size)
+        """Makes room for the windows of adapters of these configs."""
+        wanted = max((self._window_size(config) for config in configs if has_plain_prompts(config)), default=0)
         if wanted > self.window:
             for prompt in [prompt for prompt in self._prompts.values() if prompt.made is not None]:
                 self._drop(prompt)
             self.window = wanted
             self._nothing = self._of_no_adapter()
+
+    def _window_size(self, config: Any) -> int:
+        """Tokens of an adapter's window without the last one, rounded up to a power of two, for fewer programs."""
+        tokens = scope_of(config)[1] - 1
+        return min(1 << (tokens - 1).bit_length(), self._longest * self.size) if tokens else 0
 
     def _of_no_adapter(self) -> tuple:
         """The adjustments, and the keys and values of last tokens, of prompts without an adapter: zeros."""
@@ -365,3 +380,10 @@ def make_adjustments(adapters, entered: tuple) -> tuple[tuple, tuple]:
 def run_windows(treedef, leaves, pool, adjustments: tuple, windows: Windows) -> tuple:
     """Keys and values of last tokens with their adapters. The model is passed flat."""
     return constrain_held(adapt_window(jax.tree.unflatten(treedef, leaves), pool, adjustments, windows))
+
+
+@partial(jax.jit, static_argnums=1)
+def in_room(last: tuple, room: int) -> tuple:
+    """Keys and values of last tokens, with `room` places, of which they have the last ones."""
+    places = lambda part: jnp.pad(part, ((0, 0), (0, 0), (room - part.shape[2], 0), (0, 0)))  # noqa: E731
+    return constrain_held(jax.tree.map(places, last))

@@ -297,6 +297,7 @@ def test_a_long_prompt_delays_decoding_rows_by_one_chunk_per_round(model, bank, 
     engine.step()
     watch(monkeypatch, decoder, "steps", log)
     watch(monkeypatch, prefills, "prefill_chunk", log, lambda arguments: int(arguments[3].count.sum()))
+    watch(monkeypatch, prefills, "run_windows", log, lambda arguments: arguments[4].tokens.shape)
     long = engine.submit(Request(ids_of(15, 300), "w4", 3))
     short = engine.submit(Request(ids_of(16, 7), None, 3))
     ended = []
@@ -305,6 +306,7 @@ def test_a_long_prompt_delays_decoding_rows_by_one_chunk_per_round(model, bank, 
     chunks = [count for name, count in log if name == "prefill_chunk"]
     assert len(chunks) == -(-307 // CHUNK) and max(chunks) == CHUNK
     names = [name for name, _ in log]
+    assert [shape for name, shape in log if name == "run_windows"] == [(ROWS, 4)], "as large as its own window"
     assert all(pair != ("prefill_chunk",) * 2 for pair in zip(names, names[1:], strict=False))
     assert ended == [short, long], "the short prompt shares the first chunks and does not wait for the long one"
     assert engine.cancel(decoding)
