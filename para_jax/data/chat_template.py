@@ -111,6 +111,8 @@ class TemplateProcess:
         answer, code = "", None
         with self.lock:
             try:
+                if self.process is not None and self.process.poll() is not None:  # killed while it was idle
+                    self.stop()
                 self.process = self.process or start()
                 assert self.process.stdin and self.process.stdout
                 with suppress(BrokenPipeError):  # it ended; its exit code says why

@@ -202,7 +202,8 @@ class Answerer:
             return Pending((version(entry), question), tenant, entry, question)
         if self._writing is None:
             self._writing = writing_content(self.tokenizer, self.stop_ids)
-        return Pending(key(question, entry, self.backbone, self._writing), tenant, entry, question)
+        dtype = getattr(self.bank, "dtype", "float32")  # a StackBank of a run has float32
+        return Pending(key(question, entry, self.backbone, self._writing, dtype), tenant, entry, question)
 
 
 def context_of(one: Pending) -> tuple:

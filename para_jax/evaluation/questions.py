@@ -78,10 +78,11 @@ class Pending(NamedTuple):
     """a Question; in a list of one kind, a Likelihood or a Generation"""
 
 
-def key(question: Question, entry: Entry | None, backbone: str, writing: str) -> str:
-    """A hash of everything that an answer depends on: the question, the adapter's content (never its name), the
-    backbone's content and ANSWERS_VERSION; for a Generation also `writing_content`."""
+def key(question: Question, entry: Entry | None, backbone: str, writing: str, dtype: str = "float32") -> str:
+    """A hash of everything that an answer depends on: the question, the adapter's content (never its name) and the
+    dtype of its bank, the backbone's content and ANSWERS_VERSION; for a Generation also `writing_content`."""
     asked = list(question) if question.reads is not None else list(question)[:-1]  # so that older journals still count
-    parts = [ANSWERS_VERSION, type(question).__name__, asked, entry.content if entry else None, backbone]
+    adapter = entry and (entry.content if dtype == "float32" else f"{entry.content} {dtype}")  # the same reason
+    parts = [ANSWERS_VERSION, type(question).__name__, asked, adapter, backbone]
     parts += [writing] if isinstance(question, Generation) else []
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

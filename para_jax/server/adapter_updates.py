@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from ..atomic import old_folder
 from ..config import expanded, printable, shorten
 from ..hub import HUB_ID, is_inside_folder
 from ..messages import say
@@ -123,7 +124,7 @@ class AdapterUpdates:
         try:
             folder = (self.root / path).resolve()
             inside = self.root in folder.parents and not folder.is_symlink()  # from 3.13 on a circle of links stays one
-            if inside and folder.is_dir():
+            if inside and (folder.is_dir() or old_folder(folder)):  # a save was killed between its two renames
                 return folder
         except (OSError, ValueError, RuntimeError):  # NUL, too long, links in a circle
             raise outside from None

@@ -31,6 +31,10 @@ class Connection(h11.Connection):
 
     def next_event(self):
         event = super().next_event()
+        if isinstance(event, h11.Request):
+            names = {name for name, _ in event.headers}
+            if {b"content-length", b"transfer-encoding"} <= names:  # a proxy may go by the other one (RFC 9112, 6.1)
+                raise h11.RemoteProtocolError("the request has both Content-Length and Transfer-Encoding")
         if isinstance(event, h11.Data):
             self.pieces, self.size = self.pieces + 1, self.size + len(event.data)
             if self.pieces > PIECES + self.size // LEAST_PIECE:

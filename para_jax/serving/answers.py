@@ -160,6 +160,12 @@ class Answers:
 def check_shard(answers: Answers, shard: Shard | None) -> None:
     """Raises ValueError if the output is that of another shard, or a pipe, which merge can't read."""
     if answers.regular:
+        others = [line for line, _ in answers.kept if shard is not None and not shard.has_line(line)]
+        if others and not job_shard_file(answers.file).exists():  # of a job without shards; `finish` would remove them
+            raise ValueError(
+                f"{answers.file} answers line {min(others)} of the input, which shard {shard} does not have; choose "
+                "another output"
+            )
         begin_part(job_shard_file(answers.file), answers.file, shard)
     elif shard is not None:
         raise ValueError(f"{answers.file}: the answers of a shard can't go to a pipe; give the path of a file")

@@ -69,7 +69,12 @@ def key_parts(engine: Engine) -> KeyParts:
         raise ValueError(f"bank: the tenant {BASE!r} needs another name; in a job's lines it is the base model")
     tokenizer, stops = engine.tokenizer, engine.stop_ids
     text = hashed([ANSWERS_VERSION, backbone_content(engine.model), writing_content(tokenizer, stops)])
-    return KeyParts(engine.bank, text, hashed([text, tokenizer.chat_template]))
+    return KeyParts(engine.bank, text, hashed([text, *template_parts(tokenizer)]))
+
+
+def template_parts(tokenizer) -> tuple:
+    """What a rendered chat depends on besides its messages: the template, and the special tokens it names by role."""
+    return tokenizer.chat_template, sorted(tokenizer.special_tokens_map.items())
 
 
 def job_settings(engine: Engine, defaults: Request) -> dict:
@@ -84,7 +89,7 @@ def job_settings(engine: Engine, defaults: Request) -> dict:
         "version": [__version__, ANSWERS_VERSION],
         "backbone": backbone_content(engine.model),
         "tokenizer": writing_content(tokenizer, engine.stop_ids),
-        "chat_template": hashed(tokenizer.chat_template),
+        "chat_template": hashed(template_parts(tokenizer)),
         "adapters": [len(held), hashed([held, bank.dtype if bank is not None else None])],
         "max_length": engine.max_length,
         "defaults": json.loads(json.dumps(asked)),

@@ -196,6 +196,15 @@ def test_a_late_answer_is_never_taken_for_the_next(monkeypatch):
     assert render_template(ECHO, [{"role": "user", "content": "second"}]) == "usersecond"
 
 
+def test_a_process_that_was_killed_while_idle_fails_no_chat():
+    """As the kernel kills one where memory is short."""
+    process = template_process(os.getpid())
+    render_template(ECHO, [USER])
+    process.process.kill()
+    process.process.wait()
+    assert render_template(ECHO, [{"role": "user", "content": "next"}]) == "usernext"
+
+
 def test_threads_get_their_own_answers():
     found = {}
 

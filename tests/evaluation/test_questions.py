@@ -13,7 +13,8 @@ def test_a_key_depends_on_question_adapter_content_and_backbone():
     keys = [key(one, *who, "w") for who in ((a, "x"), (b, "x"), (None, "x"), (a, "y"))]
     others = one._replace(context=(3,)), Generation((3, 4), 5), Generation((3, 4), 5, seed=1)
     keys += [key(other, a, "x", "w") for other in others] + [key(others[1], a, "x", "v")]
-    assert len(set(keys)) == len(keys)
+    keys.append(key(one, a, "x", "w", "bfloat16"))
+    assert len(set(keys)) == len(keys) and key(one, None, "x", "w", "bfloat16") == keys[2]
     assert key(one, a._replace(version=99), "x", "v") == keys[0]
     assert backbone_content(backbone("llama")) != backbone_content(backbone("qwen2"))
 

@@ -176,6 +176,7 @@ def test_large_headers_get_431_also_if_they_come_at_once(patient, size):
         b"\x16\x03\x01\x02\x00\x01\x00",
         b"GET / HTTP/1.1\r\n\r\n",
         b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: -1\r\n\r\n",
+        b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0",
     ],
 )
 def test_what_is_not_http_gets_400(patient, garbage):

@@ -109,6 +109,18 @@ def test_a_shard_goes_on_in_its_own_output_only(engine, folder, outputs, tmp_pat
     assert sorted(output.read_bytes().splitlines()) == sorted(before.splitlines())
 
 
+def test_a_job_without_shards_does_not_go_on_as_a_shard(engine, folder, whole, tmp_path):
+    """It would remove the answers that the shard doesn't have."""
+    output = tmp_path / "out.jsonl"
+    run_job(engine, folder / "in.jsonl", output, Request(""))
+    before = output.read_bytes()
+    with pytest.raises(ValueError, match="out.jsonl answers line .* shard 0/3 does not have"):
+        run_job(engine, folder / "in.jsonl", output, Request(""), shard=Shard(0, 3))
+    assert output.read_bytes() == before
+    run_job(engine, folder / "in.jsonl", output, Request(""))
+    assert output.read_bytes() == before
+
+
 def test_after_a_change_of_the_input_the_shards_are_answered_again_and_join(engine, tmp_path):
     """Also where lines, or samples of a line, are gone."""
     source, outputs = tmp_path / "in.jsonl", [tmp_path / f"{index}.jsonl" for index in range(2)]

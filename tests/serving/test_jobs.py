@@ -9,7 +9,9 @@ import subprocess
 import sys
 import threading
 import time
+from copy import deepcopy
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -33,7 +35,7 @@ from para_jax.cli import main
 from para_jax.inference.sampling import derived_seed
 from para_jax.serving import decoder, job_lines, jobs, prefills
 from para_jax.serving.answers import HEAD, Answers, Kept, bounded_lines
-from para_jax.serving.job_lines import KeyParts, LineSample, samples, unknown_field
+from para_jax.serving.job_lines import KeyParts, LineSample, key_parts, samples, unknown_field
 from para_jax.serving.jobs import run_job
 from para_jax.serving.open_requests import QueueFull
 
@@ -364,6 +366,15 @@ def test_a_key_changes_with_adapter_dtype_and_tenant(folder):
     assert len(set(found)) == 5
     banks[1].replace("A", a)
     assert keys({"tenant": "A"}, by=KeyParts(banks[1], "text", "chat"))[0] == found[0]
+
+
+def test_a_chats_key_changes_with_the_roles_of_special_tokens(engine):
+    """A chat template writes them by their roles."""
+    other = deepcopy(engine.tokenizer)
+    other.bos_token, other.pad_token = other.pad_token or other.eos_token, other.bos_token
+    same = {name: getattr(engine, name) for name in ("model", "bank", "stop_ids")}
+    ours, theirs = key_parts(engine), key_parts(SimpleNamespace(**same, tokenizer=other))
+    assert (ours.text == theirs.text, ours.chat == theirs.chat) == (True, False)
 
 
 @pytest.mark.long
