@@ -45,18 +45,25 @@ def replacing(file: Path) -> Iterator[BinaryIO]:
         return
     part = temporary_name(file)
     try:
-        with part.open("xb") as stream:
+        with errors_named(file), part.open("xb") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(part, file)
         sync_folder(file.parent)
-    except OSError as error:  # a write to a full disk does not name the file
-        if error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, str(file)) from None
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def errors_named(path: Path | BucketPath) -> Iterator[None]:
+    """Names a file or folder in the error of a write to a stream, such as that of a full disk, which names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def append(stream: IO[bytes], data: bytes) -> None:

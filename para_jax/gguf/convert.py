@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..atomic import sync_folder
+from ..atomic import errors_named, sync_folder
 from ..progress import Progress
 from .file import GgufFile
 
@@ -36,13 +36,14 @@ def convert_gguf(file: str | Path, folder: str | Path, tokenizer) -> None:
     unfinished.mkdir(parents=True)
     try:
         ids = {key: value for key, value in source.config.items() if key.endswith("_token_id")}
-        (unfinished / "config.json").write_text(json.dumps(source.config, indent=2))
-        (unfinished / "generation_config.json").write_text(json.dumps(ids, indent=2))
-        write_safetensors(source, unfinished / "model.safetensors")
-        tokenizer.save_pretrained(unfinished)
-        for written in unfinished.iterdir():
-            with written.open("rb") as stream:
-                os.fsync(stream.fileno())
+        with errors_named(folder):
+            (unfinished / "config.json").write_text(json.dumps(source.config, indent=2))
+            (unfinished / "generation_config.json").write_text(json.dumps(ids, indent=2))
+            write_safetensors(source, unfinished / "model.safetensors")
+            tokenizer.save_pretrained(unfinished)
+            for written in unfinished.iterdir():
+                with written.open("rb") as stream:
+                    os.fsync(stream.fileno())
         os.replace(unfinished, folder)
         sync_folder(folder.parent)
     finally:

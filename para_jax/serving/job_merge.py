@@ -27,7 +27,10 @@ def merge_jobs(outputs: Sequence[Place], output: Place) -> tuple[int, int]:
     near = None if isinstance(output, BucketPath) else output.absolute().parent
     if near is not None:
         near.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=near) as copy:  # one file: an answer is read by its place, also from a bucket
+    with (
+        atomic.errors_named(output),
+        tempfile.TemporaryFile(dir=near) as copy,
+    ):  # one file: an answer is read by its place, also from a bucket
         found, days = [], {}
         for part in parts:
             found += copied(part, copy, days)

@@ -1,3 +1,4 @@
+import errno
 from types import SimpleNamespace
 
 import numpy as np
@@ -50,9 +51,9 @@ def test_a_failed_conversion_leaves_nothing(tmp_path):
     file, folder = write_gguf(tmp_path / "m.gguf"), tmp_path / "hf"
 
     def full_disk(path):
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=f"No space left on device: '{folder}'"):
         convert_gguf(file, folder, SimpleNamespace(save_pretrained=full_disk))
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
     folder.mkdir()

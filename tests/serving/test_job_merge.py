@@ -1,5 +1,6 @@
 """A job in shards gives what one worker gives, byte for byte; what does not belong together is refused by name."""
 
+import errno
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from tiny_run import strong_adapters, words
 
 from para_jax import AdapterBank, Engine, Request, load_adapter, load_backbone, load_tokenizer
 from para_jax.cli import main
+from para_jax.serving import job_merge
 from para_jax.serving.job_merge import merge_jobs
 from para_jax.serving.jobs import run_job
 from para_jax.shards import Shard, ShardOutput, job_shard_file, write_part
@@ -71,6 +73,16 @@ def test_the_merged_answers_are_those_of_one_worker_byte_for_byte(engine, folder
     assert f"{answers} answers, 1 of them errors" in capsys.readouterr().err
     assert run_job(engine, folder / "in.jsonl", tmp_path / "one", Request("")).total() == 1  # nothing else is asked
     assert (tmp_path / "one").read_bytes() == whole
+
+
+def test_a_full_disk_is_an_error_that_names_the_output(outputs, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(job_merge, "copied", full)
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/merged.jsonl'"):
+        merge_jobs(outputs, tmp_path / "merged.jsonl")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_bank_that_loads_one_adapter_at_a_time_gives_the_same_answers(folder, whole, tmp_path, capsys):
