@@ -20,8 +20,8 @@ from para_jax.training.loss import completion_nll
 from para_jax.training.prompt_cache import cached_prompts, distinct_prompts
 from para_jax.training.prompt_states import pooler_of
 
-#: (prompt, completion) tokens: shorter and longer than the windows
-SIZES = [(9, 4), (3, 1), (12, 2), (1, 3), (5, 6), (2, 2), (8, 1)]
+#: (prompt, completion) tokens: shorter and longer than the windows, and two different prompts of one length
+SIZES = [(9, 4), (3, 1), (12, 2), (1, 3), (5, 6), (3, 2), (8, 1)]
 ROWS = [[0, 1, 3], [4, 6], [2, 5]]
 BUCKET, ROW_SHAPE = Bucket(24, 6, 16), RowShape(24, 9, 4, 16)
 CASES = [
@@ -60,9 +60,9 @@ def order_of(made, steps=100, seed=0, rows=2) -> TenantOrder:
     return TenantOrder(made, Plan(example_lengths(made), buckets=(BUCKET,), rows=rows, seed=seed), steps)
 
 
-def cached(config, model=None, where="memory", held=None):
+def cached(config, model=None, where="memory", held=None, made=None):
     """The cache of all examples' prompts, which are computed four at a time."""
-    given = where, model or model_of("llama"), config, [order_of(examples())], (BUCKET, ROW_SHAPE)
+    given = where, model or model_of("llama"), config, [order_of(made or examples())], (BUCKET, ROW_SHAPE)
     with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
         return cached_prompts(*given, step_rows=8, rows=4, held={} if held is None else held)
 
@@ -95,7 +95,9 @@ def test_each_distinct_prompt_that_the_steps_read_is_kept_once():
     made = examples()
     again = [Example(prompt, [5]) for prompt, _ in made[:4]]
     distinct = distinct_prompts([order_of(made), order_of(made, seed=1), order_of(again)])
-    assert [one.prompt_ids for one in distinct] == sorted((one.prompt_ids for one in made), key=len)
+    shortest_first = [list(one.prompt_ids) for one in distinct]
+    assert sorted(shortest_first) == sorted(one.prompt_ids for one in made)
+    assert [len(ids) for ids in shortest_first] == sorted(len(one.prompt_ids) for one in made)
     order = order_of(made, steps=2)
     read = {i for step in range(2) for i in order.plan.batch_indices(step)[1]}
     expected = sorted((made[i].prompt_ids for i in read), key=len)
@@ -139,6 +141,9 @@ def test_runs_of_one_command_share_the_cache_of_the_same_summaries_alone():
     held = {}
     first = cached(ParaConfig(scope="response"), held=held)
     assert cached(LoraConfig(scope="response", scope_window=2), held=held) is first
+    fewer = cached(ParaConfig(scope="response"), held=held, made=examples()[:3])
+    assert fewer is not first and len(fewer.data) < len(first.data)
+    first = cached(ParaConfig(scope="response"), held=held)
     other = cached(ParaConfig(scope="response", pooler="mean"), held=held)
     assert other is not first and list(held.values()) == [other]
 
@@ -218,7 +223,7 @@ def test_the_folder_is_bounded(monkeypatch):
 def test_states_that_take_too_much_are_refused_with_the_numbers_before_any_is_computed(monkeypatch, capsys):
     config = ParaConfig(scope="response")
     size = len(cached(config).data)
-    assert f"7 distinct prompts with 40 tokens take {size:,} bytes" in capsys.readouterr().err
+    assert f"7 distinct prompts with 41 tokens take {size:,} bytes" in capsys.readouterr().err
     monkeypatch.setattr(prompt_cache, "computed", None)
     with monkeypatch.context() as patched, pytest.raises(ValueError, match="memory needs .* of the 1,000 .*disk"):
         patched.setattr(prompt_cache, "free_memory", lambda: 1000)
