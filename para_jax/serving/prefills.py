@@ -384,6 +384,6 @@ def run_windows(treedef, leaves, pool, adjustments: tuple, windows: Windows) -> 
 
 @partial(jax.jit, static_argnums=1)
 def in_room(last: tuple, room: int) -> tuple:
-    """Keys and values of last tokens, with `room` places, of which they have the last ones."""
+    """Keys and values of last tokens in the last of `room` places; zeros before them."""
     places = lambda part: jnp.pad(part, ((0, 0), (0, 0), (room - part.shape[2], 0), (0, 0)))  # noqa: E731
     return constrain_held(jax.tree.map(places, last))
