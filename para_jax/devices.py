@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -49,6 +50,9 @@ NOT_STARTED = {
 #: XLA's flag for runtime.deterministic.
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
+#: The first bytes of a file that zstandard packed.
+ZSTANDARD = b"\x28\xb5\x2f\xfd"
+
 #: How long a process that ends waits for the others of its run. After an error on one process, they never come.
 SHUTDOWN_SECONDS = 30
 
@@ -66,7 +70,7 @@ def start(runtime: RuntimeSection) -> None:
     join(runtime)
     wanted = runtime.compilation_cache and runtime.distributed != "given"
     if wanted and not jax.config.values["jax_compilation_cache_dir"]:  # JAX_COMPILATION_CACHE_DIR wins
-        remove_empty(cache_folder() / "compiled")
+        remove_broken(cache_folder() / "compiled")
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     say(f"devices: {describe_devices()}")
@@ -85,12 +89,29 @@ def start(runtime: RuntimeSection) -> None:
         )
 
 
-def remove_empty(folder: Path) -> None:
-    """Removes the empty files that a full disk left among compiled programs: JAX would never write them again."""
-    with suppress(OSError):  # of another user, or removed by another process
+def remove_broken(folder: Path) -> None:
+    """Removes compiled programs that a kill or a full disk left in part: JAX warns of them at every start, and never
+    writes them again. Reads only those that were written since the last look."""
+    looked = folder / "looked"
+    with suppress(OSError):  # there is no folder yet, or another user's
+        before = looked.stat().st_mtime if looked.exists() else 0.0
+        looked.touch()
         for file in folder.glob("*-cache"):
-            if not file.stat().st_size:
-                file.unlink()
+            with suppress(FileNotFoundError):  # another process removed it
+                if file.stat().st_mtime >= before and not is_whole(file):
+                    file.unlink()
+
+
+def is_whole(file: Path) -> bool:
+    """Whether a compiled program's zlib stream has its end. JAX uses zstandard instead where that is installed; such a
+    file counts as whole unless it is empty."""
+    unpacked = zlib.decompressobj()
+    with file.open("rb") as stream, suppress(zlib.error):
+        while piece := stream.read(2**18):
+            if piece.startswith(ZSTANDARD):
+                return True
+            unpacked.decompress(piece)
+    return unpacked.eof
 
 
 def installed_backend(extra: str) -> str | None:

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import zlib
 
 import jax
 import pytest
@@ -15,7 +16,7 @@ from para_jax.devices import (
     describe_devices,
     join,
     make_deterministic,
-    remove_empty,
+    remove_broken,
     start,
     unused_accelerator,
 )
@@ -133,12 +134,20 @@ def test_the_compilation_cache_is_in_the_cache_folder_unless_turned_off(tmp_path
         jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
 
 
-def test_programs_that_a_full_disk_left_empty_are_removed(tmp_path):
-    for name, content in (("a-cache", b""), ("b-cache", b"x"), ("other", b"")):
+def test_programs_that_a_kill_or_a_full_disk_left_in_part_are_removed(tmp_path):
+    whole = zlib.compress(os.urandom(10**6))
+    files = {"whole-cache": whole, "part-cache": whole[:-1], "none-cache": b"", "text-cache": b"x", "other": b""}
+    for name, content in (files | {"zstandard-cache": b"\x28\xb5\x2f\xfd x"}).items():
         (tmp_path / name).write_bytes(content)
-    remove_empty(tmp_path)
-    remove_empty(tmp_path / "nowhere")
-    assert {file.name for file in tmp_path.iterdir()} == {"b-cache", "other"}
+    remove_broken(tmp_path)
+    remove_broken(tmp_path / "nowhere")
+    left = {file.name for file in tmp_path.iterdir()}
+    assert left == {"whole-cache", "zstandard-cache", "other", "looked"}
+    (tmp_path / "late-cache").write_bytes(whole[:-1])
+    (tmp_path / "whole-cache").write_bytes(b"")
+    os.utime(tmp_path / "whole-cache", (1, 1))  # it was looked at
+    remove_broken(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == left
 
 
 def test_compiling_is_announced_and_timed(capsys):
