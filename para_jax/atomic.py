@@ -57,7 +57,7 @@ def replacing(file: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def errors_named(path: Path | BucketPath) -> Iterator[None]:
-    """Names a file or folder in the error of a write to a stream, such as that of a full disk, which names none."""
+    """Adds a path to errors that have none, such as that of a write to a full disk."""
     try:
         yield
     except OSError as error:

@@ -223,9 +223,10 @@ def read_scores(folders: Sequence[str | Path]) -> dict[str, Scores]:
 
 
 def compared_runs(folder: Path) -> list[Path]:
-    """The runs of a comparison of methods, or the folder itself."""
-    compared = (folder / COMPARISON_FILE).is_file()
-    return sorted(config.parent for config in folder.glob("*/config.yaml")) if compared else [folder]
+    """The runs of a comparison of methods that have begun, or the folder itself."""
+    if not (folder / COMPARISON_FILE).is_file():
+        return [folder]
+    return sorted({log.parent for name in ("metrics.jsonl", TENANTS_FILE) for log in folder.glob(f"*/{name}")})
 
 
 def of_records(name: str, records: Records) -> dict[str, Scores]:

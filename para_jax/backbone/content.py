@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import MISSING, fields, is_dataclass
+import math
+from dataclasses import MISSING, fields, is_dataclass, replace
 from typing import Any
 
 import jax
@@ -12,16 +13,21 @@ import numpy as np
 
 from .transformer import Transformer
 
+#: Spreads neighbouring positions over all bits: 2**32 divided by the golden ratio.
+FACTOR = 0x9E3779B1
+
 
 def backbone_content(model: Transformer) -> str:
-    """A hash of a backbone's config, dtypes and weights. Each array is hashed on its device, without a copy."""
+    """A hash of a backbone's config, dtypes and weights. Each array is hashed on its device."""
     return hashlib.sha256(repr((model.config, model.layout, weight_sums(model))).encode()).hexdigest()
 
 
 def digests_of_run(model: Transformer) -> dict[str, str]:
-    """What a checkpoint keeps of a backbone, by a name for errors: hashes of its config, and of its weights in their
-    dtype. A run may continue in another dtype, on other devices, or under a version whose configs have more fields."""
-    parts = {"backbone config": given_values(model.config), f"backbone in {model.dtype}": weight_sums(model)}
+    """What a checkpoint keeps of a backbone, by a name for errors: hashes of its config without its special tokens,
+    and of its weights in their dtype. A run may continue in another dtype, on other devices, with other end tokens, or
+    under a version whose configs have more fields."""
+    config = replace(model.config, eos_token_ids=(), bos_token_id=None, pad_token_id=None)
+    parts = {"backbone config": given_values(config), f"backbone in {model.dtype}": weight_sums(model)}
     return {name: hashlib.sha256(repr(part).encode()).hexdigest() for name, part in parts.items()}
 
 
@@ -44,10 +50,25 @@ def given_values(value: Any) -> Any:
 @jax.jit
 def bit_hash(array) -> jax.Array:
     """The sum of hashes of each element's bits and position, modulo 2**32: exact in any order of summing, and different
-    if elements change places. The hash is MurmurHash3's finalizer (Appleby 2011)."""
+    if elements change places. The hash is MurmurHash3's finalizer (Appleby 2011).
+
+    A stack of layers is read a layer at a time: a CPU copies what it hashes, in 4 bytes per element."""
+    if array.ndim < 3:
+        return hash_from(array, jnp.uint32(0))
+    stride = np.uint32(math.prod(array.shape[1:]) * FACTOR % 2**32)
+
+    def add(total, part):
+        index, layer = part
+        return total + hash_from(layer, index * stride), None
+
+    return jax.lax.scan(add, jnp.uint32(0), (jnp.arange(len(array), dtype=jnp.uint32), array))[0]
+
+
+def hash_from(array, start) -> jax.Array:
+    """`bit_hash` of an array whose first element has the position start / FACTOR."""
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize]
-    mixed = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
-    strides = np.cumprod([1, *array.shape[:0:-1]], dtype=np.uint32)[::-1] * np.uint32(0x9E3779B1)
+    mixed = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32) + start
+    strides = np.cumprod([1, *array.shape[:0:-1]], dtype=np.uint32)[::-1] * np.uint32(FACTOR)
     for axis in range(array.ndim):
         mixed += jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis) * strides[axis]
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):

@@ -43,11 +43,11 @@ def check_moved(file: Place, overrides: Iterable[str], config: RunConfig) -> Non
     if file.name != "config.yaml" or any(field.startswith("output_dir=") for field in overrides):
         return
     folder, output = file.parent, expanded(config.output_dir)
-    is_run = any((folder / name).exists() for name in ("checkpoints", "comparison.json"))
+    is_run = any((folder / name).is_file() for name in ("metrics.jsonl", "comparison.json"))
     if is_run and folder.resolve() != output.resolve():
         raise ValueError(
-            f"{file} is in a run folder, but its output_dir is {output}: the folder was moved or copied\nadd "
-            f"output_dir={folder} to continue here, or output_dir={output} to train there"
+            f"{file} is in a run folder, but its output_dir is {output}: the folder was moved or copied, or the path "
+            f"is of another folder\nadd output_dir={folder} to continue here, or output_dir={output} to train there"
         )
 
 

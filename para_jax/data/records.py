@@ -199,7 +199,9 @@ def records_of(
             records = [Record(p, c, refs, label_text(label), place) for p, c, refs, label in parts]
         except MissingColumn as error:
             if row.keys() < columns:  # rows before this one have the column
-                raise ValueError(f"{place}: {error.said}, or it is null: only {names_of(row)}; {REMEDY}") from None
+                raise ValueError(
+                    f"{place}: {error.said}, or it is null (the row has {names_of(row)}); {REMEDY}"
+                ) from None
             raise MissingColumn(f"{place}: {error.said}", error.advice) from None
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{place}: {error}") from None

@@ -38,9 +38,9 @@ def check_initial(configs: Iterable[RunConfig], model_config: ModelConfig) -> No
     hashes_of(configs, model_config)
 
 
-def hashes_of(configs: Iterable[RunConfig], model_config: ModelConfig) -> dict[str | None, str]:
+def hashes_of(configs: Iterable[RunConfig], model_config: ModelConfig) -> dict[str, str]:
     """A hash of each adapter that these configs start from, by its source."""
-    starts = {own.train.init_from: own for own in configs if own.train.init_from}
+    starts = {source: own for own in configs if (source := own.train.init_from)}
     with ThreadPoolExecutor(AT_ONCE) as pool:  # which raises what one raises
         hashes = pool.map(lambda own: weights_hash(initial_adapter(own, model_config)), starts.values())
         return dict(zip(starts, hashes, strict=True))
@@ -49,7 +49,7 @@ def hashes_of(configs: Iterable[RunConfig], model_config: ModelConfig) -> dict[s
 def starts_of(configs: Mapping[str, RunConfig], model_config: ModelConfig) -> dict[str, str]:
     """A hash of the adapter that each of these tenants will start from, by its name."""
     hashes = hashes_of(configs.values(), model_config)
-    return {name: hashes[own.train.init_from] for name, own in configs.items()}
+    return {name: hashes[own.train.init_from or ""] for name, own in configs.items()}
 
 
 def require_same_start(name: str, own: RunConfig, held: dict[str, str] | None, found: str) -> None:

@@ -330,12 +330,13 @@ class Loop(NamedTuple):
             where = f"step {standing.step}, with {sum(standing.over)} of {len(self.tenants)} tenants ended"
         on_first_process(lambda: finish_saving(self.checkpoints))
         file = expanded(self.config.output_dir) / "config.yaml"
-        other = f"the same command resumes, or `para-jax train {shlex.quote(str(file))}`"
-        if file.parent.parent.name == TRIALS:
-            other = "the same command resumes"
         if is_given(self.config.data.train) or is_given(self.config.data.tenants):
-            other = "the same call resumes"
-        say(f"stopped after {where}, and saved; {other}")
+            advice = "the same call resumes"
+        elif file.parent.parent.name == TRIALS:
+            advice = "the same command resumes"
+        else:
+            advice = f"the same command resumes, or `para-jax train {shlex.quote(str(file))}`"
+        say(f"stopped after {where}, and saved; {advice}")
         self.stop.end()
 
 

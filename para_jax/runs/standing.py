@@ -35,14 +35,14 @@ class Standing(NamedTuple):
     ended: list[str | None]
     """why: "done", "patience" or "not finite\""""
     run: dict[str, str] | None = None
-    """digests of what the run is made of, by name: "config", "backbone", "data" (all of it) and its parts ("training
-    data", ...; "training data of NAME"), which also say their number of examples"""
+    """digests of what the run is made of, by name: "config", "backbone", what digests_of_run adds, "data" (all of it)
+    and its parts ("training data", ...; "training data of NAME"), which also say their number of examples"""
     scores: dict[str, dict[str, dict[str, str | int | dict[str, float] | list[list[str]]]]] | None = None
     """each tenant's records by its name, as training/scores_file.py describes them; None: an earlier version began the
     run"""
     starts: dict[str, str] | None = None
     """a hash of the adapter that each tenant which waits for a slot will start from, by its name (train.init_from);
-    None: an earlier version began the run"""
+    None: the checkpoint of an earlier version"""
     kept: dict[str, str] | None = None
     """a hash of each tenant's best adapter, which its folder holds, by its name; None: as for scores"""
     rows: int | None = None

@@ -412,8 +412,10 @@ def fit(
     say_attention(model, [bucket.length for bucket in buckets], mesh, packed=config.data.packing)
     with jax.set_mesh(mesh), open_checkpoints(folder / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
         validation, test = tasks_of(model, tokenizer, tenants)
-        run = run_digests(config, model.fingerprint, tenants) | digests_of_run(model)
+        run, backbone = run_digests(config, model.fingerprint, tenants), digests_of_run(model)
         require_same("the data", lambda: run)  # also what the ids don't show, such as references
+        require_same("the backbone", lambda: backbone)
+        run |= backbone
         state = empty_state(config, model, layout.slots, mesh)
         restored = restore_checkpoint(checkpoints, state, Standing, run, config.data.changed == "accept")
         state, standing = restored or (state, fresh_standing(tenants, layout, run))
@@ -521,7 +523,7 @@ def with_starts(standing: Standing, tenants: Sequence[Tenant], model_config: Mod
     starts = on_first_process(lambda: starts_of(waiting, model_config))
     for name, own in waiting.items():
         require_same_start(name, own, standing.starts, starts[name])
-    return standing._replace(starts=starts)
+    return standing._replace(starts=(standing.starts or {}) | starts)
 
 
 def describe_position(standing: Standing, tenants: Sequence[Tenant]) -> str:

@@ -25,7 +25,7 @@ PIECES, LEAST_PIECE = 1000, 64
 
 
 class Connection(h11.Connection):
-    """Raises h11.RemoteProtocolError for a body in too many tiny pieces."""
+    """Raises h11.RemoteProtocolError for a body in too many tiny pieces, or with two headers that say how it ends."""
 
     pieces, size = 0, 0
 

@@ -69,18 +69,21 @@ def key_parts(engine: Engine) -> KeyParts:
         raise ValueError(f"bank: the tenant {BASE!r} needs another name; in a job's lines it is the base model")
     tokenizer, stops = engine.tokenizer, engine.stop_ids
     text = hashed([ANSWERS_VERSION, backbone_content(engine.model), writing_content(tokenizer, stops)])
-    return KeyParts(engine.bank, text, hashed([text, *template_parts(tokenizer)]))
+    template = tokenizer.chat_template
+    return KeyParts(engine.bank, text, hashed([text, template, *roles_in_template(tokenizer)]))
 
 
-def template_parts(tokenizer) -> tuple:
-    """What a rendered chat depends on besides its messages: the template, and the special tokens it names by role."""
-    return tokenizer.chat_template, sorted(tokenizer.special_tokens_map.items())
+def roles_in_template(tokenizer) -> list[tuple[str, str]]:
+    """The special tokens that the chat template writes by their roles, such as bos_token: (role, token)."""
+    special = tokenizer.special_tokens_map.items()
+    return sorted((role, str(token)) for role, token in special if role in str(tokenizer.chat_template))
 
 
 def job_settings(engine: Engine, defaults: Request) -> dict:
     """What all shards of a job must share, so that their answers are those of one worker. Values that an error shows
     are short, the others are hashed."""
     tokenizer, bank = engine.tokenizer, engine.bank
+    roles = roles_in_template(tokenizer)
     asked = {field.name: getattr(defaults, field.name) for field in dataclasses.fields(defaults)}
     for name in ("prompt", "id", "alone", *NOT_IN_JOBS):
         del asked[name]
@@ -89,7 +92,7 @@ def job_settings(engine: Engine, defaults: Request) -> dict:
         "version": [__version__, ANSWERS_VERSION],
         "backbone": backbone_content(engine.model),
         "tokenizer": writing_content(tokenizer, engine.stop_ids),
-        "chat_template": hashed(template_parts(tokenizer)),
+        "chat_template": hashed([tokenizer.chat_template, *roles] if roles else tokenizer.chat_template),
         "adapters": [len(held), hashed([held, bank.dtype if bank is not None else None])],
         "max_length": engine.max_length,
         "defaults": json.loads(json.dumps(asked)),

@@ -199,6 +199,10 @@ def newest_whole(
                 f"{folder / str(step)}: {error}; data.changed=accept continues with what is there now, "
                 "another output_dir starts again"
             ) from None
+        except OtherBackbone as error:  # an older one may not say so
+            raise ValueError(
+                f"{folder / str(step)}: {error}; put that backbone back, or choose another output_dir"
+            ) from None
         except OldForm:
             raise ValueError(
                 f"{folder / str(step)}: an earlier version of para-jax wrote this checkpoint, and it can't be resumed; "
@@ -299,6 +303,10 @@ class OldForm(ValueError):
     """A checkpoint is in a form that an earlier version wrote."""
 
 
+class OtherBackbone(ValueError):
+    """A checkpoint is of another backbone, or of another state of it."""
+
+
 class OtherData(ValueError):
     """A checkpoint belongs to this run, but the data have changed since."""
 
@@ -312,7 +320,7 @@ def check_run(about: dict[str, Any], run: dict[str, str] | None, accept_data: bo
     names = sorted(name for name in held.keys() & run.keys() if not is_data(name))  # earlier versions kept fewer
     other = [f"another {shorten(name)}" for name in names if held[name] != run[name]]
     changed = [] if accept_data else changed_data(held, run)
-    kind = ValueError if other else OtherData
+    kind = OtherBackbone if any("backbone" in one for one in other) else ValueError if other else OtherData
     other += [describe_changes(changed, held, run)] if changed else []
     if other:
         raise kind(f"it is of another run: {' and '.join(other)}")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from golden_models import backbone
 
-from para_jax.backbone.content import backbone_content, bit_hash, digests_of_run
+from para_jax.backbone.content import FACTOR, backbone_content, bit_hash, digests_of_run
 
 
 def test_one_changed_weight_is_another_backbone():
@@ -19,12 +19,24 @@ def test_one_changed_weight_is_another_backbone():
     assert backbone_content(jax.tree.unflatten(treedef, leaves)) != before
 
 
+def test_a_stack_of_layers_has_the_hash_of_its_elements():
+    array = np.arange(5 * 4 * 3, dtype=np.float32).reshape(5, 4, 3) ** 2
+    strides = np.array([4 * 3, 3, 1], np.uint64) * FACTOR
+    position = sum(np.indices(array.shape)[axis].astype(np.uint64) * strides[axis] for axis in range(3))
+    mixed = (array.view(np.uint32).astype(np.uint64) + position).astype(np.uint32)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        mixed = (mixed ^ (mixed >> np.uint32(shift))) * np.uint32(factor)
+    assert int(bit_hash(jnp.asarray(array))) == int(mixed.astype(np.uint64).sum() % 2**32)
+
+
 def test_a_new_field_of_the_config_with_a_default_changes_no_checkpoints_digest():
     model = backbone("llama")
     before = digests_of_run(model)
     grown = make_dataclass("ModelConfig", [("new", int, 0)], bases=(type(model.config),), frozen=True)
     model.config = grown(**vars(model.config))
     assert digests_of_run(model) == before
+    model.config = replace(model.config, eos_token_ids=(1, 2), pad_token_id=0)
+    assert digests_of_run(model) == before, "they change no training step"
     model.config = replace(model.config, new=1)
     assert {name for name, digest in digests_of_run(model).items() if digest != before[name]} == {"backbone config"}
 

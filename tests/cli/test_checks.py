@@ -162,7 +162,7 @@ def told(tmp_path_factory):
     (folder / "run.yaml").write_text(CONFIG)
     (folder / "runs/mine/config.yaml").write_text(CONFIG + "train: {learning_rate: 0.5}\n")
     (folder / "runs/mine/adapter/adapter_config.json").write_text("{}")
-    for name, file in (("moved", "checkpoints/3/x"), ("compared", "comparison.json")):
+    for name, file in (("moved", "metrics.jsonl"), ("compared", "comparison.json")):
         (folder / "runs" / name / file).parent.mkdir(parents=True)
         (folder / "runs" / name / file).touch()
         (folder / "runs" / name / "config.yaml").write_text(CONFIG)

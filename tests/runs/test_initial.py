@@ -75,6 +75,10 @@ def test_each_tenant_starts_from_its_own_adapter(folder, tmp_path):
 
 def test_a_tenant_that_waits_starts_from_no_other_adapter_than_when_the_run_began(folder, tmp_path, monkeypatch):
     """Not after a resume, and not where the adapter is replaced while the run is at work."""
+
+    def broken():
+        raise KeyboardInterrupt
+
     names = ("acme", "globex")
     write_tenants(tmp_path / "tenants", dict.fromkeys(names, 9))
     before = {name: saved(tmp_path / "before" / name / "adapter", i) for i, name in enumerate(names)}
@@ -84,6 +88,14 @@ def test_a_tenant_that_waits_starts_from_no_other_adapter_than_when_the_run_bega
         patched.setattr(StopSignal, "reached", lambda self, step: step >= 1)
         train_tenants(config)
     saved(tmp_path / "before" / "acme" / "adapter", seed=8)  # it has begun
+    saved(tmp_path / "before" / "globex" / "adapter", seed=9)
+    with pytest.raises(ValueError, match=f"init_from {tmp_path}/before/globex/adapter: another adapter.*globex"):
+        train_tenants(config)
+    saved(tmp_path / "before" / "globex" / "adapter", seed=1)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):  # acme has ended, and frees its slot
+        real_admit, calls = loop.Loop.admit, iter(range(9))
+        patched.setattr(loop.Loop, "admit", lambda *given: broken() if next(calls) else real_admit(*given))
+        train_tenants(config)
     saved(tmp_path / "before" / "globex" / "adapter", seed=9)
     with pytest.raises(ValueError, match=f"init_from {tmp_path}/before/globex/adapter: another adapter.*globex"):
         train_tenants(config)

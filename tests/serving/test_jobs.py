@@ -368,13 +368,17 @@ def test_a_key_changes_with_adapter_dtype_and_tenant(folder):
     assert keys({"tenant": "A"}, by=KeyParts(banks[1], "text", "chat"))[0] == found[0]
 
 
-def test_a_chats_key_changes_with_the_roles_of_special_tokens(engine):
-    """A chat template writes them by their roles."""
-    other = deepcopy(engine.tokenizer)
-    other.bos_token, other.pad_token = other.pad_token or other.eos_token, other.bos_token
-    same = {name: getattr(engine, name) for name in ("model", "bank", "stop_ids")}
-    ours, theirs = key_parts(engine), key_parts(SimpleNamespace(**same, tokenizer=other))
-    assert (ours.text == theirs.text, ours.chat == theirs.chat) == (True, False)
+@pytest.mark.parametrize("template", ["{{ messages }}", "{{ bos_token }}{{ messages }}"])
+def test_a_chats_key_changes_with_the_special_tokens_that_its_template_writes_by_their_roles(engine, template):
+    keys = []
+    for swapped in (False, True):
+        tokenizer = deepcopy(engine.tokenizer)
+        tokenizer.chat_template = template
+        if swapped:
+            tokenizer.bos_token, tokenizer.eos_token = tokenizer.eos_token, tokenizer.bos_token or "<s>"
+        same = {name: getattr(engine, name) for name in ("model", "bank", "stop_ids")}
+        keys.append(key_parts(SimpleNamespace(**same, tokenizer=tokenizer)))
+    assert keys[0].text == keys[1].text and (keys[0].chat == keys[1].chat) == ("bos_token" not in template)
 
 
 @pytest.mark.long

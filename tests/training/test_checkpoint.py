@@ -250,6 +250,17 @@ def test_a_checkpoint_of_another_run_of_the_same_shape_is_set_aside_by_name(save
     assert found.run == other  # and is of this one from now on
 
 
+def test_a_checkpoint_of_another_backbone_ends_the_resume_although_an_older_one_says_nothing(saved_twice, tmp_path):
+    """Going on from the older one would train with the other backbone."""
+    folder, state = Path(shutil.copytree(saved_twice, tmp_path / "checkpoints")), state_on(make_mesh(), seed=3)
+    with open_checkpoints(folder) as checkpoints:
+        save_checkpoint(checkpoints, moved(state), Progress(8, None, 0, 0, run=RUN | {"backbone in float32": "b1"}))
+    with pytest.raises(ValueError, match=f"{folder / '8'}: .*another 'backbone in float32'"):
+        restored_step(folder, state, RUN | {"backbone in float32": "b2"})
+    assert (folder / "8").is_dir()
+    assert restored_step(folder, state, RUN | {"backbone in bfloat16": "b3"}) == 8
+
+
 def test_a_checkpoint_that_says_the_data_in_one_is_compared_by_it(saved_twice, tmp_path):
     """Checkpoints of earlier versions, and what a run says today."""
     folder, state = Path(shutil.copytree(saved_twice, tmp_path / "checkpoints")), state_on(make_mesh(), seed=3)

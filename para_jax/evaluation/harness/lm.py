@@ -73,6 +73,9 @@ class ParaLM(TokenLM):
         held = getattr(cache_hook, "dbdict", None)
         if held is not None:
             mark, ours = "para_jax: who answered", f"{self.answerer.backbone} {self.content}"
+            bank = self.engine.bank
+            if self.tenant is not None and bank is not None and bank.dtype != "float32":
+                ours += f" {bank.dtype}"
             if held.get(mark) != ours and len(held):
                 raise ValueError(
                     "use_cache: this file holds answers of another adapter or model, and lm-eval would use them for "

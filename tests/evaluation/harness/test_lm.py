@@ -100,9 +100,14 @@ def test_lm_evals_own_cache_is_refused_where_another_adapter_answered(engine, ha
 
 def test_lm_evals_own_cache_takes_no_answer_of_an_adapter_that_came_meanwhile(engine, folder, tmp_path):
     model, seen = engine.model, {}
-    bank = AdapterBank.holding({"A": load_adapter(folder / "A" / "adapter", model.config)}, model.config)
+    adapter = load_adapter(folder / "A" / "adapter", model.config)
+    bank = AdapterBank.holding({"A": adapter}, model.config)
     lm = ParaLM(Engine(model, bank, engine.tokenizer, slots=4, max_length=64), "A")
     lm.set_cache_hook(SimpleNamespace(dbdict=seen, add_partial=lambda *a: seen.update({a[1]: a[2]})))
+    rounded = AdapterBank.holding({"A": adapter}, model.config, dtype="bfloat16")
+    other = ParaLM(Engine(model, rounded, engine.tokenizer, slots=4, max_length=64), "A")
+    with pytest.raises(ValueError, match="use_cache: this file holds answers of another adapter or model"):
+        other.set_cache_hook(SimpleNamespace(dbdict=seen))
     bank.replace("A", load_adapter(folder / "B" / "adapter", model.config))
     with pytest.raises(ValueError, match="use_cache: tenant 'A'"):
         lm.loglikelihood([Instance("loglikelihood", {}, ("w20 w21", " w9"), 0, ("t", 0, 1))])
