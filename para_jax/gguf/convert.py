@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
 import shutil
 import struct
 from pathlib import Path
 
 import numpy as np
 
-from ..atomic import errors_named, sync_folder
+from ..atomic import errors_named, folders_left, sync_folder, temporary_name
 from ..progress import Progress
 from .file import GgufFile
 
@@ -32,7 +31,9 @@ def convert_gguf(file: str | Path, folder: str | Path, tokenizer) -> None:
     """
     source, folder = GgufFile(file), Path(folder).resolve()  # a link or "." can't be replaced
     check_new_folder(folder)
-    unfinished = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    for left in folders_left(folder):  # of conversions that were killed: each is as large as the model
+        shutil.rmtree(left, ignore_errors=True)
+    unfinished = temporary_name(folder)
     unfinished.mkdir(parents=True)
     try:
         ids = {key: value for key, value in source.config.items() if key.endswith("_token_id")}

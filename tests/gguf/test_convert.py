@@ -47,6 +47,14 @@ def test_the_current_folder_and_a_linked_one_take_a_model(tmp_path, monkeypatch)
         assert (tmp_path / folder / "model.safetensors").is_file()
 
 
+def test_what_a_killed_conversion_left_is_removed_by_the_next(tmp_path):
+    file, left = write_gguf(tmp_path / "m.gguf"), tmp_path / ".hf.0123abcd"
+    left.mkdir()
+    (left / "model.safetensors").write_text("part")
+    convert_gguf(file, tmp_path / "hf", SimpleNamespace(save_pretrained=lambda path: None))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "m.gguf"]
+
+
 def test_a_failed_conversion_leaves_nothing(tmp_path):
     file, folder = write_gguf(tmp_path / "m.gguf"), tmp_path / "hf"
 
