@@ -13,7 +13,6 @@ from para_jax import (
     MethodsResult,
     ParaConfig,
     compare_methods,
-    load_adapter,
     load_config,
     make_mesh,
     train,
@@ -22,6 +21,7 @@ from para_jax import (
 from para_jax.cli import main
 from para_jax.cli.names import named_adapters
 from para_jax.config import ADAPTER_CONFIGS, save_config
+from para_jax.hub import resolve_adapter
 from para_jax.inspect import folder_report
 from para_jax.runs import compare
 from para_jax.runs import train as runs
@@ -165,7 +165,7 @@ def test_the_command_trains_all_methods_with_one_backbone_and_resumes(folder, tm
     (drawn,) = read_panels([tmp_path / "run"]).values()
     assert set(drawn.bars) == {"ia3", "para"}
     with pytest.raises(ValueError, match="METHOD/adapter"):
-        load_adapter(tmp_path / "run")
+        resolve_adapter(tmp_path / "run")
     assert found == json.loads((tmp_path / "results.json").read_text())["scores"]["methods"]
     assert [one["score"] for one in found] == sorted(one["score"] for one in found)
     for one in found:
