@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import islice
+from shlex import quote
 
 from ..config import RunConfig, expanded, nearest, printable
 from ..hub import BUILT_IN, backbone_of, local_adapter, local_backbone
@@ -45,9 +46,10 @@ def check_moved(file: Place, overrides: Iterable[str], config: RunConfig) -> Non
     folder, output = file.parent, expanded(config.output_dir)
     is_run = any((folder / name).is_file() for name in ("metrics.jsonl", "comparison.json"))
     if is_run and folder.resolve() != output.resolve():
+        here, there = (quote(f"output_dir={one}") for one in (folder, output))
         raise ValueError(
             f"{file} is in a run folder, but its output_dir is {output}: the folder was moved or copied, or the path "
-            f"is of another folder\nadd output_dir={folder} to continue here, or output_dir={output} to train there"
+            f"is of another folder\nadd {here} to continue here, or {there} to train there"
         )
 
 
