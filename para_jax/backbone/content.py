@@ -52,7 +52,7 @@ def bit_hash(array) -> jax.Array:
     """The sum of hashes of each element's bits and position, modulo 2**32: exact in any order of summing, and different
     if elements change places. The hash is MurmurHash3's finalizer (Appleby 2011).
 
-    A stack of layers is read a layer at a time: a CPU copies what it hashes, in 4 bytes per element."""
+    A stack of layers is hashed one layer at a time, because a CPU makes a copy with 4 bytes per element."""
     if array.ndim < 3:
         return hash_from(array, jnp.uint32(0))
     stride = np.uint32(math.prod(array.shape[1:]) * FACTOR % 2**32)

@@ -40,7 +40,7 @@ def check_run(config: RunConfig) -> None:
 
 def check_moved(file: Place, overrides: Iterable[str], config: RunConfig) -> None:
     """Raises ValueError for the config.yaml of a run folder that was moved or copied: its output_dir still names the
-    old place, where another run would begin, or the original go on."""
+    old place, where a new run would begin, or the original would continue."""
     if file.name != "config.yaml" or any(field.startswith("output_dir=") for field in overrides):
         return
     folder, output = file.parent, expanded(config.output_dir)
@@ -48,8 +48,8 @@ def check_moved(file: Place, overrides: Iterable[str], config: RunConfig) -> Non
     if is_run and folder.resolve() != output.resolve():
         here, there = (quote(f"output_dir={one}") for one in (folder, output))
         raise ValueError(
-            f"{file} is in a run folder, but its output_dir is {output}: the folder was moved or copied, or the path "
-            f"is of another folder\nadd {here} to continue here, or {there} to train there"
+            f"{file} is in a run folder, but its output_dir is {output}: the folder was moved or copied, or this "
+            f"command runs in another directory\nadd {here} to continue here, or {there} to train there"
         )
 
 

@@ -261,7 +261,7 @@ class Prefills:
 
     def _adapt(self, prompts: list[ChunkedPrompt], entered: tuple) -> dict[int, tuple]:
         """(adjustments, keys and values of last tokens but one) of prompts with an adapter, both in the prompts' rows,
-        by row. Windows of each size have a program of their own, so none costs or rounds otherwise than alone."""
+        by row. Windows of each size have a program of their own, so each costs and rounds as it does alone."""
         if not prompts:
             return {}
         assert self.bank is not None
