@@ -73,6 +73,7 @@ def test_each_tenant_starts_from_its_own_adapter(folder, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.long
 def test_a_tenant_that_waits_starts_from_no_other_adapter_than_when_the_run_began(folder, tmp_path, monkeypatch):
     """Not after a resume, and not where the adapter is replaced while the run is at work."""
 

@@ -737,7 +737,7 @@ def other_last_layer(backbone):
 
 
 @pytest.mark.parametrize(
-    ("change", "named"), [(other_theta, "backbone config"), (other_last_layer, "backbone in float32")]
+    ("change", "named"), [long(other_theta, "backbone config"), (other_last_layer, "backbone in float32")]
 )
 def test_a_run_does_not_go_on_with_another_backbone(change, named, config, tmp_path, monkeypatch):
     """Also where its first layer is the same."""
