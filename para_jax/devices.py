@@ -107,9 +107,10 @@ def is_whole(file: Path) -> bool:
     file counts as whole unless it is empty."""
     unpacked = zlib.decompressobj()
     with file.open("rb") as stream, suppress(zlib.error):
+        if stream.read(len(ZSTANDARD)) == ZSTANDARD:
+            return True
+        stream.seek(0)
         while piece := stream.read(2**18):
-            if piece.startswith(ZSTANDARD):
-                return True
             unpacked.decompress(piece)
     return unpacked.eof
 

@@ -24,8 +24,8 @@ def backbone_content(model: Transformer) -> str:
 
 def digests_of_run(model: Transformer) -> dict[str, str]:
     """What a checkpoint keeps of a backbone, by a name for errors: hashes of its config without its special tokens,
-    and of its weights in their dtype. A run may continue in another dtype, on other devices, with other end tokens, or
-    under a version whose configs have more fields."""
+    and of its weights in their dtype. A run may continue on other devices, whose default dtype may be another one, with
+    other end tokens, and under a later version whose configs have more fields."""
     config = replace(model.config, eos_token_ids=(), bos_token_id=None, pad_token_id=None)
     parts = {"backbone config": given_values(config), f"backbone in {model.dtype}": weight_sums(model)}
     return {name: hashlib.sha256(repr(part).encode()).hexdigest() for name, part in parts.items()}
@@ -65,7 +65,11 @@ def bit_hash(array) -> jax.Array:
 
 
 def hash_from(array, start) -> jax.Array:
-    """`bit_hash` of an array whose first element has the position start / FACTOR."""
+    """`bit_hash` of a part of an array.
+
+    Args:
+        start: FACTOR times the position of the part's first element.
+    """
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize]
     mixed = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32) + start
     strides = np.cumprod([1, *array.shape[:0:-1]], dtype=np.uint32)[::-1] * np.uint32(FACTOR)

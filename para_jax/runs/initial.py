@@ -41,7 +41,7 @@ def check_initial(configs: Iterable[RunConfig], model_config: ModelConfig) -> No
 def hashes_of(configs: Iterable[RunConfig], model_config: ModelConfig) -> dict[str, str]:
     """A hash of each adapter that these configs start from, by its source."""
     starts = {source: own for own in configs if (source := own.train.init_from)}
-    with ThreadPoolExecutor(AT_ONCE) as pool:  # which raises what one raises
+    with ThreadPoolExecutor(AT_ONCE) as pool:  # an error in one of them is raised here
         hashes = pool.map(lambda own: weights_hash(initial_adapter(own, model_config)), starts.values())
         return dict(zip(starts, hashes, strict=True))
 

@@ -279,7 +279,8 @@ class Prefills:
         return made
 
     def _run_windows(self, size: int, prompts: list[ChunkedPrompt], adjustments: tuple) -> tuple:
-        """Keys and values of the last tokens but one of prompts whose windows have this size, in the prompts' rows."""
+        """Runs the windows of these prompts, which all have this size, without the prompts' last tokens. Returns the
+        windows' keys and values, in the prompts' rows."""
         tokens, table = np.zeros((ROWS, size), np.int32), np.zeros((ROWS, self._longest), np.int32)
         length, adapted = np.zeros(ROWS, np.int32), np.zeros(ROWS, np.int32)
         for prompt in prompts:

@@ -304,7 +304,7 @@ class OldForm(ValueError):
 
 
 class OtherBackbone(ValueError):
-    """A checkpoint is of another backbone, or of another state of it."""
+    """A checkpoint belongs to a run with another backbone."""
 
 
 class OtherData(ValueError):
@@ -318,9 +318,12 @@ def check_run(about: dict[str, Any], run: dict[str, str] | None, accept_data: bo
     if not held or not run:
         return
     names = sorted(name for name in held.keys() & run.keys() if not is_data(name))  # earlier versions kept fewer
-    other = [f"another {shorten(name)}" for name in names if held[name] != run[name]]
+    names = [name for name in names if held[name] != run[name]]
+    other = [f"another {shorten(name)}" for name in names]
     changed = [] if accept_data else changed_data(held, run)
-    kind = OtherBackbone if any("backbone" in one for one in other) else ValueError if other else OtherData
+    kind = ValueError if other else OtherData
+    if any(name != "config" for name in names):
+        kind = OtherBackbone
     other += [describe_changes(changed, held, run)] if changed else []
     if other:
         raise kind(f"it is of another run: {' and '.join(other)}")

@@ -13,7 +13,7 @@ from .metrics_file import is_number, is_step
 from .scores_file import is_records
 
 FILE = "tenants.json"
-#: What tells the folder of a comparison of methods, which holds a run for each (runs/compare.py).
+#: The file that only a comparison of methods has. Its folder holds a run folder for each method (runs/compare.py).
 COMPARISON_FILE = "comparison.json"
 MAX_BYTES = 2**26
 ENDINGS = ("done", "patience", "not finite")
