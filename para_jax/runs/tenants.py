@@ -66,6 +66,8 @@ class SharedResources:
         """what `read_data` gives, by `of_data`"""
         self.backbones: dict[Any, Any] = {}
         """the backbone by its mesh"""
+        self.digests: dict[str, str] = {}
+        """what a checkpoint keeps of that backbone"""
         self.prompts: dict[Any, PromptCache] = {}
         """of train.cache_prompts, for that backbone"""
         self.rows: int | None = None

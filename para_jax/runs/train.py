@@ -358,8 +358,10 @@ def shared_backbone(config: RunConfig, mesh, shared: SharedResources):
         shared.backbones.clear()  # two at once may not fit
         shared.prompts.clear()
         shared.backbones[mesh] = load_backbone(**vars(config.backbone), mesh=mesh, layout="stacked")
+        with jax.set_mesh(mesh):
+            shared.digests = digests_of_run(shared.backbones[mesh])
     model = shared.backbones[mesh]
-    require_same("the backbone", lambda: model.fingerprint)
+    require_same("the backbone", lambda: [model.fingerprint, shared.digests])
     return model
 
 
@@ -368,13 +370,20 @@ def train_part(
 ) -> tuple[TrainState, Standing]:
     """Trains a part's tenants, after the trials of those whose learning rate is still to be chosen."""
     prompts = partial(prompts_of, config, model, inputs, layout, mesh, shared)
+    backbone = shared.digests
     if any(is_auto(tenant.config) for tenant in inputs.tenants):
         chosen = choose_rates(
-            config, model, inputs, layout, mesh, partial(fit, prompts=prompts, quiet=True), part.folder
+            config,
+            model,
+            inputs,
+            layout,
+            mesh,
+            partial(fit, prompts=prompts, backbone=backbone, quiet=True),
+            part.folder,
         )
         config, inputs = resolved(config, chosen), resolved_inputs(inputs, chosen)
         on_first_process(lambda: claim_folders(config, inputs.tenants))
-    return fit(config, model, inputs, layout, mesh, part, prompts)
+    return fit(config, model, inputs, layout, mesh, part, prompts, backbone)
 
 
 def prompts_of(
@@ -397,6 +406,7 @@ def fit(
     mesh,
     part: Part,
     prompts: Callable[[], PromptCache | None],
+    backbone: dict[str, str],
     *,
     quiet: bool = False,
 ) -> tuple[TrainState, Standing]:
@@ -404,6 +414,7 @@ def fit(
 
     Args:
         prompts: computes the states of train.cache_prompts. It is called once a step is to be done.
+        backbone: what a checkpoint keeps of it.
         quiet: no warnings and no scores of the base model: these are trials, and some may go wrong.
     """
     folder, (tokenizer, tenants, buckets) = part.folder, inputs
@@ -412,9 +423,8 @@ def fit(
     say_attention(model, [bucket.length for bucket in buckets], mesh, packed=config.data.packing)
     with jax.set_mesh(mesh), open_checkpoints(folder / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
         validation, test = tasks_of(model, tokenizer, tenants)
-        run, backbone = run_digests(config, model.fingerprint, tenants), digests_of_run(model)
+        run = run_digests(config, model.fingerprint, tenants)
         require_same("the data", lambda: run)  # also what the ids don't show, such as references
-        require_same("the backbone", lambda: backbone)
         run |= backbone
         state = empty_state(config, model, layout.slots, mesh)
         restored = restore_checkpoint(checkpoints, state, Standing, run, config.data.changed == "accept")
