@@ -171,9 +171,12 @@ def join(runtime: RuntimeSection) -> None:
         ) from None
 
 
-def describe_devices() -> str:
+def describe_devices(model=None) -> str:
+    """The devices that JAX sees. If only some of them hold the weights of a given model: "2 of 8 x ..."."""
     devices = jax.devices()
-    return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}), JAX {jax.__version__}"
+    used = len(devices if model is None else jax.tree.leaves(model)[0].sharding.device_set)
+    counted = f"{used} of {len(devices)}" if used < len(devices) else f"{used}"
+    return f"{counted} x {devices[0].device_kind} ({devices[0].platform}), JAX {jax.__version__}"
 
 
 def library_versions() -> dict[str, str]:

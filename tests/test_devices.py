@@ -7,7 +7,10 @@ import sys
 import zlib
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from para_jax import devices
 from para_jax.config import RuntimeSection
@@ -115,6 +118,12 @@ def test_hosts_that_jax_can_not_find_are_an_error_that_names_the_fields(monkeypa
 
 def test_devices_are_counted_and_named():
     assert describe_devices() == f"8 x cpu (cpu), JAX {jax.__version__}"
+    weights = [jnp.zeros(8)]
+    assert describe_devices(weights) == f"1 of 8 x cpu (cpu), JAX {jax.__version__}"
+    assert (
+        describe_devices(jax.device_put(weights, NamedSharding(jax.make_mesh((8,), ("tensor",)), P())))
+        == describe_devices()
+    )
 
 
 def test_the_compilation_cache_is_in_the_cache_folder_unless_turned_off(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from ..backbone.load import load_model_config
 from ..config import DataSection, ModelConfig, RunConfig, shorten
 from ..data.examples import encode_completion
+from ..data.given import described
 from ..data.records import Record, load_records, split_records
 from ..data.sources import source_of
 from ..data.tasks import TASKS
@@ -94,7 +95,14 @@ def scoring_rule(
         if held and held.longest and metric != "accuracy":
             model = model or load_model_config(config.backbone.source)
             new = answer_length(longest_completion(held.longest, tokenizer), model)
-    return ScoringRule(metric, also, choices, new, unseen, from_data)
+    rule = ScoringRule(metric, also, choices, new, unseen, from_data)
+    if needed and not before and config.data.train is not None and not is_there(config.data):
+        warn(
+            f"the training data ({described(config.data.train)}) is not here, and how a run scores its answers follows "
+            f"from it. Here it is {rule.describe()}. If the run printed another metric, set it: eval.metric, and "
+            "eval.choices for accuracy"
+        )
+    return rule
 
 
 def completions_of(section: DataSection) -> Completions:

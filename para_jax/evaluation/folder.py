@@ -185,7 +185,7 @@ def write_results(
     if others:
         say(f"{output} also holds results of earlier calls, which are not in table.md: {', '.join(others)}")
     own = {tenant: task for tenant, task in owners(tasks).items() if tenant in found.records}
-    computed = described_work(answerer.tokens, answerer.seconds, options.rows, devices.describe_devices())
+    computed = described_work(answerer.tokens, answerer.seconds, options.rows, devices.describe_devices(answerer.model))
     shown = {"limit": options.limit, "seed": options.seed, "shuffled": options.shuffle_prompts, "own": own}
     text = markdown_table(found.records, computed, libraries, **shown)
     atomic.write_text(output / "table.md", text + "\n")
@@ -204,7 +204,8 @@ def describe_part(
     """The description of a shard that begins, which is written to its folder."""
     asked = ((one.names, one.owner, one.questions, one.scored_by) for one in tasks)
     writing = writing_content(answerer.tokenizer, answerer.stop_ids)
-    settings = settings_of(answerer.backbone, writing, asked, part.digests, libraries, how)
+    device = devices.describe_devices(answerer.model)
+    settings = settings_of(answerer.backbone, device, writing, asked, part.digests, libraries, how)
     found = ShardOutput(output, part.shard, settings, False, {})
     write_part(output / SHARD_FILE, found)
     return found

@@ -78,7 +78,7 @@ def run_record(answerer: Answerer, tenant: str | None, about: Mapping, limits: M
         "config": model | content | asked | SEEDS | {"sampling_seed": limits["seed"]},
         "date": begun,
         "versions_of": versions(),
-        "device": devices.describe_devices(),
+        "device": devices.describe_devices(answerer.model),
     } | work_of(answerer)
 
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .. import __version__, devices
+from .. import __version__
 from ..inference.content import ANSWERS_VERSION
 from ..shards import Shard
 
@@ -26,6 +26,7 @@ class ShardOfAdapters(NamedTuple):
 
 def settings_of(
     content: str,
+    device: str,
     writing: str,
     tasks: Iterable[tuple[Any, ...]],
     digests: Mapping[str, str],
@@ -41,7 +42,7 @@ def settings_of(
     return {
         "version": [__version__, ANSWERS_VERSION],
         "libraries": dict(libraries),
-        "device": devices.describe_devices(),
+        "device": device,
         "backbone": content,
         "tokenizer": writing,
         "tasks": hash_of(tasks),

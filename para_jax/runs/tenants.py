@@ -346,10 +346,11 @@ def require_validation(config: RunConfig, validation: Sequence[EvalTask | None])
     A run that an earlier version began like this resumes, and a line says that patience ends nothing."""
     if config.eval.patience is None or any(validation):
         return
-    missing = "validation data (data.validation, data.validation_split, or validation.jsonl next to train.jsonl)"
+    missing = "validation data (data.validation, data.validation_split, or validation.jsonl in the folder of the data)"
     checkpoints = expanded(config.output_dir) / "checkpoints"
     resumes = checkpoints.is_dir() and bool(steps_in(checkpoints))
-    require(resumes, "eval.patience", config.eval.patience, f"{missing}; or eval.patience=null")
+    if not resumes:
+        raise ValueError(f"eval.patience ({config.eval.patience}) needs {missing}; or set eval.patience=null")
     warn(f"eval.patience ends nothing here: there is no {missing}")
 
 

@@ -21,7 +21,7 @@ from .api_keys import require_unlimited
 from .body import ClientLeft, json_object, read_body
 from .errors import ApiError, wrong_field
 from .fields import Fields
-from .models import Models
+from .models import BASE, Models
 
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 LOAD_FIELDS = ("lora_name", "lora_path", "load_inplace", "base_model_name", "is_3d_lora_weight")
@@ -58,7 +58,7 @@ class AdapterUpdates:
         inplace, base = fields.flag("load_inplace"), fields.take("base_model_name")
         fields.require_inert({"is_3d_lora_weight": ((False,), "leave it out")})
         fields.require_none_left(LOAD_FIELDS)
-        if base not in (None, "", self.models.base):  # the gateway's LoRA syncer sends it
+        if base not in (None, "", BASE, self.models.base):  # the gateway's LoRA syncer sends it
             raise wrong_field("base_model_name", f"base_model_name is {shorten(base)}; this is {self.models.base}")
         async with self._alone:
             return JSONResponse(await asyncio.to_thread(self._load, name, path, inplace))

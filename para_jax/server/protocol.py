@@ -168,6 +168,8 @@ def read_completion(found: dict) -> Asked:
         "echo": echo,
         "context_lengths": lengths,
     })  # fmt: skip
+    if asked.only_echoes and asked.n > 1:
+        raise wrong_field("n", f"n is {asked.n}, but with max_tokens 0 each answer is the prompt; ask for one")
     if len(prompts) * asked.n > MAX_SAMPLES:
         message = f"prompt and n ask for {len(prompts) * asked.n} answers; ask for at most {MAX_SAMPLES}"
         raise wrong_field("prompt", message)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import BinaryIO
 
-from ..config import printable, shorten
+from ..config import expanded, printable, shorten
 from ..data.chat_template import fixed_date, writes_date
 from ..data.token_cache import today
 from ..messages import say, warn
@@ -50,7 +50,7 @@ class InputSeen:
 
 
 def run_job(
-    engine: Engine, source: Place, output: Place, defaults: Request, *, shard: Shard | None = None
+    engine: Engine, source: str | Place, output: str | Place, defaults: Request, *, shard: Shard | None = None
 ) -> Counter[str]:
     """Answers each line of `source` that `output` does not answer yet. Returns how many errors of each kind there are.
 
@@ -67,6 +67,7 @@ def run_job(
     answers other requests (the line, the defaults, the adapter or the model has changed), if `source` has no line, and
     for wrong defaults; OSError, naming the file, if an answer can't be written.
     """
+    source, output = expanded(source), expanded(output)
     with Answers(output) as answers:
         return answer_lines(engine, source, answers, defaults, shard)
 

@@ -9,6 +9,7 @@ from tiny_run import backbone_folder, run_config, tokenizer, words, write_rows
 
 from para_jax import load_model_config
 from para_jax.data.examples import encode_completion
+from para_jax.data.given import PYTHON
 from para_jax.data.records import Record
 from para_jax.evaluation import defaults
 from para_jax.evaluation.defaults import (
@@ -50,6 +51,19 @@ def test_few_repeated_completions_are_ranked_and_others_written(rule):
     assert rule(["w9"] * 40).metric == "exact_match"  # nothing to choose from
     assert rule([f"w{i}" for i in range(9, 29)] * REPEATED).metric == "accuracy"
     assert rule([f"w{i}" for i in range(9, 30)] * REPEATED).metric == "exact_match"  # 21
+
+
+def test_scoring_without_the_training_data_says_that_the_run_may_have_had_another_metric(rule, tmp_path, capsys):
+    assert rule(["w9", "w10"] * 10).metric == "accuracy" and "is not here" not in capsys.readouterr().err
+    (tmp_path / "data" / "train.jsonl").unlink()
+    elsewhere = replace(rule.config, data=replace(rule.config.data, train=str(tmp_path / "data"), test="test.jsonl"))
+    from_python = replace(rule.config, data=replace(rule.config.data, train=PYTHON, test="test.jsonl"))
+    for config, where in (elsewhere, str(tmp_path / "data")), (from_python, "from Python"):
+        assert scoring_rule(config, tokenizer()).metric == "exact_match"
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"the training data ({where}) is not here" in said and "exact_match and f1 of written answers" in said
+        given = replace(config, eval=replace(config.eval, metric="accuracy", choices=("w9", "w10")))
+        assert scoring_rule(given, tokenizer()).choices == ("w9", "w10") and not capsys.readouterr().err
 
 
 def test_what_the_config_says_wins(rule):

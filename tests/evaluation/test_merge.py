@@ -68,6 +68,15 @@ def shards(folder, adapters, tmp_path_factory):
     return folders
 
 
+def test_shards_that_split_the_model_differently_are_refused(folder, adapters, tmp_path, capsys):
+    """Their log-likelihoods differ in the last bits, and the same device has computed them."""
+    for index, size in enumerate((1, 2)):
+        given = ["--shard", f"{index}/2", "--tensor-parallel-size", size]
+        assert main(command(folder, adapters, tmp_path / str(index), *given, tasks=("free:loss",))) == 0
+    assert main(["merge", str(tmp_path / "0"), str(tmp_path / "1"), "--output", str(tmp_path / "out")]) == 2
+    assert "differ in device: '1 of 8 x cpu" in capsys.readouterr().err
+
+
 def held(output):
     return json.loads((output / SHARD_FILE).read_text())["content"]["files"]
 

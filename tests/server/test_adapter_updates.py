@@ -149,6 +149,11 @@ def test_names_that_are_not_safe_are_refused(client, bank, name):
     assert refused(client, 400, bank=bank, lora_name=name, lora_path="para")["param"] == "lora_name"
 
 
+@pytest.mark.parametrize("base", [BASE, "base", "", None])
+def test_both_names_of_the_base_model_are_taken(client, bank, base):
+    assert client.post(LOAD, json={"lora_name": "a", "lora_path": "para", "base_model_name": base}).status_code == 200
+
+
 def test_fields_are_checked_by_name(client, bank):
     fields = {"lora_name": "a", "lora_path": "para"}
     cases = {"load_inplace": "yes", "base_model_name": "another", "is_3d_lora_weight": True, "lora_nam": "x"}

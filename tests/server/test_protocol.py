@@ -263,6 +263,14 @@ def test_no_new_tokens_go_with_echo_only():
     assert refusal(read_completion, TEXT | {"max_tokens": 0}).param == "max_tokens"
 
 
+def test_an_answer_that_is_the_prompt_alone_comes_once():
+    alone = TEXT | {"echo": True, "max_tokens": 0}
+    assert read_completion(alone).only_echoes
+    error = refusal(read_completion, alone | {"n": 2})
+    assert (error.param, error.message) == ("n", "n is 2, but with max_tokens 0 each answer is the prompt; ask for one")
+    assert read_completion(TEXT | {"echo": True, "n": 2}).n == 2
+
+
 def test_a_context_length_is_one_number_or_one_for_each_prompt():
     scored = {"model": "A", "prompt": [[3, 4], [5, 6]], "echo": True, "logprobs": 1}
     assert read_completion(scored | {"context_length": 1}).context_lengths == [1, 1]

@@ -62,6 +62,14 @@ def whole(engine, folder):
     return b"".join(sorted(rows, key=lambda row: (json.loads(row)["line"], json.loads(row)["index"])))
 
 
+def test_the_paths_of_a_job_may_be_texts(engine, folder, whole, tmp_path):
+    errors = run_job(engine, str(folder / "in.jsonl"), str(tmp_path / "out.jsonl"), Request(""), shard=Shard(0, 1))
+    assert errors.total() == 1
+    assert sorted((tmp_path / "out.jsonl").read_bytes().splitlines()) == sorted(whole.splitlines())
+    with pytest.raises(ValueError, match="a path must be a text or a Path; got int"):
+        run_job(engine, 3, tmp_path / "out.jsonl", Request(""))
+
+
 def test_the_merged_answers_are_those_of_one_worker_byte_for_byte(engine, folder, outputs, whole, tmp_path, capsys):
     answers = len(whole.splitlines())
     assert merge_jobs([outputs[2], outputs[0], outputs[1]], tmp_path / "merged.jsonl") == (answers, 1)

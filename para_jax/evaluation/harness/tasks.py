@@ -119,8 +119,8 @@ def load_tasks(
             loaded: Any = manager.load([name])
         except Exception as error:  # a task brings its own code to load its data, which may raise anything
             raise ValueError(f"task {name}: can't be loaded: {first_line(error)}") from error
-        for task in loaded["tasks"].values():
-            prepare(task, fewshot)
+        for part, task in loaded["tasks"].items():
+            prepare(part, task, fewshot)
         tasks.append(HarnessTask(name, loaded, limit, chat))
     return tasks
 
@@ -151,9 +151,12 @@ def first_line(error: Exception) -> str:
     return type(error).__name__ + "".join(f": {shorten(line, 300)}" for line in said)
 
 
-def prepare(task, fewshot: int | None) -> None:
-    """Sets the number of few-shot examples as lm-eval's simple_evaluate does: a task with 0 keeps it."""
+def prepare(name: str, task, fewshot: int | None) -> None:
+    """Sets the number of few-shot examples as lm-eval's simple_evaluate does: a task with 0 keeps it, and a warning
+    says so."""
     own = task.get_config("num_fewshot")
+    if own == 0 and fewshot:
+        warn(f"task {name}: --num-fewshot {fewshot} is not used, because its file says num_fewshot: 0")
     task.set_config(key="num_fewshot", value=own or 0 if fewshot is None or own == 0 else fewshot)
 
 

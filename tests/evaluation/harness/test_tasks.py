@@ -61,6 +61,21 @@ def test_a_task_that_draws_while_it_is_loaded_draws_as_on_lm_evals_command_line(
     assert draws("one", "tiny_write") == draws("another", "tiny_second", "tiny_write") == wanted
 
 
+def test_a_task_that_is_always_asked_without_examples_says_so(folder, tmp_path, capsys, few_files):
+    """As in lm-eval, --num-fewshot does not change a task that has num_fewshot: 0."""
+    (tmp_path / "zero.yaml").write_text((folder / "tasks" / "other.yaml").read_text().replace("tiny_other", "zero"))
+    (tmp_path / "one.yaml").write_text((folder / "tasks" / "pick.yaml").read_text().replace("tiny_pick", "one"))
+
+    def shots(fewshot):
+        made = load_tasks(["zero", "one"], tmp_path, limit=None, fewshot=fewshot, chat=False)
+        return [task.get_config("num_fewshot") for one in made for task in one.loaded["tasks"].values()]
+
+    assert (shots(None), shots(0)) == ([0, 1], [0, 0])
+    assert "fewshot" not in capsys.readouterr().err
+    assert shots(2) == [0, 2]
+    assert capsys.readouterr().err.count("task zero: --num-fewshot 2 is not used") == 1
+
+
 def test_log_likelihoods_that_are_no_numbers_are_said(folder, capsys):
     """lm-eval's argmax takes the first of them, which may be right by chance."""
     (task,) = load_tasks(["tiny_pick"], folder / "tasks", limit=2, fewshot=None, chat=False)
