@@ -244,6 +244,9 @@ def decode(model: Transformer, state: DecodeState, tokens) -> tuple[Float[Array,
     Raises ValueError for tokens of another shape or type, and for ids that the vocabulary lacks where they are on the
     host.
     """
+    require_backbone(model)
+    if not isinstance(state, DecodeState | StackedState):
+        raise ValueError(f"state is a {type(state).__name__}; give the DecodeState that prefill or decode returns")
     return _decode(model, state, checked_next_tokens(tokens, len(state.length), model.config.vocab_size))
 
 

@@ -17,6 +17,7 @@ from .evaluation.factors import Spread, root_mean_square
 from .figures import drawable, explain, new_figure, plain, run_names, wrapped
 from .figures import save as save
 from .score_plots import Bar, Scores, draw_panel, shorten_name
+from .storage.bucket import BucketPath, Place
 from .training.metrics_file import is_log, read_metrics
 
 if TYPE_CHECKING:
@@ -39,12 +40,15 @@ def colours_of(count: int) -> list[str]:
     return [colors.to_hex(colormaps["turbo"](i / (count - 1))) for i in range(count)]
 
 
-def curves_plot(folders: str | Path | Sequence[str | Path]) -> Figure:
+def curves_plot(folders: str | Place | Sequence[str | Place]) -> Figure:
     """The training loss, smoothed, and the validation loss and scores of one or more runs over the optimiser's steps,
     from their metrics.jsonl. A run of many tenants has a curve for each tenant; with more than MAX_CURVES, the median
     of all and their range. Where each run was scored once, the scores are bars. A sentence under the picture says how
-    to read it."""
-    runs = read_runs([folders] if isinstance(folders, str | Path) else folders)
+    to read it. Raises ValueError for a folder without a run, and for no folders."""
+    folders = [folders] if isinstance(folders, str | Path | BucketPath) else folders
+    if not folders:
+        raise ValueError("curves_plot: no folders; give the output_dir of one or more runs")
+    runs = read_runs(folders)
     whole = {name: next(iter(of_run.values())) for name, of_run in runs.items() if len(of_run) == 1}
     several = {name: list(of_run.values()) for name, of_run in runs.items() if len(of_run) > 1}
     every = [*whole.values(), *(rows for of_run in several.values() for rows in of_run)]
@@ -267,9 +271,14 @@ def factors_plot(
         factors: a prompt's name to its factors l, {site: [layers, site width]}.
         notes: by site, a line under its name.
 
-    Raises ValueError for factors of another shape, such as `vectors` gives for a batch.
+    Raises ValueError for factors of another form or shape, such as `vectors` gives for a batch, and for prompts with
+    different sites.
     """
+    if not isinstance(factors, Mapping) or not factors or not all(isinstance(one, Mapping) for one in factors.values()):
+        raise ValueError("factors_plot takes {prompt: {site: factors}}; give {'a name': {site: values[:, row], ...}}")
     for name, sites in factors.items():
+        if not sites or sites.keys() != next(iter(factors.values())).keys():
+            raise ValueError(f"{name} has the sites {', '.join(sites) or 'none'}; give the same ones for every prompt")
         for site, values in sites.items():
             if np.ndim(values) != 2:
                 shape = np.shape(values)

@@ -75,6 +75,8 @@ def arrange(sizes: tuple[int, ...], devices: list) -> np.ndarray:
 
 def check_mesh(mesh: Mesh | AbstractMesh) -> None:
     """Raises ValueError for a mesh that is not like those of `make_mesh`."""
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise ValueError(f"mesh is a {type(mesh).__name__}; make it with para_jax.make_mesh")
     if {"data", "fsdp", "tensor"} - {*mesh.axis_names} or AxisType.Explicit in mesh.axis_types:
         given = ", ".join(f"{name} ({kind.name})" for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True))
         raise ValueError(

@@ -386,6 +386,11 @@ def test_wrong_lengths_and_tokens_are_named():
     for wrong in ([5], [5.5, 5, 5], [5, 5, -1]):
         with pytest.raises(ValueError, match="token"):
             decode(model, state, wrong)
+    plain = unwrap(decode)  # without the tests' own check of types
+    with pytest.raises(ValueError, match=r"model: it has an adapter already; give model\.backbone"):
+        plain(adapt(model, tenant), state, [5, 5, 5])
+    with pytest.raises(ValueError, match="state is a NoneType; give the DecodeState that prefill or decode returns"):
+        plain(model, None, [5, 5, 5])
 
 
 def test_without_an_adapter_any_prompt_length_will_do():

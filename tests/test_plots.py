@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from para_jax import plots
 from para_jax.evaluation.factors import Spread
 from para_jax.plots import curves_plot, factors_plot, save, smoothed, sorted_bins, spread_plot
+from para_jax.storage.bucket import BucketPath
 
 SITES = ("q_proj", "v_proj")
 
@@ -97,6 +99,15 @@ def test_what_is_no_run_is_an_error(tmp_path):
         curves_plot(str(tmp_path))
 
 
+def test_no_folders_are_an_error_and_a_folder_may_be_in_a_bucket(monkeypatch):
+    with pytest.raises(ValueError, match="no folders; give the output_dir"):
+        curves_plot([])
+    rows = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]
+    monkeypatch.setattr(plots, "read_runs", lambda folders: {str(folder): {"": rows} for folder in folders})
+    (legend,) = (text.get_text() for text in curves_plot(BucketPath("bucket", "runs/a")).axes[0].get_legend().texts[:1])
+    assert legend == "gs://bucket/runs/a"
+
+
 def test_bins_are_averages_of_sorted_units():
     values = np.array([[3.0, 1, 2, 4], [0, 0, -8, 0]])
     np.testing.assert_array_equal(sorted_bins(values), [[1, 2, 3, 4], [-8, 0, 0, 0]])
@@ -122,6 +133,19 @@ def test_two_prompts_and_their_difference_have_one_colour_scale_around_zero():
 def test_factors_of_a_batch_are_refused_with_their_shape():
     with pytest.raises(ValueError, match=r"p: q_proj of shape \(3, 1, 8\)"):
         factors_plot({"p": {"q_proj": np.ones((3, 1, 8))}}, "t")
+
+
+@pytest.mark.parametrize("wrong", [{"q_proj": np.ones((3, 1, 8))}, {}, None])
+def test_factors_without_the_name_of_their_prompt_are_refused(wrong):
+    with pytest.raises(ValueError, match="takes {prompt: {site: factors}}"):
+        factors_plot(wrong, "t")
+
+
+def test_prompts_with_other_sites_are_refused():
+    q, v = ({site: np.ones((3, 8))} for site in ("q_proj", "v_proj"))
+    for other, sites in ((v, "v_proj"), ({}, "none")):
+        with pytest.raises(ValueError, match=f"b has the sites {sites}; give the same"):
+            factors_plot({"a": q, "b": other}, "t")
 
 
 def test_one_prompt_has_a_map_per_site_and_a_fresh_adapter_blank_maps():

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..config import SITES, ModelConfig, config_text, shorten
+from ..config import SITES, ModelConfig, config_text, listed, shorten
 from ..sharding import place
 from ..storage.bucket import BucketPath
 from .adapter import Adapter, named_leaves, require_model_config
@@ -83,8 +83,11 @@ class AdapterBank:
                 raise ValueError(f"AdapterBank: {name} must be a whole number of at least 1; got {shorten(value)}")
         known = tuple(method.name for method in METHODS)
         for name, values, choices in (("methods", methods, known), ("sites", sites, SITES)):
-            if not values or not set(values) <= set(choices):
-                raise ValueError(f"AdapterBank: {name} must be some of {', '.join(choices)}; got {shorten(values)}")
+            given = listed(values)
+            if not given or not all(value in choices for value in given):
+                raise ValueError(
+                    f"AdapterBank: {name} must be a list of some of {', '.join(choices)}; got {shorten(values)}"
+                )
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"AdapterBank: dtype must be float32 or bfloat16; got {shorten(dtype)}")
         self.model_config, self.capacity, self.max_r, self.dtype = model_config, capacity, max_r, dtype
@@ -108,8 +111,9 @@ class AdapterBank:
         """A bank of these adapters, made for their methods, sites and largest rank only."""
         if not adapters:
             raise ValueError("AdapterBank.holding needs at least one adapter; got none")
-        for one in adapters.values() if isinstance(adapters, Mapping) else [adapters]:
-            if not isinstance(one, Adapter):
+        named = isinstance(adapters, Mapping)
+        for one in adapters.values() if named else [adapters]:
+            if not named or not isinstance(one, Adapter):
                 what = type(one).__name__
                 raise ValueError(f"AdapterBank.holding takes {{name: adapter}} (load_adapter loads one); got {what}")
         require_model_config(model_config)
@@ -219,6 +223,8 @@ class AdapterBank:
 
         Raises ValueError for an unknown name, with the nearest known ones, before anything is copied.
         """
+        if not isinstance(names, Iterable):
+            raise ValueError(f"bank.rows: names is {shorten(names)}; give a list with a name or None for each row")
         names = [names] if isinstance(names, str) else list(names)
         if not names:
             raise ValueError("bank.rows: names is empty; give a tenant's name or None for each row")
@@ -238,6 +244,10 @@ class AdapterBank:
             return Entry(method_of(group).name, group, 0, "", group, weights)
 
         return [blank(group) for group in sorted(self._known_groups(), key=repr)]
+
+    def takes(self, entry: Entry) -> bool:
+        """Whether an entry, perhaps of an adapter that has left, has the form of this bank's."""
+        return entry.method in self.methods and self._group(entry.group) == entry.group
 
     def depends_on_prompt_end(self, entry: Entry) -> bool:
         """Whether what an adapter computes for given tokens depends on how many of them are its prompt."""

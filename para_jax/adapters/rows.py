@@ -65,8 +65,10 @@ class Rows:
 
 def stack_adapters(adapters: list[Adapter]) -> Stack:
     """Adapters of one config and backbone, stacked. Gradients of Rows have this shape, a slice per tenant."""
-    if not isinstance(adapters, list | tuple) or not all(isinstance(one, Adapter) for one in adapters):
+    if not isinstance(adapters, list | tuple):
         raise ValueError(f"stack_adapters takes a list of adapters; got a {type(adapters).__name__}")
+    if wrong := [one for one in adapters if not isinstance(one, Adapter)]:
+        raise ValueError(f"stack_adapters takes a list of adapters; it has a {type(wrong[0]).__name__}")
     if not adapters:
         raise ValueError("stack_adapters: the list is empty; give at least one adapter")
     for i, adapter in enumerate(adapters):

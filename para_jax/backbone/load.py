@@ -16,7 +16,7 @@ from ..config import ModelConfig, expanded, one_of, shorten
 from ..gguf.file import GgufFile
 from ..hub import local_backbone, resolve_backbone, resolve_config
 from ..messages import warn
-from ..sharding import tree_shardings, with_sharding
+from ..sharding import check_mesh, tree_shardings, with_sharding
 from ..text_part import text_config
 from ..untrusted import read_json
 from .config_values import as_list
@@ -70,6 +70,8 @@ def load_backbone(
     Raises ValueError, in a line or two, for a source that is missing, damaged or not supported.
     """
     require_layout(layout)
+    if mesh is not None:
+        check_mesh(mesh)
     dtype, path = chosen_dtype(dtype), resolve_backbone(source)
     config = config_at(path, source)
     warn_of_settings(path)

@@ -7,6 +7,7 @@ from .adapter import LoraConfig as LoraConfig
 from .adapter import ParaConfig as ParaConfig
 from .adapter import config_text as config_text
 from .adapter import given_fields as given_fields
+from .adapter import listed as listed
 from .adapter import sites_in_order as sites_in_order
 from .adapter import with_scope_of as with_scope_of
 from .bounds import allowed_values as allowed_values

@@ -31,6 +31,8 @@ def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str
         texts = [overrides] if isinstance(overrides, str) else [f"{name}={held}" for name, held in overrides.items()]
         kind = "text" if isinstance(overrides, str) else "dict"
         raise ValueError(f"overrides is a {kind}; give a list of texts: {shorten(texts)}")
+    if not isinstance(overrides, list | tuple) or not all(isinstance(text, str) for text in overrides):
+        raise ValueError(f"overrides is {shorten(overrides)}; give a list of texts, such as ['train.max_steps=3']")
     in_file = {} if file is None else read_yaml(expanded(file))
     changes: dict[str, Any] = {}
     for text in overrides:

@@ -169,6 +169,12 @@ def special_tokens(tokenizer, length: int) -> dict[str, int]:
     return {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
+def require_tokenizer(tokenizer: object) -> None:
+    """Raises ValueError for what is no tokenizer, such as the name of one."""
+    if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
+        raise ValueError(f"tokenizer is a {type(tokenizer).__name__}; give one that load_tokenizer returns")
+
+
 def most_characters(tokenizer, tokens: int) -> int:
     """The maximum number of characters of a prompt with this many tokens, if all were as long as the longest token."""
     return tokens * max(TOKEN_CHARACTERS, *map(len, tokenizer.get_vocab()))

@@ -13,8 +13,9 @@ import numpy as np
 
 from ..adapters.rows import Stack, require_adapter, stack_adapters
 from ..config import shorten
-from ..config.bounds import PositiveInt, check_value
+from ..config.bounds import PositiveInt, Seed, check_value
 from ..data.batches import epoch_bits, permutation
+from ..data.examples import require_tokenizer
 from ..model import require_backbone
 from .answers import Answerer
 from .batch_adapters import StackBank
@@ -60,9 +61,11 @@ def evaluate(
     one example if prompts are shuffled, and for an example that the model has no tokens or too few positions for.
     """
     require_backbone(model)
+    require_tokenizer(tokenizer)
     if adapters is not None:
         require_adapter("evaluate", adapters, model.config)
     check_value("limit", limit, PositiveInt | None)
+    check_value("seed", seed, Seed)
     if wrong := [task for task in tasks if not isinstance(task, EvalTask)]:
         raise ValueError(
             f"tasks: {shorten(wrong[0])} is no EvalTask; give one, such as task_of_run(config, 'test', tokenizer)"

@@ -13,8 +13,8 @@ from ..adapters.method import acts_everywhere, require_peft_fits
 from ..adapters.methods import method_of
 from ..backbone.transformer import Transformer
 from ..config import shorten
-from ..data.examples import Prompt, encode_prompt
-from ..model import vectors
+from ..data.examples import Prompt, encode_prompt, require_tokenizer
+from ..model import require_backbone, vectors
 from ..storage.bucket import BucketPath
 
 
@@ -39,6 +39,8 @@ def export_ia3(
     """
     if not isinstance(adapter, Adapter):
         raise ValueError(f"export_ia3 takes one adapter; got {type(adapter).__name__}")
+    require_backbone(model)
+    require_tokenizer(tokenizer)
     method = method_of(adapter.config)
     if method.carries != "factors":
         raise ValueError(

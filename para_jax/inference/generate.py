@@ -20,7 +20,14 @@ from ..adapters.rows import Adjustments, Rows
 from ..backbone.transformer import Transformer
 from ..config import shorten
 from ..data.batches import right_padded
-from ..data.examples import Prompt, encode_prompt, special_stop_ids, stop_token_ids, turn_stop_ids
+from ..data.examples import (
+    Prompt,
+    encode_prompt,
+    require_tokenizer,
+    special_stop_ids,
+    stop_token_ids,
+    turn_stop_ids,
+)
 from ..model import decode_step, prefill, require_backbone, stacked_state
 from ..processes import full_arrays
 from ..sharding import on_its_mesh
@@ -68,6 +75,7 @@ def generate(
     not finite.
     """
     require_backbone(model)
+    require_tokenizer(tokenizer)
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise ValueError(f"prompts is a {type(prompts).__name__}; give a list of texts or of message lists")
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, stop)

@@ -10,6 +10,7 @@ from numbers import Real
 import numpy as np
 
 from ..config import shorten
+from ..config.bounds import in_python_types
 
 
 def is_whole(value: object) -> bool:
@@ -54,6 +55,8 @@ class Sampling:
         if not isinstance(texts, Sequence) or not all(isinstance(text, str) and text for text in texts):
             raise ValueError(f"stop is {shorten(self.stop)}; give texts that are not empty")
         object.__setattr__(self, "stop", tuple(texts))
+        for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed"):  # NumPy's small integers overflow
+            object.__setattr__(self, name, in_python_types(getattr(self, name)))
 
     def for_index(self, index: int) -> Sampling:
         """The settings of prompt or sample `index` of several: each has its own seed."""

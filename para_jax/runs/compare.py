@@ -32,7 +32,7 @@ from .health import logged_warning
 from .scoring import NotFinite
 from .standing import Standing
 from .tenants import SharedResources, of_data, tenant_configs
-from .train import trained
+from .train import require_config, trained
 
 #: The table of a comparison, in its output_dir.
 TABLE = "comparison.md"
@@ -85,6 +85,7 @@ def compare_methods(config: RunConfig, data: Any = None) -> MethodsResult:
     Args:
         data: the rows, instead of data.train, as `train` takes them.
     """
+    require_config(config)
     require(bool(config.sweep.method), "sweep.method", config.sweep.method, "the methods to compare")
     if data is not None:
         config = replace(config, data=with_data(config.data, data))

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -108,7 +107,7 @@ class TenantsResult(NamedTuple):
     tenants: dict[str, dict[str, Any]]
     """by name: examples, steps, best_step, best_score, metric, ended, warning (None: nothing went wrong), test_before
     and test_after (None: not measured), and scores, as training/scores_file.py describes them"""
-    output_dir: Path
+    output_dir: Place
 
     def report(self) -> str:
         """A table with a line for each tenant: base model and adapter side by side."""

@@ -49,10 +49,12 @@ class Admission:
                 raise ValueError(f"n: {request.n} samples are more than the engine's {name}, {limit}; ask for fewer")
         if entry is None:
             entry = self._entry(request.tenant)
+        elif not isinstance(entry, Entry) or self.bank is None or not self.bank.takes(entry):
+            raise ValueError(f"entry: {shorten(entry)} is none of the engine's bank; give bank.entry(name)")
         ids = self.ids(request.prompt)
         self._check_logprobs(request, ids, entry)
         require_invocation(entry and entry.config, ids[: request.context_length], "prompt")
-        if len(ids) + request.max_new_tokens > self.max_length:
+        if len(ids) + int(request.max_new_tokens) > self.max_length:  # an int8 of NumPy would overflow
             raise ValueError(
                 f"prompt: {len(ids)} tokens and max_new_tokens {request.max_new_tokens} are more than the engine's "
                 f"max_length {self.max_length}; shorten the prompt, or ask for fewer tokens"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import jax
@@ -19,7 +19,8 @@ import jax
 from ..adapters.bank import AdapterBank, Entry
 from ..backbone.transformer import Transformer
 from ..config import ModelConfig, printable, shorten
-from ..data.examples import Ids, Prompt, stop_token_ids
+from ..data.examples import Ids, Prompt, require_tokenizer, stop_token_ids
+from ..inference.sampling import is_whole
 from ..messages import say
 from ..model import require_backbone
 from ..sharding import mesh_of, using
@@ -76,7 +77,8 @@ class Engine:
             seed: requests without a seed get one derived from this and their number, the order of submission.
             stop_ids: token ids that end every answer. None: the end tokens of the tokenizer and the model.
             prefix_cache_bytes: memory for the beginnings of prompts, which later prompts of the base model and of
-                adapters with scope `response` share. None: half of what the slots' caches take. 0: nothing is shared.
+                adapters with scope `response` share. None: half of what the slots' caches take. 0: no blocks are
+                shared.
             prefill_chunk: tokens of such prompts that are computed per round, at most. Rows that decode wait for no
                 more. None: 64 on a CPU, else 256.
             block_size: tokens per block. Prompts share complete blocks.
@@ -88,6 +90,7 @@ class Engine:
         """
         require_backbone(model)
         require_bank(bank)
+        require_tokenizer(tokenizer)
         chunk = prefill_chunk
         if chunk is None:
             chunk = CPU_CHUNK if jax.default_backend() == "cpu" else CHUNK
@@ -101,7 +104,9 @@ class Engine:
         self.queue_limit, self.queue_limit_per_tenant = queue_limit, queue_limit_per_tenant
         self.max_logprobs = max_logprobs
         ends = stop_token_ids(tokenizer, model.config.eos_token_ids) if stop_ids is None else stop_ids
-        self.stop_ids = tuple(ends)
+        self.stop_ids = tuple(ends) if isinstance(ends, Iterable) else ()
+        if not isinstance(ends, Iterable) or not all(map(is_whole, self.stop_ids)):
+            raise ValueError(f"stop_ids is {shorten(ends)}; give a list of token ids, or None for the usual end tokens")
         self._admission = Admission(model, bank, tokenizer, max_length, limits, max_logprobs)
         mesh = mesh_of(model)
         if mesh is not None and mesh.is_multi_process:
@@ -210,7 +215,7 @@ class Engine:
         with self._requests.lock:
             ticket = self._requests.tickets.get(request)
             if ticket is None:
-                return iter(pieces_of_ended(self._requests, request))
+                return (piece for piece in pieces_of_ended(self._requests, request))  # an iterator that can be closed
             if ticket.streamed:
                 raise ValueError(f"stream: the request {shorten(request)} is streamed already; each has one stream")
             ticket.streamed = True
@@ -246,6 +251,7 @@ class Engine:
 
     def unpin(self, prefix: Prompt | Ids) -> None:
         """Lets the cache drop a pinned prefix when it needs the room. Raises ValueError for one that isn't pinned."""
+        check_request(Request(prefix))
         ids = self._admission.ids(prefix)
         with self._requests.lock:
             self._pins.remove(ids, prefix)
@@ -350,6 +356,8 @@ def check_sizes(sizes: dict, limits: dict, counts: dict, model: ModelConfig) -> 
         raise ValueError(
             f"max_length is {sizes['max_length']}; give 2 to {model.max_positions} tokens, the model's positions"
         )
+    if counts["max_logprobs"] is None:
+        raise ValueError("max_logprobs is None; give a whole number of at least 0 (0: no log-probabilities)")
     if counts["max_logprobs"] > model.vocab_size:
         raise ValueError(f"max_logprobs is {counts['max_logprobs']}; the model has {model.vocab_size} tokens")
 

@@ -63,6 +63,10 @@ def bank(model, tenants):
     return bank
 
 
+def test_where_a_prompt_ends_makes_no_difference(bank):
+    assert not bank.depends_on_prompt_end(bank.entry("bias")) and bank.depends_on_prompt_end(bank.entry("para"))
+
+
 def test_a_fresh_adapter_is_the_backbone(model):
     tokens = prompts(model)
     fresh = init_adapter(BiasConfig(), model.config)

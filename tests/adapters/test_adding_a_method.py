@@ -44,7 +44,7 @@ def test_the_documented_method_works_after_one_file_and_one_entry(tmp_path):
         text=True,
     )
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
-    assert "6 passed" in run.stdout
+    assert "7 passed" in run.stdout
 
 
 def test_names_classes_and_peft_types_are_all_different():

@@ -22,6 +22,7 @@ from para_jax import (
     multi_tenant_forward,
     prefill,
     save_adapter,
+    stack_adapters,
     vectors,
 )
 from para_jax.adapters import padding
@@ -332,9 +333,17 @@ def test_a_backbone_in_place_of_its_config_and_folders_in_place_of_adapters_are_
     ):
         with pytest.raises(ValueError, match=r"Transformer is not a ModelConfig; give .*model\.config"):
             inspect.unwrap(function)(*given)  # without the tests' own check of types
-    for wrong, kind in (({"a": "runs/a/adapter"}, "str"), ([tenants["para"]], "list")):
+    for wrong, kind in (({"a": "runs/a/adapter"}, "str"), ([tenants["para"]], "list"), (tenants["para"], "Para")):
         with pytest.raises(ValueError, match=f"takes {{name: adapter}} .*got {kind}"):
             inspect.unwrap(holding)(AdapterBank, wrong, model.config)
+    for wrong in ("para", 5, [["para"]]):
+        with pytest.raises(ValueError, match="methods must be a list of some of para, lora, ia3"):
+            inspect.unwrap(AdapterBank.__init__)(bank, model.config, methods=wrong)
+    for wrong in (None, 5):
+        with pytest.raises(ValueError, match=f"names is {wrong}; give a list with a name or None for each row"):
+            inspect.unwrap(AdapterBank.rows)(AdapterBank(model.config), wrong)
+    with pytest.raises(ValueError, match="takes a list of adapters; it has a str"):
+        inspect.unwrap(stack_adapters)(["runs/a/adapter"])
 
 
 def test_rows_of_another_batch_are_refused(model, tenants):

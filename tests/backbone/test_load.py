@@ -182,3 +182,9 @@ def test_a_folder_with_the_name_of_a_known_model_is_read(tmp_path, monkeypatch):
     shutil.copytree(FIXTURES / "llama", tmp_path / "google" / "gemma-2b")
     monkeypatch.chdir(tmp_path)
     assert load_model_config("google/gemma-2b") == load_backbone("google/gemma-2b").config != published
+
+
+@pytest.mark.parametrize("mesh", ["data", (1, 1, 1), {"data": 1}])
+def test_what_is_no_mesh_is_refused_by_name(mesh):
+    with pytest.raises(ValueError, match=f"mesh is a {type(mesh).__name__}; make it with para_jax.make_mesh"):
+        load_backbone(FIXTURES / "llama", mesh=mesh)

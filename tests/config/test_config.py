@@ -516,6 +516,9 @@ def test_overrides_are_a_list():
         load_config(None, {"train.max_steps": 3})
     with pytest.raises(ValueError, match=r"overrides is a text; give a list .*\['train.max_steps=3'\]"):
         load_config(None, "train.max_steps=3")
+    for wrong in (None, 5, [("seed", 3)]):
+        with pytest.raises(ValueError, match=r"overrides is .*; give a list of texts, such as \['train.max_steps=3'\]"):
+            load_config(None, wrong)
 
 
 def test_invocation_tokens_are_a_list_of_loras():

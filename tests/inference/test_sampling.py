@@ -24,7 +24,10 @@ def test_a_wrong_setting_is_named(name, wrong):
 
 
 def test_numpy_numbers_are_settings_too():
-    Sampling(np.int64(3), np.float32(0.5), np.int32(2), np.float64(0.9), np.uint32(7))
+    sampling = Sampling(np.int64(3), np.float32(0.5), np.int32(2), np.float64(0.9), np.uint32(7))
+    assert sampling.for_index(1).seed == 8 and type(sampling.seed) is type(sampling.max_new_tokens) is int
+    assert Sampling(seed=np.int32(2**31 - 1)).for_index(1).seed == 2**31
+    assert 500 + Sampling(np.uint8(250)).max_new_tokens == 750
 
 
 def test_a_temperature_that_is_zero_in_float32_is_greedy():

@@ -214,3 +214,8 @@ def test_a_method_that_is_not_finite_is_listed_and_the_others_continue(folder, t
     assert isinstance(result, MethodsResult)
     assert {one.method: one.ended for one in result.methods} == {"lora": "not finite", "para": "done"}
     assert all((one.metric, one.score) == ("loss", None) and one.test for one in result.methods)
+
+
+def test_the_path_of_a_config_is_no_config():
+    with pytest.raises(ValueError, match="config is 'runs.yaml'; give a RunConfig"):
+        compare_methods("runs.yaml")

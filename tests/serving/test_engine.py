@@ -381,6 +381,20 @@ def test_the_adapter_at_submission_answers_the_request(model, tenants, bank):
 # --------------------------------------------------------------------------------------------- fairness, faults, limits
 
 
+def test_an_entry_of_another_bank_is_an_error_and_affects_no_other(model, tenants, bank):
+    other = AdapterBank.holding({"L": init_adapter(LoraConfig(r=2), model.config)}, model.config)
+    for engine, entry in (
+        (engine_of(model, bank), other.entry("L")),
+        (engine_of(model, bank), "A"),
+        (engine_of(model, None), bank.entry("A")),
+    ):
+        asked = Request(prompt(1), max_new_tokens=2)
+        wrong, right = engine.submit(asked, entry=entry), engine.submit(asked)
+        found = answers(engine)
+        assert "is none of the engine's bank; give bank.entry(name)" in found[wrong, 0].error
+        assert found[right, 0].error is None
+
+
 def test_requests_start_in_order_and_few_prefills_come_between_decode_steps(model, bank, monkeypatch):
     engine, calls = engine_of(model, bank), count_prefills(monkeypatch)
     ids = [engine.submit(Request(prompt(i), "A", max_new_tokens=1 if i else 30)) for i in range(12)]
@@ -427,6 +441,16 @@ def test_a_wrong_request_is_an_error_and_affects_no_other(model, bank, wrong, me
     assert found[bad, 0].finish_reason == "error" and message in found[bad, 0].error and found[bad, 0].text == ""
     assert plain(found[first, 0]) == plain(found[second, 0]) and found[first, 0].error is None
     assert len(found) == 3
+
+
+def test_numbers_of_numpy_are_those_of_python(model):
+    engine = engine_of(model, None)
+    engine.submit(Request(prompt(3), max_new_tokens=np.int8(3), temperature=np.float32(0.5), seed=np.int32(5)))
+    engine.submit(Request(prompt(3), max_new_tokens=3, temperature=0.5, seed=5))
+    long = engine.submit(Request(prompt(3), max_new_tokens=np.uint8(250)))
+    found = answers(engine)
+    assert plain(found[0, 0]) == plain(found[1, 0]) and len(found[0, 0].tokens) == 3
+    assert "max_new_tokens 250 are more than the engine's max_length 40" in found[long, 0].error
 
 
 def test_a_request_may_ask_for_what_follows_white_space(model):
@@ -529,11 +553,18 @@ def test_an_engine_without_a_bank_serves_the_base_model_alone(model):
         {"prefill_chunk": 0},
         {"block_size": 1.5},
         {"prefix_cache_bytes": -1},
+        {"max_logprobs": None},
     ],
 )
 def test_wrong_sizes_of_an_engine_are_refused(model, bank, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         Engine(model, bank, tokenizer(), **({"slots": 2, "max_length": 32} | options))
+
+
+@pytest.mark.parametrize("stop_ids", [2, "</s>", ["</s>"], [2.0]])
+def test_end_tokens_are_ids(model, stop_ids):
+    with pytest.raises(ValueError, match=r"^stop_ids is .*; give a list of token ids"):
+        engine_of(model, None, stop_ids=stop_ids)
 
 
 def test_a_model_a_bank_or_a_request_of_another_kind_is_refused(model, tenants, bank):
@@ -547,6 +578,8 @@ def test_a_model_a_bank_or_a_request_of_another_kind_is_refused(model, tenants, 
     ]:
         with pytest.raises(ValueError, match=message):
             Engine(*parts, tokenizer(), slots=2, max_length=32)
+    with pytest.raises(ValueError, match="tokenizer is a str; give one that load_tokenizer returns"):
+        Engine(model, bank, "smollm2-135m", slots=2, max_length=32)
     with pytest.raises(ValueError, match="submit: 'w20' is no Request"):
         engine_of(model, bank).submit("w20")
 

@@ -282,6 +282,9 @@ def test_what_cannot_be_pinned_is_refused(model, prefix, message):
         engine.pin(prefix)
     with pytest.raises(ValueError, match="unpin: .* is not pinned"):
         engine.unpin(ids_of(0, 8))
+    for wrong in ((), ("w20",)):
+        with pytest.raises(ValueError, match="is not a tuple of token ids"):
+            engine.unpin(wrong)
     engine.pin(ids_of(0, 20)), engine.pin(ids_of(0, 12)), engine.pin(ids_of(0, 20))
     with pytest.raises(ValueError, match="24 tokens"):
         engine.pin(ids_of(1, 4))

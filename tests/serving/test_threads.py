@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import jax
 import numpy as np
@@ -417,7 +418,8 @@ def test_an_answer_that_ended_before_its_stream_began_is_streamed_whole(model, b
     id, other = engine.submit(Request(**{**vars(asked[0]), "id": "early"})), engine.submit(asked[11])
     running = engine.stream(other)
     next(running)  # a round, in which the short answer ends
-    (piece,) = engine.stream(id)
+    with closing(engine.stream(id)) as early:
+        (piece,) = early
     assert (piece.tokens, piece.text, piece.finish_reason) == alone[0][0]
     list(running)
     assert engine.open == 0
