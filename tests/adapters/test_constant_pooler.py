@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_models import backbone, prompts, strong
+from long_cases import quick
 from one_adapter import fresh_state, only, trained_step
 from tiny_run import TRAIN
 
@@ -15,7 +16,7 @@ from para_jax.config import allowed_values
 from para_jax.data.batches import Bucket, collate
 from para_jax.data.examples import Example
 
-SUMMARIES = pytest.mark.parametrize("summary", allowed_values(ParaConfig, "summary"))
+SUMMARIES = pytest.mark.parametrize("summary", quick(allowed_values(ParaConfig, "summary"), "standardised"))
 
 
 def control(seed=1, **options):

@@ -113,7 +113,11 @@ def written(model, adapters, tokens, lengths, steps=6):
 
 @pytest.mark.parametrize(
     ("family", "layout"),
-    [pytest.param("gemma3_text", "layers", marks=pytest.mark.long), ("gemma2", "layers"), ("llama", "stacked")],
+    [
+        pytest.param("gemma3_text", "layers", marks=pytest.mark.long),
+        pytest.param("gemma2", "layers", marks=pytest.mark.long),
+        ("llama", "stacked"),
+    ],
 )
 def test_a_row_decodes_to_the_same_bits_next_to_longer_rows(family, layout, small_blocks):
     model = backbone(family, layout)

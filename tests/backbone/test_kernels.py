@@ -16,10 +16,10 @@ from para_jax.backbone.kernels import cudnn, plain, platform, splash
 LENGTH, HEAD = 250, 8  # not a multiple of splash's 128
 # (heads, kv heads, window, soft cap, segments)
 CASES = [
-    pytest.param(2, 2, None, None, False, id="MHA"),
+    pytest.param(2, 2, None, None, False, id="MHA", marks=pytest.mark.long),
     pytest.param(4, 2, None, None, True, id="GQA in segments"),
-    pytest.param(2, 1, 100, None, True, id="MQA with a window in segments"),
-    pytest.param(2, 1, 130, None, False, id="MQA with a window"),
+    pytest.param(2, 1, 100, None, True, id="MQA with a window in segments", marks=pytest.mark.long),
+    pytest.param(2, 1, 130, None, False, id="MQA with a window", marks=pytest.mark.long),
     pytest.param(4, 2, 30, 3.0, True, id="GQA with a window and a soft cap in segments"),
 ]
 

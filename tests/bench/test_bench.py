@@ -136,7 +136,7 @@ def test_the_training_step_is_measured_by_what_the_backward_pass_keeps(monkeypat
     assert share == pytest.approx(rate * 4 * matrix_weights(backbone("smollm2").config) / 1e9)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_training_step_is_measured_by_scope(monkeypatch):
     monkeypatch.setattr(bench_scopes, "METHODS", {"(IA)^3": bench_scopes.METHODS["(IA)^3"]})
     measured = bench.BENCHMARKS["scopes"](BACKBONE, rows=(2,), lengths=((4, 3), (9, 3)), rounds=2)
@@ -216,6 +216,7 @@ def test_shared_prefixes_are_measured_by_scope_and_with_every_tokens_answer(monk
     assert len(bench_prefix.bench_gaps(model, tokenizer(), 1)["medians"]) == 4
 
 
+@pytest.mark.long
 def test_http_is_measured_against_the_engine_with_every_token_of_the_same_work(monkeypatch, tmp_path):
     for name, value in dict(CLIENTS=3, TENANTS=2, LIGHT=2, LONGEST=32).items():
         monkeypatch.setattr(bench_http, name, value)
@@ -307,7 +308,7 @@ def test_options_of_decode_are_not_for_others(tmp_path):
         bench.run("load", BACKBONE, context=3)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_mixed_pass_is_measured_against_a_loop_over_adapters(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_evaluate, "PROMPT", 8)
     monkeypatch.setattr(bench_evaluate, "NEW", 4)

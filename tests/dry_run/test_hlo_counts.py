@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from golden_models import FIXTURES
 from jax.sharding import NamedSharding, PartitionSpec
+from long_cases import long, quick
 from quick_compiler import USERS_EMITTERS
 from tpu_compiler import tpu_devices
 
@@ -84,7 +85,9 @@ def check_costs_nothing(model, adapter_config):
 # -------------------------------------------------------------------------------------------------------------- the law
 
 
-@pytest.mark.parametrize("config", [ParaConfig(), ParaConfig(scope="response", scope_window=2), IA3], ids=str)
+@pytest.mark.parametrize(
+    "config", [ParaConfig(), long(ParaConfig(scope="response", scope_window=2)), long(IA3)], ids=str
+)
 def test_decode_with_one_tenant_per_row_costs_no_more_than_the_base(model, config):
     base, adapted = check_costs_nothing(model, config)
     factors = bytes_of(prefilled(model, config).adjustments)
@@ -93,7 +96,7 @@ def test_decode_with_one_tenant_per_row_costs_no_more_than_the_base(model, confi
     assert factors <= adapted.bytes_accessed - base.bytes_accessed < 1.5 * factors
 
 
-@pytest.mark.parametrize("method", [ParaConfig, Ia3Config, LoraConfig])
+@pytest.mark.parametrize("method", quick([ParaConfig, Ia3Config, LoraConfig], ParaConfig))
 def test_scope_response_decodes_by_the_program_of_scope_all_and_scope_prompt_by_that_of_the_base(model, method):
     def lowered(config):
         return jax.jit(decode_step).lower(model, prefilled(model, config), jnp.zeros(ROWS, jnp.int32)).as_text()
@@ -102,7 +105,7 @@ def test_scope_response_decodes_by_the_program_of_scope_all_and_scope_prompt_by_
     assert of_scope["response"] == of_scope["all"] != of_scope["prompt"] == lowered(None)
 
 
-@pytest.mark.parametrize("method", [ParaConfig, Ia3Config])
+@pytest.mark.parametrize("method", [ParaConfig, long(Ia3Config)])
 def test_on_a_tpu_scope_response_decodes_with_the_fusions_products_and_collectives_of_the_base(method):
     base, adapted = (describe_program(compile_decode(LLAMA, 4, of, ROWS)) for of in (None, method(scope="response")))
     counts = [(found.fusions, found.products, found.collectives, found.copies) for found in (base, adapted)]
@@ -134,6 +137,7 @@ class Joined(Adjustment):
         return y + y * self.distance[starts[site] : starts[site] + y.shape[-1]] if site in starts else y
 
 
+@pytest.mark.long
 def test_the_same_check_fails_for_factors_in_one_array_over_the_mesh(model):
     mesh = make_mesh(tensor=4)
     with jax.set_mesh(mesh):

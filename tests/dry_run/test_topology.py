@@ -250,6 +250,7 @@ def test_the_dry_run_tells_the_bytes_of_collectives_and_an_estimate_of_the_time(
     assert "ESTIMATE from v5e's published peaks, not measured" in shown and "bound by " in shown
 
 
+@pytest.mark.long
 def test_a_program_that_this_jax_can_not_read_tells_its_memory_and_what_to_install(config, monkeypatch):
     """jaxlib 0.10.2 can't read what libtpu 0.0.52 makes for a v6e: an older JAX than the compiler's."""
 

@@ -68,6 +68,7 @@ def shards(folder, adapters, tmp_path_factory):
     return folders
 
 
+@pytest.mark.long
 def test_shards_that_split_the_model_differently_are_refused(folder, adapters, tmp_path, capsys):
     """Their log-likelihoods differ in the last bits, and the same device has computed them."""
     for index, size in enumerate((1, 2)):

@@ -70,6 +70,7 @@ def test_scores_do_not_depend_on_who_else_is_asked():
     assert few == mixed[NAMES.index("F") :: len(NAMES)][5:8]
 
 
+@pytest.mark.long
 def test_a_prompt_is_computed_once_for_all_who_share_it(monkeypatch):
     seen = computed(monkeypatch)
     answers("llama", [(tenant, one) for one in asked() for tenant in (*NAMES, None)], NAMES)

@@ -46,7 +46,7 @@ def answered(model, adapter, task):
     return task._replace(records=[one if i % 2 else right[i] for i, one in enumerate(task.records)])
 
 
-@pytest.mark.parametrize("metric", ["loss", long("accuracy"), "matthews", "exact_match", "f1"])
+@pytest.mark.parametrize("metric", ["loss", long("accuracy"), long("matthews"), "exact_match", long("f1")])
 def test_a_tenants_score_in_a_mixed_pass_is_its_score_alone(tasks, metric):
     model = load_backbone(FIXTURES / "llama")
     adapters = [strong(init_adapter(ParaConfig(r=4), model.config), seed=i) for i in range(3)]

@@ -24,7 +24,7 @@ class Aim(NamedTuple):
     make: Target
     share: float = 1.0
     """of --fuzz-cases: less for a target whose cases are slow"""
-    short: int = 20
+    short: int = 10
     """cases in the default tests, which have no time for targets that compile much"""
 
 
@@ -35,8 +35,8 @@ TARGETS: dict[str, Aim] = {
     "adapter-bank": Aim(adapters.bank),
     "backbone-config": Aim(backbones.config),
     "backbone-weights": Aim(backbones.weights),
-    "config": Aim(configs.config, share=2.0, short=40),
-    "rows": Aim(rows.rows, share=2.0, short=40),
+    "config": Aim(configs.config, share=2.0, short=20),
+    "rows": Aim(rows.rows, share=2.0, short=20),
     "gguf": Aim(gguf_files.model),
     "gguf-tokenizer": Aim(gguf_files.tokenizer),
     "tokenizer": Aim(tokenizer_folders.tokenizer),
@@ -46,7 +46,7 @@ TARGETS: dict[str, Aim] = {
     "run-report": Aim(run_folders.report),
     "run-resume": Aim(run_folders.resume, share=0.1, short=0),
     "command": Aim(command_lines.command, share=0.5, short=0),
-    "http": Aim(http_requests.request, short=40),
+    "http": Aim(http_requests.request, short=20),
     "schedule": Aim(schedules.schedule, share=0.25, short=4),
     "interrupt": Aim(schedules.interrupts, share=0.25, short=4),
 }

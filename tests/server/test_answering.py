@@ -18,6 +18,7 @@ import pytest
 from golden_models import backbone
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 from logprob_engine import expected
+from long_cases import long
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from running_server import (
@@ -83,7 +84,7 @@ def chat_of(text):
 # -------------------------------------------------------------------------------------------------------- equal answers
 
 
-@pytest.mark.parametrize("length", [{}, {"max_tokens": 9}], ids=["whatever fits", "nine tokens"])
+@pytest.mark.parametrize("length", [{}, long({"max_tokens": 9})], ids=["whatever fits", "nine tokens"])
 def test_a_chats_template_variables_are_in_its_prompt(client, alone, length):
     found, new = {}, length.get("max_tokens", LENGTH - 6)
     given = {"messages": chat_of(prompt(1, 5)), "temperature": 0, **length}

@@ -82,6 +82,7 @@ def assert_same(ours, theirs):
         np.testing.assert_allclose(mine, other, atol=1e-4 * float(jnp.abs(other).max()))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("family", "config"), CASES, ids=str)
 def test_padded_and_packed_tails_equal_the_whole_pass(family, config):
     model = model_of(family)

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
-from long_cases import long
 from tiny_harness import command, lines, results
 from tiny_run import words
 
@@ -39,7 +38,8 @@ def test_para_lm_knows_the_adapter_that_its_tenant_has_now(folder):
     assert lm.content == bank.entry("A").content != before
 
 
-@pytest.mark.parametrize("tenant", [long("A"), None])
+@pytest.mark.long
+@pytest.mark.parametrize("tenant", ["A", None])
 def test_para_lm_scores_one_tenant_as_the_mixed_pass_does(engine, harness, whole, tenant):
     found = harness(ParaLM(engine, tenant), "tiny_pick", "tiny_write")
     mixed = results(whole)[tenant or "base"]["results"]
