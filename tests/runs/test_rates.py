@@ -151,6 +151,7 @@ def test_a_run_with_auto_takes_the_best_rate_and_resumes_in_its_trials_and_after
         train(auto_config(folder, tmp_path / "run", "train.learning_rate=0.5"))
 
 
+@pytest.mark.long
 def test_a_signal_during_the_last_save_of_the_trials_stops_before_the_run(folder, tmp_path, short, monkeypatch, capsys):
     config = auto_config(folder, tmp_path / "run")
 

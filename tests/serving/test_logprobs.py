@@ -50,6 +50,7 @@ def test_they_are_those_of_the_teacher_forced_pass(engine, bank):
             assert all(record.top[0][0] == record.token for record in completion.logprobs)
 
 
+@pytest.mark.long
 def test_tokens_are_the_same_without_them_and_neighbours_have_none(engine):
     asked = requests()
     with_all, without = ask(engine, asked), ask(engine, [replace(request, logprobs=None) for request in asked])
