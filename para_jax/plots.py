@@ -277,8 +277,10 @@ def factors_plot(
     if not isinstance(factors, Mapping) or not factors or not all(isinstance(one, Mapping) for one in factors.values()):
         raise ValueError("factors_plot takes {prompt: {site: factors}}; give {'a name': {site: values[:, row], ...}}")
     for name, sites in factors.items():
-        if not sites or sites.keys() != next(iter(factors.values())).keys():
-            raise ValueError(f"{name} has the sites {', '.join(sites) or 'none'}; give the same ones for every prompt")
+        if not sites:
+            raise ValueError(f"{name} has no factors; give {{site: values}}")
+        if sites.keys() != next(iter(factors.values())).keys():
+            raise ValueError(f"{name} has the sites {', '.join(map(str, sites))}; give the same ones for every prompt")
         for site, values in sites.items():
             if np.ndim(values) != 2:
                 shape = np.shape(values)

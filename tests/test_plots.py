@@ -143,9 +143,10 @@ def test_factors_without_the_name_of_their_prompt_are_refused(wrong):
 
 def test_prompts_with_other_sites_are_refused():
     q, v = ({site: np.ones((3, 8))} for site in ("q_proj", "v_proj"))
-    for other, sites in ((v, "v_proj"), ({}, "none")):
-        with pytest.raises(ValueError, match=f"b has the sites {sites}; give the same"):
-            factors_plot({"a": q, "b": other}, "t")
+    with pytest.raises(ValueError, match="b has the sites v_proj; give the same"):
+        factors_plot({"a": q, "b": v}, "t")
+    with pytest.raises(ValueError, match="b has no factors"):
+        factors_plot({"a": q, "b": {}}, "t")
 
 
 def test_one_prompt_has_a_map_per_site_and_a_fresh_adapter_blank_maps():

@@ -9,6 +9,7 @@ batch and the groups alone: tenants come, go and mix without a new one.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import threading
 from collections import Counter
@@ -34,6 +35,9 @@ from .unknown_tenant import unknown
 
 Bank = TypeVar("Bank", bound="AdapterBank")
 
+#: The versions of entries. Banks share them, so a batch may have entries of several banks.
+VERSIONS = itertools.count(1)
+
 
 class Entry(NamedTuple):
     """A tenant of the bank."""
@@ -43,7 +47,7 @@ class Entry(NamedTuple):
     config: Any
     """the adapter's own config"""
     version: int
-    """a number that no other adapter of this bank ever had"""
+    """a number that no other adapter of any bank in this process ever had"""
     content: str
     """sha256 of the config and the weights, the same for equal adapters only"""
     group: Any
@@ -82,8 +86,9 @@ class AdapterBank:
             if type(value) is not int or value < 1:
                 raise ValueError(f"AdapterBank: {name} must be a whole number of at least 1; got {shorten(value)}")
         known = tuple(method.name for method in METHODS)
+        chosen = {}
         for name, values, choices in (("methods", methods, known), ("sites", sites, SITES)):
-            given = listed(values)
+            chosen[name] = given = listed(values)
             if not given or not all(value in choices for value in given):
                 raise ValueError(
                     f"AdapterBank: {name} must be a list of some of {', '.join(choices)}; got {shorten(values)}"
@@ -91,8 +96,8 @@ class AdapterBank:
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"AdapterBank: dtype must be float32 or bfloat16; got {shorten(dtype)}")
         self.model_config, self.capacity, self.max_r, self.dtype = model_config, capacity, max_r, dtype
-        self.methods = tuple(name for name in known if name in methods)
-        self.sites = tuple(site for site in SITES if site in sites)
+        self.methods = tuple(name for name in known if name in chosen["methods"])
+        self.sites = tuple(site for site in SITES if site in chosen["sites"])
         self.model: Any = None
         """the backbone, once an engine serves the bank: adapters of other weights then give a warning"""
         self._entries: dict[str, Entry] = {}
@@ -103,7 +108,6 @@ class AdapterBank:
         """configs of adapters that this bank was made for, whether it holds them or not"""
         self.digests: dict[str, str] = {}
         """hashes of tenants' files (preview.py), where they are known"""
-        self._versions = 0
         self._lock = threading.Lock()
 
     @classmethod
@@ -247,7 +251,10 @@ class AdapterBank:
 
     def takes(self, entry: Entry) -> bool:
         """Whether an entry, perhaps of an adapter that has left, has the form of this bank's."""
-        return entry.method in self.methods and self._group(entry.group) == entry.group
+        if entry.method not in self.methods or self._group(entry.group) != entry.group:
+            return False
+        own = named_leaves(self._template(entry.group))
+        return all(leaf.shape == entry.weights[name].shape for name, leaf in own.items())  # else of another backbone
 
     def depends_on_prompt_end(self, entry: Entry) -> bool:
         """Whether what an adapter computes for given tokens depends on how many of them are its prompt."""
@@ -304,10 +311,9 @@ class AdapterBank:
             )
 
     def _put(self, name: str, entry: Entry) -> None:
-        self._versions += 1
         replaced = self._entries.get(name)
         self._held[entry.group] += 1
-        self._entries[name] = entry._replace(version=self._versions)
+        self._entries[name] = entry._replace(version=next(VERSIONS))
         if replaced is not None:
             self.digests.pop(name, None)
             self._forget(replaced.group)

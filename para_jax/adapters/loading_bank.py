@@ -104,6 +104,8 @@ class LoadingBank(AdapterBank):
         self.add(name, None)  # raises
 
     def rows(self, names: Iterable[str | None]) -> Rows:
+        if not isinstance(names, Iterable):
+            return super().rows(names)  # raises
         names = [names] if isinstance(names, str) else list(names)
         if not names:
             return super().rows(names)  # raises

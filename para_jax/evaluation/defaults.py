@@ -57,6 +57,8 @@ class ScoringRule(NamedTuple):
     """choices that only the validation or test data has"""
     from_data: bool = False
     """whether the metric was chosen from the data"""
+    guessed: bool = False
+    """whether training data that is not here would have decided something"""
 
     def describe(self) -> str:
         """ "accuracy over the 6 different completions of the training data (eval.metric)"."""
@@ -95,14 +97,21 @@ def scoring_rule(
         if held and held.longest and metric != "accuracy":
             model = model or load_model_config(config.backbone.source)
             new = answer_length(longest_completion(held.longest, tokenizer), model)
-    rule = ScoringRule(metric, also, choices, new, unseen, from_data)
-    if needed and not before and config.data.train is not None and not is_there(config.data):
+    guessed = needed and not before and config.data.train is not None and not is_there(config.data)
+    return ScoringRule(metric, also, choices, new, unseen, from_data, guessed)
+
+
+def warn_of_guesses(rules: Sequence[tuple[RunConfig, ScoringRule]]) -> None:
+    """Warns, in one line for all, of runs or tenants that are scored without their training data."""
+    guessed = [(config.data.train, rule) for config, rule in rules if rule.guessed]
+    if guessed:
+        train, rule = guessed[0]
+        more = f", and that of {len(guessed) - 1} more," if len(guessed) > 1 else ""
         warn(
-            f"the training data ({described(config.data.train)}) is not here, and how a run scores its answers follows "
-            f"from it. Here it is {rule.describe()}. If the run printed another metric, set it: eval.metric, and "
-            "eval.choices for accuracy"
+            f"the training data ({described(train)}){more} is not here, and how a run scores its answers follows from "
+            f"it. Here it is {rule.describe()}. If the run printed something else, set that: eval.metric and "
+            "eval.max_new_tokens, or eval.metric=accuracy and eval.choices"
         )
-    return rule
 
 
 def completions_of(section: DataSection) -> Completions:

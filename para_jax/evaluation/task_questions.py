@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from ..config import ModelConfig, RunConfig
 from ..data.row_files import split_file
+from .defaults import scoring_rule, warn_of_guesses
 from .evaluate import other_prompts
 from .questions import Answer, Question
 from .results import task_record
@@ -116,10 +117,12 @@ def read_own_tasks(
             f"{folder / missing[0] / options.split}.jsonl, or name adapters by their data: --adapters NAME=DIR. "
             "To leave tenants out, give --adapters the others alone"
         )
-    tasks, of_runs = [], []
+    tasks, of_runs, rules = [], [], []
     for tenant in tenants:
-        own = (configs or {}).get(tenant)
-        task = own and task_of_run(own, options.split, tokenizer, model=config)
+        own, task = (configs or {}).get(tenant), None
+        if own is not None:
+            rules.append((own, scoring_rule(own, tokenizer, model=config)))
+            task = task_of_run(own, options.split, tokenizer, rules[-1][1], model=config)
         if task is not None:
             of_runs.append(task)
             asked = questions_of_run(task._replace(name=tenant), tokenizer, config, options)
@@ -130,6 +133,7 @@ def read_own_tasks(
         if found is not None:
             encoded = found.encoded._replace(task=found.encoded.task._replace(name=tenant))
             tasks.append(questions_of(encoded, found.original, options)._replace(owner=tenant))
+    warn_of_guesses(rules)
     say_long(options.split, of_runs)
     return tasks
 

@@ -36,6 +36,7 @@ from .defaults import (
     different_answers,
     longest_completion,
     scoring_rule,
+    warn_of_guesses,
     without_answer,
 )
 from .metrics import LABEL_METRICS, single_spaced
@@ -202,7 +203,10 @@ def task_of_run(
     of_model = cache(lambda: model or load_model_config(config.backbone.source))  # many tasks don't ask for it
     section = config.data if config.data.max_seq_length else with_limit(config.data, of_model())
     known = TASKS.get(task_of(config.data) or "")
-    metric, also, choices, new, *_ = by or scoring_rule(config, tokenizer, model=model)
+    if by is None:
+        by = scoring_rule(config, tokenizer, model=model)
+        warn_of_guesses([(config, by)])
+    metric, also, choices, new, *_ = by
     if known and not choices and has_only_choices_of(known, records):
         choices = known.choices  # rows with a prompt of their own may have other answers
     if metric == "accuracy":

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 
 import jax
 
 from ..adapters.bank import AdapterBank, Entry
 from ..backbone.transformer import Transformer
-from ..config import ModelConfig, printable, shorten
+from ..config import ModelConfig, listed, printable, shorten
 from ..data.examples import Ids, Prompt, require_tokenizer, stop_token_ids
 from ..inference.sampling import is_whole
 from ..messages import say
@@ -98,15 +98,17 @@ class Engine:
         limits = {"queue_limit": queue_limit, "queue_limit_per_tenant": queue_limit_per_tenant}
         counts = {"prefix_cache_bytes": prefix_cache_bytes, "max_logprobs": max_logprobs}
         check_sizes(sizes, limits, counts, model.config)
+        ends = stop_token_ids(tokenizer, model.config.eos_token_ids) if stop_ids is None else listed(stop_ids)
+        if ends is None or not all(map(is_whole, ends)):
+            raise ValueError(
+                f"stop_ids is {shorten(stop_ids)}; give a list of token ids, or None for the usual end tokens"
+            )
         if bank is not None:
             bank.model = model
         self.model, self.bank, self.tokenizer, self.slots, self.max_length = model, bank, tokenizer, slots, max_length
         self.queue_limit, self.queue_limit_per_tenant = queue_limit, queue_limit_per_tenant
         self.max_logprobs = max_logprobs
-        ends = stop_token_ids(tokenizer, model.config.eos_token_ids) if stop_ids is None else stop_ids
-        self.stop_ids = tuple(ends) if isinstance(ends, Iterable) else ()
-        if not isinstance(ends, Iterable) or not all(map(is_whole, self.stop_ids)):
-            raise ValueError(f"stop_ids is {shorten(ends)}; give a list of token ids, or None for the usual end tokens")
+        self.stop_ids = ends
         self._admission = Admission(model, bank, tokenizer, max_length, limits, max_logprobs)
         mesh = mesh_of(model)
         if mesh is not None and mesh.is_multi_process:
@@ -342,7 +344,7 @@ def require_bank(bank: object) -> None:
 
 def check_sizes(sizes: dict, limits: dict, counts: dict, model: ModelConfig) -> None:
     """Raises ValueError for an argument of an engine that is out of range, by its name: sizes are at least 1, limits
-    are at least 1 or None, counts are at least 0 or None."""
+    are at least 1 or None, counts are at least 0, and only prefix_cache_bytes may be None."""
     for name, count in sizes.items():
         if type(count) is not int or count < 1:
             raise ValueError(f"{name} is {shorten(count)}; give a whole number of at least 1")

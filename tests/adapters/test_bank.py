@@ -339,6 +339,9 @@ def test_a_backbone_in_place_of_its_config_and_folders_in_place_of_adapters_are_
     for wrong in ("para", 5, [["para"]]):
         with pytest.raises(ValueError, match="methods must be a list of some of para, lora, ia3"):
             inspect.unwrap(AdapterBank.__init__)(bank, model.config, methods=wrong)
+    made = AdapterBank.__new__(AdapterBank)
+    inspect.unwrap(AdapterBank.__init__)(made, model.config, methods=iter(["para"]), sites=iter(["q_proj"]))
+    assert (made.methods, made.sites) == (("para",), ("q_proj",))
     for wrong in (None, 5):
         with pytest.raises(ValueError, match=f"names is {wrong}; give a list with a name or None for each row"):
             inspect.unwrap(AdapterBank.rows)(AdapterBank(model.config), wrong)

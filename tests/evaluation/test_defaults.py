@@ -8,6 +8,7 @@ import tiny_tokenizers
 from tiny_run import backbone_folder, run_config, tokenizer, words, write_rows
 
 from para_jax import load_model_config
+from para_jax.config import DataSection, RunConfig
 from para_jax.data.examples import encode_completion
 from para_jax.data.given import PYTHON
 from para_jax.data.records import Record
@@ -17,9 +18,11 @@ from para_jax.evaluation.defaults import (
     MOST_NEW_TOKENS,
     NEW_TOKENS,
     REPEATED,
+    ScoringRule,
     answer_length,
     longest_completion,
     scoring_rule,
+    warn_of_guesses,
 )
 from para_jax.evaluation.tasks import file_task, task_of_run
 from para_jax.runs.folder import began_before
@@ -54,16 +57,34 @@ def test_few_repeated_completions_are_ranked_and_others_written(rule):
 
 
 def test_scoring_without_the_training_data_says_that_the_run_may_have_had_another_metric(rule, tmp_path, capsys):
-    assert rule(["w9", "w10"] * 10).metric == "accuracy" and "is not here" not in capsys.readouterr().err
+    assert rule(["w9", "w10"] * 10, test=["w9", "w10"] * 4).metric == "accuracy"
+    test = str(tmp_path / "data" / "test.jsonl")
+    assert task_of_run(rule.config, "test", tokenizer()).metric == "accuracy"
+    assert "is not here" not in capsys.readouterr().err
     (tmp_path / "data" / "train.jsonl").unlink()
-    elsewhere = replace(rule.config, data=replace(rule.config.data, train=str(tmp_path / "data"), test="test.jsonl"))
-    from_python = replace(rule.config, data=replace(rule.config.data, train=PYTHON, test="test.jsonl"))
+    elsewhere = replace(rule.config, data=replace(rule.config.data, train=str(tmp_path / "data"), test=test))
+    from_python = replace(rule.config, data=replace(rule.config.data, train=PYTHON, test=test))
     for config, where in (elsewhere, str(tmp_path / "data")), (from_python, "from Python"):
-        assert scoring_rule(config, tokenizer()).metric == "exact_match"
-        said = " ".join(capsys.readouterr().err.split())
-        assert f"the training data ({where}) is not here" in said and "exact_match and f1 of written answers" in said
+        written = replace(config, eval=replace(config.eval, metric="f1"))
+        for one, scored in (config, "exact_match and f1 of written"), (written, "f1 of written answers of up to 32"):
+            task_of_run(one, "test", tokenizer())
+            said = " ".join(capsys.readouterr().err.split())
+            assert f"the training data ({where}) is not here" in said and scored in said
+            assert "eval.metric and eval.max_new_tokens" in said
+        both = replace(written, eval=replace(written.eval, max_new_tokens=8))
         given = replace(config, eval=replace(config.eval, metric="accuracy", choices=("w9", "w10")))
-        assert scoring_rule(given, tokenizer()).choices == ("w9", "w10") and not capsys.readouterr().err
+        for one in both, given:
+            task_of_run(one, "test", tokenizer())
+            assert "is not here" not in capsys.readouterr().err
+
+
+def test_runs_without_their_training_data_share_one_warning(capsys):
+    config = RunConfig(data=DataSection(train="a"))
+    rules = [(config, ScoringRule("exact_match", ("f1",), (), 32, guessed=guessed)) for guessed in (False, True, True)]
+    warn_of_guesses(rules[:1])
+    assert not capsys.readouterr().err
+    warn_of_guesses(rules)
+    assert capsys.readouterr().err.count("the training data (a), and that of 1 more, is not here") == 1
 
 
 def test_what_the_config_says_wins(rule):

@@ -119,7 +119,7 @@ def test_a_sweep_of_methods_computes_the_prompts_once(folder, tmp_path, computed
     assert computed == [16] and {one.ended for one in found} == {"done"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_trials_of_rates_and_their_run_share_the_prompts(folder, tmp_path, computed):
     config = config_of(folder, tmp_path / "run", "train.learning_rate=auto", "train.cache_prompts=memory")
     train(config)

@@ -28,7 +28,7 @@ from tiny_engine import (
 from tiny_run import tokenizer
 from transformers import AddedToken
 
-from para_jax import AdapterBank, Engine, LoraConfig, Request, adapt, generate, init_adapter
+from para_jax import AdapterBank, Engine, LoraConfig, ParaConfig, Request, adapt, generate, init_adapter
 from para_jax.data.examples import encode_continuation, encode_prompt, turn_stop_ids
 from para_jax.server.engine_requests import prompt_ids
 from para_jax.serving import decoder, prefills
@@ -381,18 +381,38 @@ def test_the_adapter_at_submission_answers_the_request(model, tenants, bank):
 # --------------------------------------------------------------------------------------------- fairness, faults, limits
 
 
-def test_an_entry_of_another_bank_is_an_error_and_affects_no_other(model, tenants, bank):
+def test_an_entry_that_does_not_fit_the_bank_is_an_error_and_affects_no_other(model, tenants, bank):
     other = AdapterBank.holding({"L": init_adapter(LoraConfig(r=2), model.config)}, model.config)
-    for engine, entry in (
-        (engine_of(model, bank), other.entry("L")),
-        (engine_of(model, bank), "A"),
-        (engine_of(model, None), bank.entry("A")),
+    fits = "does not fit the engine's bank; give bank.entry(name)"
+    for engine, entry, message in (
+        (engine_of(model, bank), other.entry("L"), fits),
+        (engine_of(model, bank), "A", fits),
+        (engine_of(model, None), bank.entry("A"), "the engine has no bank; leave entry out"),
     ):
         asked = Request(prompt(1), max_new_tokens=2)
         wrong, right = engine.submit(asked, entry=entry), engine.submit(asked)
         found = answers(engine)
-        assert "is none of the engine's bank; give bank.entry(name)" in found[wrong, 0].error
+        assert message in found[wrong, 0].error
         assert found[right, 0].error is None
+
+
+def test_an_entry_of_another_bank_that_fits_is_answered_by_its_own_adapter(model):
+    """Rows of scope response read their windows in one batch."""
+    config = ParaConfig(r=2, scope="response", scope_window=2)
+    banks = [
+        AdapterBank.holding({"A": strong(init_adapter(config, model.config), seed=seed)}, model.config)
+        for seed in (1, 9)
+    ]
+    asked, entries = Request(prompt(1), max_new_tokens=6), [bank.entry("A") for bank in banks]
+    alone = []
+    for bank, entry in zip(banks, entries, strict=True):
+        engine = engine_of(model, bank)
+        engine.submit(asked, entry=entry)
+        alone += [one.tokens for one in engine.run()]
+    engine = engine_of(model, banks[0], prefill_chunk=32)  # both prompts in one round
+    ids = [engine.submit(asked, entry=entry) for entry in entries]
+    found = answers(engine)
+    assert [found[id, 0].tokens for id in ids] == alone and alone[0] != alone[1]
 
 
 def test_requests_start_in_order_and_few_prefills_come_between_decode_steps(model, bank, monkeypatch):
@@ -562,9 +582,21 @@ def test_wrong_sizes_of_an_engine_are_refused(model, bank, options):
 
 
 @pytest.mark.parametrize("stop_ids", [2, "</s>", ["</s>"], [2.0]])
-def test_end_tokens_are_ids(model, stop_ids):
+def test_end_tokens_are_ids(model, bank, stop_ids):
+    bank.model = None
     with pytest.raises(ValueError, match=r"^stop_ids is .*; give a list of token ids"):
-        engine_of(model, None, stop_ids=stop_ids)
+        engine_of(model, bank, stop_ids=stop_ids)
+    assert bank.model is None  # nothing was begun
+
+
+def test_end_tokens_may_come_from_a_generator(model):
+    engine = engine_of(model, None, stop_ids=())
+    engine.submit(Request(prompt(1), max_new_tokens=6))
+    (free,) = engine.run()
+    ended = engine_of(model, None, stop_ids=(id for id in free.tokens[2:3]))
+    ended.submit(Request(prompt(1), max_new_tokens=6))
+    (cut,) = ended.run()
+    assert cut.tokens == free.tokens[: free.tokens.index(free.tokens[2])] and cut.finish_reason == "stop"
 
 
 def test_a_model_a_bank_or_a_request_of_another_kind_is_refused(model, tenants, bank):
