@@ -357,14 +357,14 @@ def rank_lines(output: Path, folder: str, cells: list[Cell]) -> list[str]:
     """The mean ranks over the tasks of a folder, with their picture; a sentence where there are too few."""
     scores: dict[str, dict[str, float]] = {}
     for cell in cells:
-        if cell.is_method:
+        if cell.is_method and len(cell.scores) >= FEWEST_SEEDS:
             scores.setdefault(cell.task, {})[cell.name] = mean(cell.scores)
     file = output / folder / "ranks.png"
     tasks, names = complete_block(scores)
     heading = [f"## Ranks over tasks{f' ({folder})' if folder else ''}", ""]
     if not tasks:
         file.unlink(missing_ok=True)
-        return [*heading, "Nothing is drawn: ranks need 3 methods that were all scored on the same 3 tasks.", ""]
+        return [*heading, f"Nothing is drawn: ranks need 3 methods with {FEWEST_SEEDS} seeds on the same 3 tasks.", ""]
     found = ranking({name: [scores[task][name] for task in tasks] for name in names})
     save(draw_ranks(found), file)
     said = f"{', '.join(tasks)}. Friedman's test: {p_text(found.p)}; Nemenyi's critical difference at 5 %: "

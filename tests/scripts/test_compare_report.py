@@ -148,10 +148,14 @@ def test_costs_and_forgetting_are_shown_where_they_were_measured(tmp_path):
     assert row_of(text, "PARA r=48", "sst2 (examples-80)")[5:10] == ["", "", "1.11", "1.01", ""]
 
 
-def test_ranks_need_three_tasks_and_a_picture_of_fewer_is_removed(tmp_path):
-    folder = results(tmp_path, tasks=("sst2", "copa", "rte"))
+def test_ranks_need_three_seeds_and_tasks_and_a_picture_of_fewer_is_removed(tmp_path, monkeypatch):
+    folder, rank, ranked = results(tmp_path, tasks=("sst2", "copa", "rte")), compare_report.ranking, []
+    monkeypatch.setattr(compare_report, "ranking", lambda scores: ranked.append(set(scores)) or rank(scores))
     text = compare_report.write_report(folder)
     assert "copa, rte, sst2. Friedman's test: p = " in text and (folder / "ranks.png").exists()
+    (folder / "rte-PARA-r-12-seed-0-tested.json").unlink()
+    compare_report.write_report(folder)
+    assert ranked[0] - ranked[1] == {"PARA r=12"}  # two seeds are left
     for file in folder.glob("rte-*"):
         file.unlink()
     text = compare_report.write_report(folder)
