@@ -232,12 +232,16 @@ class AdapterBank:
         names = [names] if isinstance(names, str) else list(names)
         if not names:
             raise ValueError("bank.rows: names is empty; give a tenant's name or None for each row")
-        with self._lock:  # the tenants of one moment; the slow search for similar names comes later
+        return self.rows_of(self._entries_of(names))
+
+    def _entries_of(self, names: list[str | None]) -> list[Entry | None]:
+        """The entries of these tenants at one moment. Raises ValueError for an unknown name."""
+        with self._lock:  # not during the slow search for similar names
             entries = [self._entries.get(name) if isinstance(name, str) else None for name in names]
         for name, entry in zip(names, entries, strict=True):
             if entry is None and name is not None:
                 raise ValueError(unknown(name, self.names))
-        return self.rows_of(entries)
+        return entries
 
     def blanks(self) -> list[Entry]:
         """An entry of zeros for each group of adapters that are held or expected, to compile programs with."""

@@ -4,7 +4,7 @@ dropped."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -13,7 +13,6 @@ from ..config import ModelConfig
 from .adapter import Adapter
 from .bank import AdapterBank, Entry
 from .preview import Preview
-from .rows import Rows
 
 #: Adapters that open requests may hold, however small the memory is.
 FEWEST = 16
@@ -103,13 +102,8 @@ class LoadingBank(AdapterBank):
     def remove(self, name: str) -> None:
         self.add(name, None)  # raises
 
-    def rows(self, names: Iterable[str | None]) -> Rows:
-        if not isinstance(names, Iterable):
-            return super().rows(names)  # raises
-        names = [names] if isinstance(names, str) else list(names)
-        if not names:
-            return super().rows(names)  # raises
-        return self.rows_of([None if name is None else self.entry(name) for name in names])
+    def _entries_of(self, names: list[str | None]) -> list[Entry | None]:
+        return [None if name is None else self.entry(name) for name in names]
 
     def __contains__(self, name: object) -> bool:
         return name in self._found

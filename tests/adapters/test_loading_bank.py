@@ -85,11 +85,10 @@ def test_the_tenants_of_a_bank_that_loads_stay_the_same(found, config):
     assert bank.identities() == [(name, one.digest) for name, one in found.items()]
 
 
-def test_what_holds_no_names_is_refused(found, config, monkeypatch):
-    monkeypatch.setattr(AdapterBank, "rows", inspect.unwrap(AdapterBank.rows))  # without the tests' own check of types
+def test_what_holds_no_names_is_refused(found, config):
     for wrong, message in (5, "names is 5; give a list"), ([], "names is empty"):
         with pytest.raises(ValueError, match=message):
-            inspect.unwrap(LoadingBank.rows)(loading(found, config, 1)[0], wrong)
+            inspect.unwrap(AdapterBank.rows)(loading(found, config, 1)[0], wrong)
 
 
 def test_rows_are_those_of_a_bank_that_holds_everything(found, config):
