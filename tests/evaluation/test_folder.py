@@ -304,6 +304,17 @@ def test_a_tenants_own_config_gives_its_metric(folder):
     assert [one.questions[-1].max_new_tokens for one in tasks] == [16, 3]
 
 
+def test_tenants_without_their_training_data_share_one_warning(folder, tmp_path, capsys):
+    own = {}
+    for name in ("A", "B"):
+        shutil.copytree(folder / "free", tmp_path / name)
+        own[name] = run_config(folder, f"data.train={tmp_path / name}", "eval.metric=null", "eval.max_new_tokens=null")
+    model_config, tokenizer = load_model_config(folder / "backbone"), load_tokenizer(folder / "backbone")
+    read_own_tasks(str(tmp_path), ["A", "B"], tokenizer, model_config, Options(), own)
+    said = capsys.readouterr().err
+    assert said.count("is not here") == 1 and f"({tmp_path}/A), and that of 1 more," in said
+
+
 @pytest.mark.parametrize(
     ("tasks", "more", "said"),
     [

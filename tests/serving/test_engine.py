@@ -383,9 +383,13 @@ def test_the_adapter_at_submission_answers_the_request(model, tenants, bank):
 
 def test_an_entry_that_does_not_fit_the_bank_is_an_error_and_affects_no_other(model, tenants, bank):
     other = AdapterBank.holding({"L": init_adapter(LoraConfig(r=2), model.config)}, model.config)
+    wider = replace(model.config, hidden_width=2 * model.config.hidden_width)  # the same form, for another backbone
+    of_wider = AdapterBank(wider, max_r=4, sites=bank.sites)
+    of_wider.add("A", init_adapter(tenants["A"].config, wider))
     fits = "does not fit the engine's bank; give bank.entry(name)"
     for engine, entry, message in (
         (engine_of(model, bank), other.entry("L"), fits),
+        (engine_of(model, bank), of_wider.entry("A"), fits),
         (engine_of(model, bank), "A", fits),
         (engine_of(model, None), bank.entry("A"), "the engine has no bank; leave entry out"),
     ):
