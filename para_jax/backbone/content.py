@@ -23,9 +23,11 @@ def backbone_content(model: Transformer) -> str:
 
 
 def digests_of_run(model: Transformer) -> dict[str, str]:
-    """What a checkpoint keeps of a backbone, by a name for errors: hashes of its config without its special tokens,
-    and of its weights in their dtype. A run may continue on other devices, whose default dtype may be another one, with
-    other end tokens, and under a later version whose configs have more fields."""
+    """What a checkpoint keeps of a backbone, by a name for errors: a hash of its config and one of its weights.
+
+    The config's special tokens and the fields that have their defaults are left out, so a run may resume with other end
+    tokens, and under a later version that has more fields. The weights' name holds their dtype, and a resumed run
+    compares only names that the checkpoint has too, so it may resume on devices with another default dtype."""
     config = replace(model.config, eos_token_ids=(), bos_token_id=None, pad_token_id=None)
     parts = {"backbone config": given_values(config), f"backbone in {model.dtype}": weight_sums(model)}
     return {name: hashlib.sha256(repr(part).encode()).hexdigest() for name, part in parts.items()}

@@ -58,7 +58,7 @@ class ScoringRule(NamedTuple):
     from_data: bool = False
     """whether the metric was chosen from the data"""
     guessed: bool = False
-    """whether training data that is not here would have decided something"""
+    """whether the metric or the length should follow from training data that is not here"""
 
     def describe(self) -> str:
         """ "accuracy over the 6 different completions of the training data (eval.metric)"."""
