@@ -13,7 +13,7 @@ import itertools
 import math
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -234,7 +234,7 @@ class AdapterBank:
             raise ValueError("bank.rows: names is empty; give a tenant's name or None for each row")
         return self.rows_of(self._entries_of(names))
 
-    def _entries_of(self, names: list[str | None]) -> list[Entry | None]:
+    def _entries_of(self, names: Sequence[str | None]) -> list[Entry | None]:
         """The entries of these tenants at one moment. Raises ValueError for an unknown name."""
         with self._lock:  # not during the slow search for similar names
             entries = [self._entries.get(name) if isinstance(name, str) else None for name in names]

@@ -4,7 +4,7 @@ dropped."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -102,7 +102,7 @@ class LoadingBank(AdapterBank):
     def remove(self, name: str) -> None:
         self.add(name, None)  # raises
 
-    def _entries_of(self, names: list[str | None]) -> list[Entry | None]:
+    def _entries_of(self, names: Sequence[str | None]) -> list[Entry | None]:
         return [None if name is None else self.entry(name) for name in names]
 
     def __contains__(self, name: object) -> bool:
