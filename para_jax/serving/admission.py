@@ -56,10 +56,9 @@ class Admission:
         ids = self.ids(request.prompt)
         self._check_logprobs(request, ids, entry)
         require_invocation(entry and entry.config, ids[: request.context_length], "prompt")
-        new = request.sampling.max_new_tokens  # in the request it may be an int8 of NumPy, whose sums overflow
-        if len(ids) + new > self.max_length:
+        if len(ids) + int(request.max_new_tokens) > self.max_length:  # an int8 of NumPy would overflow
             raise ValueError(
-                f"prompt: {len(ids)} tokens and max_new_tokens {new} are more than the engine's "
+                f"prompt: {len(ids)} tokens and max_new_tokens {request.max_new_tokens} are more than the engine's "
                 f"max_length {self.max_length}; shorten the prompt, or ask for fewer tokens"
             )
         stops = special_stop_ids(self.tokenizer, request.stop_texts) + tuple(request.stop_token_ids)
