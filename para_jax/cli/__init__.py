@@ -46,7 +46,6 @@ LONGEST_LIST = 16  # lines of an error after the first two; they are indented
 #: What the commands of vLLM, lm-eval and others call our options.
 OTHER_NAMES = {
     "--adapters": "enable-lora lora-modules lora-path lora peft",
-    "--api-key-file": "api-key",
     "--backbone": "model model-path model-name-or-path base-model pretrained",
     "--max-length": "max-model-len max-seq-len max-seq-length",
     "--quantize": "quantization load-in-8bit",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import secrets
 import shlex
@@ -94,6 +95,7 @@ def served() -> shared.Parser:
         metavar="FILE",
         help="one key per line, optionally followed by the tenants that it may use (default: no keys)",
     )
+    group.add_argument("--api-key", action=RefusedKey, help=argparse.SUPPRESS)
     group.add_argument(
         "--timeout", type=float, default=600, metavar="S", help="seconds that a request may take (default: %(default)s)"
     )
@@ -109,6 +111,13 @@ def served() -> shared.Parser:
     )
     group.add_argument("--log-prompts", action="store_true", help="log the prompts, not only their lengths")
     return parser
+
+
+class RefusedKey(argparse.Action):
+    """vLLM's --api-key. Without it argparse would take the key for the name of --api-key-file, and errors show that."""
+
+    def __call__(self, parser, *_):
+        parser.error("no option --api-key, because other users see a command line; did you mean --api-key-file FILE?")
 
 
 def run(options) -> None:
