@@ -53,7 +53,7 @@ class Trial(NamedTuple):
     steps: int
 
 
-#: A run's loop, with a backbone that is loaded already: runs/train.py's `fit`.
+#: A run's loop, with a backbone that is loaded already: runs/fit.py's `fit`.
 Fit = Callable[[RunConfig, Any, Inputs, Layout, Any, Part], tuple[Any, Standing]]
 
 

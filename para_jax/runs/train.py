@@ -7,9 +7,7 @@ output_dir/NAME/{config.yaml, metrics.jsonl, adapter/}.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,58 +19,37 @@ from .. import devices
 from ..adapters.adapter import Adapter
 from ..adapters.bank import weights_hash
 from ..backbone.content import digests_of_run
-from ..backbone.kernel_choice import describe_attention
 from ..backbone.load import load_backbone, load_model_config
-from ..config import ModelConfig, RunConfig, config_dict, expanded, require, shorten
+from ..config import RunConfig, config_dict, expanded, shorten
 from ..config.unused import unused_fields
 from ..data.example_arrays import examples_digest
 from ..data.given import with_data, with_tenants
-from ..data.schedule import admitted
 from ..data.tenants import OWN_FILE
-from ..evaluation.evaluate import Tasks, share_shapes
 from ..evaluation.score import describe_best
-from ..evaluation.shapes import say_evaluation
 from ..memory import run_mesh
 from ..messages import say, warn
-from ..model import init_adapter
 from ..processes import on_every_process, on_first_process, require_same
-from ..roofline import peak_rate
-from ..sharding import place, replicated_lines, tenant_axes, tenants_shardings
+from ..sharding import place
 from ..storage.bucket import Place
-from ..training.checkpoint import changed_data, describe_changes, open_checkpoints, restore_checkpoint
-from ..training.log import Log
-from ..training.metrics_file import Reached
 from ..training.passes import Layout, batch_devices, lay_out
-from ..training.profiler import Profiler
 from ..training.prompt_cache import PromptCache, cached_prompts
 from ..training.scores_file import Records, write_scores
-from ..training.step import TrainState, init_state, tenant_of
-from ..training.stop import Interrupted, end_if_told, stop_signals
+from ..training.step import TrainState, tenant_of
+from ..training.stop import end_if_told
 from ..training.tenants_file import read_entries
 from ..untrusted import safe_names
 from .chosen import chosen_rates, is_auto, resolved
-from .folder import (
-    HOST_FIELDS,
-    began_before,
-    check_folder,
-    check_tenants,
-    claim_folders,
-    locked_folder,
-    mend_folders,
-    rows_before,
-    run_digests,
-)
-from .health import Health
-from .initial import check_initial, require_same_start, starts_of
-from .logs import Logs, tenant_rows
-from .loop import Loop
+from .fit import fit
+from .folder import HOST_FIELDS, began_before, check_folder, check_tenants, claim_folders, locked_folder
+from .initial import check_initial
 from .parts import Part, has_begun, parts_of_run, write_parts
 from .rates import FIRST, as_trials, choose_rates, resolved_inputs
 from .report import sample_lines, score_table, tenants_table
-from .scoring import Scoring, kept_adapter
-from .standing import Standing, fresh_standing, reopened, require_same_tenants
+from .rows_per_step import say_rows, with_rows_before
+from .scoring import kept_adapter
+from .standing import Standing
 from .tenant_file import of_most_memory, own_values
-from .tenants import Inputs, SharedResources, Tenant, read_inputs, require_validation, tenant_configs, with_length
+from .tenants import Inputs, SharedResources, read_inputs, require_validation, tenant_configs, with_length
 
 
 class TrainResult(NamedTuple):
@@ -258,32 +235,6 @@ def known_run(config: RunConfig) -> tuple[RunConfig, dict[str, RunConfig], list[
     return config, own, parts, chosen
 
 
-def with_rows_before(config: RunConfig, otherwise: int | None = None) -> RunConfig:
-    """The config of a run of one adapter, or of a sweep, with its rows per step so far as train.batch_size, if it
-    leaves that open. They then stay the same on other devices, and so do the batches and the number of steps. The rows
-    of a tenant do not depend on the devices.
-
-    Args:
-        otherwise: rows per step of a run that has not begun. None: the devices decide.
-    """
-    if config.data.tenants or config.train.batch_size is not None or (config.many and config.train.rows_per_tenant):
-        return config
-    rows = on_first_process(lambda: rows_before(config) or otherwise)
-    if rows is None:
-        return config
-    return replace(config, train=replace(config.train, batch_size=rows, gradient_accumulation_steps=1))
-
-
-def require_same_rows(config: RunConfig, layout: Layout) -> None:
-    """Raises ValueError if this start took its rows per step from a checkpoint that turned out to be damaged."""
-    kept = with_rows_before(config)
-    if kept is not config and kept.train.batch_size != layout.tenant_rows:
-        raise ValueError(
-            f"the rows of a step ({layout.tenant_rows}) are those of a damaged checkpoint, which is set aside now; "
-            f"before, they were {kept.train.batch_size}\nstart the command again"
-        )
-
-
 def kept_as_reported(folder: Place, model, last: Adapter, standing: Standing) -> Adapter:
     """The adapter in a run's folder. Raises ValueError if it is missing, or if the reported scores are another one's.
 
@@ -298,15 +249,6 @@ def kept_as_reported(folder: Place, model, last: Adapter, standing: Standing) ->
             "from a copy, or train into another output_dir"
         )
     return kept
-
-
-def say_rows(kept: int, of_devices: int, devices: int) -> None:
-    """Says that a step keeps its number of rows, although these devices would give it another one. Raises ValueError
-    if they can't."""
-    expected = f"a divisor of {kept}, the rows of a step of this run so far"
-    require(kept % devices == 0, "the number of devices (mesh.data x mesh.fsdp)", devices, expected)
-    if kept != of_devices:
-        say(f"a step keeps the {kept} rows that it had on other devices (train.batch_size)")
 
 
 def mesh_of_run(config: RunConfig, own: list[RunConfig], parts: list[Part]):
@@ -395,167 +337,3 @@ def prompts_of(
     rows = dict(step_rows=layout.passes * layout.pass_rows, rows=train.per_device_batch_size * batch_devices(mesh))
     given = train.cache_prompts, model, config.adapter, orders, inputs.buckets
     return cached_prompts(*given, **rows, held=shared.prompts)
-
-
-def fit(
-    config: RunConfig,
-    model,
-    inputs: Inputs,
-    layout: Layout,
-    mesh,
-    part: Part,
-    prompts: Callable[[], PromptCache | None],
-    backbone: dict[str, str],
-    *,
-    quiet: bool = False,
-) -> tuple[TrainState, Standing]:
-    """The training loop of one part, with a backbone that is loaded already. The folders must be claimed.
-
-    Args:
-        prompts: computes the states of train.cache_prompts. It is called once a step is to be done.
-        backbone: what a checkpoint keeps of it.
-        quiet: no warnings and no scores of the base model: these are trials, and some may go wrong.
-    """
-    folder, (tokenizer, tenants, buckets) = part.folder, inputs
-    for line in replicated_lines(model, mesh, model.config):
-        say(line)
-    say_attention(model, [bucket.length for bucket in buckets], mesh, packed=config.data.packing)
-    with jax.set_mesh(mesh), open_checkpoints(folder / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
-        validation, test = tasks_of(model, tokenizer, tenants)
-        run = run_digests(config, model.fingerprint, tenants)
-        require_same("the data", lambda: run)  # also what the ids don't show, such as references
-        run |= backbone
-        state = empty_state(config, model, layout.slots, mesh)
-        restored = restore_checkpoint(checkpoints, state, Standing, run, config.data.changed == "accept")
-        state, standing = restored or (state, fresh_standing(tenants, layout, run))
-        changed, standing = accepted_changes(standing, run)
-        require_same_tenants(standing, tenants, layout)
-        standing = reopened(standing, tenants, changed)._replace(rows=layout.tenant_rows)
-        standing = with_starts(standing, tenants, model.config)
-        if restored:
-            say(describe_position(standing, tenants))
-        log = open_log(config, folder, model, mesh, standing if restored else None)
-        where = dict(log=folder / "metrics.jsonl", resumed=bool(restored), others=not part.alone)
-        on_first_process(lambda: mend_folders(config, standing, tenants, **where))
-        profiler = Profiler(config.profiler, folder)
-        signals = stop_signals(config.runtime.distributed == "given", config.runtime.stopped_exit_code)
-        with closing(log), closing(profiler), signals as stop:
-            encoded = {tasks.split: list(tasks.encoded.values()) for tasks in (validation, test) if tasks.encoded}
-            say_evaluation(encoded, config.eval.batch_size)
-            health = Health([tenant.name for tenant in tenants], [tenant.config for tenant in tenants], quiet=quiet)
-            if restored and not quiet:
-                require_same_rows(config, layout)
-            if restored:
-                on_first_process(lambda: [health.read(i, t.folder / "metrics.jsonl") for i, t in enumerate(tenants)])
-            logs = Logs(log, tenant_rows(tenants) if config.many else [], health)
-            scoring = Scoring(config, model, tenants, validation, test, logs, stop)
-            loop = Loop(config, model, tenants, buckets, layout, scoring, checkpoints, logs, profiler, stop)
-            try:
-                if not quiet:
-                    standing = with_base_scores(scoring, state, standing, changed if restored else None)
-                standing = scoring.without_removed(standing, changed)
-                standing = scoring.with_kept_best(state, standing) if restored else standing
-                standing = scoring.rescored(state, standing, scoring.with_changed(standing, "validation", changed))
-                if restored and standing.scores is not None:  # an earlier version had none
-                    for i in range(len(tenants)):
-                        health.compare_with(i, standing.records(i))
-                if not all(standing.over):
-                    with stop.interrupting():
-                        loop = loop._replace(prompts=prompts())
-                return loop.run(state, standing)
-            except Interrupted:
-                loop.end_early(standing)
-
-
-def with_base_scores(scoring: Scoring, state: TrainState, standing: Standing, changed: list[str] | None) -> Standing:
-    """The standing with the base model's scores on test and validation data.
-
-    Args:
-        changed: the parts of the data that changed before a resume, which alone are scored again; None: a new run.
-    """
-    for split in ("test", "validation"):
-        everyone = list(range(len(scoring.tenants)))
-        asked = everyone if changed is None else scoring.with_changed(standing, split, changed)
-        if not scoring.config.eval.base:  # but a score of other data is replaced
-            asked = [tenant for tenant in asked if standing.has_base(tenant, split)]
-        standing = scoring.score_backbone(state, standing, split, asked)
-    return standing
-
-
-def tasks_of(model, tokenizer, tenants: Sequence[Tenant]) -> tuple[Tasks, Tasks]:
-    """The validation and the test tasks of the tenants, in shapes that both share."""
-    limits = [tenant.config.eval.limit for tenant in tenants]
-    validation = Tasks(model, tokenizer, [t.validation for t in tenants], limits, "validation")
-    limits = [tenant.config.eval.test_limit for tenant in tenants]
-    test = Tasks(model, tokenizer, [t.test for t in tenants], limits, "test")
-    share_shapes(validation, test)
-    return validation, test
-
-
-def empty_state(config: RunConfig, model, slots: int, mesh) -> TrainState:
-    """A stack of zeros, for tenants to be put into, laid out over the current mesh."""
-    shapes = jax.eval_shape(lambda: init_adapter(config.adapter, model.config))
-
-    def fresh():
-        stack = jax.tree.map(lambda leaf: jnp.zeros((slots, *leaf.shape), leaf.dtype), shapes)
-        return init_state(stack, config.train)
-
-    used = math.prod(mesh.shape[axis] for axis in tenant_axes(slots, mesh.shape))
-    if used < mesh.size and slots > 1:
-        where = f"are spread over {used} of the" if used > 1 else "are complete on each of the"
-        say(
-            f"the weights of {slots} tenants {where} {mesh.size} devices, which do not divide them; with a multiple of "
-            f"{mesh.size} as train.tenants_at_once they take the least memory"
-        )
-    shardings = tenants_shardings(jax.eval_shape(fresh), mesh, model.config)
-    # A constraint, not out_shardings: then a restored state has the very layouts that a step gives, and one program.
-    return jax.jit(lambda: jax.lax.with_sharding_constraint(fresh(), shardings))()
-
-
-def accepted_changes(standing: Standing, run: dict[str, str]) -> tuple[list[str], Standing]:
-    """The parts of the data that changed since a checkpoint was written, which the config accepts. Also returns its
-    standing, now as one of the new data."""
-    changed = changed_data(standing.run, run)
-    if changed:
-        said = describe_changes(changed, standing.run or {}, run)
-        say(f"data.changed=accept: the checkpoint of step {standing.step} is of {said}; the run resumes from it")
-    return changed, standing._replace(run=run)
-
-
-def with_starts(standing: Standing, tenants: Sequence[Tenant], model_config: ModelConfig) -> Standing:
-    """The standing with what the tenants that wait for a slot will start from (train.init_from). Raises ValueError if
-    that changed since the run began."""
-    slots = admitted(standing.slots, standing.over)
-    begun = [i in slots or standing.over[i] or standing.steps[i] > 0 for i in range(len(tenants))]
-    waiting = {one.name: one.config for one, has in zip(tenants, begun, strict=True) if not has}
-    waiting = {name: own for name, own in waiting.items() if own.train.init_from}
-    starts = on_first_process(lambda: starts_of(waiting, model_config))
-    for name, own in waiting.items():
-        require_same_start(name, own, standing.starts, starts[name])
-    return standing._replace(starts=(standing.starts or {}) | starts)
-
-
-def describe_position(standing: Standing, tenants: Sequence[Tenant]) -> str:
-    """Where a run resumes."""
-    if all(standing.over):
-        return f"nothing is left to train after step {standing.step}"
-    if not tenants[0].name:
-        return f"resuming at step {standing.step} of {tenants[0].order.total_steps}"
-    return f"resuming at step {standing.step}, with {sum(standing.over)} of {len(tenants)} tenants ended"
-
-
-def open_log(config: RunConfig, folder: Place, model, mesh, standing: Standing | None) -> Log:
-    """The log in a part's folder, without the rows that a run resumed from here writes again."""
-    reached, ended = None, False
-    if standing:
-        evaluated = standing.step if config.many else standing.evaluated[0]
-        reached, ended = Reached(standing.step, evaluated), all(standing.over)
-    cached = config.train.cache_prompts != "off"  # then a step doesn't compute its prompts' tokens
-    peak = None if cached else peak_rate(model.config, mesh.devices.flatten())
-    return Log(config, folder, reached, ended=ended, peak_rate=peak)
-
-
-def say_attention(model, lengths: list[int], mesh, *, packed: bool) -> None:
-    """Names the kernels of training, evaluation and decoding, and why they are used."""
-    platform = mesh.devices.flat[0].platform
-    say(describe_attention(model.config, model.dtype, platform, model.attention, lengths, packed=packed))

@@ -32,7 +32,7 @@ from para_jax.dry_run.topology import (
 from para_jax.inspect import dry_run, tenants_of
 from para_jax.memory import run_mesh
 from para_jax.roofline import matrix_weights
-from para_jax.runs.train import empty_state
+from para_jax.runs.fit import empty_state
 from para_jax.sharding import shard_rows
 from para_jax.training.passes import lay_out
 
