@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from .config import expanded
-from .evaluation.results import LARGEST
+from .evaluation.results import LARGEST, file_names
 from .figures import drawable, explain, new_figure, plain, run_names
 from .messages import warn
 from .training.metrics_file import is_log, is_number, read_metrics
@@ -318,19 +319,29 @@ def of_evaluation(folder: Path) -> dict[str, Scores]:
             "`para-jax evaluate`"
         )
     panels: dict[str, Scores] = {}
-    for task, metric in dict.fromkeys(key for record in records.values() for key in first_metrics(record)):
+    shown = dict.fromkeys(key for record in records.values() for key in first_metrics(record))
+    times = Counter(task for task, _ in shown)  # several metrics: results of several calls
+    for task, metric in shown:
         bars = {name: bar for name, record in records.items() if (bar := result_bar(record, task, metric))}
-        base = bars.pop(BASE, None) if len(bars) > 1 else None
-        if bars:
-            panels[task] = Scores(metric.partition(",")[0], bars, base)
-    own = {task: scores for task, scores in panels.items() if list(scores.bars) == [task]}
+        alike = len({bar.count for bar in bars.values()}) == 1  # else an earlier call scored other examples
+        base = bars.pop(BASE, None) if len(bars) > 1 and alike else None
+        kind = metric.partition(",")[0]
+        panels[f"{task}, {kind}" if times[task] > 1 else task] = Scores(kind, bars, base)
+    own = {task: scores for task, scores in panels.items() if list(scores.bars) == [own_file(task)]}
     if len(own) < 2:
         return panels
     others = {task: scores for task, scores in panels.items() if task not in own}
-    return others | merged([
-        {f"each tenant's own task, {scores.metric}": scores._replace(base={task: scores.base} if scores.base else None)}
-        for task, scores in own.items()
-    ])  # fmt: skip
+    shared = []
+    for task, (metric, bars, base) in own.items():
+        (bar,) = bars.values()
+        held = {task: base} if isinstance(base, Bar) else None
+        shared.append({f"each tenant's own task, {metric}": Scores(metric, {task: bar}, held)})
+    return others | merged(shared)
+
+
+def own_file(tenant: str) -> str:
+    """The stem of the file of this tenant's results."""
+    return file_names([tenant])[tenant].removesuffix(".json")
 
 
 def read_record(file: Path) -> dict | None:

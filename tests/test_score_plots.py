@@ -146,6 +146,22 @@ def test_an_evaluation_has_a_bar_for_each_adapter_and_a_panel_for_each_task(tmp_
     }
 
 
+def test_results_of_several_calls_in_one_folder_all_have_their_bars(tmp_path):
+    """By two metrics, or over other examples than the base model's: then that is no line for the others."""
+    for name in ("base", "mine"):
+        result(tmp_path / "e", name, 0.5)
+    other = {"alias": "t", "f1,none": 0.75}
+    (tmp_path / "e" / "other.json").write_text(json.dumps({"results": {"t": other}}))
+    assert read_scores([tmp_path / "e"]) == {
+        "t, accuracy": Scores("accuracy", {"mine": Bar(0.5, 0.05, 60)}, Bar(0.5, 0.05, 60)),
+        "t, f1": Scores("f1", {"other": Bar(0.75)}),
+    }
+    more = {"results": {"t": {"accuracy,none": 0.75}}, "n-samples": {"t": {"original": 90, "effective": 90}}}
+    (tmp_path / "e" / "other.json").write_text(json.dumps(more))
+    bars = {"base": Bar(0.5, 0.05, 60), "mine": Bar(0.5, 0.05, 60), "other": Bar(0.75, None, 90)}
+    assert read_scores([tmp_path / "e"]) == {"t": Scores("accuracy", bars)}
+
+
 def test_what_is_not_drawn_of_many_tasks_is_said(tmp_path, caplog):
     names = [f"t{i:02}" for i in range(MAX_PANELS + 6)]
     for count in (MAX_PANELS, len(names)):
@@ -158,14 +174,15 @@ def test_what_is_not_drawn_of_many_tasks_is_said(tmp_path, caplog):
 
 
 def test_tenants_that_were_asked_their_own_task_only_share_a_panel(tmp_path):
-    asked = {"base": ["x", "y", "z"], "x": ["x"], "y": ["y"], "z": ["z"]}
+    """Also one whose file has another name than the tenant."""
+    asked = {"base": ["x", "a b", "z"], "x": ["x"], "a_b": ["a b"], "z": ["z"]}
     for name, tasks in asked.items():
         metrics = {task: "loss" if task == "z" else "f1" for task in tasks}
         values = {task: {f"{metric},none": 0.5 if name == "base" else 0.75} for task, metric in metrics.items()}
         (tmp_path / f"{name}.json").write_text(json.dumps({"results": values}))
     base, bar = Bar(0.5), Bar(0.75)
     assert read_scores([tmp_path]) == {
-        "each tenant's own task, f1": Scores("f1", {"x": bar, "y": bar}, {"x": base, "y": base}),
+        "each tenant's own task, f1": Scores("f1", {"x": bar, "a b": bar}, {"x": base, "a b": base}),
         "each tenant's own task, loss": Scores("loss", {"z": bar}, {"z": base}),
     }
 

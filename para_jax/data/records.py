@@ -151,23 +151,31 @@ def read_prompts(path: Path | BucketPath | str) -> list[Prompt]:
     return prompts
 
 
-def encode_records(records: list[Record], tokenizer, section: DataSection) -> EncodedRecords:
+def encode_records(
+    records: list[Record], tokenizer, section: DataSection, *, answer: int = 0, positions: int = sys.maxsize
+) -> EncodedRecords:
     """The records as token ids. data.truncate says whether those longer than `max_seq_length` raise, are skipped or are
     cut.
 
     A cut removes the prompt's first tokens after BOS. The prompt's last token and the completion always stay.
+
+    Args:
+        answer: the most tokens of another answer to the prompt, which must fit `positions` with it.
     """
     examples = encode_all(tokenizer, records)
     lengths = [len(prompt) + len(completion) for prompt, completion in examples]
-    most = section.max_seq_length or sys.maxsize
-    long = [i for i, length in enumerate(lengths) if length > most]
+    most = [
+        min(section.max_seq_length or sys.maxsize, positions - max(0, answer - len(completion)))
+        for _, completion in examples
+    ]
+    long = [i for i, length in enumerate(lengths) if length > most[i]]
     if not long:
         return EncodedRecords(examples, list(records))
     if section.truncate == "error":
         raise too_long(examples[long[0]], records[long[0]].place, len(long), len(examples), section)
     if section.truncate == "left":
         for i in long:
-            examples[i] = cut_left(examples[i], most, tokenizer.bos_token_id, records[i].place)
+            examples[i] = cut_left(examples[i], most[i], tokenizer.bos_token_id, records[i].place)
         return EncodedRecords(examples, list(records), cut=len(long))
     dropped = set(long)
     kept = [i for i in range(len(examples)) if i not in dropped]
@@ -439,6 +447,6 @@ def cut_left(example: Example, length: int, bos: int | None, place: str) -> Exam
     if room < 1:
         raise ValueError(
             f"{place}: the completion has {len(example.completion_ids)} tokens, which leaves no room for a prompt in "
-            f"data.max_seq_length {length}; raise it, or set data.truncate to skip"
+            f"{length} tokens (data.max_seq_length, or the model's positions); set data.truncate to skip"
         )
     return Example(prompt[:start] + prompt[len(prompt) - room + start :], example.completion_ids)

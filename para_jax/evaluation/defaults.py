@@ -22,7 +22,7 @@ from ..data.training_data import task_of
 from ..inference.generate import up_to_multiple
 from ..messages import warn
 from ..progress import Progress
-from .metrics import single_spaced
+from .metrics import LABEL_METRICS, single_spaced
 
 #: Labels are ranked by their likelihoods if there are at most this many; otherwise the answer is written.
 RANKED = 20
@@ -85,7 +85,8 @@ def scoring_rule(
     also = given.also or (known.also if known and metric == known.metric else ())
     if metric is None and before:
         metric = "exact_match"
-    needed = metric is None or (new is None and metric not in ("loss", "accuracy"))
+    ranks = metric == "accuracy" or (metric in LABEL_METRICS and bool(given.choices))
+    needed = metric is None or (new is None and metric != "loss" and not ranks)
     held = completions_of(config.data) if needed else None
     choices, unseen, from_data = given.choices, (), metric is None
     if metric is None:
@@ -133,6 +134,12 @@ def completions_of(section: DataSection) -> Completions:
             bar.advance()
     few = different_answers(often) if len(different) <= RANKED else None
     return Completions(count, few, [record for _, _, record in longest])
+
+
+def few_completions(section: DataSection) -> tuple[str, ...]:
+    """The different completions of the training data if they are 2 to RANKED; otherwise none."""
+    found = completions_of(section).different or ()
+    return found if len(found) > 1 else ()
 
 
 def different_answers(texts: Iterable[str]) -> tuple[str, ...]:

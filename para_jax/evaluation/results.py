@@ -190,7 +190,7 @@ def csv_table(by_tenant: Mapping[str, dict]) -> str:
         values = made["results"][task]
         error = values.get(f"{kind}_stderr,{kept}")
         error = error if isinstance(error, (int, float)) else None
-        shown = (cell(name), cell(task), metric.removesuffix(",none"))
+        shown = (on_one_line(name), on_one_line(task), metric.removesuffix(",none"))
         rows.writerow([*shown, values[metric], error, examples(made, task)])
     return text.getvalue()
 
@@ -204,9 +204,13 @@ def value_cell(values: dict, metric: str) -> str:
 
 
 def cell(text: str) -> str:
-    """A text for a table, with whatever is not printable escaped, such as the end of a line or half a character."""
-    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return plain.replace("|", "\\|")
+    """A text for a Markdown table."""
+    return on_one_line(text).replace("|", "\\|")
+
+
+def on_one_line(text: str) -> str:
+    """A text with whatever is not printable escaped, such as the end of a line or half a character."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 # --------------------------------------------------------------------------------------------------------------- files

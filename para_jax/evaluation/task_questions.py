@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 from ..config import ModelConfig, RunConfig
 from ..data.row_files import split_file
-from .defaults import scoring_rule, warn_of_guesses
+from .defaults import few_completions, scoring_rule, warn_of_guesses
 from .evaluate import other_prompts
+from .metrics import LABEL_METRICS
 from .questions import Answer, Question
 from .results import task_record
 from .samples import logged_samples
@@ -121,7 +122,10 @@ def read_own_tasks(
     for tenant in tenants:
         own, task = (configs or {}).get(tenant), None
         if own is not None:
-            rules.append((own, scoring_rule(own, tokenizer, model=config)))
+            rule = scoring_rule(own, tokenizer, model=config)
+            if metric in LABEL_METRICS and not rule.choices:  # few labels are ranked, as by TASKS:METRIC without --own
+                rule = rule._replace(choices=few_completions(own.data))
+            rules.append((own, rule))
             task = task_of_run(own, options.split, tokenizer, rules[-1][1], model=config)
         if task is not None:
             of_runs.append(task)
@@ -187,5 +191,7 @@ def require_distinct(names: Sequence[str], files: Sequence[FileTask] = ()) -> No
     twice = sorted({name for name in names if list(names).count(name) > 1})
     if twice:
         alike = sorted({str(one.file) for one in files if one.encoded.task.name in twice})
-        advice = f"\n{alike[0]} and {alike[1]} have one name: give the folder of one, or rename it" if alike[1:] else ""
-        raise ValueError(f"--tasks: {', '.join(twice)} is given more than once{advice or '; give each name once'}")
+        advice = "; give each name once"
+        if alike[1:]:
+            advice = f"\n{alike[0]} and {alike[1]} have one name: score them in two calls, each with its own --output"
+        raise ValueError(f"--tasks: {', '.join(twice)} is given more than once{advice}")

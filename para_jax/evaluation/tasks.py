@@ -218,10 +218,10 @@ def task_of_run(
             )
         warn_of_unreachable(split, records, choices)
     task = EvalTask(split, records, metric, choices, new, config.eval.batch_size, also=also)
+    room = {}
     if section.truncate == "left" and metric != "loss":  # the answer must fit too
-        fits = max(2, of_model().max_positions - answer_room(task, tokenizer))
-        section = replace(section, max_seq_length=min(section.max_seq_length or fits, fits))
-    kept = encode_records(records, tokenizer, section)
+        room = dict(answer=answer_room(task, tokenizer), positions=of_model().max_positions)
+    kept = encode_records(records, tokenizer, section, **room)
     task = task._replace(records=kept.records, examples=kept.examples, cut=kept.cut, skipped=kept.skipped)
     chosen = config.eval.max_new_tokens is None and not known
     return with_room(task, kept.examples, of_model().max_positions) if chosen and task.writes else task
@@ -319,10 +319,14 @@ def file_task(text: str, tokenizer, config: ModelConfig, *, split: str, limit: i
         expected = longest_completion(records, tokenizer)
         task = task._replace(max_new_tokens=answer_length(expected, config))
         say(f"--tasks {text}: at most {task.max_new_tokens} tokens per answer; the longest expected one has {expected}")
-    longest = config.max_positions - answer_room(task, tokenizer)
-    kept = encode_records(task.records, tokenizer, DataSection(max_seq_length=longest, truncate="left"))
+    room = dict(answer=answer_room(task, tokenizer), positions=config.max_positions)
+    section = DataSection(max_seq_length=config.max_positions, truncate="left")
+    kept = encode_records(task.records, tokenizer, section, **room)
     if kept.cut:
-        say(f"--tasks {text}: {kept.cut} of {len(kept.records)} prompts lost their start, to {longest} tokens")
+        say(
+            f"--tasks {text}: {kept.cut} of {len(kept.records)} prompts lost their start, to fit the model's "
+            f"{config.max_positions} positions with their answers"
+        )
     encoded = encode_task(task._replace(examples=kept.examples), tokenizer)
     return FileTask(encoded, len(records), file.resolve())
 
@@ -342,7 +346,8 @@ def with_metrics_in_names(tasks: Sequence[FileTask]) -> list[FileTask]:
 
 
 def answer_room(task: EvalTask, tokenizer) -> int:
-    """Tokens to leave free behind a prompt, in addition to its own completion: for the text or the longest choice."""
+    """Tokens to leave free behind a prompt for the text or the longest choice, if they are more than its own
+    completion's."""
     if task.metric == "loss":
         return 0
     ends = (encode_completion(tokenizer, task.records[0].prompt, choice) for choice in task.choices)

@@ -191,6 +191,13 @@ def test_without_training_data_answers_are_written(tmp_path):
         assert (task.metric, task.max_new_tokens) == ("exact_match", NEW_TOKENS)
 
 
+@pytest.mark.parametrize("metric", ["accuracy", "macro_f1"])
+def test_ranked_choices_need_no_training_data(tmp_path, metric):
+    given = f"data.train={tmp_path / 'nowhere'}", *OPEN, f"eval.metric={metric}", "eval.choices=[w9, w10]"
+    backbone_folder(tmp_path / "backbone")
+    assert not scoring_rule(run_config(tmp_path, *given), tokenizer()).guessed
+
+
 def test_a_run_that_an_earlier_version_began_keeps_its_metric(rule, tmp_path):
     rule(["w9", "w10"] * 10)
     old = scoring_rule(rule.config, tokenizer(), before=True)

@@ -179,7 +179,7 @@ def test_two_metrics_of_one_file_are_two_tasks(folder, whole, tmp_path, capsys):
         assert main(command(folder, tmp_path / "twice", tasks=twice)) == 2
         said = capsys.readouterr().err
         assert "is given more than once" in said
-        assert ("have one name: give the folder of one, or rename it" in said) == (str(tmp_path / "free") in twice[1])
+        assert ("have one name: score them in two calls" in said) == (str(tmp_path / "free") in twice[1])
 
 
 @pytest.mark.long
@@ -302,6 +302,18 @@ def test_a_tenants_own_config_gives_its_metric(folder):
     tasks = read_own_tasks(str(folder / "owned"), ["A", "B"], tokenizer, model_config, Options(), own)
     assert [(one.names, one.owner) for one in tasks] == [(("A",), "A"), (("B",), "B")]
     assert [one.questions[-1].max_new_tokens for one in tasks] == [16, 3]
+
+
+def test_own_tasks_of_a_named_metric_are_scored_alike_with_and_without_training_data(folder):
+    """And as the file alone: few labels are ranked."""
+    model_config, tokenizer = load_model_config(folder / "backbone"), load_tokenizer(folder / "backbone")
+    for name in "AB":
+        shutil.copytree(folder / "labels", folder / "ranked" / name, dirs_exist_ok=True)
+    rows = [{"prompt": f"w{i}", "completion": text} for i in range(20, 24) for text in ("w9", "w10 w11")]
+    write_rows(folder / "ranked" / "A" / "train.jsonl", rows)
+    own = {"A": run_config(folder, f"data.train={folder / 'ranked' / 'A'}", "eval.metric=macro_f1")}
+    tasks = read_own_tasks(f"{folder / 'ranked'}:macro_f1", ["A", "B"], tokenizer, model_config, Options(), own)
+    assert [one.questions for one in tasks[:1]] == [one.questions for one in tasks[1:]]
 
 
 def test_tenants_without_their_training_data_share_one_warning(folder, tmp_path, capsys):

@@ -12,7 +12,7 @@ from para_jax.cli import main
 from para_jax.cli.names import named_adapters
 from para_jax.evaluation import answers as answering
 from para_jax.evaluation import results as result_files
-from para_jax.evaluation.results import cell, check_results, file_names
+from para_jax.evaluation.results import cell, check_results, csv_table, file_names
 
 
 def test_an_output_folder_of_another_backbone_or_program_is_refused(whole, tmp_path, monkeypatch):
@@ -85,6 +85,11 @@ def test_a_kill_while_results_are_written_leaves_whole_files(folder, tmp_path, m
 
 def test_the_table_shows_no_raw_control_character():
     assert cell("a|b\x1b[0m\n\udcff é") == "a\\|b\\x1b[0m\\n\\udcff é"
+
+
+def test_a_csv_file_has_names_as_they_are():
+    made = {"results": {"t|u": {"alias": "t|u", "f1,none": 0.5}}, "n-samples": {}}
+    assert csv_table({"a|b": made}).splitlines()[1].startswith("a|b,t|u,f1,0.5,")
 
 
 def test_adapters_are_named_by_their_folders_and_get_distinct_files(folder):

@@ -193,6 +193,14 @@ def test_a_run_names_the_limits_of_the_splits_that_it_scores(splits, advice, cap
     assert caplog.messages[-1].endswith(advice)
 
 
+def test_the_decoding_steps_of_a_run_are_those_of_each_tenants_own_batches(caplog):
+    """At its end each tenant is scored alone, and the ranked ones write nothing."""
+    caplog.set_level("INFO", logger="para_jax")
+    encoded = [encode_task(task_of(metric, LENGTHS[:2]), tokenizer()) for metric in ["exact_match"] * 3 + ["loss"]]
+    say_evaluation({"test": encoded}, batch_size=8)
+    assert f"{3 * encoded[0].task.max_new_tokens} decoding steps for test" in caplog.messages[-1]
+
+
 # --------------------------------------------------------------------------------------------------- all devices' rows
 
 

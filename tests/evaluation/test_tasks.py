@@ -166,7 +166,7 @@ def test_one_long_prompt_shortens_no_other_answer(folder, tmp_path, capsys):
     for most in ("null", model.max_positions):
         task = of(f"data.max_seq_length={most}", "data.truncate=left")
         assert task.max_new_tokens >= longest
-        assert sum(map(len, task.examples[0])) + task.max_new_tokens == model.max_positions
+        assert len(task.examples[0].prompt_ids) + task.max_new_tokens == model.max_positions
         assert [len(one.prompt_ids) for one in task.examples[1:]] == [8] * 5
     rows[0]["prompt"] = words([20] * (model.max_positions - 2))
     write_rows(tmp_path / "test.jsonl", rows)
@@ -182,6 +182,26 @@ def test_a_prompt_that_is_cut_leaves_room_for_the_longest_choice(folder, tmp_pat
     given = "eval.metric=accuracy", "eval.choices=[w9, w10 w11 w12]", "data.max_seq_length=null", "data.truncate=left"
     task = task_of_run(run_config(folder, f"data.test={tmp_path / 'test.jsonl'}", *given), "test", tokenizer())
     check_room(model, encode_task(task, tokenizer()))
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_prompt_that_fits_with_the_longest_answer_is_not_cut(folder, tmp_path, capsys, more):
+    """Its own completion needs room too, but never next to another answer."""
+    model = load_model_config(folder / "backbone")
+    fits = model.max_positions - 152
+    write_rows(tmp_path / "test.jsonl", [{"prompt": words([20] * (fits + more)), "completion": words([9] * 100)}])
+    task = file_task(str(tmp_path), tokenizer(), model, split="test", limit=None)
+    assert task.encoded.task.max_new_tokens == 152
+    assert len(task.encoded.examples[0].prompt_ids) == fits
+    assert ("1 of 1 prompts lost their start" in capsys.readouterr().err) == bool(more)
+
+
+def test_a_completion_of_more_than_half_of_the_positions_is_scored(folder, tmp_path):
+    model = load_model_config(folder / "backbone")
+    completion = words([9] * (model.max_positions * 3 // 5))
+    write_rows(tmp_path / "test.jsonl", [{"prompt": "w8 w7", "completion": completion}])
+    task = file_task(str(tmp_path), tokenizer(), model, split="test", limit=None)
+    assert len(task.encoded.examples[0].prompt_ids) == 2
 
 
 def test_answers_of_a_file_that_are_no_choices_are_named(folder, tmp_path, capsys):
