@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from ..config import printable
+from ..config import expanded, printable
 from ..hub import BUILT_IN, BUILT_IN_HUB_ID, BUILT_IN_WEIGHTS, HUB_ID, name_and_revision
 from .invocation import invocation_tokens
 from .method import Method
@@ -37,7 +37,8 @@ def model_card(
         example: the prompt of the example code.
     """
     name, _ = name_and_revision(base_model)
-    base = name if "@" not in name and HUB_ID.fullmatch(name) else ""
+    named = "@" not in name and not name.endswith(".gguf") and HUB_ID.fullmatch(name)
+    base = name if named and not expanded(name).exists() else ""  # a folder such as models/tiny looks like a hub id
     front = {
         "library_name": "peft" if method.in_peft else "para_jax",
         **({"base_model": base} if base else {}),

@@ -88,8 +88,8 @@ def save_adapter(
     Args:
         base_model: where the backbone comes from, for the model card and adapter_config.json (None or "": not named).
             The built-in name becomes the hub id of that model.
-        model: the backbone itself. A folder in our own format keeps its fingerprint, so that loading the adapter on
-            another backbone of the same shape gives a warning.
+        model: the backbone itself. A folder in our own format keeps its fingerprint, that of its first layer's q_proj:
+            loading the adapter on a backbone of the same shape that differs there gives a warning.
         card: further Markdown of the model card, a text or lines: data, scores, licences.
         example: the prompt of the example code in the card.
 
@@ -219,8 +219,8 @@ def read_adapter(folder: Path, source: str | Path | BucketPath, model_config: Mo
     theirs, ours = backbone.get("fingerprint"), getattr(model, "fingerprint", None)
     if theirs and ours and theirs != ours:
         warnings.warn(
-            f"{source}: the adapter was trained on other weights of this shape (its backbone's fingerprint is "
-            f"{shorten(theirs, 16)}, this one's {shorten(ours, 16)})",
+            f"{source}: the adapter was trained on other weights of this shape, or on the same in another dtype (the "
+            f"fingerprint of its backbone's first q_proj is {shorten(theirs, 16)}, this one's {shorten(ours, 16)})",
             stacklevel=6,
         )
     tensors = read_tensors(folder, expected_shapes(method, config, model_config))

@@ -66,7 +66,9 @@ def matching(text: str) -> list[str]:
         root = BucketPath(path.bucket, "/".join(parts[:first]))
         found = sorted(str(one) for one in root.glob("/".join(parts[first:])))
     if not found:
-        raise ValueError(f"--adapters {text!r}: no folder matches\ngive a pattern of adapter folders, in quotes")
+        raise ValueError(
+            f"--adapters {text!r}: no folder matches\ngive a pattern of adapter folders, in quotes; [[] is a [ there"
+        )
     return found
 
 
@@ -98,7 +100,7 @@ def tenants_of_run(folder: str) -> list[str]:
     from ..config import expanded
 
     run = expanded(folder)
-    if "=" in folder or not any((run / file).is_file() for file in ("tenants.json", "comparison.json")):
+    if not any((run / file).is_file() for file in ("tenants.json", "comparison.json")):
         return []
     found = [f"{path.parent.name}={path}" for path in sorted(run.glob("*/adapter"))]
     sweeps = sorted(path.parent.name for path in run.glob("*/tenants.json"))

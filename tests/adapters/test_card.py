@@ -49,6 +49,13 @@ def test_only_hub_ids_are_in_the_front_matter(tmp_path, base, front):
     assert ("AutoPeft" in text) == bool(base)
 
 
+@pytest.mark.parametrize("base", ["models/tiny", "tiny.gguf", "elsewhere/tiny.gguf"])
+def test_a_folder_and_a_file_with_the_form_of_a_hub_id_are_none(tmp_path, monkeypatch, base):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    assert "base_model" not in card(tmp_path / "a", LoraConfig(r=2), base_model=base)[0]
+
+
 def test_a_path_and_one_text_are_taken_too(tmp_path):
     text = card(tmp_path, LoraConfig(r=2), base_model=tmp_path / "base", card="- Trained on mine.")[1]
     assert f"Base model: {tmp_path / 'base'}." in text and "\n- Trained on mine.\n" in text

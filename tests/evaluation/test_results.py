@@ -136,6 +136,13 @@ def test_a_comparison_of_sweeps_is_not_a_set_of_tenants(tmp_path):
     assert list(named_adapters([f"{tmp_path}/para"])) == ["lr-1"]
 
 
+def test_a_run_may_have_an_equals_sign_in_its_name(tmp_path):
+    run = tmp_path / "lr=0.003"
+    (run / "a" / "adapter").mkdir(parents=True)
+    (run / "tenants.json").touch()
+    assert named_adapters([str(run)]) == {"a": f"{run}/a/adapter"}
+
+
 def test_a_path_may_have_the_signs_of_a_pattern(tmp_path):
     folder = tmp_path / "lr[1e-3]"
     folder.mkdir()
