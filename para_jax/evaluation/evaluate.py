@@ -6,13 +6,13 @@ made from another example's prompt: the score then loses what it owes to reading
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..adapters.rows import Stack, require_adapter, stack_adapters
-from ..config import shorten
+from ..config import listed, shorten
 from ..config.bounds import PositiveInt, Seed, check_value
 from ..data.batches import epoch_bits, permutation
 from ..data.examples import require_tokenizer
@@ -40,7 +40,7 @@ class Report(NamedTuple):
 def evaluate(
     model,
     adapters,
-    tasks: Sequence[EvalTask],
+    tasks: Iterable[EvalTask],
     *,
     tokenizer,
     limit: int | None = None,
@@ -66,21 +66,23 @@ def evaluate(
         require_adapter("evaluate", adapters, model.config)
     check_value("limit", limit, PositiveInt | None)
     check_value("seed", seed, Seed)
-    if wrong := [task for task in tasks if not isinstance(task, EvalTask)]:
+    given = listed(tasks)
+    wrong = [tasks] if given is None else [task for task in given if not isinstance(task, EvalTask)]
+    if given is None or wrong:
         raise ValueError(
-            f"tasks: {shorten(wrong[0])} is no EvalTask; give one, such as task_of_run(config, 'test', tokenizer)"
+            f"tasks: {shorten(wrong[0])} is no EvalTask; give a list, such as [task_of_run(config, 'test', tokenizer)]"
         )
     shuffle = seed if shuffle_prompts else None
     scores: dict[int, Score] = {}
     samples: dict[int, list[dict]] = {}
-    for alike in sorted({(task.ranks, task.batch_size) for task in tasks}):  # tasks that share their programs
-        members = [i for i, task in enumerate(tasks) if (task.ranks, task.batch_size) == alike]
-        part = Tasks(model, tokenizer, [tasks[i] for i in members], limit)
+    for alike in sorted({(task.ranks, task.batch_size) for task in given}):  # tasks that share their programs
+        members = [i for i, task in enumerate(given) if (task.ranks, task.batch_size) == alike]
+        part = Tasks(model, tokenizer, [given[i] for i in members], limit)
         found = part.answer_one(adapters, shuffle=shuffle)
         for i, encoded, answers in zip(members, part.encoded.values(), found, strict=True):
             scores[i] = score_answers(encoded, answers)
             samples |= {i: logged_samples(encoded, answers)} if log_samples else {}
-    return Report(tuple(scores[i] for i in range(len(tasks))), tuple(samples[i] for i in sorted(samples)))
+    return Report(tuple(scores[i] for i in range(len(given))), tuple(samples[i] for i in sorted(samples)))
 
 
 class Tasks:

@@ -59,9 +59,18 @@ def records(tmp_path_factory):
     return read_records(write_rows(tmp_path_factory.mktemp("data") / "test.jsonl", rows))
 
 
-def test_tasks_are_not_paths():
-    with pytest.raises(ValueError, match=r"tasks: 'data/mine' is no EvalTask; .*task_of_run"):
-        evaluate(model(), adapter(), ["data/mine"], tokenizer=tokenizer())
+@pytest.mark.parametrize(
+    ("tasks", "shown"), [(["data/mine"], "'data/mine'"), ("data/mine", "'data/mine'"), (None, None)]
+)
+def test_tasks_are_not_paths(tasks, shown):
+    with pytest.raises(ValueError, match=rf"tasks: {shown} is no EvalTask; .*task_of_run"):
+        evaluate(model(), adapter(), tasks, tokenizer=tokenizer())
+
+
+def test_tasks_may_come_one_by_one(records):
+    task = EvalTask("t", records, "loss", batch_size=4)
+    one_by_one = evaluate(model(), adapter(), (task for _ in range(2)), tokenizer=tokenizer())
+    assert [score.loss for score in one_by_one.scores] == [scored(task).loss] * 2
 
 
 def scored(task, layout="layers", seed=1, **options):
