@@ -185,6 +185,8 @@ def test_tenants_that_were_asked_their_own_task_only_share_a_panel(tmp_path):
         "each tenant's own task, f1": Scores("f1", {"x": bar, "a b": bar}, {"x": base, "a b": base}),
         "each tenant's own task, loss": Scores("loss", {"z": bar}, {"z": base}),
     }
+    (tmp_path / "base.json").unlink()
+    assert [scores.base for scores in read_scores([tmp_path]).values()] == [None, None]
 
 
 @pytest.mark.parametrize(

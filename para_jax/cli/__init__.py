@@ -46,6 +46,7 @@ LONGEST_LIST = 16  # lines of an error after the first two; they are indented
 #: What the commands of vLLM, lm-eval and others call our options.
 OTHER_NAMES = {
     "--adapters": "enable-lora lora-modules lora-path lora peft",
+    "--api-key-file": "api-keys",
     "--backbone": "model model-path model-name-or-path base-model pretrained",
     "--max-length": "max-model-len max-seq-len max-seq-length",
     "--quantize": "quantization load-in-8bit",
@@ -155,7 +156,8 @@ def raise_unknown(command: str, text: str) -> None:
     """Ends with an error for an argument that the command lacks, and names the option or field that was meant."""
     name = text.partition("=")[0]
     own = subparsers(parser())[command]
-    options, plain = [option for action in own._actions for option in action.option_strings], name.replace("_", "-")
+    options = [option for one in own._actions if one.help != argparse.SUPPRESS for option in one.option_strings]
+    plain = name.replace("_", "-")
     near = [option for option, names in OTHER_NAMES.items() if option in options and plain.lstrip("-") in names.split()]
     near += difflib.get_close_matches(plain, options, n=1, cutoff=0.7)
     near += ["CONFIG alone"] if name == "--config" and any(action.dest == "config" for action in own._actions) else []
@@ -167,7 +169,8 @@ def raise_unknown(command: str, text: str) -> None:
         template = getattr(root, section) if section in known and "." not in section else root
         meant = field if field in known else meant_field(section + dot, last, template, root)
         advice = f"; fields are given as {meant}=VALUE" if meant in known else ""
-    own.error(f"unknown argument {shorten(text)}{advice}")
+    shown = name if text.startswith("-") else text  # without the value of an option, which may be a key
+    own.error(f"unknown argument {shorten(shown)}{advice}")
 
 
 def subparsers(top: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:

@@ -95,7 +95,7 @@ def served() -> shared.Parser:
         metavar="FILE",
         help="one key per line, optionally followed by the tenants that it may use (default: no keys)",
     )
-    group.add_argument("--api-key", action=RefusedKey, help=argparse.SUPPRESS)
+    group.add_argument("--api-key", "--api_key", nargs="?", action=RefusedKey, help=argparse.SUPPRESS)
     group.add_argument(
         "--timeout", type=float, default=600, metavar="S", help="seconds that a request may take (default: %(default)s)"
     )

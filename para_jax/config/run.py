@@ -210,7 +210,7 @@ class EvalSection:
     """more metrics of the same answers to report; default: those of the task"""
     choices: tuple[str, ...] = ()
     """the answers that `accuracy` ranks; default: those of the task, else the different completions of the training
-    data. macro_f1 and matthews rank them too if they are given here; else the label is written"""
+    data. macro_f1 and matthews rank them too, if they are given here or by the task; else the label is written"""
     limit: PositiveInt | None = None
     """the maximum number of validation examples to score"""
     batch_size: PositiveInt = 16

@@ -160,7 +160,8 @@ def encode_records(
     A cut removes the prompt's first tokens after BOS. The prompt's last token and the completion always stay.
 
     Args:
-        answer: the most tokens of another answer to the prompt, which must fit `positions` with it.
+        answer: the most tokens of another answer to each prompt.
+        positions: of the model. A cut leaves room for the longer of completion and answer.
     """
     examples = encode_all(tokenizer, records)
     lengths = [len(prompt) + len(completion) for prompt, completion in examples]
@@ -175,6 +176,12 @@ def encode_records(
         raise too_long(examples[long[0]], records[long[0]].place, len(long), len(examples), section)
     if section.truncate == "left":
         for i in long:
+            longest = max(answer, len(examples[i].completion_ids))
+            if longest >= positions:
+                raise ValueError(
+                    f"{records[i].place}: an answer of {longest} tokens leaves no room for a prompt in the model's "
+                    f"{positions} positions; shorten the answers (eval.max_new_tokens), or leave the row out"
+                )
             examples[i] = cut_left(examples[i], most[i], tokenizer.bos_token_id, records[i].place)
         return EncodedRecords(examples, list(records), cut=len(long))
     dropped = set(long)
@@ -447,6 +454,6 @@ def cut_left(example: Example, length: int, bos: int | None, place: str) -> Exam
     if room < 1:
         raise ValueError(
             f"{place}: the completion has {len(example.completion_ids)} tokens, which leaves no room for a prompt in "
-            f"{length} tokens (data.max_seq_length, or the model's positions); set data.truncate to skip"
+            f"data.max_seq_length {length}; raise it, or set data.truncate to skip"
         )
     return Example(prompt[:start] + prompt[len(prompt) - room + start :], example.completion_ids)

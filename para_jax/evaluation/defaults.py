@@ -85,8 +85,7 @@ def scoring_rule(
     also = given.also or (known.also if known and metric == known.metric else ())
     if metric is None and before:
         metric = "exact_match"
-    ranks = metric == "accuracy" or (metric in LABEL_METRICS and bool(given.choices))
-    needed = metric is None or (new is None and metric != "loss" and not ranks)
+    needed = metric is None or (new is None and metric not in ("loss", "accuracy"))
     held = completions_of(config.data) if needed else None
     choices, unseen, from_data = given.choices, (), metric is None
     if metric is None:
@@ -98,7 +97,8 @@ def scoring_rule(
         if held and held.longest and metric != "accuracy":
             model = model or load_model_config(config.backbone.source)
             new = answer_length(longest_completion(held.longest, tokenizer), model)
-    guessed = needed and not before and config.data.train is not None and not is_there(config.data)
+    ranks = metric in LABEL_METRICS and bool(choices)
+    guessed = needed and not ranks and not before and config.data.train is not None and not is_there(config.data)
     return ScoringRule(metric, also, choices, new, unseen, from_data, guessed)
 
 
@@ -134,12 +134,6 @@ def completions_of(section: DataSection) -> Completions:
             bar.advance()
     few = different_answers(often) if len(different) <= RANKED else None
     return Completions(count, few, [record for _, _, record in longest])
-
-
-def few_completions(section: DataSection) -> tuple[str, ...]:
-    """The different completions of the training data if they are 2 to RANKED; otherwise none."""
-    found = completions_of(section).different or ()
-    return found if len(found) > 1 else ()
 
 
 def different_answers(texts: Iterable[str]) -> tuple[str, ...]:

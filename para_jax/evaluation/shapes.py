@@ -8,7 +8,6 @@ depends on the shapes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -116,11 +115,6 @@ def plan_shapes(tasks: Sequence[EncodedTask]) -> PlannedShapes:
     return shapes
 
 
-def steps_to_write(task: EncodedTask, rows: int) -> int:
-    """Decoding steps for a task's answers in batches of their own, at most."""
-    return -(-len(task.examples) // rows) * task.task.max_new_tokens if task.task.writes else 0
-
-
 def padded_to(length: int, lengths: Sequence[int]) -> int:
     """The shortest of the lengths, which are in order, that is at least this one."""
     return next(padded for padded in lengths if padded >= length)
@@ -153,8 +147,9 @@ def say_evaluation(parts: Mapping[str, Sequence[EncodedTask]], batch_size: int) 
     new = max(one.task.max_new_tokens if one.task.writes else 0 for tasks in parts.values() for one in tasks)
     if not new:
         return
-    most = {name: sum(map(partial(steps_to_write, rows=rows), tasks)) for name, tasks in parts.items()}
-    steps = " and ".join(f"{count} decoding steps for {name}" for name, count in most.items())
+    writing = {name: [one for one in tasks if one.task.writes] for name, tasks in parts.items()}
+    batches = {name: sum(-(-len(one.examples) // rows) for one in tasks) for name, tasks in writing.items()}
+    steps = " and ".join(f"{count * new} decoding steps for {name}" for name, count in batches.items())
     limits = {"validation": "eval.limit", "test": "eval.test_limit"}
     advice = f"{' and '.join(limits[name] for name in counts)} score{'' if len(counts) > 1 else 's'} fewer examples"
     if devices > 1 and mesh.shape["fsdp"] > 1:

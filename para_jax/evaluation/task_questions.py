@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ..config import ModelConfig, RunConfig
 from ..data.row_files import split_file
-from .defaults import few_completions, scoring_rule, warn_of_guesses
+from .defaults import scoring_rule, warn_of_guesses
 from .evaluate import other_prompts
 from .metrics import LABEL_METRICS
 from .questions import Answer, Question
@@ -123,12 +123,11 @@ def read_own_tasks(
         own, task = (configs or {}).get(tenant), None
         if own is not None:
             rule = scoring_rule(own, tokenizer, model=config)
-            if metric in LABEL_METRICS and not rule.choices:  # few labels are ranked, as by TASKS:METRIC without --own
-                rule = rule._replace(choices=few_completions(own.data))
-            rules.append((own, rule))
-            task = task_of_run(own, options.split, tokenizer, rules[-1][1], model=config)
+            labels = metric in LABEL_METRICS  # few are ranked, as by TASKS:METRIC without --own
+            task = task_of_run(own, options.split, tokenizer, rule, model=config, rank_labels=labels)
         if task is not None:
             of_runs.append(task)
+            rules += [(own, rule)] if task.writes else []
             asked = questions_of_run(task._replace(name=tenant), tokenizer, config, options)
             tasks.append(asked._replace(owner=tenant))
             continue

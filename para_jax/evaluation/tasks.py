@@ -34,6 +34,7 @@ from .defaults import (
     ScoringRule,
     answer_length,
     different_answers,
+    is_there,
     longest_completion,
     scoring_rule,
     warn_of_guesses,
@@ -186,7 +187,13 @@ def warn_of_replaced(source: str | None, records: list[Record]) -> None:
 
 
 def task_of_run(
-    config: RunConfig, split: str, tokenizer, by: ScoringRule | None = None, *, model: ModelConfig | None = None
+    config: RunConfig,
+    split: str,
+    tokenizer,
+    by: ScoringRule | None = None,
+    *,
+    model: ModelConfig | None = None,
+    rank_labels: bool = False,
 ) -> EvalTask | None:
     """A run's validation or test data with its metric; None if the run has no such data. Examples that are too long are
     cut or left out as data.truncate says, so that every score is over the same examples.
@@ -194,6 +201,7 @@ def task_of_run(
     Args:
         by: how it is scored; default: what `scoring_rule` finds.
         model: of the backbone; None: it is read.
+        rank_labels: macro_f1 and matthews without choices rank the labels, as `file_task` does.
     """
     records = load_records(config.data, split)
     if records is None:
@@ -216,8 +224,13 @@ def task_of_run(
             raise ValueError(
                 f"eval.choices has {len(choices)} answers; accuracy ranks 2 to 100. Use eval.metric=exact_match instead"
             )
-        warn_of_unreachable(split, records, choices)
+    elif rank_labels and metric in LABEL_METRICS and not choices:
+        held = split_records(config.data, "train") if is_there(config.data) else None
+        found = different_answers(record.completion for record in held or records)
+        choices = found if 2 <= len(found) <= RANKED else ()
     task = EvalTask(split, records, metric, choices, new, config.eval.batch_size, also=also)
+    if task.ranks:
+        warn_of_unreachable(split, records, choices)
     room = {}
     if section.truncate == "left" and metric != "loss":  # the answer must fit too
         room = dict(answer=answer_room(task, tokenizer), positions=of_model().max_positions)

@@ -810,12 +810,14 @@ def test_an_empty_text_does_not_count_as_left_out(capsys, config, line):
     assert_says(mistake(capsys, *shlex.split(line.format(config=config))), "argument .*: the text is empty")
 
 
-@pytest.mark.parametrize("given", ["--api-key sk-secret", "--api-key=sk-secret"])
+@pytest.mark.parametrize(
+    "given", ["--api-key sk", "--api-key=sk", "--api_key=sk", "--api-keys=sk", "--api=sk", "--api-key"]
+)
 def test_a_key_on_the_command_line_is_refused_and_not_shown(capsys, given):
     """As vLLM takes it. It is no abbreviation of --api-key-file."""
     error = mistake(capsys, "serve", *given.split())
-    assert_says(error, r"--api-key\b.*--api-key-file FILE")
-    assert "sk-secret" not in error
+    assert_says(error, "--api-key-file")
+    assert not re.search(r"\bsk\b", error)
 
 
 def test_the_home_folder_of_an_option_is_expanded(tmp_path, monkeypatch):

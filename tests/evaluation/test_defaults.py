@@ -191,6 +191,12 @@ def test_without_training_data_answers_are_written(tmp_path):
         assert (task.metric, task.max_new_tokens) == ("exact_match", NEW_TOKENS)
 
 
+def test_the_length_of_ranked_labels_is_what_checkpoints_hold(rule):
+    """It is not used, but a run resumes only with the same."""
+    found = rule(["w9", "w10"] * 10, "eval.metric=macro_f1", "eval.choices=[w9, w10]")
+    assert found.max_new_tokens == FEWEST_NEW_TOKENS != NEW_TOKENS
+
+
 @pytest.mark.parametrize("metric", ["accuracy", "macro_f1"])
 def test_ranked_choices_need_no_training_data(tmp_path, metric):
     given = f"data.train={tmp_path / 'nowhere'}", *OPEN, f"eval.metric={metric}", "eval.choices=[w9, w10]"

@@ -304,16 +304,31 @@ def test_a_tenants_own_config_gives_its_metric(folder):
     assert [one.questions[-1].max_new_tokens for one in tasks] == [16, 3]
 
 
-def test_own_tasks_of_a_named_metric_are_scored_alike_with_and_without_training_data(folder):
-    """And as the file alone: few labels are ranked."""
+def test_own_tasks_of_a_label_metric_rank_with_and_without_training_data(folder, tmp_path, capsys):
+    """A has some, C has only a tenant.yaml, B neither. All are asked what the file alone is asked."""
     model_config, tokenizer = load_model_config(folder / "backbone"), load_tokenizer(folder / "backbone")
-    for name in "AB":
-        shutil.copytree(folder / "labels", folder / "ranked" / name, dirs_exist_ok=True)
+    for name in "ABC":
+        shutil.copytree(folder / "labels", tmp_path / name)
     rows = [{"prompt": f"w{i}", "completion": text} for i in range(20, 24) for text in ("w9", "w10 w11")]
-    write_rows(folder / "ranked" / "A" / "train.jsonl", rows)
-    own = {"A": run_config(folder, f"data.train={folder / 'ranked' / 'A'}", "eval.metric=macro_f1")}
-    tasks = read_own_tasks(f"{folder / 'ranked'}:macro_f1", ["A", "B"], tokenizer, model_config, Options(), own)
-    assert [one.questions for one in tasks[:1]] == [one.questions for one in tasks[1:]]
+    write_rows(tmp_path / "A" / "train.jsonl", rows)
+
+    def asked(metric, *more):
+        own = {
+            name: run_config(folder, f"data.train={tmp_path / name}", f"eval.metric={metric}", *more) for name in "AC"
+        }
+        return read_own_tasks(f"{tmp_path}:{metric}", list("ABC"), tokenizer, model_config, Options(), own)
+
+    for metric in ("macro_f1", "matthews"):
+        one, *others = [task.questions for task in asked(metric)]
+        assert one == others[0] == others[1]
+    assert "is not here" not in capsys.readouterr().err
+    of_config, of_file, _ = [task.questions for task in asked("macro_f1", "eval.choices=[w9, w12, w13]")]
+    assert len(of_config) == len(of_file) * 4 // 3  # with the completion, for the loss
+    write_rows(tmp_path / "A" / "train.jsonl", rows[:1])  # one label: nothing to rank
+    assert asked("macro_f1")[0].questions != asked("macro_f1")[1].questions
+    write_rows(tmp_path / "A" / "train.jsonl", [row | {"completion": "w9 w9"} for row in rows[:1]] + rows[:1])
+    asked("macro_f1")
+    assert "are not among the choices (w9, w9 w9)" in capsys.readouterr().err
 
 
 def test_tenants_without_their_training_data_share_one_warning(folder, tmp_path, capsys):

@@ -89,7 +89,7 @@ def test_the_table_shows_no_raw_control_character():
 
 def test_a_csv_file_has_names_as_they_are():
     made = {"results": {"t|u": {"alias": "t|u", "f1,none": 0.5}}, "n-samples": {}}
-    assert csv_table({"a|b": made}).splitlines()[1].startswith("a|b,t|u,f1,0.5,")
+    assert csv_table({"a|b\n": made}).splitlines()[1].startswith("a|b\\n,t|u,f1,0.5,")
 
 
 def test_adapters_are_named_by_their_folders_and_get_distinct_files(folder):

@@ -194,11 +194,13 @@ def test_a_run_names_the_limits_of_the_splits_that_it_scores(splits, advice, cap
 
 
 def test_the_decoding_steps_of_a_run_are_those_of_each_tenants_own_batches(caplog):
-    """At its end each tenant is scored alone, and the ranked ones write nothing."""
+    """At its end each tenant is scored alone, and one that is scored by its loss writes nothing. Batches that tenants
+    share may have the longest answers of all."""
     caplog.set_level("INFO", logger="para_jax")
-    encoded = [encode_task(task_of(metric, LENGTHS[:2]), tokenizer()) for metric in ["exact_match"] * 3 + ["loss"]]
-    say_evaluation({"test": encoded}, batch_size=8)
-    assert f"{3 * encoded[0].task.max_new_tokens} decoding steps for test" in caplog.messages[-1]
+    tasks = [task_of(metric, LENGTHS[:3]) for metric in ["exact_match"] * 3 + ["loss"]]
+    tasks[0] = tasks[0]._replace(max_new_tokens=50)
+    say_evaluation({"test": [encode_task(task, tokenizer()) for task in tasks]}, batch_size=2)
+    assert f"{3 * 2 * 50} decoding steps for test" in caplog.messages[-1]
 
 
 # --------------------------------------------------------------------------------------------------- all devices' rows

@@ -196,6 +196,23 @@ def test_a_prompt_that_fits_with_the_longest_answer_is_not_cut(folder, tmp_path,
     assert ("1 of 1 prompts lost their start" in capsys.readouterr().err) == bool(more)
 
 
+def test_a_long_completion_needs_no_more_room_than_its_own(folder, tmp_path):
+    model = load_model_config(folder / "backbone")
+    row = {"prompt": words([20] * model.max_positions), "completion": words([9] * 300)}
+    write_rows(tmp_path / "test.jsonl", [row])
+    given = "eval.metric=exact_match", "data.max_seq_length=4096", "data.truncate=left"
+    task = task_of_run(run_config(folder, f"data.test={tmp_path / 'test.jsonl'}", *given), "test", tokenizer())
+    assert sum(map(len, task.examples[0])) == model.max_positions
+
+
+@pytest.mark.parametrize(("completion", "more"), [(600, ()), (1, ("eval.max_new_tokens=600",))])
+def test_an_answer_that_leaves_no_room_for_a_prompt_is_named(folder, tmp_path, completion, more):
+    write_rows(tmp_path / "test.jsonl", [{"prompt": "w8 w7", "completion": words([9] * completion)}])
+    given = "eval.metric=exact_match", "data.max_seq_length=4096", "data.truncate=left", *more
+    with pytest.raises(ValueError, match=r"test.jsonl:1: .* 60\d tokens .* 512 positions.*eval.max_new_tokens"):
+        task_of_run(run_config(folder, f"data.test={tmp_path / 'test.jsonl'}", *given), "test", tokenizer())
+
+
 def test_a_completion_of_more_than_half_of_the_positions_is_scored(folder, tmp_path):
     model = load_model_config(folder / "backbone")
     completion = words([9] * (model.max_positions * 3 // 5))
