@@ -313,9 +313,8 @@ def test_own_tasks_of_a_label_metric_rank_with_and_without_training_data(folder,
     write_rows(tmp_path / "A" / "train.jsonl", rows)
 
     def asked(metric, *more):
-        own = {
-            name: run_config(folder, f"data.train={tmp_path / name}", f"eval.metric={metric}", *more) for name in "AC"
-        }
+        more = f"eval.metric={metric}", "eval.max_new_tokens=null", *more
+        own = {name: run_config(folder, f"data.train={tmp_path / name}", *more) for name in "AC"}
         return read_own_tasks(f"{tmp_path}:{metric}", list("ABC"), tokenizer, model_config, Options(), own)
 
     for metric in ("macro_f1", "matthews"):
