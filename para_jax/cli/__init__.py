@@ -169,7 +169,7 @@ def raise_unknown(command: str, text: str) -> None:
         template = getattr(root, section) if section in known and "." not in section else root
         meant = field if field in known else meant_field(section + dot, last, template, root)
         advice = f"; fields are given as {meant}=VALUE" if meant in known else ""
-    shown = name if text.startswith("-") else text  # without the value of an option, which may be a key
+    shown = name if name.startswith("--api") else text  # the value may be a key
     own.error(f"unknown argument {shorten(shown)}{advice}")
 
 
