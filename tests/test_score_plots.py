@@ -147,7 +147,7 @@ def test_an_evaluation_has_a_bar_for_each_adapter_and_a_panel_for_each_task(tmp_
 
 
 def test_results_of_several_calls_in_one_folder_all_have_their_bars(tmp_path):
-    """By two metrics, or over other examples than the base model's: then that is no line for the others."""
+    """One call may use another metric, or other examples. In the second case the base model gets a bar, not a line."""
     for name in ("base", "mine"):
         result(tmp_path / "e", name, 0.5)
     other = {"alias": "t", "f1,none": 0.75}
@@ -174,7 +174,7 @@ def test_what_is_not_drawn_of_many_tasks_is_said(tmp_path, caplog):
 
 
 def test_tenants_that_were_asked_their_own_task_only_share_a_panel(tmp_path):
-    """Also one whose file has another name than the tenant."""
+    """Even if a file's name differs from its tenant's."""
     asked = {"base": ["x", "a b", "z"], "x": ["x"], "a_b": ["a b"], "z": ["z"]}
     for name, tasks in asked.items():
         metrics = {task: "loss" if task == "z" else "f1" for task in tasks}

@@ -46,7 +46,6 @@ LONGEST_LIST = 16  # lines of an error after the first two; they are indented
 #: What the commands of vLLM, lm-eval and others call our options.
 OTHER_NAMES = {
     "--adapters": "enable-lora lora-modules lora-path lora peft",
-    "--api-key-file": "api-keys",
     "--backbone": "model model-path model-name-or-path base-model pretrained",
     "--max-length": "max-model-len max-seq-len max-seq-length",
     "--quantize": "quantization load-in-8bit",
@@ -169,8 +168,7 @@ def raise_unknown(command: str, text: str) -> None:
         template = getattr(root, section) if section in known and "." not in section else root
         meant = field if field in known else meant_field(section + dot, last, template, root)
         advice = f"; fields are given as {meant}=VALUE" if meant in known else ""
-    shown = name if name.startswith("--api") else text  # the value may be a key
-    own.error(f"unknown argument {shorten(shown)}{advice}")
+    own.error(f"unknown argument {shorten(text)}{advice}")
 
 
 def subparsers(top: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:

@@ -67,7 +67,8 @@ def matching(text: str) -> list[str]:
         found = sorted(str(one) for one in root.glob("/".join(parts[first:])))
     if not found:
         raise ValueError(
-            f"--adapters {text!r}: no folder matches\ngive a pattern of adapter folders, in quotes; [[] is a [ there"
+            f"--adapters {text!r}: no folder matches\ngive a pattern of adapter folders, in quotes (write [[] for a [ "
+            "in a name)"
         )
     return found
 

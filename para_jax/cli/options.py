@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
             message += f"; did you mean {near[0]}?" if near else ""
         if message.startswith("ambiguous option: --adapter could match --adapters,"):
             message = "no option --adapter here; did you mean --adapters?"
-        message = re.sub(r"^(ambiguous option: --api[\w-]*)=\S*", r"\1", message)  # the value may be a key
+        message = re.sub(r"(--api[\w-]*)=[^\s']*", r"\1", message)  # what follows may be a key
         self.exit(2, f"{self.prog}: error: {printable(message)}\nsee {self.prog} --help\n")
 
 

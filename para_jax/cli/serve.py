@@ -114,10 +114,10 @@ def served() -> shared.Parser:
 
 
 class RefusedKey(argparse.Action):
-    """vLLM's --api-key. Without it argparse would take the key for the name of --api-key-file, and errors show that."""
+    """vLLM's --api-key. Argparse would take it for an abbreviation of --api-key-file, whose errors show its value."""
 
     def __call__(self, parser, *_):
-        parser.error("no option --api-key, because other users see a command line; did you mean --api-key-file FILE?")
+        parser.error("--api-key is refused, because others on this machine can read it; give --api-key-file FILE")
 
 
 def run(options) -> None:

@@ -46,7 +46,7 @@ def final_number(prediction: str, references: Sequence[str]) -> float:
 
 def sql_match(prediction: str, references: Sequence[str]) -> float:
     """1.0 if a reference is the same query, as WikiSQL's logical form is compared (arXiv:1709.00103): ignoring case,
-    the amount of white space and the order of conditions whose values are in quotes."""
+    the amount of white space and the order of the conditions, if their values are in quotes."""
     return float(any(sql_parts(prediction) == sql_parts(reference) for reference in references))
 
 

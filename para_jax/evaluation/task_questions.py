@@ -127,7 +127,8 @@ def read_own_tasks(
             task = task_of_run(own, options.split, tokenizer, rule, model=config, rank_labels=labels)
         if task is not None:
             of_runs.append(task)
-            rules += [(own, rule)] if task.writes else []
+            if task.writes:
+                rules.append((own, rule))
             asked = questions_of_run(task._replace(name=tenant), tokenizer, config, options)
             tasks.append(asked._replace(owner=tenant))
             continue

@@ -332,9 +332,8 @@ def file_task(text: str, tokenizer, config: ModelConfig, *, split: str, limit: i
         expected = longest_completion(records, tokenizer)
         task = task._replace(max_new_tokens=answer_length(expected, config))
         say(f"--tasks {text}: at most {task.max_new_tokens} tokens per answer; the longest expected one has {expected}")
-    room = dict(answer=answer_room(task, tokenizer), positions=config.max_positions)
-    section = DataSection(max_seq_length=config.max_positions, truncate="left")
-    kept = encode_records(task.records, tokenizer, section, **room)
+    room, section = answer_room(task, tokenizer), DataSection(max_seq_length=config.max_positions, truncate="left")
+    kept = encode_records(task.records, tokenizer, section, answer=room, positions=config.max_positions)
     if kept.cut:
         say(
             f"--tasks {text}: {kept.cut} of {len(kept.records)} prompts lost their start, to fit the model's "

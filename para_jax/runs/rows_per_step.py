@@ -17,7 +17,7 @@ def with_rows_before(config: RunConfig, otherwise: int | None = None) -> RunConf
     of a tenant do not depend on the devices.
 
     Args:
-        otherwise: rows per step of a run that has not begun. None: the devices decide.
+        otherwise: rows per step of a new run. None: the devices decide.
     """
     if config.data.tenants or config.train.batch_size is not None or (config.many and config.train.rows_per_tenant):
         return config
