@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..storage.bucket import BucketPath, Place
 from . import options as shared
-from .names import BASE, adapters_of, named_adapters, tenants_of_prompts
+from .names import BASE, adapters_of, name_and_source, named_adapters, tenants_of_prompts
 
 #: How files end that hold rows of a table, which are not requests.
 TABLES = (".csv", ".tsv", ".parquet")
@@ -103,8 +103,9 @@ def checked(options) -> tuple[dict[str, str], list[str | None] | None]:
             raise ValueError(
                 f"--adapter {options.adapter} excludes --adapters and --tenant\nleave it out, or both of the others"
             )
-        sources, options.adapter = named_adapters([options.adapter]), None
-        options.tenant = list(sources)
+        name, source = name_and_source(options.adapter)
+        name = "adapter" if name == BASE else name  # in the lines, base is the base model
+        sources, options.adapter, options.tenant = {name: source}, None, [name]
     adapters = [*sources.values(), *([options.adapter] if options.adapter else [])]
     check_adapters(adapters)
     tenants = tenants_of_prompts(options, sources)

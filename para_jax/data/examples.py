@@ -51,6 +51,7 @@ def encode_prompt(
     tokens: int | None = None,
     variables: Variables | None = None,
     may_be_blank: bool = False,
+    generation_prompt: bool = True,
 ) -> list[int]:
     """The prompt's ids. Text follows the tokenizer's BOS rules, and never begins with two; messages are rendered by its
     chat template, up to the answer.
@@ -62,6 +63,7 @@ def encode_prompt(
         variables: of the chat template; those of `load_tokenizer` hold for others.
         may_be_blank: whether the prompt may be white space alone, as that of a request may. A prompt without tokens
             raises ValueError all the same.
+        generation_prompt: whether messages end with what begins the answer. False: more messages may follow.
     """
     if not may_be_blank:
         require_filled("prompt", prompt)
@@ -73,7 +75,7 @@ def encode_prompt(
         require_few_tokens(tokenizer, prompt, tokens)
         ids = encode_text(tokenizer, prompt)
     else:
-        (text,) = render_all(tokenizer, [(prompt, {**(variables or {}), "add_generation_prompt": True})])
+        (text,) = render_all(tokenizer, [(prompt, {**(variables or {}), "add_generation_prompt": generation_prompt})])
         require_short(text, most)
         require_few_tokens(tokenizer, text, tokens)
         ids = encode(tokenizer, text)

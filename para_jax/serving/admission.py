@@ -99,13 +99,23 @@ class Admission:
             raise ValueError(f"tenant: {shorten(tenant)} is unknown, because the engine has no bank; give None")
         return self.bank.entry(tenant)
 
-    def ids(self, prompt: Prompt | Ids) -> list[int]:
-        """The token ids of a prompt. Raises ValueError for anything that is not a prompt."""
+    def ids(self, prompt: Prompt | Ids, *, generation_prompt: bool = True) -> list[int]:
+        """The token ids of a prompt. Raises ValueError for anything that is not a prompt.
+
+        Args:
+            generation_prompt: False: the ids of messages end with the last of them, so that more may follow.
+        """
         if isinstance(prompt, tuple):
             ids = list(prompt)
         else:
-            most, longest = self.most_characters, self.max_length
-            ids = encode_prompt(self.tokenizer, prompt, most=most, tokens=longest, may_be_blank=True)
+            ids = encode_prompt(
+                self.tokenizer,
+                prompt,
+                most=self.most_characters,
+                tokens=self.max_length,
+                may_be_blank=True,
+                generation_prompt=generation_prompt,
+            )
         if max(ids) >= self.vocab_size:
             raise ValueError(
                 f"prompt: token id {max(ids)} is not below {self.vocab_size}, the size of the model's "

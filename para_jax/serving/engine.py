@@ -245,7 +245,7 @@ class Engine:
         is pinned already.
         """
         check_request(Request(prefix))
-        ids = self._admission.ids(prefix)
+        ids = self._admission.ids(prefix, generation_prompt=False)
         if len(ids) > self.max_length:
             raise ValueError(f"pin: {len(ids)} tokens are more than the engine's max_length {self.max_length}")
         with self._requests.lock:
@@ -254,7 +254,7 @@ class Engine:
     def unpin(self, prefix: Prompt | Ids) -> None:
         """Lets the cache drop a pinned prefix when it needs the room. Raises ValueError for one that isn't pinned."""
         check_request(Request(prefix))
-        ids = self._admission.ids(prefix)
+        ids = self._admission.ids(prefix, generation_prompt=False)
         with self._requests.lock:
             self._pins.remove(ids, prefix)
 

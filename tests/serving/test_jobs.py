@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -792,6 +793,22 @@ def test_lines_without_a_tenant_take_the_one_of_the_command(folder, whole, tmp_p
     capsys.readouterr()
     assert main([*plain, "--tenant", "A", "--tenant", "B"]) == 2
     assert "--tenant is given 2 times" in capsys.readouterr().err
+
+
+def test_the_adapter_of_all_lines_is_one_folder_whatever_its_name(folder, tmp_path, capsys):
+    shutil.copytree(folder / "B", tmp_path / "base" / "adapter")
+    shutil.copytree(folder / "A", tmp_path / "run" / "acme" / "adapter")
+    shutil.copytree(folder / "B", tmp_path / "run" / "globex" / "adapter")
+    write(tmp_path / "run" / "tenants.json", "{}")
+    write(tmp_path / "one.jsonl", '{"prompt": "w20 w30 w40"}\n{"prompt": "w20 w30 w40", "tenant": "base"}\n')
+    plain = ["generate", "--backbone", str(folder / "backbone"), "--input", str(tmp_path / "one.jsonl")]
+    plain += ["--output", str(tmp_path / "out.jsonl"), "--allow-cpu", "--slots", "2", "--max-length", "16"]
+    plain += ["--max-new-tokens", "4"]
+    assert main([*plain, "--adapter", str(tmp_path / "run")]) == 2
+    assert "it is a run of many tenants" in capsys.readouterr().err
+    assert main([*plain, "--adapter", str(tmp_path / "base" / "adapter")]) == 0
+    first, second = sorted(read(tmp_path / "out.jsonl"), key=lambda row: row["line"])
+    assert [first["tenant"], second["tenant"]] == ["adapter", None] and first["text"] != second["text"]
 
 
 def test_wrong_job_files_are_refused_before_anything_is_loaded(folder, tmp_path, capsys, monkeypatch):

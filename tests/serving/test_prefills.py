@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from golden_models import backbone, strong
 from long_cases import long, quick, slow
+from running_server import new_engine
 from tiny_engine import BLOCK, answers, block_bytes, plain, tenants_of
 from tiny_run import tokenizer, words
 
@@ -264,6 +265,15 @@ def test_rounds_without_requests_prefill_a_pinned_prefix(model):
     assert pinned >= 5 * block_bytes(model) and pinned == engine.prefix_cache.bytes
     answer(engine, tuple(tokenizer()(prefix)["input_ids"]) + ids_of(1, 3))
     assert engine.prefix_cache.hits == pinned / block_bytes(model) * BLOCK
+
+
+def test_every_block_of_pinned_messages_is_in_the_chats_that_begin_with_them(model):
+    engine = new_engine(slots=1, max_length=40)  # its chat template begins an answer with w7
+    system, turn = [{"role": "system", "content": words(range(30, 37))}], [{"role": "user", "content": "w40 w41"}]
+    assert engine.pin(system) == BLOCK, "the second block depends on what follows the seven words"
+    engine.submit(Request(system + turn, None, 1))
+    assert len(answers(engine)) == 1 and engine.prefix_cache.hits == BLOCK
+    engine.unpin(system)
 
 
 @pytest.mark.parametrize(
