@@ -45,7 +45,7 @@ from .evaluation.tasks import with_limit
 from .memory import tree_size
 from .model import init_adapter
 from .runs.compare import TABLE, method_configs
-from .runs.data_table import tenants_data
+from .runs.data_table import held_examples, tenants_data
 from .runs.report import sample_lines, score_table, tenants_table
 from .runs.tenants import plan_batches, tenant_configs
 from .training.metrics_file import is_log, read_metrics
@@ -160,8 +160,9 @@ def data_report(config: RunConfig) -> str:
         found, data = tenants_data(config, tokenizer)
         first = "examples of the first tenant:"
         return "\n\n".join([found, first, *shown_examples(tokenizer, data)])
-    data = load_training_data(with_limit(config.data, load_model_config(config.backbone.source)), tokenizer)
-    held = {split: len(load_records(config.data, split) or []) for split in ("validation", "test")}
+    section = with_limit(config.data, load_model_config(config.backbone.source))
+    data = load_training_data(section, tokenizer)
+    held = {split: held_examples(section, split, tokenizer) for split in ("validation", "test")}
     rows = config.tenant_batch if config.many else step_rows(config)
     configs = dict(islice(tenant_configs(config).items(), 2))  # two combinations of a sweep have the shapes of all
     buckets, plans = plan_batches(config, configs, dict.fromkeys(configs, data), rows)

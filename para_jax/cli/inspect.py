@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..config import printable
+from ..config import printable, shorten
 from . import options as shared
 
 LONGEST_LINE = 4000  # characters of a report's line
@@ -35,6 +35,8 @@ def run(options) -> None:
         report = data_report(config)
     else:
         check_target(options.target)
+        if options.overrides:
+            raise ValueError(f"{shorten(options.overrides[0])} requires --data\na folder is shown as it is")
         from ..inspect import folder_report
 
         report = folder_report(options.target)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from ..figures import FORMATS
 from . import options as shared
 
+#: Prompts of --data without --limit.
+PROMPTS = 100
+
 
 def add(commands) -> None:
     text = "draw learning curves or scores of runs, the factors of prompts, or how much factors differ"
@@ -41,9 +44,7 @@ def add(commands) -> None:
         metavar="FILE",
         help="a data file: draw how much the factors differ over its prompts",
     )
-    group.add_argument(
-        "--limit", type=int, default=100, metavar="N", help="prompts of --data, at most (default: %(default)s)"
-    )
+    group.add_argument("--limit", type=int, metavar="N", help=f"prompts of --data, at most (default: {PROMPTS})")
     parser.set_defaults(run=run)
 
 
@@ -54,6 +55,9 @@ def run(options) -> None:
         raise ValueError(f"--output {options.output} is no picture\ngive a file that ends in {' or '.join(FORMATS)}")
     if not options.output.absolute().parent.is_dir():
         raise ValueError(f"--output {options.output}: no such folder\nmake the folder first")
+    if options.limit is not None and options.data is None:
+        raise ValueError("--limit requires --data\nit is the number of prompts of that file")
+    options.limit = PROMPTS if options.limit is None else options.limit
     if options.limit < 2:
         raise ValueError(f"--limit {options.limit} is too few\ngive at least 2 prompts")
     adapters, prompts = len(options.adapter), len(options.prompt)

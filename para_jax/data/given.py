@@ -149,12 +149,23 @@ def sequence_of(label: str, data: Any) -> Sequence[Any]:
             made = ({str(name): cell(value, name in arrow) for name, value in row.items()} for row in rows)
             return [as_written(row, row.keys(), short) for row in made]
     if hasattr(data, "with_format") and hasattr(data, "__len__"):  # without the arrays of another library
+        require_untransformed(label, data)
         return without_media(data).with_format(None)
     if isinstance(data, list | tuple):
         return data
     kinds = ("a list of dicts", "a DataFrame", "a datasets.Dataset", "a dict of these by split")
     name = "an iterator, which can be read once" if hasattr(data, "__next__") else type(data).__name__
     raise ValueError(f"{label} must be {one_of(kinds)}; got {name}")
+
+
+def require_untransformed(label: str, dataset: Any) -> None:
+    """Raises ValueError for a datasets.Dataset with a transform (with_transform, set_transform), which makes its rows
+    as they are read. We read the stored rows."""
+    if dataset.format["type"] == "custom":
+        raise ValueError(
+            f"{label} has a transform, which is not applied; write its rows first, with dataset.map instead of "
+            "with_transform"
+        )
 
 
 def cell(value: Any, arrow: bool) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 from ..config import DataSection, expanded, is_tfds, nearest, printable, shorten
 from ..storage.bucket import BucketPath, Place
@@ -70,15 +71,26 @@ def labelled(found: TfdsSplit | HfSplit | SavedSplit | None) -> TfdsSplit | HfSp
 
 def unread_validation(section: DataSection) -> Place | None:
     """A file next to the training data that was probably meant as validation data, but is not named like it."""
-    train = section.train
-    if section.validation is not None or train is None or is_given(train) or is_tfds(train) or is_hf(train):
+    place = None if section.validation is not None else local_place(section.train)
+    return misnamed_validation(place) if place and place.is_dir() else beside(place, "validation")
+
+
+def unread_test(section: DataSection) -> Place | None:
+    """A file of test data next to the file that data.train names. It is read where data.train is their folder."""
+    return None if section.test is not None else beside(local_place(section.train), "test")
+
+
+def local_place(train: str | None) -> Path | None:
+    """The file or folder of data.train on this machine; None for other data."""
+    if train is None or is_given(train) or is_tfds(train) or is_hf(train):
         return None
     place = expanded(train)
-    if isinstance(place, BucketPath):
-        return None
-    if place.is_file():
-        return split_file(place.parent, "validation") if place.stem == "train" else None
-    return misnamed_validation(place) if place.is_dir() else None
+    return None if isinstance(place, BucketPath) else place
+
+
+def beside(place: Path | None, split: str) -> Place | None:
+    """The file of a split next to train.jsonl, which is the place."""
+    return split_file(place.parent, split) if place and place.is_file() and place.stem == "train" else None
 
 
 def existing(split: str, path: Place) -> Source:

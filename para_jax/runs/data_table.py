@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..backbone.load import load_model_config
-from ..config import RunConfig, printable
+from ..config import DataSection, RunConfig, printable
 from ..data.packing import RowShape
-from ..data.records import TooLong, load_records
+from ..data.records import TooLong, encode_records, load_records
 from ..data.training_data import TrainingData, load_training_data
 from ..evaluation.tasks import with_limit
 from ..table import table
@@ -37,7 +37,10 @@ def tenants_data(config: RunConfig, tokenizer) -> tuple[str, TrainingData]:
     for name, own in configs.items():
         sizes = data[name].examples.sizes
         lengths = sizes.sum(axis=1)
-        held = [len(load_records(own.data, split) or []) for split in ("validation", "test")]
+        try:
+            held = [held_examples(own.data, split, tokenizer) for split in ("validation", "test")]
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
         numbers = [len(sizes), *held, steps_of(own, plans[name].batches_per_epoch)]
         tokens = [f"{lengths.mean():.0f}", lengths.max(), sizes[:, 1].max()]
         rows.append([name, *map(str, (*numbers, *tokens)), own_fields(config, own)])
@@ -48,6 +51,13 @@ def tenants_data(config: RunConfig, tokenizer) -> tuple[str, TrainingData]:
     lost = f", {cut} too long and cut or skipped" if cut else ""
     last = f"{total} examples of {len(data)} tenant{'s' * (len(data) > 1)}{lost}; {said}"
     return f"{table(rows, left=(0, len(columns) + 1))}\n\n{last}", next(iter(data.values()))
+
+
+def held_examples(section: DataSection, split: str, tokenizer) -> int:
+    """How many examples a run has to score of its validation or test data, without those that data.truncate=skip leaves
+    out. Raises ValueError for one that is too long with data.truncate=error, as a run does."""
+    records = load_records(section, split)
+    return len(encode_records(records, tokenizer, section).examples) if records else 0
 
 
 def own_fields(config: RunConfig, own: RunConfig) -> str:

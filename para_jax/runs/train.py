@@ -50,6 +50,7 @@ from .scoring import kept_adapter
 from .standing import Standing
 from .tenant_file import of_most_memory, own_values
 from .tenants import Inputs, SharedResources, read_inputs, require_validation, tenant_configs, with_length
+from .unscored import say_unscored
 
 
 class TrainResult(NamedTuple):
@@ -197,11 +198,7 @@ def trained(config: RunConfig, shared: SharedResources | None = None) -> Ended:
     tasks = [task for tenant in tenants for task in (tenant.validation, tenant.test) if task]
     for line in unused_fields(config, {task.metric for task in tasks}):
         warn(line)
-    if not any(tenant.validation or tenant.test for tenant in tenants):
-        few = "data.validation_split holds out none of so few rows" if config.data.validation_split else ""
-        say(f"no validation data, so nothing is scored: {few or 'set data.validation_split=0.1, or data.validation'}")
-    if config.eval.test and not any(tenant.test for tenant in tenants):
-        say("eval.test=true scores nothing: there is no test data (data.test, or test.jsonl next to train.jsonl)")
+    say_unscored(config, tenants)
     with ExitStack() as held:
         on_first_process(lambda: held.enter_context(locked_folder(config)))
         if parts_of_run(config, list(own)) != parts:  # another process has added tenants since

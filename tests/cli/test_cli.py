@@ -539,6 +539,7 @@ def parser_of(name):
         (["evaluate", "run.yaml", "--chat"], "--chat requires --tasks"),
         (["evaluate", "run.yaml", "--shuffle-prompts"], "--shuffle-prompts requires --adapter"),
         (["inspect", "nowhere"], "nowhere: no such folder; .*run or adapter"),
+        (["plot", "runs", "--limit", "3", "--output", "a.png"], "--limit requires --data"),
         (["convert", "nowhere.gguf", "made"], "nowhere.gguf: no such file"),
         (["quickstart", "train.max_steps=0"], "train.max_steps must .* 0"),
     ],
@@ -547,6 +548,12 @@ def test_a_wrong_command_line_is_named(capsys, config, tmp_path, monkeypatch, ar
     monkeypatch.chdir(tmp_path)
     assert_says(mistake(capsys, *(config if argument == "{config}" else argument for argument in arguments)), said)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect_refuses_fields_that_it_would_not_read(capsys, tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    said = mistake(capsys, "inspect", tmp_path, "train.max_steps=3")
+    assert_says(said, "'train.max_steps=3' requires --data")
 
 
 @pytest.mark.parametrize(

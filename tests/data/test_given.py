@@ -71,6 +71,14 @@ def test_splits_of_a_dataset_dict_and_templates(tmp_path):
     assert load_records(section, "validation")[0][:2] == ("why 1?", "so")
 
 
+def test_a_dataset_with_a_transform_is_refused():
+    """Its rows would be read without the transform."""
+    rows = datasets.Dataset.from_list(ROWS)
+    for data in (rows.with_transform(lambda part: part), {"train": rows, "test": rows.with_transform(lambda p: p)}):
+        with pytest.raises(ValueError, match="has a transform, which is not applied; write its rows first"):
+            with_data(DataSection(), data)
+
+
 def test_a_split_of_another_name_is_named():
     with pytest.raises(ValueError, match="train, val; .*Rename val$"):
         with_data(DataSection(), {"train": ROWS, "val": ROWS})

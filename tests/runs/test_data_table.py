@@ -88,3 +88,18 @@ def test_all_tenants_with_examples_that_are_too_long_are_named(folder, tmp_path)
 def test_what_a_tenant_sets_is_shown_on_one_line():
     run, own = load_config(None), load_config(None, ["train.learning_rate=1e-2", 'eval.choices=[a, "b\\n\\e"]'])
     assert own_fields(run, run) == "" and own_fields(run, own) == r"learning_rate 0.01, choices ['a', 'b\n\x1b']"
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_held_out_examples_that_are_too_long_are_not_counted(tmp_path, many):
+    run_folder(tmp_path)
+    rows = rows_of_text(8, seed=2)
+    rows = rows[:3] + [row | {"prompt": words(range(20, 50))} for row in rows[3:]]
+    write_tenants(tmp_path / "tenants", {"acme": 9})
+    for place in (tmp_path / "data", tmp_path / "tenants" / "acme"):
+        write_rows(place / "validation.jsonl", rows)
+    made = tenants_config if many else run_config
+    said = data_report(made(tmp_path, "data.max_seq_length=16", "data.truncate=skip"))
+    assert re.search(r"acme +9 +3 +5 ", said) if many else "also 3 validation and 5 test examples" in said
+    with pytest.raises(ValueError, match=r"validation.jsonl:4: 3\d tokens exceed data.max_seq_length 16 \(5 of 8"):
+        data_report(made(tmp_path, "data.max_seq_length=16"))

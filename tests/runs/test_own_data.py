@@ -123,12 +123,6 @@ def test_other_texts_are_written_in_packed_rows_too(folder, tmp_path, capsys):
     assert {"exact_match", "f1", "loss"} <= result.scores["test"]["values"].keys()
 
 
-def test_a_run_without_test_data_says_that_none_is_scored(folder, tmp_path, capsys):
-    write_rows(tmp_path / "train.jsonl", labelled(12))
-    assert "test" not in train(own(folder, f"data.train={tmp_path}", f"output_dir={tmp_path / 'run'}")).scores
-    assert "eval.test=true scores nothing" in capsys.readouterr().err
-
-
 @pytest.mark.long
 def test_each_tenant_has_a_metric_of_its_own(folder, tmp_path, capsys):
     for name in ("labels", "texts"):

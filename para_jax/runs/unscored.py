@@ -1,0 +1,60 @@
+"""Says before a run trains what its scores will leave out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from ..config import RunConfig, shorten
+from ..data.sources import unread_test
+from ..evaluation.metrics import single_spaced
+from ..evaluation.tasks import EvalTask
+from ..messages import say, warn
+from .tenants import Tenant
+
+#: How many examples with an answer shuffled data would have among those that are scored, for a warning if it has none.
+EXPECTED = 5
+
+
+def say_unscored(config: RunConfig, tenants: Sequence[Tenant]) -> None:
+    """Says that there is no validation or test data, and which answers a limit leaves out."""
+    if not any(tenant.validation or tenant.test for tenant in tenants):
+        few = "data.validation_split holds out none of so few rows" if config.data.validation_split else ""
+        say(f"no validation data, so nothing is scored: {few or 'set data.validation_split=0.1, or data.validation'}")
+    if config.eval.test and not any(tenant.test for tenant in tenants):
+        say(f"eval.test=true scores nothing: {reason_without_test(tenants)}")
+    left_out = [answers_left_out(tenant, named=config.data.tenants is not None) for tenant in tenants]
+    said = list(dict.fromkeys(line for lines in left_out for line in lines))  # a sweep shares its data
+    if said:
+        warn(said[0] + (f" (and {len(said) - 1} more like this)" if len(said) > 1 else ""))
+
+
+def reason_without_test(tenants: Sequence[Tenant]) -> str:
+    """Why no tenant has test data."""
+    for tenant in tenants:
+        if beside := unread_test(tenant.config.data):
+            return f"{beside} is not read; set data.test"
+    return "there is no test data; set data.test, or write test.jsonl into the folder that data.train names"
+
+
+def answers_left_out(tenant: Tenant, *, named: bool) -> list[str]:
+    """What eval.limit and eval.test_limit leave out of sorted data. The best adapter would be chosen by the remaining
+    answers alone."""
+    section, whose = tenant.config.eval, f"{tenant.name}: " if named else ""
+    limits = ("eval.limit", tenant.validation, section.limit), ("eval.test_limit", tenant.test, section.test_limit)
+    return [
+        f"{whose}{task.name}: the first {limit} examples have no answer {missing}; shuffle the data, or raise {field}"
+        for field, task, limit in limits
+        if task and limit and (missing := missing_answer(task, limit))
+    ]
+
+
+def missing_answer(task: EvalTask, limit: int) -> str | None:
+    """The most frequent answer that none of a task's first `limit` examples has, if shuffled ones would have it."""
+    answers = [single_spaced(record.completion) for record in task.records]
+    scored = set(answers[:limit])
+    missing = Counter(answer for answer in answers if answer not in scored).most_common(1)
+    if not missing or missing[0][1] * limit < EXPECTED * len(answers):
+        return None
+    answer, often = missing[0]
+    return f"{shorten(answer)}, which {often} of all {len(answers)} have"

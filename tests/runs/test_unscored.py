@@ -1,0 +1,78 @@
+"""What a run says before training about examples that its scores leave out."""
+
+import pytest
+from tiny_run import write_rows
+
+from para_jax.config import load_config
+from para_jax.data.records import Record
+from para_jax.evaluation.tasks import EvalTask
+from para_jax.runs.tenants import Tenant
+from para_jax.runs.unscored import say_unscored
+
+
+def tenants_of(overrides, names, validation, test=None):
+    config = load_config(None, overrides)
+    tasks = [
+        answers and EvalTask(name, [Record("p", answer, (answer,), None, "here") for answer in answers])
+        for name, answers in (("validation", validation), ("test", test))
+    ]
+    return config, [Tenant(name, config, None, None, *tasks) for name in names]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "names", "whose"),
+    [
+        ([], [""], ""),
+        (["data.tenants=tenants"], ["acme", "globex"], "acme: "),
+        (["sweep.learning_rate=[1e-3, 3e-3]"], ["lr=0.001", "lr=0.003"], ""),
+    ],
+)
+def test_a_limit_that_leaves_one_answer_of_sorted_data_is_named(capsys, overrides, names, whose):
+    """The best adapter would be chosen by the examples of one answer."""
+    answers = ["w9"] * 20 + ["w10"] * 20
+    say_unscored(*tenants_of([*overrides, "eval.limit=10"], names, answers))
+    said = f"warning: {whose}validation: the first 10 examples have no answer 'w10', which 20 of all 40 have; shuffle "
+    more = " (and 1 more like this)" if whose else ""
+    assert capsys.readouterr().err == f"{said}the data, or raise eval.limit{more}\n"
+
+
+@pytest.mark.parametrize(
+    ("limit", "answers"),
+    [
+        ("null", ["w9"] * 20 + ["w10"] * 20),
+        ("30", ["w9"] * 20 + ["w10"] * 20),
+        ("10", ["w9", "w10"] * 20),
+        ("10", ["w9", " w10\n"] * 5 + ["w10"] * 30),
+        ("10", [f"w{i}" for i in range(40)]),
+        ("10", ["w9"] * 30 + ["w10"] * 10),
+    ],
+    ids=["no limit", "a limit in both answers", "shuffled", "other white space", "texts", "a rare answer"],
+)
+def test_nothing_is_said_where_shuffled_data_could_look_the_same(capsys, limit, answers):
+    say_unscored(*tenants_of([f"eval.limit={limit}"], [""], answers))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_limit_of_the_test_data_is_looked_at_too(capsys):
+    say_unscored(*tenants_of(["eval.test=true", "eval.test_limit=10"], [""], None, ["w9"] * 20 + ["w10"] * 20))
+    said = capsys.readouterr().err
+    assert "test: the first 10 examples have no answer 'w10'" in said and "raise eval.test_limit" in said
+
+
+def test_test_data_that_is_missing_or_not_read_is_named(tmp_path, capsys):
+    write_rows(tmp_path / "train.jsonl", [])
+    said = "eval.test=true scores nothing: {}\n"
+    for train in (tmp_path, tmp_path / "train.jsonl"):
+        say_unscored(*tenants_of(["eval.test=true", f"data.train={train}"], [""], ["w9"]))
+        missing = "there is no test data; set data.test, or write test.jsonl into the folder that data.train names"
+        assert capsys.readouterr().err == said.format(missing)
+    write_rows(tmp_path / "test.jsonl", [])
+    say_unscored(*tenants_of(["eval.test=true", f"data.train={tmp_path / 'train.jsonl'}"], [""], ["w9"]))
+    assert capsys.readouterr().err == said.format(f"{tmp_path}/test.jsonl is not read; set data.test")
+
+
+@pytest.mark.parametrize("split", ["null", "0.1"])
+def test_a_run_without_validation_data_says_that_nothing_is_scored(capsys, split):
+    say_unscored(*tenants_of([f"data.validation_split={split}"], [""], None))
+    reason = "set data.validation_split=0.1, or" if split == "null" else "holds out none of so few rows"
+    assert "no validation data, so nothing is scored: " in (said := capsys.readouterr().err) and reason in said
