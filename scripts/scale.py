@@ -20,9 +20,10 @@ from para_jax.backbone.load import load_model_config
 from para_jax.backbone.weights import parameter_shapes
 from para_jax.config import SITES, Ia3Config, LoraConfig, ModelConfig, ParaConfig
 from para_jax.devices import PEAK_FLOPS
-from para_jax.memory import CHIP_GIB, GIB, USABLE
+from para_jax.memory import CHIP_GIB, GIB, USABLE, abstract_mesh, shard_bytes
 from para_jax.model import init_adapter
 from para_jax.roofline import CHIPS, keys_seen, matrix_weights
+from para_jax.sharding import tree_shardings, with_sharding
 
 
 class Chip(NamedTuple):
@@ -119,6 +120,14 @@ def cache_bytes(model: ModelConfig) -> int:
 def adapter_values(method: str, model: ModelConfig) -> int:
     """A: the numbers of one adapter."""
     return count_parameters(jax.eval_shape(lambda: init_adapter(METHODS[method], model)))
+
+
+@cache
+def copied_bytes(method: str, model: ModelConfig, chips: int) -> int:
+    """What each chip gets of one adapter from the bank: its part of what `tensor` splits, and all of the rest."""
+    adapter = jax.eval_shape(lambda: init_adapter(METHODS[method], model))
+    mesh = abstract_mesh({"data": 1, "fsdp": 1, "tensor": chips})
+    return shard_bytes(jax.tree.map(with_sharding, adapter, tree_shardings(adapter, mesh, model)))
 
 
 @cache
@@ -234,7 +243,7 @@ def speed_table(traffic: Traffic, backbones: list[Backbone]) -> Table:
                 rows.append([backbone.name, f"{count} x {chip}", UNFIT, *[""] * (len(rows[0]) - 3)])
                 continue
             requests = 1 / request_seconds(backbone, chip, traffic, PARA)
-            moved = requests * BANK_BYTES * adapter_values(PARA, backbone.model)
+            moved = requests * count * copied_bytes(PARA, backbone.model, count)
             filled = traffic.prompt / prefill_seconds(backbone, chip, traffic.prompt) / count
             numbers = steps.rows / steps.seconds / count, filled, requests, moved / 1e6
             names = [backbone.name, f"{count} x {chip}", f"{steps.rows:,}", shown(1e3 * steps.seconds), steps.bound]
@@ -286,10 +295,16 @@ def markdown(table: Table) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
 
 
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in Traffic._field_defaults.items():
-        parser.add_argument(f"--{name}", type=int, default=value, help="default: %(default)s")
+        parser.add_argument(f"--{name}", type=positive, default=value, help="default: %(default)s")
     parser.add_argument("--backbone", help="a folder or hub id, in bfloat16 on one chip; default: those of the page")
     options: Any = parser.parse_args()
     traffic = Traffic(*(getattr(options, name) for name in Traffic._fields))

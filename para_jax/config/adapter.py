@@ -3,6 +3,7 @@ unless `train.learning_rate` is set."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from importlib import import_module
 from typing import Annotated, Any, ClassVar, Literal
 
 from .bounds import Bounds, PositiveFloat, PositiveInt, check_fields
@@ -146,5 +147,12 @@ def listed(names: Any) -> tuple | None:
     return None if isinstance(names, str) or not isinstance(names, Iterable) else tuple(names)
 
 
-#: The adapter methods and their configs.
+#: The adapter methods and their configs. adapters/methods.py adds the methods that only its table has.
 ADAPTER_CONFIGS = {"para": ParaConfig, "lora": LoraConfig, "ia3": Ia3Config}
+
+
+def find_methods(*names: Any) -> None:
+    """Loads the table of adapters/methods.py if ADAPTER_CONFIGS lacks one of these methods. Only then, and by name,
+    because the table needs JAX and stands on this package."""
+    if not all(name in tuple(ADAPTER_CONFIGS) for name in names):
+        import_module("para_jax.adapters.methods")

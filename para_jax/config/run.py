@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Annotated, Any, Literal
 
-from .adapter import ADAPTER_CONFIGS, ParaConfig, with_scope_of
+from .adapter import ADAPTER_CONFIGS, ParaConfig, find_methods, with_scope_of
 from .bounds import (
     Bounds,
     Fraction,
@@ -379,6 +379,7 @@ class RunConfig:
     def check_methods(self) -> None:
         """Raises ValueError for sweep.method with unknown methods, tenants, or adapter fields that no method takes."""
         methods = self.sweep.method
+        find_methods(*methods)
         require(set(methods) <= set(ADAPTER_CONFIGS), "sweep.method", methods, f"some of {', '.join(ADAPTER_CONFIGS)}")
         if self.data.tenants:
             raise ValueError("sweep.method can't be used together with data.tenants; compare the methods on data.train")

@@ -34,6 +34,12 @@ def test_the_documented_method_works_after_one_file_and_one_entry(tmp_path):
     assert added == ["from .bias import BIAS", "    BIAS,"]
     (adapters / "methods.py").write_text(after)
 
+    names = "[load_config(None, [f]) for f in ('adapter.method=bias', 'sweep.method=[para, bias]')]"
+    first = f"from para_jax import load_config; {names}"  # as the command line does, before anything has loaded JAX
+    subprocess.run(
+        [sys.executable, "-c", first], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, check=True
+    )
+
     options = ["-c", str(ROOT / "pyproject.toml"), "-n", "0", "-p", "no:cacheprovider"]
     laws = str(Path(__file__).with_name("added_method.py"))
     run = subprocess.run(

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import scale  # noqa: E402
 
-from para_jax import AdapterBank, decode, init_adapter, prefill  # noqa: E402
+from para_jax import AdapterBank, decode, init_adapter, make_mesh, prefill  # noqa: E402
 from para_jax.backbone.load import abstract_backbone, load_model_config  # noqa: E402
 from para_jax.memory import tree_size  # noqa: E402
 
@@ -44,6 +44,16 @@ def test_the_page_has_no_other_table_of_numbers(tables):
 
 
 # ------------------------------------------------------------------------------------------- the formulas
+
+
+@pytest.mark.parametrize("chips", [1, 2])
+def test_what_a_chip_gets_of_an_adapter_is_what_a_bank_places_on_it(chips):
+    model_config = load_model_config(TINY)
+    bank = AdapterBank.holding({"a": init_adapter(scale.METHODS[scale.PARA], model_config)}, model_config)
+    with jax.set_mesh(make_mesh(tensor=chips)):
+        placed = jax.tree.leaves(bank.rows(["a"]).stacks)
+    on_one = sum(leaf.addressable_shards[0].data.nbytes for leaf in placed)
+    assert on_one == scale.copied_bytes(scale.PARA, model_config, chips)
 
 
 @pytest.mark.parametrize("method", scale.METHODS)
@@ -192,3 +202,11 @@ def test_the_sentences_about_preemptions():
     )
     lost = [100 * (save / 2 + restart) / (days * 24 * 60 / hosts) for hosts in (250, 4)]
     assert [large, small] == [pytest.approx(lost[0], rel=0.05), pytest.approx(lost[1], rel=0.05)]
+
+
+@pytest.mark.parametrize("given", ["--prompt=0", "--prompt=-600", "--prefix=0", "--requests=-1", "--answer=many"])
+def test_traffic_that_cannot_be_is_refused(given, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["scale.py", given])
+    with pytest.raises(SystemExit):
+        scale.main()
+    assert "whole number of at least 1" in capsys.readouterr().err
