@@ -242,6 +242,15 @@ def test_an_entry_keeps_method_config_version_and_content(model, tenants):
     assert str(bank) == f"2 of 1024 tenants (1 ia3, 1 para), {bank.nbytes / 1e6:.1f} MB of host memory"
 
 
+def test_the_same_weights_with_another_config_have_another_content(model):
+    """Else answers that were kept of one adapter would be taken for those of the other."""
+    configs = LoraConfig(r=4), LoraConfig(r=4, lora_alpha=99), LoraConfig(r=4, scope="response")
+    bank = AdapterBank(model.config, methods=("lora",))
+    for i, config in enumerate(configs):
+        bank.add(str(i), init_adapter(config, model.config))
+    assert len({entry.content for entry in bank.entries}) == len(configs)
+
+
 def test_an_adapter_comes_from_a_folder(model, tenants, tmp_path):
     save_adapter(tenants["para"], tmp_path / "a")
     bank = AdapterBank(model.config, methods=("para", "ia3", "lora"), sites=SITES)

@@ -101,6 +101,14 @@ def test_the_engine_answers_other_prompts_with_an_error(model, bank):
             raise ValueError(errors[key])
 
 
+def test_the_context_of_a_prompt_that_is_scored_must_end_with_the_tokens(model, bank):
+    engine = Engine(model, bank, tokenizer(), slots=2, max_length=32, max_logprobs=1)
+    scored = Request((30, *TOKENS, 4, 5), "alora", 0, prompt_logprobs=0, context_length=3)
+    engine.open_stream(scored).close()
+    with pytest.raises(ValueError, match=r"prompt must end with .*it ends with \[4, 5\]"):
+        engine.open_stream(replace(scored, prompt=(30, 4, 5, *TOKENS)))
+
+
 def test_evaluation_refuses_other_contexts(model, adapter, bank):
     stack = StackBank(stack_adapters([adapter]))
     for held, tenant in ((bank, "alora"), (stack, 0)):

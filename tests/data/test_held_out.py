@@ -44,6 +44,13 @@ def test_each_row_is_in_one_part_and_the_share_holds_for_any_number_of_rows(shar
         assert abs(len(held) - share * count) <= 1
 
 
+@pytest.mark.parametrize(("share", "of_ten"), [(0.1, 1), (0.2, 2), (0.3, 3), (0.4, 4)])
+def test_a_share_is_the_fraction_that_was_written(share, of_ten):
+    """Not the nearest binary one: each ten rows hold exactly their share."""
+    _, held = split(200, share)
+    assert np.bincount(np.array(held) // 10).tolist() == [of_ten] * 20
+
+
 @pytest.mark.parametrize("turns", [2, 3, 8, 10, 21, 55, 64, 89])
 def test_no_pattern_of_the_data_decides(turns):
     """No class is favoured where classes alternate in a fixed order, as in generated data, nor any part of sorted

@@ -52,6 +52,22 @@ def test_a_written_answer_ends_at_its_own_stop_ids():
     )
 
 
+def test_a_likelihood_gives_away_the_answer_of_its_own_adapter_and_factors_alone(monkeypatch):
+    """What one of them writes is no answer of the base model, nor of the adapter with another prompt's factors."""
+
+    def computed(self, pending, *_):
+        return ((one, Written("computed", 1), 0) for one in pending)
+
+    monkeypatch.setattr(Answerer, "_in_batches", computed)
+    monkeypatch.setattr(Answerer, "_by_engine", computed)
+    bank, greedy, one = bank_of("llama", "A"), Likelihood((3, 4), (5, 6, 7)), Generation((3, 4), 2)
+    journal = Journal()
+    journal.add((bank.entry("A").version, greedy), Scored(-1.0, True))
+    questions = [("A", greedy), ("A", one), (None, one), ("A", one._replace(reads=(8,)))]
+    _, *found = Answerer(backbone("llama"), bank, tokenizer(), journal=journal).answer(questions)
+    assert [answer.text == "computed" for answer in found] == [False, True, True]
+
+
 @pytest.mark.long
 def test_an_answer_ends_at_the_stop_ids_of_the_engine_that_is_given(tmp_path):
     """Also an answer that its likelihood gives away; and the same journal keeps answers with other stop ids apart."""

@@ -34,7 +34,7 @@ from para_jax.server.engine_requests import prompt_ids
 from para_jax.serving import decoder, prefills
 from para_jax.serving.capacity import KEPT
 from para_jax.serving.decoder import STEPS
-from para_jax.serving.open_requests import QueueFull
+from para_jax.serving.open_requests import OpenRequests, QueueFull
 from para_jax.serving.prefills import ROWS
 from para_jax.serving.request import check_request
 from para_jax.serving.rounds import PREFILLS
@@ -126,6 +126,14 @@ def test_an_end_token_stops_a_row_and_is_not_part_of_the_answer(model, bank):
     grown.eos_token = f"w{whole[3]}"
     ends, goes_on = (Engine(model, bank, grown, slots=1, max_length=LENGTH, stop_ids=ids) for ids in (None, ()))
     assert answer(ends).tokens == found.tokens and answer(goes_on).tokens == whole
+
+
+def test_a_number_that_a_caller_took_as_an_id_is_given_to_no_other_request():
+    requests = OpenRequests(None, 0, None, None)
+    for id in (1, 3, None, None, None):
+        ticket = Ticket(Request("a", id=id), streamed=False)
+        requests.add(ticket, [Sample(ticket, 0, [1], None, ())], None)
+    assert len(requests.tickets) == 5
 
 
 def test_a_request_may_go_on_past_end_tokens_and_still_ends_at_its_own(model, bank):

@@ -142,6 +142,10 @@ def test_a_step_that_is_not_finite_leaves_the_weights_and_all_later_steps_do_too
     for mine, other in zip(jax.tree.leaves(state.adapters), jax.tree.leaves(before), strict=True):
         np.testing.assert_array_equal(mine, other)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.optimizer))
+    once = fresh_state(adapter_values(), CONFIG)._replace(finite=jnp.zeros(1, bool))
+    state, values = step(batch(), state=once)  # its own loss and gradient are finite
+    assert math.isfinite(values["grad_norm"]) and state.finite.tolist() == [False]
+    jax.tree.map(np.testing.assert_array_equal, only(state.adapters), adapter_values())
 
 
 # --------------------------------------------------------------------------------------------- what makes no difference
