@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from ..storage.bucket import BucketPath, Place
 from . import options as shared
 from .names import BASE, adapters_of, name_and_source, named_adapters, tenants_of_prompts
@@ -69,7 +71,8 @@ def run(options) -> int | None:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with Answers(options.output) as answers:  # opened first: a wrong or locked file fails before anything is loaded
         check_shard(answers, options.shard)
-        return answer_file(options, *load(options, sources), tenants=tenants, answers=answers)
+        errors = answer_file(options, *load(options, sources), tenants=tenants, answers=answers)
+    return reported(options, errors)
 
 
 def checked(options) -> tuple[dict[str, str], list[str | None] | None]:
@@ -183,18 +186,25 @@ def answer_prompts(options, model, tokenizer, adapters, tenants) -> None:
         print(f"> {tenant}{text}\n{answer}\n")
 
 
-def answer_file(options, model, tokenizer, bank, tenants, answers) -> int:
+def answer_file(options, model, tokenizer, bank, tenants, answers) -> Counter[str]:
     from ..messages import say
     from ..serving.jobs import answer_lines
 
     engine, default = engine_of(options, model, tokenizer, bank, tenants)
     try:
-        errors = answer_lines(engine, options.input, answers, default, options.shard)
+        return answer_lines(engine, options.input, answers, default, options.shard)
     except KeyboardInterrupt:
         if answers.regular:
             say(f"the answers so far are in {options.output}; the same command resumes")
         raise
-    say(f"wrote {options.output}")
+
+
+def reported(options, errors: Counter[str]) -> int:
+    """The exit code of a job that has ended, after lines about its output."""
+    from ..messages import say
+
+    none = f"{options.input} has no line of shard {options.shard}, so {options.output} is not written"
+    say(f"wrote {options.output}" if options.output.exists() else none)
     if errors:
         kinds = ", ".join(f"{count} {kind}" for kind, count in errors.most_common(10))
         count = "1 answer is an error" if errors.total() == 1 else f"{errors.total()} answers are errors"

@@ -19,7 +19,7 @@ from ..adapters.bank import AdapterBank
 from ..backbone.content import backbone_content
 from ..inference.content import writing_content
 from ..messages import say
-from ..shards import SHARD_FILE, ShardOutput, begin_part, write_part
+from ..shards import SHARD_FILE, Shard, ShardOutput, begin_part, write_part
 from .answers import Answerer, tokens_to_write
 from .journal import Journal
 from .questions import Answer, Generation, Question
@@ -92,6 +92,8 @@ def evaluate_to_folder(
     parts = [(name, task) for name in (BASE, *everyone) for one in tasks for task in one.names]
     sample_files = names_of_samples(parts) if options.log_samples else {}
     begin_part(output / SHARD_FILE, output, part.shard if part else None)
+    if part is not None:
+        require_no_others(output, part.shard, [file for name, file in named.items() if name not in files])
     with closing(Journal(output / ANSWERS_FILE)) as journal:
         given = {"rows": options.rows, "journal": journal, "backbone": content}
         answerer = Answerer(model, bank, tokenizer, **given, longest=longest_answer(tasks))
@@ -119,6 +121,19 @@ def evaluate_to_folder(
                 held |= {"names": all_names, "tasks": names, "own": owners(tasks)}
             write_part(output / SHARD_FILE, began._replace(ended=True, content=held))
         return text, found.records
+
+
+def require_no_others(output: Path, shard: Shard, files: Sequence[str]) -> None:
+    """Raises ValueError for a folder that is no shard's and has results that a shard would leave out of its tables.
+
+    Args:
+        files: the results that the shard does not have.
+    """
+    if (output / SHARD_FILE).exists():
+        return
+    other = next((file for file in files if (output / file).exists()), None)
+    if other:
+        raise ValueError(f"{output} has {other}, which shard {shard} does not have; choose another output")
 
 
 class Found(NamedTuple):

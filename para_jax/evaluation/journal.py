@@ -149,8 +149,9 @@ def answers_of(file: Place) -> Iterator[tuple[str, Answer]]:
 
 
 def journal_lines(file: Place) -> Iterator[tuple[bytes, str, Answer]]:
-    """The complete lines of a file, each with its key and answer. Raises ValueError for one that is not an answer."""
-    if isinstance(file, BucketPath) and not pieces(file):
+    """The complete lines of a file, each with its key and answer; none if there is no file. Raises ValueError for one
+    that is not an answer."""
+    if not (pieces(file) if isinstance(file, BucketPath) else file.exists()):
         return
     with open_pieces(file) as lines:
         for number, line in enumerate(iter(lambda: lines.readline(LONGEST), b""), 1):

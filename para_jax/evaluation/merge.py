@@ -46,6 +46,10 @@ def merge_folders(folders: Sequence[Place], output: Place, *, again: bool = Fals
             f"no shard has {', '.join(missing[:5]) or 'these adapters'}; run the shards again, on equal files"
         )
     records = {name: joined(found[name], tasks) for name in first.content["names"]}
+    for part in parts:
+        for file in part.content["samples"]:
+            if not (part.output / file).is_file():
+                raise ValueError(f"{part.output / file} is missing; run the command of shard {part.shard} again")
     limits = {name: first.settings[name] for name in ("limit", "seed")}
     work = described_work(0, 0.0, first.settings["rows"], first.settings["device"])
     shuffled = first.settings["shuffle_prompts"]

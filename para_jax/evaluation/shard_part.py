@@ -45,9 +45,9 @@ def settings_of(
         "device": device,
         "backbone": content,
         "tokenizer": writing,
+        **options,  # before the tasks: an error names the first difference, and another limit gives other tasks
         "tasks": hash_of(tasks),
         "adapters": [len(digests), hash_of(digests.items())],
-        **options,
     }
 
 

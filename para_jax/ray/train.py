@@ -23,9 +23,9 @@ class RayRun(NamedTuple):
     """A run that has ended."""
 
     output_dir: str
-    """what `train` and `train_tenants` write"""
+    """what `train`, `train_tenants` and `compare_methods` write"""
     report: str
-    """base model and adapters side by side; empty if nothing was scored"""
+    """base model and adapters side by side, or the methods of sweep.method; empty if nothing was scored"""
 
 
 def train_on_ray(
@@ -36,7 +36,8 @@ def train_on_ray(
     environment: Mapping[str, str] | None = None,
     storage: str | Path | None = None,
 ) -> RayRun:
-    """Trains the adapter of a config, or those of its tenants, on the workers of a Ray cluster. The same call resumes.
+    """Trains the adapter of a config, or those of its tenants or methods, on the workers of a Ray cluster. The
+    same call resumes.
 
     A worker that is lost makes Ray start all of them again, and the run resumes from its last checkpoint.
 
@@ -101,7 +102,6 @@ def run_on_worker(given: dict) -> dict[str, str]:
 
     from ..messages import log_to_stderr
     from ..processes import all_arrive
-    from ..runs.train import train, train_tenants
     from ..training.stop import Stopped
 
     log_to_stderr()
@@ -109,7 +109,7 @@ def run_on_worker(given: dict) -> dict[str, str]:
     if os.path.isdir(folder):
         os.chdir(folder)
     try:
-        result = (train_tenants if config.many else train)(config)
+        report = report_of(config)
     except ValueError as error:
         if not all_arrive("para_jax: an error", ARRIVAL_SECONDS):
             # an actor that only returns stays alive, and the others would wait for it in a collective, without end
@@ -117,4 +117,14 @@ def run_on_worker(given: dict) -> dict[str, str]:
         return {"error": str(error)}
     except Stopped:
         raise RuntimeError("the run was told to stop and has saved; Ray starts it again") from None
-    return {"report": result.report()}
+    return {"report": report}
+
+
+def report_of(config: RunConfig) -> str:
+    """The report of a run, as `para-jax train` chooses it by its config."""
+    from ..runs.compare import compare_methods, comparison_table
+    from ..runs.train import train, train_tenants
+
+    if config.sweep.method:
+        return comparison_table(compare_methods(config).methods)
+    return (train_tenants if config.many else train)(config).report()

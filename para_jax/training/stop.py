@@ -1,7 +1,8 @@
 """Graceful shutdown: on SIGTERM or the first Ctrl-C, a run finishes its current step, or the batch of an evaluation,
 and saves. A second one ends it at once.
 
-The hosts of one run must stop after the same step. There, JAX's preemption service receives SIGTERM and agrees on it.
+The hosts of one run must stop after the same step. There, JAX's preemption service receives SIGTERM and agrees on it,
+and an evaluation is finished first.
 """
 
 from __future__ import annotations

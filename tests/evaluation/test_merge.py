@@ -121,6 +121,7 @@ def test_what_does_not_belong_together_is_refused_by_name(folder, adapters, shar
 
     for name in ("backbone", "tasks", "seed", "version", "limit", "adapters", "device"):
         refused(f"changed differ in {name}", settings=part["settings"] | {name: "other"})
+    refused("changed differ in limit: 3 and 2", settings=part["settings"] | {"limit": 2, "tasks": "other"})
     refused("changed: shard 1/3 has not ended", ended=False)
     files = part["content"]["files"]
     lost, other = next(iter(files)), next(iter(held(shards[2])))
@@ -143,6 +144,12 @@ def test_what_does_not_belong_together_is_refused_by_name(folder, adapters, shar
     (changed / "answers.jsonl").write_text("".join(lines[1:]))
     with pytest.raises(ValueError, match="changed/answers.jsonl has .* but shard 1/3 asks for"):
         merge_folders([shards[0], changed, shards[2]], output)
+    (changed / "answers.jsonl").unlink()
+    with pytest.raises(ValueError, match="changed/answers.jsonl has 0 answers, but shard 1/3 asks for"):
+        merge_folders([shards[0], changed, shards[2]], output)
+    (changed / "answers.jsonl").write_text("".join(lines))
+    refused("lost.jsonl is missing; run .* shard 1/3 again", content=part["content"] | {"samples": ["lost.jsonl"]})
+    assert not any(output.iterdir())  # a merge can be tried again
 
 
 def test_a_stopped_shard_goes_on_in_its_own_folder_only(folder, adapters, shards, tmp_path, monkeypatch, capsys):
@@ -208,6 +215,17 @@ def test_the_first_shard_may_have_no_adapter_and_so_nothing_to_ask(folder, adapt
     merge_folders([tmp_path / "0", tmp_path / "1"], tmp_path / "merged")
     assert main(line("one")) == 0
     assert (tmp_path / "merged/table.csv").read_bytes() == (tmp_path / "one/table.csv").read_bytes()
+
+
+def test_an_evaluation_without_shards_does_not_go_on_as_a_shard(folder, adapters, one, tmp_path, capsys):
+    """Its tables would lose the adapters of the other shards."""
+    output = shutil.copytree(one, tmp_path / "one")
+    for index in range(COUNT):
+        assert main(command(folder, adapters, output, "--shard", f"{index}/{COUNT}")) == 2
+        assert f"which shard {index}/{COUNT} does not have" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in output.iterdir()} == {
+        file.name: file.read_bytes() for file in one.iterdir()
+    }
 
 
 def test_a_shard_has_the_adapters_with_its_digests_in_their_order():

@@ -104,6 +104,16 @@ def test_a_bank_that_loads_one_adapter_at_a_time_gives_the_same_answers(folder, 
     assert (tmp_path / "merged.jsonl").read_bytes() == whole
 
 
+def test_a_shard_without_a_line_says_that_it_writes_nothing(folder, tmp_path, capsys):
+    line = ["generate", "--backbone", folder / "backbone", "--input", folder / "in.jsonl", "--output",
+            tmp_path / "out.jsonl", "--max-length", "32", "--shard", "999/1000", "--allow-cpu",
+            "--no-compilation-cache"]  # fmt: skip
+    assert main([*map(str, line)]) == 0
+    said = capsys.readouterr().err
+    assert f"no line of shard 999/1000, so {tmp_path}/out.jsonl is not written" in said and "wrote" not in said
+    assert not (tmp_path / "out.jsonl").exists()
+
+
 def test_a_shard_goes_on_in_its_own_output_only(engine, folder, outputs, tmp_path):
     before, ends = outputs[0].read_bytes(), Engine.step
     run_job(engine, folder / "in.jsonl", outputs[0], Request(""), shard=Shard(0, 3))
