@@ -36,8 +36,8 @@ def train_on_ray(
     environment: Mapping[str, str] | None = None,
     storage: str | Path | None = None,
 ) -> RayRun:
-    """Trains the adapter of a config, or those of its tenants or methods, on the workers of a Ray cluster. The
-    same call resumes.
+    """Trains the adapter of a config, or those of its tenants or methods, on the workers of a Ray cluster. The same
+    call resumes.
 
     A worker that is lost makes Ray start all of them again, and the run resumes from its last checkpoint.
 

@@ -238,8 +238,8 @@ class Engine:
             return self._requests.news.wait_for(lambda: self.open > 0 or self._rounds.keeps_ended, timeout)
 
     def pin(self, prefix: Prompt | Ids) -> int:
-        """Keeps the beginning of prompts in the prefix cache, whatever else comes. The next rounds prefill it. Returns
-        how many of its tokens are kept: those in complete blocks.
+        """Keeps the beginning of prompts in the prefix cache, whatever else comes; messages up to the end of the last.
+        The next rounds prefill it. Returns how many of its tokens are kept: those in complete blocks.
 
         Raises ValueError for a prefix that is too short or too long, and if the cache has no room for it next to what
         is pinned already.
