@@ -149,7 +149,8 @@ except RuntimeError as error:
     assert second.out == "raised worker 1: backbone: no such file\n", second.err
 
 
-def test_a_worker_compares_methods_as_the_command_does(tmp_path):
+def test_a_worker_compares_methods_as_the_command_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a worker goes to its folder; back afterwards
     own = run_config(run_folder(tmp_path), "sweep.method=[para,ia3]", "train.max_steps=1", "runtime.distributed=given")
     report = run_on_worker({"config": own, "folder": str(tmp_path)})["report"]
     assert "para" in report and "ia3" in report and (tmp_path / "run" / "comparison.md").exists()
