@@ -129,10 +129,9 @@ def require_no_others(output: Path, shard: Shard, files: Sequence[str]) -> None:
     Args:
         files: the results that the shard does not have.
     """
-    if (output / SHARD_FILE).exists():
-        return
-    other = next((file for file in files if (output / file).exists()), None)
-    if other:
+    held = {file.name for file in output.iterdir()} if output.is_dir() else set()
+    other = next((file for file in files if file in held), None)
+    if other and SHARD_FILE not in held:
         raise ValueError(f"{output} has {other}, which shard {shard} does not have; choose another output")
 
 
