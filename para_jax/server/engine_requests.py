@@ -71,8 +71,9 @@ def too_many(name: str, what: str, advice: str, engine: Engine) -> ApiError:
 
 
 def prompt_ids(prompt: Prompt, engine: Engine, variables: Variables | None = None) -> Ids:
-    bounds = {"most": longest_prompt(engine.tokenizer, engine.max_length), "tokens": engine.max_length}
-    return tuple(encode_prompt(engine.tokenizer, prompt, **bounds, variables=variables, may_be_blank=True))
+    tokenizer, tokens = engine.tokenizer, engine.max_length
+    most = longest_prompt(tokenizer, tokens)
+    return tuple(encode_prompt(tokenizer, prompt, most=most, tokens=tokens, variables=variables, may_be_blank=True))
 
 
 def scores(asked: Asked, number: int, prompt: Prompt | Ids) -> dict[str, int | None]:
