@@ -217,7 +217,7 @@ def test_the_first_shard_may_have_no_adapter_and_so_nothing_to_ask(folder, adapt
     assert (tmp_path / "merged/table.csv").read_bytes() == (tmp_path / "one/table.csv").read_bytes()
 
 
-def test_an_evaluation_without_shards_does_not_go_on_as_a_shard(folder, adapters, one, tmp_path, capsys):
+def test_an_evaluation_without_shards_does_not_go_on_as_a_shard(folder, adapters, one, shards, tmp_path, capsys):
     """Its tables would lose the adapters of the other shards."""
     output = shutil.copytree(one, tmp_path / "one")
     for index in range(COUNT):
@@ -226,6 +226,10 @@ def test_an_evaluation_without_shards_does_not_go_on_as_a_shard(folder, adapters
     assert {file.name: file.read_bytes() for file in output.iterdir()} == {
         file.name: file.read_bytes() for file in one.iterdir()
     }
+    for file in output.glob("*.json"):
+        if not (shards[1] / file.name).exists():
+            file.unlink()
+    assert main(command(folder, adapters, output, "--shard", f"1/{COUNT}")) == 0  # it has all that is left
 
 
 def test_a_shard_has_the_adapters_with_its_digests_in_their_order():
