@@ -152,7 +152,7 @@ ADAPTER_CONFIGS = {"para": ParaConfig, "lora": LoraConfig, "ia3": Ia3Config}
 
 
 def find_methods(*names: Any) -> None:
-    """Loads the table of adapters/methods.py if ADAPTER_CONFIGS lacks one of these methods. Only then, and by name,
-    because the table needs JAX and stands on this package."""
+    """Loads the table of adapters/methods.py if ADAPTER_CONFIGS lacks one of these methods. Only then, because the
+    table needs JAX, and by name, because it imports this package."""
     if not all(name in tuple(ADAPTER_CONFIGS) for name in names):
         import_module("para_jax.adapters.methods")
