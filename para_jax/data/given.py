@@ -159,8 +159,8 @@ def sequence_of(label: str, data: Any) -> Sequence[Any]:
 
 
 def require_untransformed(label: str, dataset: Any) -> None:
-    """Raises ValueError for a datasets.Dataset with a transform (with_transform, set_transform), which makes its rows
-    as they are read. We read the stored rows."""
+    """Raises ValueError for a datasets.Dataset with a transform (with_transform, set_transform). It changes rows when
+    they are read through the Dataset, and we read the stored rows."""
     if dataset.format["type"] == "custom":
         raise ValueError(
             f"{label} has a transform, which is not applied; write its rows first, with dataset.map instead of "

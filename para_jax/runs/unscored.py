@@ -12,7 +12,7 @@ from ..evaluation.tasks import EvalTask
 from ..messages import say, warn
 from .tenants import Tenant
 
-#: How many examples with an answer shuffled data would have among those that are scored, for a warning if it has none.
+#: A missing answer is named if at least this many of the scored examples would have it in shuffled data.
 EXPECTED = 5
 
 
@@ -38,8 +38,8 @@ def reason_without_test(tenants: Sequence[Tenant]) -> str:
 
 
 def answers_left_out(tenant: Tenant, *, named: bool) -> list[str]:
-    """What eval.limit and eval.test_limit leave out of sorted data. The best adapter would be chosen by the remaining
-    answers alone."""
+    """A line for each limit (eval.limit, eval.test_limit) that leaves out an answer of sorted data. The best adapter
+    would be chosen without that answer."""
     section, whose = tenant.config.eval, f"{tenant.name}: " if named else ""
     limits = ("eval.limit", tenant.validation, section.limit), ("eval.test_limit", tenant.test, section.test_limit)
     return [
