@@ -57,6 +57,9 @@ def run(options) -> None:
         raise ValueError(f"--output {options.output}: no such folder\nmake the folder first")
     if options.limit is not None and options.data is None:
         raise ValueError("--limit requires --data\nit is the number of prompts of that file")
+    for name in ("backbone", "dtype"):
+        if getattr(options, name) is not None and not options.adapter:
+            raise ValueError(f"--{name} {getattr(options, name)} requires --adapter\nonly factors need the model")
     options.limit = PROMPTS if options.limit is None else options.limit
     if options.limit < 2:
         raise ValueError(f"--limit {options.limit} is too few\ngive at least 2 prompts")

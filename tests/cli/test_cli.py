@@ -540,6 +540,8 @@ def parser_of(name):
         (["evaluate", "run.yaml", "--shuffle-prompts"], "--shuffle-prompts requires --adapter"),
         (["inspect", "nowhere"], "nowhere: no such folder; .*run or adapter"),
         (["plot", "runs", "--limit", "3", "--output", "a.png"], "--limit requires --data"),
+        (["plot", "runs", "--backbone", "m", "--output", "a.png"], "--backbone m requires --adapter"),
+        (["plot", "--scores", "runs", "--dtype", "float32", "--output", "a.png"], "--dtype float32 requires --adapter"),
         (["convert", "nowhere.gguf", "made"], "nowhere.gguf: no such file"),
         (["quickstart", "train.max_steps=0"], "train.max_steps must .* 0"),
     ],
