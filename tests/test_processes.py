@@ -238,6 +238,33 @@ def test_validation_data_that_differ_only_in_references_are_refused(folder):
     assert all("the data" in ended.err and "process 1" in ended.err for ended in both), both[1].err
 
 
+def test_hosts_that_compare_other_methods_are_refused(folder):
+    both = train_two(folder, f"output_dir={folder}/methods", ("sweep.method=[para, lora]", "sweep.method=[]"))
+    assert [ended.code for ended in both] == [2, 2], both[1].err
+    assert all("the config differs" in ended.err for ended in both), both[1].err
+    assert not (folder / "methods").exists()
+
+
+def test_a_tenant_that_only_one_host_has_is_refused_in_a_run_that_others_are_added_to(folder, monkeypatch):
+    def add(name, *hosts):
+        for host in hosts:
+            write_rows(folder / host / "own" / f"{name}.jsonl", rows_of_text(8, seed=len(name)))
+
+    own = ("data.tenants=own", f"output_dir={folder}/parts", "train.max_steps=1", "train.rows_per_tenant=2")
+    config = run_config(folder, *OVERRIDES, *own, "eval.metric=loss")
+    save_config(config, folder / "parts.yaml")
+    add("acme", "here", "there")
+    monkeypatch.chdir(folder / "here")
+    train_tenants(config)
+    add("globex", "here", "there")
+    add("hooli", "there")
+    among = ("runtime.coordinator={address}", "runtime.num_processes=2", "runtime.process_id={process}")
+    places = (str(folder / "here"), str(folder / "there"))
+    both = run_two("-c", ELSEWHERE, places, "train", str(folder / "parts.yaml"), *among)
+    assert [ended.code for ended in both] == [2, 2], both[1].err
+    assert all("the list of tenants differs" in ended.err for ended in both), both[1].err
+
+
 KEPT = """
 import sys, time
 from pathlib import Path

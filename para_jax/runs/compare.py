@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from .. import atomic, devices
+from .. import atomic
 from ..adapters.adapter import count_parameters
 from ..config import ADAPTER_CONFIGS, RunConfig, adapter_method, expanded, load_config, require, with_scope_of
 from ..data.given import with_data
@@ -32,7 +32,7 @@ from .health import logged_warning
 from .scoring import NotFinite
 from .standing import Standing
 from .tenants import SharedResources, of_data, tenant_configs
-from .train import require_config, trained
+from .train import require_config, start, trained
 
 #: The table of a comparison, in its output_dir.
 TABLE = "comparison.md"
@@ -93,7 +93,7 @@ def compare_methods(config: RunConfig, data: Any = None) -> MethodsResult:
     if named not in config.sweep.method and rate not in (None, "auto"):
         why = f"it is {named}'s, which sweep.method lacks; use sweep.learning_rate"
         warn(f"train.learning_rate={rate} has no effect: {why}")
-    devices.start(config.runtime)
+    start(config)
     folder = expanded(config.output_dir)
 
     def claim() -> None:

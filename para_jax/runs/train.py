@@ -179,8 +179,7 @@ def trained(config: RunConfig, shared: SharedResources | None = None) -> Ended:
         shared: what it shares with other runs of this process.
     """
     shared = shared or SharedResources()
-    devices.start(config.runtime)
-    require_same("the config", lambda: {k: v for k, v in config_dict(config).items() if k not in HOST_FIELDS})
+    start(config)
     if config.train.cache_prompts != "off" and (count := jax.process_count()) > 1:
         raise ValueError(
             f"train.cache_prompts={config.train.cache_prompts} keeps the prompts of one process, and this run has "
@@ -219,11 +218,18 @@ def trained(config: RunConfig, shared: SharedResources | None = None) -> Ended:
         return Ended(model, mesh, list(own), state, standing, metric)
 
 
+def start(config: RunConfig) -> None:
+    """Joins the processes of a run. Raises ValueError on all of them if their configs differ."""
+    devices.start(config.runtime)
+    require_same("the config", lambda: {k: v for k, v in config_dict(config).items() if k not in HOST_FIELDS})
+
+
 def known_run(config: RunConfig) -> tuple[RunConfig, dict[str, RunConfig], list[Part], dict[str, float]]:
     """The config of the run, those of its tenants, its parts, and the rates that trials have chosen before, which take
     the place of `auto` in the configs. Raises ValueError for an output folder that holds another run."""
     on_first_process(lambda: check_folder(config))
     own = on_every_process(lambda: tenant_configs(config))
+    require_same("the list of tenants", lambda: list(own))
     parts = parts_of_run(config, list(own))
     by_part = on_first_process(lambda: [chosen_rates(part.folder) for part in parts])
     chosen = {name: rate for rates in by_part for name, rate in rates.items()}
