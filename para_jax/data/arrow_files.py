@@ -15,7 +15,7 @@ import numpy as np
 
 from ..config import printable, shorten
 from ..storage.bucket import BucketPath, Place
-from ..untrusted import json_mapping, read_json, require_unicode
+from ..untrusted import json_mapping, read_json, require_unicode, without_repeats
 from .tfds import plain
 
 #: The first bytes of a Parquet file.
@@ -245,7 +245,7 @@ def from_json(name: str, value: Any, kind: Any) -> Any:
         return value
     if str(kind) == JSON:
         try:
-            found = json.loads(value)
+            found = json.loads(value, object_pairs_hook=without_repeats)
         except ValueError as error:
             raise ValueError(f"{name} is not JSON: {error}") from None
         require_unicode(name, found)

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from ..config import printable, shorten
 from ..storage.bucket import Place
-from ..untrusted import require_unicode, safe_names
+from ..untrusted import require_unicode, safe_names, without_repeats
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 #: The largest row, in bytes. A quote that is never closed would otherwise take the rest of the file into memory.
@@ -127,7 +127,7 @@ def row_of(columns: list[str], cells: list[str]) -> dict:
     for name in JSON_COLUMNS:
         if row.get(name, "").lstrip().startswith("["):
             try:
-                row[name] = json.loads(row[name])
+                row[name] = json.loads(row[name], object_pairs_hook=without_repeats)
                 require_unicode(name, row[name])
             except ValueError as error:
                 raise ValueError(f"{name} is not JSON: {printable(str(error))}") from None

@@ -20,8 +20,11 @@ from .examples import (
     may_have_added,
     require_filled,
     up_to_end_token,
+    up_to_eos,
     with_end,
     without_added,
+    without_end,
+    without_ends,
 )
 
 #: Conversations per request to the chat template's process.
@@ -37,7 +40,13 @@ def encode_examples(tokenizer, pairs: Sequence[tuple[Prompt, str]]) -> list[Exam
         require_filled("prompt", prompt)
         require_filled("completion", completion)
         require_unicode("prompt", prompt)
-    pairs = [(p if isinstance(p, str) else checked_messages("prompt", p), completion) for p, completion in pairs]
+        require_unicode("completion", completion)
+    pairs = [
+        (prompt, up_to_eos(tokenizer, completion))
+        if isinstance(prompt, str)
+        else (without_ends(tokenizer, checked_messages("prompt", prompt)), without_end(tokenizer, completion))
+        for prompt, completion in pairs
+    ]
     chats = [not isinstance(prompt, str) for prompt, _ in pairs]
     rendered = iter(render_chats(tokenizer, [pair for pair, chat in zip(pairs, chats, strict=True) if chat]))
     prompts, answers = [], []

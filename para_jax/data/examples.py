@@ -68,7 +68,7 @@ def encode_prompt(
     if not may_be_blank:
         require_filled("prompt", prompt)
     if not isinstance(prompt, str):
-        prompt = checked_messages("prompt", prompt)
+        prompt = without_ends(tokenizer, checked_messages("prompt", prompt))
     require_short(prompt, most)
     require_unicode("prompt", prompt)
     if isinstance(prompt, str):
@@ -93,16 +93,42 @@ def encode_completion(tokenizer, prompt: Prompt, completion: str) -> list[int]:
     """
     require_filled("prompt", prompt)
     require_filled("completion", completion)
+    require_unicode("completion", completion)
     if isinstance(prompt, str):
-        text = joined_completion(prompt, completion)
+        text = joined_completion(prompt, up_to_eos(tokenizer, completion))
         return with_end(encode_following(tokenizer, prompt, text, encode_text), eos_token_id(tokenizer))
-    ((before, turn),) = answered(tokenizer, [(checked_messages("prompt", prompt), completion)])
+    messages = without_ends(tokenizer, checked_messages("prompt", prompt))
+    ((before, turn),) = answered(tokenizer, [(messages, without_end(tokenizer, completion))])
     return up_to_end_token(tokenizer, encode_following(tokenizer, before, turn, encode))
 
 
 def with_end(ids: list[int], end: int) -> list[int]:
     """The ids of a completion with the end token. Data for other libraries may have it in the text."""
     return ids if ids[-1:] == [end] else [*ids, end]
+
+
+def up_to_eos(tokenizer, completion: str) -> str:
+    """The completion without the white space after an EOS at its end."""
+    bare = completion.rstrip()
+    return bare if tokenizer.eos_token and bare.endswith(tokenizer.eos_token) else completion
+
+
+def without_ends(tokenizer, messages: list[dict]) -> list[dict]:
+    """The messages, and each answer `without_end`."""
+    return [
+        message | {"content": without_end(tokenizer, message["content"])} if message["role"] == "assistant" else message
+        for message in messages
+    ]
+
+
+def without_end(tokenizer, answer: str) -> str:
+    """An answer of a chat without a token that ends its turn, or EOS, at its end: the chat template writes the end.
+    Data for other libraries may have it in the text."""
+    bare, special = answer.rstrip(), special_tokens(tokenizer, len(tokenizer))
+    if not bare.endswith(tuple(special)):
+        return answer
+    ends = {*turn_stop_ids(tokenizer, []), tokenizer.eos_token_id}
+    return next((bare.removesuffix(text) for text in special if special[text] in ends and bare.endswith(text)), answer)
 
 
 def stop_token_ids(tokenizer, config_eos: tuple[int, ...] = ()) -> tuple[int, ...]:

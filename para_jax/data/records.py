@@ -342,8 +342,12 @@ def references(row: dict, completion: str) -> tuple[str, ...]:
 # ----------------------------------------------------------------------------------------------------------- templates
 
 
+#: What the columns of a template may hold.
+TEMPLATE_VALUES = "text, numbers and dates without a time of day; make other columns text"
+
+
 def fill(template: str, row: dict) -> str:
-    """The template with each {column} replaced by the row's text or number. {{ and }} give braces."""
+    """The template with each {column} replaced by the row's text, number or date. {{ and }} give braces."""
     parts = []
     for literal, name in template_fields("template", template):
         parts.append(literal)
@@ -352,9 +356,9 @@ def fill(template: str, row: dict) -> str:
             if isinstance(value, Decimal | date) and not isinstance(value, datetime):
                 value = str(value)  # a date as in 2026-07-25
             if not isinstance(value, str | int | float):
-                raise ValueError(f"{name} is a {type(value).__name__}; a template takes text and numbers")
+                raise ValueError(f"{name} is a {type(value).__name__}; a template takes {TEMPLATE_VALUES}")
             if is_nan(value):
-                raise ValueError(f"{name} is NaN, a missing value; a template takes text and numbers")
+                raise ValueError(f"{name} is NaN, a missing value; a template takes {TEMPLATE_VALUES}")
             parts.append(str(value))
     return "".join(parts)
 

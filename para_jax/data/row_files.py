@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from ..storage.bucket import Place
@@ -70,14 +71,15 @@ def split_file(folder: Place, split: str) -> Place | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def misnamed_validation(folder: Place) -> Place | None:
-    """The file in a folder that other libraries would take for the validation data, such as dev.jsonl or
-    validation.jsonl.gz; None if there is none, or validation data."""
-    if split_file(folder, "validation") is not None:
+def misnamed_split(folder: Path, split: str) -> Path | None:
+    """The file in a folder that was probably meant as this split, such as validation.jsonl.gz, validation.CSV or
+    dev.jsonl; None if there is none, or data of this split."""
+    if split_file(folder, split) is not None:
         return None
-    packed = (folder / f"validation{ending}{packed}" for ending in ENDINGS for packed in PACKED_ENDINGS)
-    found = (*(split_file(folder, name) for name in OTHER_NAMES), *(file for file in packed if file.is_file()))
-    return next(filter(None, found), None)
+    names = (split, *OTHER_NAMES) if split == "validation" else (split,)
+    endings = {*ENDINGS, ".ndjson", *(ending + packed for ending in ENDINGS for packed in PACKED_ENDINGS)}
+    meant = {f"{name}{ending}" for name in names for ending in endings}
+    return next((file for file in sorted(folder.iterdir()) if file.name.lower() in meant and file.is_file()), None)
 
 
 def line_rows(path: Place, seen=None) -> Iterator[tuple[str, dict]]:

@@ -11,7 +11,7 @@ from . import hf, tfds
 from .arrow_files import SavedSplit, class_labels, is_saved, parquet_labels, saved_sibling, saved_split, splits_of_saved
 from .given import GivenSplit, given_split, is_given, warn_of_hidden
 from .hf import HfSplit, is_hf, parse_hf
-from .row_files import form_of, misnamed_validation, place_prefix, split_file
+from .row_files import form_of, misnamed_split, place_prefix, split_file
 from .tasks import TFDS_TASKS
 from .tfds import TfdsSplit, parse_tfds
 
@@ -71,13 +71,17 @@ def labelled(found: TfdsSplit | HfSplit | SavedSplit | None) -> TfdsSplit | HfSp
 
 def unread_validation(section: DataSection) -> Place | None:
     """A file next to the training data that was probably meant as validation data, but is not named like it."""
-    place = None if section.validation is not None else local_place(section.train)
-    return misnamed_validation(place) if place and place.is_dir() else beside(place, "validation")
+    return None if section.validation is not None else unread(section.train, "validation")
 
 
 def unread_test(section: DataSection) -> Place | None:
-    """A file of test data next to the file that data.train names. It is read where data.train is their folder."""
-    return None if section.test is not None else beside(local_place(section.train), "test")
+    """The same for test data."""
+    return None if section.test is not None else unread(section.train, "test")
+
+
+def unread(train: str | None, split: str) -> Place | None:
+    place = local_place(train)
+    return misnamed_split(place, split) if place and place.is_dir() else beside(place, split)
 
 
 def local_place(train: str | None) -> Path | None:

@@ -185,8 +185,10 @@ def plain(value: Any) -> Any:
     they are used."""
     if isinstance(value, dict):
         return {name: plain(part) for name, part in value.items()}
-    if isinstance(value, np.floating) and value.itemsize < 8:
+    if isinstance(value, np.floating) and value.itemsize != 8:
         return float(str(value))  # the shortest number that rounds to it: 0.1 and not 0.10000000149011612
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "mM" and is_finer(value.dtype):
+        value = value.astype(f"{value.dtype.kind}8[us]")
     if isinstance(value, np.ndarray | np.generic):
         floats = isinstance(value, np.ndarray) and value.ndim and value.dtype.kind == "f"
         return plain(list(value) if floats else value.tolist())  # pyright: ignore[reportArgumentType]
@@ -196,6 +198,11 @@ def plain(value: Any) -> Any:
         with suppress(UnicodeDecodeError):
             return value.decode()
     return value
+
+
+def is_finer(dtype: np.dtype) -> bool:
+    """Whether times of this type are finer than a microsecond. Python has no such times: tolist makes them numbers."""
+    return np.datetime_data(dtype)[0] in ("ns", "ps", "fs", "as")
 
 
 def prepare_failure(error: BaseException) -> str:

@@ -19,7 +19,7 @@ from ..data.example_arrays import ExampleArrays
 from ..data.examples import Example
 from ..data.packing import PackingPlan, RowShape, common_shape, plan_packing
 from ..data.records import TooLong
-from ..data.row_files import PACKED_ENDINGS
+from ..data.row_files import ENDINGS, PACKED_ENDINGS
 from ..data.schedule import TenantOrder
 from ..data.sources import is_held_out, unread_validation
 from ..data.tenants import tenant_sections
@@ -207,8 +207,9 @@ def warn_of_unread(configs: Iterable[RunConfig]) -> None:
     found = sorted({file for own in configs if (file := unread_validation(own.data))})  # a sweep shares its data
     if found:
         more = f", and neither are {len(found) - 1} more" if len(found) > 1 else ""
-        advice = "" if found[0].stem == "validation" else f"rename it to validation{found[0].suffix}, or "
-        advice = "unpack it, or " if found[0].suffix in PACKED_ENDINGS else advice
+        stem, suffix = found[0].stem, found[0].suffix
+        advice = f"rename it to validation{suffix}, or " if stem != "validation" and suffix in ENDINGS else ""
+        advice = "unpack it, or " if suffix in PACKED_ENDINGS else advice
         warn(f"{found[0]} is not read{more}; {advice}set data.validation")
 
 

@@ -162,6 +162,10 @@ def test_a_wrong_json_text_and_a_repeated_column_are_named(tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
     with pytest.raises(ValueError, match=r"x.parquet\[1\]: .*x is not JSON"):
         list(read_rows(tmp_path / "x.parquet"))
+    table = pyarrow.table({"x": pyarrow.array(['{"a": 1, "a": 2}'], pyarrow.json_())})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=r"x.parquet\[0\]: x is not JSON: 'a' is there twice"):
+        list(read_rows(tmp_path / "x.parquet"))
     twice = pyarrow.table([["a"], ["b"]], names=["prompt", "prompt"])
     pyarrow.parquet.write_table(twice, tmp_path / "x.parquet")
     for read in (lambda: read_records(tmp_path / "x.parquet"), lambda: with_data(DataSection(), twice)):

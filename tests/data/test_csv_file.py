@@ -94,6 +94,7 @@ def test_columns_work_as_in_json_lines(tmp_path):
         ("prompt,answer\na,b\n", ":2: no field 'completion'.*prompt, answer"),
         ("prompt,completion\na,\n", ":2: completion is empty"),
         ("prompt,references\na,[1\n", ":2: references is not JSON"),
+        ('prompt,references\na,"[{""b"": 1, ""b"": 2}]"\n', ":2: references is not JSON: 'b' is there twice"),
         ("prompt,completion\n", "x.csv has no rows"),
     ],
 )

@@ -94,9 +94,9 @@ def test_a_completion_that_would_change_the_ids_of_its_prompt_is_encoded_alone()
 def test_a_text_completion_ends_in_one_eos(tokenizer):
     ids = encode_completion(tokenizer, "Answer:", "yes")
     assert ids[-1] == tokenizer.eos_token_id and ids.count(tokenizer.eos_token_id) == 1
-    written = f"yes{tokenizer.eos_token}"  # as some scripts for other libraries do
-    assert encode_completion(tokenizer, "Answer:", written) == ids
-    assert encode_examples(tokenizer, [("Answer:", written), ([USER], "yes")])[0].completion_ids == ids
+    for written in (f"yes{tokenizer.eos_token}", f"yes{tokenizer.eos_token}\n"):  # as in data for other libraries
+        assert encode_completion(tokenizer, "Answer:", written) == ids
+        assert encode_examples(tokenizer, [("Answer:", written), ([USER], "yes")])[0].completion_ids == ids
 
 
 def test_a_prompt_has_the_tokenizers_bos_once():
@@ -175,6 +175,18 @@ def test_the_end_token_of_a_turn_is_in_the_loss_and_ends_generation(kind, end):
     assert encode_completion(tokenizer, [USER], "yes")[-1] == end_id
     assert set(stop_token_ids(tokenizer, (3,))) == {3, tokenizer.eos_token_id}
     assert turn_stop_ids(tokenizer, [USER]) == (end_id,)
+
+
+def test_an_end_token_in_the_text_of_an_answer_is_the_templates_own(tokenizer):
+    (end,) = tokenizer.convert_ids_to_tokens(turn_stop_ids(tokenizer, [USER]))
+    bot = {"role": "assistant", "content": "shipping"}
+    example = encode_example(tokenizer, [USER, bot, USER], "yes")
+    for sign in (end, f"{end}\n", tokenizer.eos_token):
+        written = [USER, bot | {"content": f"shipping{sign}"}, USER], f"yes{sign}"
+        assert encode_example(tokenizer, *written) == example
+        assert encode_examples(tokenizer, [written]) == [example]
+    inside = f"{end} shipping"
+    assert encode_example(tokenizer, [USER], inside).completion_ids.count(tokenizer.convert_tokens_to_ids(end)) == 2
 
 
 def test_a_template_may_move_the_system_message_to_the_last_question():
@@ -263,6 +275,13 @@ def test_a_wrong_prompt_is_an_error(prompt, said):
 def test_an_empty_completion_is_an_error(prompt, completion):
     with pytest.raises(ValueError, match="completion is missing or empty"):
         encode_example(tiny_tokenizers.plain(), prompt, completion)
+
+
+@pytest.mark.parametrize("prompt", ["Answer:", [USER]])
+def test_half_a_surrogate_pair_in_a_completion_is_named(prompt):
+    for encode in (encode_example, lambda tokenizer, *pair: encode_examples(tokenizer, [pair])):
+        with pytest.raises(ValueError, match=r"completion: '\\ud83d' is half a surrogate pair"):
+            encode(tiny_tokenizers.plain(), prompt, "caf\ud83d")
 
 
 def test_a_tokenizer_that_cannot_encode_is_an_error():

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import date, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,15 @@ def test_a_field_is_plain_python():
     found = plain(field | {"n": np.int64(3), "words": np.array([b"x"], object)})
     assert found == {"text": ["Köln", "b"], "start": [1, 2], "flag": True, "n": 3, "words": ["x"]}
     assert type(found["n"]) is int and type(found["flag"]) is bool and type(found["text"][1]) is str
+
+
+def test_times_and_numbers_of_any_size_are_plain_python_too():
+    time = np.datetime64("2020-01-02T03:04:05", "ns")
+    found = plain({"t": time, "none": np.datetime64("NaT", "ns"), "long": np.array([time - time + 1000])})
+    assert found == {"t": datetime(2020, 1, 2, 3, 4, 5), "none": None, "long": [timedelta(microseconds=1)]}
+    assert plain(np.array(["2020-01", "2021-02"], "M8[M]")) == [date(2020, 1, 1), date(2021, 2, 1)]
+    found = plain({"x": np.longdouble("0.1"), "xs": np.array([0.5], np.longdouble)})
+    assert found == {"x": 0.1, "xs": [0.5]} and type(found["x"]) is float
 
 
 def test_other_data_sets_are_read_by_the_user_s_templates(tmp_path):

@@ -9,6 +9,7 @@ from tiny_run import backbone_folder, rows_of_text, words, write_rows
 from para_jax import train, train_tenants
 from para_jax.config import DataSection, RunConfig, load_config
 from para_jax.data.records import Record
+from para_jax.data.sources import unread_test
 from para_jax.data.tokenizer import run_tokenizer
 from para_jax.data.training_data import load_training_data
 from para_jax.evaluation.tasks import EvalTask
@@ -103,6 +104,16 @@ def test_a_file_that_was_meant_as_validation_data_is_named(tmp_path, capsys):
     write_rows(tmp_path / "train.jsonl", [])
     warn_of_unread([RunConfig(data=DataSection(train=str(tmp_path / "train.jsonl")))])
     assert f"{tmp_path}/validation.jsonl is not read; set data.validation\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["validation.JSONL", "validation.ndjson", "Dev.CSV"])
+def test_so_is_one_with_another_ending_or_capitals(tmp_path, capsys, name):
+    for file in ("train.jsonl", name, name.replace("validation", "test")):
+        write_rows(tmp_path / file, [])
+    section = DataSection(train=str(tmp_path))
+    warn_of_unread([RunConfig(data=section)])
+    assert f"{tmp_path / name} is not read; set data.validation\n" in capsys.readouterr().err
+    assert (unread_test(section) is None) == (name == "Dev.CSV")
 
 
 def test_packed_validation_data_is_named(tmp_path, capsys):
