@@ -25,7 +25,7 @@ NOT_IN_MESSAGES: dict[str, tuple[tuple, str]] = {
 def read_messages(value: object) -> list[dict]:
     """The messages of a chat, for the tokenizer's chat template."""
     if not isinstance(value, list) or not value:
-        found = shorten(value) if value else "missing or empty"
+        found = "missing or empty" if value in (None, "", []) else shorten(value)
         advice = "give a list of messages. A prompt goes to /v1/completions"
         raise wrong_field("messages", f"messages is {found}; {advice}")
     return [read_message(message, f"messages[{i}]") for i, message in enumerate(value)]
@@ -57,7 +57,11 @@ def read_content(fields: Fields, at: str) -> str:
             continue
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text" or not isinstance(part.get("text"), str):
-            fields.refuse(f"content[{i}]", kind, 'only parts {"type": "text", "text": ...} are supported')
+            fields.refuse(
+                f"content[{i}]",
+                kind if isinstance(part, dict) else part,
+                'only parts {"type": "text", "text": ...} are supported',
+            )
         others = [name for name, value in part.items() if name not in ("type", "text") and value is not None]
         place = f"{at}.content[{i}]"
         raise wrong_field(place, f"{place} has a field {shorten(others[0])}; only type and text are supported")

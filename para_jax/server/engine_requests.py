@@ -6,7 +6,8 @@ import math
 import re
 from functools import lru_cache
 
-from ..config import Variables
+from ..config import Variables, shorten
+from ..data.chat_template import TemplateError
 from ..data.examples import Ids, Prompt, encode_prompt, most_characters, turn_stop_ids
 from ..serving.engine import Engine
 from ..serving.request import MAX_SAMPLES, Request
@@ -143,4 +144,6 @@ def refused(error: ValueError, asked: Asked) -> ApiError:
     code = "context_length_exceeded" if long else None
     if param not in (*CHAT_FIELDS, *TEXT_FIELDS):
         param = "prompt"  # what the tokenizer or its chat template says of it
+    if isinstance(error, TemplateError) and asked.variables:
+        message += f"; chat_template_kwargs is {shorten(asked.variables)}"
     return wrong_field("messages" if asked.chat and param == "prompt" else param, message, code)

@@ -249,7 +249,7 @@ def read_prompts(value: object) -> list[Prompt | Ids]:
             return list(value)
         if all(isinstance(one, list) and one and is_ids(one) for one in value):
             return [tuple(ids) for ids in value]
-    found = shorten(value) if value else "missing or empty"
+    found = "missing or empty" if value in (None, "", []) else shorten(value)
     advice = "give a text, a list of token ids, or a list of them. Messages go to /v1/chat/completions"
     raise wrong_field("prompt", f"prompt is {found}; {advice}")
 

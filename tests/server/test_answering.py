@@ -456,6 +456,11 @@ def test_wrong_requests_are_refused_by_field(server, http, monkeypatch):
             patch.setattr(server.engine.tokenizer, "chat_template", "{{ raise_exception('no') }}")
             chat = {"model": "A", "messages": chat_of(prompt(1))} | options
             assert error(http.post("/v1/chat/completions", json=chat), 400)["param"] == "messages"
+            chat |= {"chat_template_kwargs": {"mood": 5}}
+            assert (
+                "chat_template_kwargs is {'mood': 5}"
+                in error(http.post("/v1/chat/completions", json=chat), 400)["message"]
+            )
     long = {"model": "A", "messages": chat_of(prompt(1, LENGTH)), "max_completion_tokens": 3}
     found = error(http.post("/v1/chat/completions", json=long), 400)
     assert found["param"] == "messages" and "max_completion_tokens" in found["message"]

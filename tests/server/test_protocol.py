@@ -88,6 +88,14 @@ def test_other_prompts_are_refused(prompt):
     assert refusal(read_completion, body).param == "prompt"
 
 
+def test_a_wrong_value_is_shown_also_where_it_is_false_and_a_missing_one_is_called_so():
+    for value, shown in [(False, "False"), (0, "0"), ({}, "{}"), (None, "missing"), ([], "missing")]:
+        assert f"prompt is {shown}" in str(refusal(read_completion, {"model": "A", "prompt": value}))
+        assert f"messages is {shown}" in str(refusal(read_chat, {"model": "A", "messages": value}))
+    parts = [{"role": "user", "content": ["Hi"]}]
+    assert "content[0] is 'Hi'" in str(refusal(read_chat, CHAT | {"messages": parts}))
+
+
 def test_a_chat_has_texts_or_parts_that_are_texts():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "annotations": None}]
     answered = {"role": "assistant", "content": "c", "refusal": None, "tool_calls": None, "annotations": []}
