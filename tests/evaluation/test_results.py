@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from tiny_harness import command, results
@@ -12,7 +13,8 @@ from para_jax.cli import main
 from para_jax.cli.names import named_adapters
 from para_jax.evaluation import answers as answering
 from para_jax.evaluation import results as result_files
-from para_jax.evaluation.results import cell, check_results, csv_table, file_names
+from para_jax.evaluation.questions import Scored
+from para_jax.evaluation.results import cell, check_results, csv_table, file_names, metric_values
 
 
 def test_an_output_folder_of_another_backbone_or_program_is_refused(whole, tmp_path, monkeypatch):
@@ -42,6 +44,15 @@ def test_an_output_folder_of_another_backbone_or_program_is_refused(whole, tmp_p
     monkeypatch.setattr(result_files, "LARGEST", 1000)
     with pytest.raises(ValueError, match="B.json does not hold results of an evaluation"):
         check_results(output, ["B.json"], content)
+
+
+def test_the_error_of_the_loss_is_that_of_the_examples_whatever_choices_are_ranked(monkeypatch):
+    score = SimpleNamespace(metric="accuracy", score=1.0, stderr=0.0, also=(), count=2, loss=1.0)
+    monkeypatch.setattr(result_files, "score_answers", lambda *_: score)
+    examples, ranked = [((1,), (2, 3)), ((1,), (4,))], [((1,), (2, 3)), ((1,), (4,))] * 2
+    answers = [Scored(-float(nats), True) for nats in (1, 2, 1, 9, 7, 2)]
+    plain = metric_values(SimpleNamespace(examples=examples, ranked=[]), answers[:2])
+    assert metric_values(SimpleNamespace(examples=examples, ranked=ranked), answers) == plain
 
 
 def test_damaged_results_are_written_again_from_the_answers(folder, whole, tmp_path, capsys, monkeypatch):

@@ -87,6 +87,17 @@ def test_few_tenants_do_not_fill_a_step_up_more_than_the_devices_ask_for():
     assert [lay_out(config, mesh_of(devices), 3).together for devices in (1, 8, 32)] == [3, 4, 8]
 
 
+def test_devices_divide_the_rows_of_each_pass():
+    layout = lay_out(many(batch_size=6, rows_per_tenant=1, per_device_batch_size=2), mesh_of(2), 5)
+    assert layout.groups * layout.rows % 2 == 0 and layout.together == 6
+
+
+def test_there_are_no_slots_without_tenants():
+    config = many(tenants_at_once=8, rows_per_tenant=4, per_device_batch_size=32)
+    layout = lay_out(config, mesh_of(1), 3)
+    assert (layout.slots, layout.groups) == (3, 3)
+
+
 def test_a_sweep_steps_each_combination_with_the_batch_of_a_run_of_it_alone():
     config = load_config(None, ["data.train=x", "sweep.seed=[0, 1]", "train.batch_size=128"])
     assert config.tenant_batch == 128

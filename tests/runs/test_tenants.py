@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -33,6 +34,7 @@ from para_jax.data.example_arrays import ExampleArrays
 from para_jax.data.schedule import Turn
 from para_jax.evaluation import defaults, tasks
 from para_jax.evaluation.evaluate import Tasks, evaluate
+from para_jax.evaluation.score import Score
 from para_jax.evaluation.tasks import task_of_run
 from para_jax.inspect import folder_report
 from para_jax.runs import loop
@@ -340,6 +342,19 @@ def test_a_tenant_that_is_not_finite_stops_alone_and_keeps_its_last_good_adapter
     assert entries[good] == sound.tenants[good]
     made = load_adapter(tmp_path / "run" / bad / "adapter", load_model_config(config.backbone.source))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(made))
+
+
+def test_a_tenant_whose_validation_loss_is_not_finite_stops_at_that_step(folder, tmp_path, monkeypatch):
+    """It learns nothing more, although its training loss is finite."""
+
+    def scores(tasks, stack, slots):
+        losses = {tenant: math.nan if tenant else 1.0 for tenant in slots}
+        return {tenant: Score("validation", "loss", -1.0, loss, 8) for tenant, loss in losses.items()}
+
+    monkeypatch.setattr(Tasks, "scores", scores)
+    found = train_tenants(sweep_config(folder, tmp_path / "run", "0.03, 0.01", "eval.base=false")).tenants
+    ends = {name: (entry["ended"], entry["steps"], entry["best_step"]) for name, entry in found.items()}
+    assert ends == {"learning_rate-0.03": ("done", 6, 2), "learning_rate-0.01": ("not finite", 2, 2)}
 
 
 def test_a_step_in_which_no_tenant_is_finite_has_no_loss_in_the_runs_log(folder, tmp_path):

@@ -486,6 +486,23 @@ def test_a_run_over_a_mesh_resumes_and_equals_one_device(whole, folder, tmp_path
         np.testing.assert_allclose(ours, theirs, rtol=1e-4)
 
 
+def test_a_longer_run_goes_on_from_its_last_adapter_although_another_one_was_tested(folder, tmp_path, monkeypatch):
+    def gets_worse(tasks, stack, slots):
+        calls.append(0)
+        loss = float(len(calls))
+        return {0: Score(tasks.split, "loss", -loss, loss, 8)} if tasks.encoded and slots else {}
+
+    monkeypatch.setattr(Tasks, "scores", gets_worse)
+    losses = []
+    for test in ("true", "false"):
+        calls = []
+        config = run_config(folder, f"output_dir={tmp_path / test}", f"eval.test={test}", "eval.base=false")
+        assert train(config).best_step == 3
+        train(replace(config, train=replace(config.train, max_steps=8)))
+        losses.append([row["loss"] for row in metrics(config) if "loss" in row])
+    assert len(losses[0]) == 8 and losses[0] == losses[1]
+
+
 def test_a_longer_run_goes_on_and_the_config_says_so(config, monkeypatch):
     def no_step(state, *arguments, **settings):
         values = dict.fromkeys(("loss", "grad_norm", "learning_rate", "tokens", "finite"), np.ones(1, np.float32))

@@ -267,6 +267,20 @@ def test_rounds_without_requests_prefill_a_pinned_prefix(model):
     assert engine.prefix_cache.hits == pinned / block_bytes(model) * BLOCK
 
 
+def test_a_prefix_that_was_answered_before_it_was_pinned_is_kept_whole(model, bank):
+    """Its last block was computed twice, and the copy that others find is gone."""
+    engine, prefix = engine_of(model, bank, 2), ids_of(12, 2 * BLOCK)
+    for tenant in ("w1", None):
+        answer(engine, prefix, tenant)
+    for i in range(8):
+        answer(engine, ids_of(20 + i, 60), "w4", 1)
+        answer(engine, prefix)
+    assert found(engine, prefix) == 1
+    engine.pin(prefix)
+    engine.step(), engine.step()
+    assert found(engine, prefix) == 2
+
+
 def test_every_block_of_pinned_messages_is_in_the_chats_that_begin_with_them(model):
     engine = new_engine(slots=1, max_length=40)  # its chat template begins an answer with w7
     system, turn = [{"role": "system", "content": words(range(30, 37))}], [{"role": "user", "content": "w40 w41"}]

@@ -247,6 +247,17 @@ def test_a_driver_waits_until_a_request_is_open(model, bank):
     assert engine.wait(0) is False
 
 
+def test_answers_that_a_stream_takes_over_are_not_given_by_run_too(model, bank):
+    engine = engine_of(model, bank)
+    first = engine.submit(Request(prompt(0), "A", 1))
+    several = engine.submit(Request(prompt(1), "A", 1, n=SLOTS))
+    run = engine.run()
+    assert next(run).id == first  # the others of its round have ended, and one of `several` waits
+    run.close()
+    assert {piece.index for piece in engine.stream(several)} == set(range(SLOTS))
+    assert engine.open == 0 and list(engine.run()) == []
+
+
 def test_a_full_queue_says_whose_it_is(model, bank):
     engine = engine_of(model, bank, queue_limit=3, queue_limit_per_tenant=2)
     engine.open_stream(Request(prompt(0), "A", 3, n=2))

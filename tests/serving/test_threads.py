@@ -529,6 +529,16 @@ def test_each_tenant_has_a_queue_limit_and_refused_requests_count(model, bank):
     assert "n: 4" in next(iter(answers_of(engine, Request(prompt(0), "A", n=4)))).error
 
 
+def test_refused_requests_fill_the_queue_until_their_errors_are_taken(model, bank):
+    engine = engine_of(model, bank, queue_limit=2)
+    for _ in range(2):
+        for _ in range(2):
+            engine.submit(Request("", "A"))
+        with pytest.raises(QueueFull, match="2 of 2 samples"):
+            engine.submit(Request("", "B"))
+        assert len(list(engine.run())) == 2
+
+
 def answers_of(engine, request):
     engine.submit(request)
     return engine.run()
