@@ -161,6 +161,7 @@ def join(runtime: RuntimeSection) -> None:
         return
     address = None if runtime.coordinator == "auto" else runtime.coordinator
     given = address, runtime.num_processes, runtime.process_id
+    say(f"joining the other processes (runtime.coordinator {runtime.coordinator}); JAX waits five minutes for them")
     try:
         jax.distributed.initialize(*given, shutdown_timeout_seconds=SHUTDOWN_SECONDS)
     except (ValueError, RuntimeError, OSError) as error:

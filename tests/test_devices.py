@@ -78,11 +78,12 @@ def test_an_accelerator_that_jax_could_not_start_is_not_told_to_install_what_is_
     (RuntimeSection(coordinator="auto"), (None, None, None)),
     (RuntimeSection(coordinator="a:80", num_processes=2, process_id=1), ("a:80", 2, 1)),
 ])  # fmt: skip
-def test_a_run_joins_the_configured_hosts_or_lets_jax_find_them(runtime, given, monkeypatch):
+def test_a_run_joins_the_configured_hosts_or_lets_jax_find_them(runtime, given, monkeypatch, capsys):
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *given, **_: calls.append(given))
     join(runtime)
     assert calls == ([] if given is None else [given])
+    assert (f"runtime.coordinator {runtime.coordinator}" in capsys.readouterr().err) == (given is not None)
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     join(runtime)  # a program that has done so itself
     assert len(calls) == (given is not None)
