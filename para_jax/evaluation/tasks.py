@@ -36,6 +36,7 @@ from .defaults import (
     different_answers,
     is_there,
     longest_completion,
+    missing_answer,
     scoring_rule,
     warn_of_guesses,
     without_answer,
@@ -320,6 +321,8 @@ def file_task(text: str, tokenizer, config: ModelConfig, *, split: str, limit: i
     ranked = metric == "accuracy" or (metric in LABEL_METRICS and len(choices) <= RANKED)
     if ranked:
         warn_of_unreachable(f"--tasks {text}", records[:limit], choices)
+    if limit and (missing := missing_answer(records, limit)):
+        warn(f"--tasks {text}: the first {limit} examples have no answer {missing}; shuffle the file, or raise --limit")
     task = EvalTask(
         name or (path.stem if path.is_file() else path.resolve().name),
         records[:limit],

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
-from ..config import RunConfig, shorten
+from ..config import RunConfig
 from ..data.sources import unread_test
-from ..evaluation.metrics import single_spaced
-from ..evaluation.tasks import EvalTask
+from ..evaluation.defaults import missing_answer
 from ..messages import say, warn
 from .tenants import Tenant
-
-#: A missing answer is named if at least this many of the scored examples would have it in shuffled data.
-EXPECTED = 5
 
 
 def say_unscored(config: RunConfig, tenants: Sequence[Tenant]) -> None:
@@ -45,16 +40,5 @@ def answers_left_out(tenant: Tenant, *, named: bool) -> list[str]:
     return [
         f"{whose}{task.name}: the first {limit} examples have no answer {missing}; shuffle the data, or raise {field}"
         for field, task, limit in limits
-        if task and limit and (missing := missing_answer(task, limit))
+        if task and limit and (missing := missing_answer(task.records, limit))
     ]
-
-
-def missing_answer(task: EvalTask, limit: int) -> str | None:
-    """The most frequent answer that none of a task's first `limit` examples has, if shuffled ones would have it."""
-    answers = [single_spaced(record.completion) for record in task.records]
-    scored = set(answers[:limit])
-    missing = Counter(answer for answer in answers if answer not in scored).most_common(1)
-    if not missing or missing[0][1] * limit < EXPECTED * len(answers):
-        return None
-    answer, often = missing[0]
-    return f"{shorten(answer)}, which {often} of all {len(answers)} have"
