@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .config import shorten
+from .config.check import without_repeats as without_repeats
 
 #: The maximum size of a config. Published ones have a few kB.
 MAX_JSON_BYTES = 2**20
@@ -41,15 +42,6 @@ def json_mapping(text: bytes) -> dict:
     require_flat(found)
     if not isinstance(found, dict):
         raise ValueError(f"{shorten(found)} is not a mapping")
-    return found
-
-
-def without_repeats(pairs: list[tuple[str, object]]) -> dict:
-    found: dict[str, object] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"{shorten(name)} is there twice")
-        found[name] = value
     return found
 
 

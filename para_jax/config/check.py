@@ -34,6 +34,17 @@ def shorten(value: object, width: int = 80) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
+def without_repeats(pairs: list[tuple[str, object]]) -> dict:
+    """The object of JSON with these pairs, for json.loads. Raises ValueError for a name that is there twice, because
+    readers differ in which of its values they use."""
+    found: dict[str, object] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{shorten(name)} is there twice")
+        found[name] = value
+    return found
+
+
 def printable(text: str, width: int = 500) -> str:
     """A text on one line, cut to `width`, with control characters written out, as in \\x1b."""
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[: width + 1])

@@ -6,7 +6,7 @@ import math
 import re
 from typing import Any
 
-from .check import require, shorten
+from .check import require, shorten, without_repeats
 
 #: What transformers' renderer takes under these names is no variable of the template, or is ours to give.
 TAKEN = {
@@ -45,7 +45,7 @@ def template_variables(name: str, given: Any) -> Variables:
 def parsed(text: str) -> Any:
     """The value of a JSON text; None if it is none."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=without_repeats)
     except (ValueError, RecursionError):
         return None
 

@@ -11,6 +11,7 @@ from .examples import (
     Example,
     Prompt,
     adds_own_space,
+    answer_alone,
     checked_messages,
     continuation_text,
     eos_token_id,
@@ -23,7 +24,6 @@ from .examples import (
     up_to_eos,
     with_end,
     without_added,
-    without_end,
     without_ends,
 )
 
@@ -44,7 +44,7 @@ def encode_examples(tokenizer, pairs: Sequence[tuple[Prompt, str]]) -> list[Exam
     pairs = [
         (prompt, up_to_eos(tokenizer, completion))
         if isinstance(prompt, str)
-        else (without_ends(tokenizer, checked_messages("prompt", prompt)), without_end(tokenizer, completion))
+        else (without_ends(tokenizer, checked_messages("prompt", prompt)), answer_alone(tokenizer, completion))
         for prompt, completion in pairs
     ]
     chats = [not isinstance(prompt, str) for prompt, _ in pairs]

@@ -98,7 +98,7 @@ def encode_completion(tokenizer, prompt: Prompt, completion: str) -> list[int]:
         text = joined_completion(prompt, up_to_eos(tokenizer, completion))
         return with_end(encode_following(tokenizer, prompt, text, encode_text), eos_token_id(tokenizer))
     messages = without_ends(tokenizer, checked_messages("prompt", prompt))
-    ((before, turn),) = answered(tokenizer, [(messages, without_end(tokenizer, completion))])
+    ((before, turn),) = answered(tokenizer, [(messages, answer_alone(tokenizer, completion))])
     return up_to_end_token(tokenizer, encode_following(tokenizer, before, turn, encode))
 
 
@@ -122,13 +122,26 @@ def without_ends(tokenizer, messages: list[dict]) -> list[dict]:
 
 
 def without_end(tokenizer, answer: str) -> str:
-    """An answer of a chat without a token that ends its turn, or EOS, at its end: the chat template writes the end.
-    Data for other libraries may have it in the text."""
-    bare, special = answer.rstrip(), special_tokens(tokenizer, len(tokenizer))
-    if not bare.endswith(tuple(special)):
+    """An answer of a chat without the end token, or EOS, that data for other libraries may have at its end, if the chat
+    template writes one."""
+    special = special_tokens(tokenizer, len(tokenizer))
+    if not answer.rstrip().endswith(tuple(special)):
         return answer
-    ends = {*turn_stop_ids(tokenizer, []), tokenizer.eos_token_id}
-    return next((bare.removesuffix(text) for text in special if special[text] in ends and bare.endswith(text)), answer)
+    end = template_end(tokenizer, str(tokenizer.chat_template))
+    if end is None:
+        return answer
+    ends = [text for text, id in special.items() if id in (end, tokenizer.eos_token_id)]
+    while (bare := answer.rstrip()).endswith(tuple(ends)):
+        answer = bare.removesuffix(next(text for text in ends if bare.endswith(text)))
+    return answer
+
+
+def answer_alone(tokenizer, completion: str) -> str:
+    """The completion `without_end`. Raises ValueError if nothing is left."""
+    answer = without_end(tokenizer, completion)
+    if not answer.strip():
+        raise ValueError(f"completion {shorten(completion)} is only an end token; leave the row out")
+    return answer
 
 
 def stop_token_ids(tokenizer, config_eos: tuple[int, ...] = ()) -> tuple[int, ...]:
@@ -157,7 +170,24 @@ def end_of_turn(tokenizer, template: str) -> int:
     Args:
         template: the tokenizer's current template, part of the cache key because users may replace it.
     """
-    return encode_completion(tokenizer, [{"role": "user", "content": "a"}], "a")[-1]
+    return up_to_end_token(tokenizer, short_turn(tokenizer))[-1]
+
+
+@lru_cache(8)
+def template_end(tokenizer, template: str) -> int | None:
+    """`end_of_turn`, if the template itself writes it; None also for a template that refuses the short conversation."""
+    try:
+        turn = short_turn(tokenizer)
+    except ValueError:
+        return None
+    end = up_to_end_token(tokenizer, turn)[-1]
+    return end if end in turn else None
+
+
+def short_turn(tokenizer) -> list[int]:
+    """The ids of an answer's turn, in a short conversation."""
+    ((before, turn),) = answered(tokenizer, [([{"role": "user", "content": "a"}], "a")])
+    return encode_following(tokenizer, before, turn, encode)
 
 
 def answer_opening(tokenizer, prompt: Prompt) -> str:

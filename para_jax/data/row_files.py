@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ PACKED = {
 PACKED_ENDINGS = (".gz", ".zst", ".bz2", ".xz")
 #: What others call the validation data. It is not read by these names.
 OTHER_NAMES = ("valid", "val", "dev")
+#: What others call a file of JSON lines.
+OTHER_LINES = ".ndjson"
 
 
 def read_rows(path: Any, seen=None) -> Iterator[tuple[str, dict]]:
@@ -77,9 +80,13 @@ def misnamed_split(folder: Path, split: str) -> Path | None:
     if split_file(folder, split) is not None:
         return None
     names = (split, *OTHER_NAMES) if split == "validation" else (split,)
-    endings = {*ENDINGS, ".ndjson", *(ending + packed for ending in ENDINGS for packed in PACKED_ENDINGS)}
+    endings = (*ENDINGS, OTHER_LINES, *(ending + packed for ending in ENDINGS for packed in PACKED_ENDINGS))
     meant = {f"{name}{ending}" for name in names for ending in endings}
-    return next((file for file in sorted(folder.iterdir()) if file.name.lower() in meant and file.is_file()), None)
+    try:
+        found = sorted(name for name in os.listdir(folder) if name.lower() in meant)
+    except OSError:  # a folder that may not be listed
+        found = []
+    return next((folder / name for name in found if (folder / name).is_file()), None)
 
 
 def line_rows(path: Place, seen=None) -> Iterator[tuple[str, dict]]:

@@ -94,7 +94,9 @@ def local_place(train: str | None) -> Path | None:
 
 def beside(place: Path | None, split: str) -> Place | None:
     """The file of a split next to train.jsonl, which is the place."""
-    return split_file(place.parent, split) if place and place.is_file() and place.stem == "train" else None
+    if not (place and place.is_file() and place.stem == "train"):
+        return None
+    return split_file(place.parent, split) or misnamed_split(place.parent, split)
 
 
 def existing(split: str, path: Place) -> Source:

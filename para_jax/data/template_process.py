@@ -87,10 +87,17 @@ def with_parsed_arguments(call: Any, found: list[dict]) -> Any:
     function = call.get("function") if isinstance(call, dict) else None
     if isinstance(function, dict) and isinstance(function.get("arguments"), str):
         with suppress(ValueError, RecursionError):
-            if isinstance(parsed := json.loads(function["arguments"]), dict):
+            if isinstance(parsed := json.loads(function["arguments"], object_pairs_hook=without_repeats), dict):
                 found.append(parsed)
                 return call | {"function": function | {"arguments": parsed}}
     return call
+
+
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name is there twice")
+    return found
 
 
 def limit_time(seconds: float) -> None:

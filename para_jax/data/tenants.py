@@ -13,7 +13,7 @@ from ..config import DataSection, expanded
 from ..storage.bucket import Place
 from .arrow_files import is_saved
 from .given import PYTHON, is_given
-from .row_files import ENDINGS, OTHER_NAMES, PACKED_ENDINGS, split_file
+from .row_files import ENDINGS, OTHER_LINES, OTHER_NAMES, PACKED_ENDINGS, split_file
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 #: What a tenant sets of its own (runs/tenant_file.py), in its sub-folder.
@@ -54,6 +54,8 @@ def tenant_sections(folder: str | Path, section: DataSection) -> dict[str, DataS
             continue
         if path.suffix.lower() in PACKED_ENDINGS and Path(path.stem).suffix.lower() in ENDINGS:
             raise ValueError(f"data.tenants: {path} is packed and would not be read; unpack it, or move it elsewhere")
+        if path.suffix.lower() == OTHER_LINES:
+            raise ValueError(f"data.tenants: {path} would not be read; rename it to {path.stem}.jsonl")
         if not (path.is_dir() or path.suffix.lower() in ENDINGS):
             continue
         name = path.name if path.is_dir() else path.stem
@@ -79,15 +81,14 @@ def files_inside(path: Place) -> list[Place]:
         return []
     if is_saved(path):
         return [*path.rglob("*")]
-    return [file for file in path.iterdir() if file.suffix in ENDINGS or is_own(file)]
+    return [file for file in path.iterdir() if file.suffix.lower() in ENDINGS or is_own(file)]
 
 
 def files_of_one(root: Path) -> str | None:
     """The names of the data files of a folder, if it has the splits of one data set and nothing else; else None. Read
     as tenants, the test data would be trained on."""
-    data = [
-        path for path in root.iterdir() if not path.name.startswith(".") and (path.is_dir() or path.suffix in ENDINGS)
-    ]
+    shown = [path for path in root.iterdir() if not path.name.startswith(".")]
+    data = [path for path in shown if path.is_dir() or path.suffix.lower() in ENDINGS]
     splits = {path.stem for path in data}
     one = "train" in splits and splits <= {"train", "validation", "test", *OTHER_NAMES} and len(splits) > 1
     return ", ".join(sorted(path.name for path in data)) if one and all(path.is_file() for path in data) else None
@@ -113,7 +114,7 @@ def given_tenants(section: DataSection) -> dict[str, DataSection]:
 
 def is_own(file: Path) -> bool:
     """Whether a file in a tenant's folder is its tenant.yaml, perhaps by a wrong name."""
-    return file.name in (OWN_FILE, "tenant.yml", "tenant.json")
+    return file.name.lower() in (OWN_FILE, "tenant.yml", "tenant.json")
 
 
 def require_name(path: Path, name: str) -> None:

@@ -187,11 +187,14 @@ def plain(value: Any) -> Any:
         return {name: plain(part) for name, part in value.items()}
     if isinstance(value, np.floating) and value.itemsize != 8:
         return float(str(value))  # the shortest number that rounds to it: 0.1 and not 0.10000000149011612
-    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "mM" and is_finer(value.dtype):
-        value = value.astype(f"{value.dtype.kind}8[us]")
+    if isinstance(value, np.ndarray) and not value.ndim:
+        return plain(value[()])
+    if isinstance(value, np.datetime64 | np.timedelta64):
+        return plain_time(value)
     if isinstance(value, np.ndarray | np.generic):
-        floats = isinstance(value, np.ndarray) and value.ndim and value.dtype.kind == "f"
-        return plain(list(value) if floats else value.tolist())  # pyright: ignore[reportArgumentType]
+        each = isinstance(value, np.ndarray) and value.dtype.kind in "fmM"
+        found = list(value) if each else value.tolist()  # pyright: ignore[reportArgumentType]
+        return value if isinstance(found, np.generic) else plain(found)
     if isinstance(value, list | tuple):
         return [plain(part) for part in value]
     if isinstance(value, bytes):
@@ -200,9 +203,13 @@ def plain(value: Any) -> Any:
     return value
 
 
-def is_finer(dtype: np.dtype) -> bool:
-    """Whether times of this type are finer than a microsecond. Python has no such times: tolist makes them numbers."""
-    return np.datetime_data(dtype)[0] in ("ns", "ps", "fs", "as")
+def plain_time(value: np.datetime64 | np.timedelta64) -> Any:
+    """A date or time of Python, to the microsecond, or None for NaT; as text where Python has none, where tolist would
+    make a number."""
+    if np.datetime_data(value.dtype)[0] in ("ns", "ps", "fs", "as"):
+        value = value.astype(f"{value.dtype.kind}8[us]")
+    found = value.item()
+    return str(value) if isinstance(found, int) else found
 
 
 def prepare_failure(error: BaseException) -> str:

@@ -21,7 +21,7 @@ from ..data.packing import PackingPlan, RowShape, common_shape, plan_packing
 from ..data.records import TooLong
 from ..data.row_files import ENDINGS, PACKED_ENDINGS
 from ..data.schedule import TenantOrder
-from ..data.sources import is_held_out, unread_validation
+from ..data.sources import is_held_out, local_place, unread_validation
 from ..data.tenants import tenant_sections
 from ..data.tokenizer import run_tokenizer
 from ..data.training_data import TrainingData, chosen_length, describe_lengths, load_training_data
@@ -204,11 +204,13 @@ def say_tenants(config: RunConfig, data: dict[str, TrainingData]) -> None:
 
 def warn_of_unread(configs: Iterable[RunConfig]) -> None:
     """Names the files that were probably meant as validation data."""
-    found = sorted({file for own in configs if (file := unread_validation(own.data))})  # a sweep shares its data
+    sections = {own.data.train: own.data for own in configs if own.data.validation is None}  # a sweep shares its data
+    found = sorted(filter(None, map(unread_validation, sections.values())))
     if found:
         more = f", and neither are {len(found) - 1} more" if len(found) > 1 else ""
-        stem, suffix = found[0].stem, found[0].suffix
-        advice = f"rename it to validation{suffix}, or " if stem != "validation" and suffix in ENDINGS else ""
+        stem, suffix = found[0].stem, found[0].suffix.lower()
+        renamed = stem != "validation" and suffix in ENDINGS and found[0].parent in map(local_place, sections)
+        advice = f"rename it to validation{suffix}, or " if renamed else ""
         advice = "unpack it, or " if suffix in PACKED_ENDINGS else advice
         warn(f"{found[0]} is not read{more}; {advice}set data.validation")
 

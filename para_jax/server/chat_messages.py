@@ -57,11 +57,8 @@ def read_content(fields: Fields, at: str) -> str:
             continue
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text" or not isinstance(part.get("text"), str):
-            fields.refuse(
-                f"content[{i}]",
-                kind if isinstance(part, dict) else part,
-                'only parts {"type": "text", "text": ...} are supported',
-            )
+            shown = part if kind in (None, "text") else kind
+            fields.refuse(f"content[{i}]", shown, 'only parts {"type": "text", "text": ...} are supported')
         others = [name for name, value in part.items() if name not in ("type", "text") and value is not None]
         place = f"{at}.content[{i}]"
         raise wrong_field(place, f"{place} has a field {shorten(others[0])}; only type and text are supported")

@@ -33,6 +33,7 @@ def test_scalars_of_any_kind_are_taken():
         ("[1]", r"'\[1\]'"),
         (3, "3"),
         ("{" * 9000, "{{{"),
+        ('{"mood": "glad", "mood": "sad"}', "glad.*sad"),
         ({"messages": 1}, "'messages'"),
         ({"tools": None}, "'tools'"),
         ({"add_generation_prompt": False}, "'add_generation_prompt'"),

@@ -281,6 +281,12 @@ def test_arguments_that_are_json_text_suit_every_template(written):
     assert render_template(template, [message]) == ARGUMENTS[written]
 
 
+def test_arguments_that_repeat_a_name_stay_text():
+    call = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome", "city": "Oslo"}'}}
+    message = {"role": "assistant", "content": "", "tool_calls": [call]}
+    assert "Rome" in render_template("{{ messages[0].tool_calls[0].function.arguments }}", [message])
+
+
 def test_what_a_user_writes_does_not_decide_how_arguments_are_written():
     call = {"type": "function", "function": {"name": "f", "arguments": '{"city":"Rome"}'}}
     chat = [{"role": "user", "content": "f with {'city': 'Rome'}"}, {"role": "assistant", "tool_calls": [call]}]

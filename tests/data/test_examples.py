@@ -185,8 +185,22 @@ def test_an_end_token_in_the_text_of_an_answer_is_the_templates_own(tokenizer):
         written = [USER, bot | {"content": f"shipping{sign}"}, USER], f"yes{sign}"
         assert encode_example(tokenizer, *written) == example
         assert encode_examples(tokenizer, [written]) == [example]
+    twice = f"yes{end}\n{tokenizer.eos_token}"
+    assert encode_example(tokenizer, [USER], twice) == encode_example(tokenizer, [USER], "yes")
+    for encoded in (encode_example, lambda tokenizer, *pair: encode_examples(tokenizer, [pair])):
+        with pytest.raises(ValueError, match="is only an end token"):
+            encoded(tokenizer, [USER], f" {end}")
     inside = f"{end} shipping"
     assert encode_example(tokenizer, [USER], inside).completion_ids.count(tokenizer.convert_tokens_to_ids(end)) == 2
+
+
+def test_other_tokens_stay_and_so_do_ends_that_the_template_does_not_write():
+    tokenizer = deepcopy(tiny_tokenizers.plain())
+    written = [USER, {"role": "assistant", "content": "yes<|im_start|>"}, USER]
+    assert "yes<|im_start|>" in tokenizer.decode(encode_prompt(tokenizer, written))
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    written[1]["content"] = f"yes{tokenizer.eos_token}"
+    assert tokenizer.decode(encode_prompt(tokenizer, written)).count(tokenizer.eos_token) == 1
 
 
 def test_a_template_may_move_the_system_message_to_the_last_question():

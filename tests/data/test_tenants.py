@@ -88,6 +88,16 @@ def test_a_packed_file_is_no_tenant_that_is_left_out(tmp_path, name):
     assert list(tenant_sections(tmp_path, DataSection())) == ["x"]
 
 
+@pytest.mark.parametrize(
+    ("name", "said"), [("y.ndjson", "rename it to y.jsonl"), ("y/Tenant.yaml", "rename it to tenant.yaml")]
+)
+def test_a_file_with_a_wrong_name_is_not_left_out_either(tmp_path, name, said):
+    for file in ("x.jsonl", "y/train.jsonl", name):
+        write(tmp_path / file)
+    with pytest.raises(ValueError, match=f"{name} would not be read; {said}"):
+        tenant_sections(tmp_path, DataSection())
+
+
 def test_wrong_tenant_folders_are_named(tmp_path):
     for folder in (tmp_path / "none", tmp_path):
         said = "has no tenants" if folder == tmp_path else "does not exist"
@@ -111,6 +121,10 @@ def test_the_files_of_one_tenant_are_not_three_tenants(tmp_path):
     write(tmp_path / "dev.jsonl")  # as others call the validation data
     with pytest.raises(ValueError, match="dev.jsonl, test.jsonl, train.jsonl, which is the data of one tenant"):
         tenant_sections(tmp_path, DataSection())
+    (tmp_path / "test.jsonl").rename(tmp_path / "test.JSONL")
+    with pytest.raises(ValueError, match="test.JSONL, train.jsonl, which is the data of one tenant"):
+        tenant_sections(tmp_path, DataSection())
+    (tmp_path / "test.JSONL").rename(tmp_path / "test.jsonl")
     write(tmp_path / "acme" / "train.jsonl")
     assert set(tenant_sections(tmp_path, DataSection())) == {"acme", "dev", "test", "train"}
 

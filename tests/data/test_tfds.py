@@ -129,7 +129,13 @@ def test_times_and_numbers_of_any_size_are_plain_python_too():
     time = np.datetime64("2020-01-02T03:04:05", "ns")
     found = plain({"t": time, "none": np.datetime64("NaT", "ns"), "long": np.array([time - time + 1000])})
     assert found == {"t": datetime(2020, 1, 2, 3, 4, 5), "none": None, "long": [timedelta(microseconds=1)]}
+    assert plain({"day": np.array(time.astype("M8[D]")), "ps": np.timedelta64(10**6, "ps")}) == {
+        "day": date(2020, 1, 2),
+        "ps": timedelta(microseconds=1),
+    }
     assert plain(np.array(["2020-01", "2021-02"], "M8[M]")) == [date(2020, 1, 1), date(2021, 2, 1)]
+    assert plain([np.datetime64("12000-01-01"), np.timedelta64(3, "M")]) == ["12000-01-01", "3 months"]
+    assert plain(np.clongdouble(1)) == 1
     found = plain({"x": np.longdouble("0.1"), "xs": np.array([0.5], np.longdouble)})
     assert found == {"x": 0.1, "xs": [0.5]} and type(found["x"]) is float
 

@@ -107,20 +107,23 @@ def test_a_file_that_was_meant_as_validation_data_is_named(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["validation.JSONL", "validation.ndjson", "Dev.CSV"])
-def test_so_is_one_with_another_ending_or_capitals(tmp_path, capsys, name):
+@pytest.mark.parametrize("train", ["", "train.jsonl"])
+def test_so_is_one_with_another_ending_or_capitals(tmp_path, capsys, name, train):
     for file in ("train.jsonl", name, name.replace("validation", "test")):
         write_rows(tmp_path / file, [])
-    section = DataSection(train=str(tmp_path))
+    (tmp_path / "DEV.jsonl").mkdir()  # a folder is no file
+    section = DataSection(train=str(tmp_path / train))
     warn_of_unread([RunConfig(data=section)])
-    assert f"{tmp_path / name} is not read; set data.validation\n" in capsys.readouterr().err
+    advice = "rename it to validation.csv, or " * (name == "Dev.CSV" and not train)
+    assert f"{tmp_path / name} is not read; {advice}set data.validation\n" in capsys.readouterr().err
     assert (unread_test(section) is None) == (name == "Dev.CSV")
 
 
 def test_packed_validation_data_is_named(tmp_path, capsys):
-    for name in ("train.jsonl", "validation.csv.gz"):
+    for name in ("train.jsonl", "validation.csv.GZ"):
         (tmp_path / name).touch()
     warn_of_unread([RunConfig(data=DataSection(train=str(tmp_path)))])
-    assert f"{tmp_path}/validation.csv.gz is not read; unpack it, or set data.validation\n" in capsys.readouterr().err
+    assert f"{tmp_path}/validation.csv.GZ is not read; unpack it, or set data.validation\n" in capsys.readouterr().err
 
 
 @pytest.mark.long

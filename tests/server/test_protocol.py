@@ -94,6 +94,8 @@ def test_a_wrong_value_is_shown_also_where_it_is_false_and_a_missing_one_is_call
         assert f"messages is {shown}" in str(refusal(read_chat, {"model": "A", "messages": value}))
     parts = [{"role": "user", "content": ["Hi"]}]
     assert "content[0] is 'Hi'" in str(refusal(read_chat, CHAT | {"messages": parts}))
+    parts = [{"role": "user", "content": [{"type": "text", "text": 5}]}]
+    assert "content[0] is {'type': 'text', 'text': 5}" in str(refusal(read_chat, CHAT | {"messages": parts}))
 
 
 def test_a_chat_has_texts_or_parts_that_are_texts():
