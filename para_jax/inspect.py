@@ -42,13 +42,14 @@ from .data.tokenizer import run_tokenizer
 from .data.training_data import TrainingData, describe_lengths, load_training_data
 from .dry_run.topology import topology_report
 from .evaluation.tasks import with_limit
-from .memory import tree_size
+from .memory import abstract_mesh, tree_size
 from .model import init_adapter
 from .runs.compare import TABLE, method_configs
 from .runs.data_table import held_examples, tenants_data
 from .runs.report import sample_lines, score_table, tenants_table
 from .runs.tenants import plan_batches, tenant_configs
 from .training.metrics_file import is_log, read_metrics
+from .training.passes import lay_out
 from .training.scores_file import read_scores
 from .training.step import state_of_one
 from .training.tenants_file import read_entries, warning_lines
@@ -101,16 +102,31 @@ def tenants_of(config: RunConfig) -> int:
     return config.train.tenants_at_once
 
 
+def can_count(config: RunConfig) -> bool:
+    """Whether `tenants_of` knows their number."""
+    try:
+        return tenants_of(config) > 0
+    except ValueError:
+        return False
+
+
 def step_line(config: RunConfig) -> str:
     rows, longest = step_rows(config), config.data.assumed_length
     assumed = "" if config.data.max_seq_length else " (assumed: data.max_seq_length=null follows from the data)"
-    return f"a step     {rows} rows of at most {longest} tokens: at most {rows * longest:,} tokens{assumed}"
+    needed, here = math.prod(mesh_here(config).values()), jax.device_count()
+    other = f"; for {needed} devices, and this machine has {here}" if needed > here else ""
+    return f"a step     {rows} rows of at most {longest} tokens: at most {rows * longest:,} tokens{assumed}{other}"
 
 
 def step_rows(config: RunConfig) -> int:
-    """The rows of a step on this machine's devices, over all tenants of a run of many."""
-    train = config.train
-    return train.batch_size or mesh_rows(config) * train.per_device_batch_size * train.gradient_accumulation_steps
+    """The rows of a step, over all tenants of a run of many. Where these can't be counted yet, they are enough to fill
+    the step."""
+    train, sizes = config.train, mesh_here(config)
+    if config.many and can_count(config):
+        layout = lay_out(config, abstract_mesh(sizes), tenants_of(config))
+        return layout.passes * layout.pass_rows
+    over = sizes["data"] * sizes["fsdp"]
+    return train.batch_size or over * train.per_device_batch_size * train.gradient_accumulation_steps
 
 
 def data_lines(config: RunConfig) -> list[str]:
@@ -144,12 +160,11 @@ def tenant_lines(config: RunConfig) -> list[str]:
     return [f"data       {len(counts)} tenants with {min(counts)} to {max(counts)} records, {sum(counts)} in all"]
 
 
-def mesh_rows(config: RunConfig) -> int:
-    """The devices that rows are spread over; where the mesh leaves one size open, those of this machine."""
+def mesh_here(config: RunConfig) -> dict[str, int]:
+    """The sizes of the mesh; where the config leaves one open, over the devices of this machine."""
     asked = vars(config.mesh) | {"fsdp": config.mesh.fsdp or 1}
     known = math.prod(size for size in asked.values() if size > 0)
-    sizes = {name: size if size > 0 else max(1, jax.device_count() // known) for name, size in asked.items()}
-    return sizes["data"] * sizes["fsdp"]
+    return {name: size if size > 0 else max(1, jax.device_count() // known) for name, size in asked.items()}
 
 
 def data_report(config: RunConfig) -> str:
@@ -159,14 +174,14 @@ def data_report(config: RunConfig) -> str:
     if config.data.tenants:
         found, data = tenants_data(config, tokenizer)
         first = "examples of the first tenant:"
-        return "\n\n".join([found, first, *shown_examples(tokenizer, data)])
+        return "\n\n".join([found, first, *shown_examples(config, tokenizer, data)])
     section = with_limit(config.data, load_model_config(config.backbone.source))
     data = load_training_data(section, tokenizer)
     held = {split: held_examples(section, split, tokenizer) for split in ("validation", "test")}
     rows = config.tenant_batch if config.many else step_rows(config)
     configs = dict(islice(tenant_configs(config).items(), 2))  # two combinations of a sweep have the shapes of all
     buckets, plans = plan_batches(config, configs, dict.fromkeys(configs, data), rows)
-    examples = shown_examples(tokenizer, data)
+    examples = shown_examples(config, tokenizer, data)
     if config.data.max_seq_length is None:
         examples.append(describe_lengths(data.examples.lengths, config.data.packing))
     batches = f"{next(iter(plans.values())).batches_per_epoch} batches of {rows} rows per epoch"
@@ -182,9 +197,11 @@ def describe_shapes(shapes: Sequence[Bucket | RowShape]) -> str:
     return f"packed into rows of {sizes}{most}" if most else f"padded to {sizes}"
 
 
-def shown_examples(tokenizer, data: TrainingData) -> list[str]:
+def shown_examples(config: RunConfig, tokenizer, data: TrainingData) -> list[str]:
     """The first three examples as tokens, with their places."""
-    return [f"{p}\n{show_example(tokenizer, e)}" for e, p in zip(data.examples[:3], data.places, strict=False)]
+    at_end = getattr(config.adapter, "pooler", None) == "last"
+    shown = [show_example(tokenizer, example, read_at_its_end=at_end) for example in data.examples[:3]]
+    return [f"{place}\n{text}" for text, place in zip(shown, data.places, strict=False)]
 
 
 def folder_report(folder: Path) -> str:
@@ -234,7 +251,9 @@ def tenants_report(folder: Path, config: RunConfig) -> str:
     """The tenants of a run that have ended, with their scores, and how many have not."""
     names = sorted(path.parent.name for path in folder.glob("*/config.yaml"))
     entries = read_entries(folder)
-    what = f"tenants of {config.data.tenants}" if config.data.tenants else f"a sweep on {described(config.data.train)}"
+    what = f"tenants of {config.data.tenants}"
+    if config.sweep:
+        what = f"combinations of a sweep on {described(config.data.train)}"
     if is_given(config.data.tenants):
         what = "tenants from Python"
     left = len(names) - len(entries)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from .adapters.methods import method_of
 from .backbone.load import abstract_backbone, load_model_config
 from .config import SITES, ModelConfig, RunConfig
 from .data.batches import Batch
@@ -112,11 +113,13 @@ def reason(possible: list[dict[str, int]], needs: list[int], room: int) -> str:
     fsdp, fits = possible[len(needs) - 1]["fsdp"], needs[-1] <= USABLE * room
     memory = f"{room / GIB:.1f} GiB"
     if len(needs) == 1 and fits:
-        return f"A device needs {first} of its {memory} (estimate)"
+        return f"A device needs {first} of its {memory} (estimate, with evaluations)"
     if not fits:
-        return f"With mesh.fsdp={fsdp} a device needs {last} of its {memory} (estimate): it may not fit"
+        return (
+            f"With mesh.fsdp={fsdp} a device needs {last} of its {memory} (estimate, with evaluations): it may not fit"
+        )
     start = f"With mesh.fsdp={possible[0]['fsdp']} a device would need {first} of its {memory}"
-    return f"{start}; with {fsdp}, the smallest that fits, {last} (estimate)"
+    return f"{start}; with {fsdp}, the smallest that fits, {last} (estimate, with evaluations)"
 
 
 def describe_mesh(mesh: Mesh | AbstractMesh) -> str:
@@ -194,6 +197,8 @@ def activation_bytes(config: RunConfig, model: ModelConfig, mesh: Mesh | Abstrac
     prompts, trained = parts_of_row(config, model)
     values, score = dtype.itemsize * rows, 4 * rows * model.num_heads / tensor  # bytes of an activation and of a score
     kept = values * trained.tokens * (model.width + KEPT_LINEARS[remat] * linears)
+    if remat == "dots" and method_of(config.adapter).carries == "matrices":  # their products are kept too
+        kept += values * trained.tokens * sum(map(model.site_width, config.adapter.target_modules)) / tensor
     kept += 1.5 * score * trained.scores * (remat == "none")
     at_work = 2 * score * trained.scores + 3 * values * trained.tokens * linears
     if prompts:

@@ -4,8 +4,8 @@
     python scripts/tpu_memory.py [--print]
 
 LLaMA-2 7B, 2 rows of 4096 tokens per chip, fully sharded over 16 chips; packed rows; and 4 rows of 2048 tokens by
-scope. Results in results/tpu_memory.json are not compiled again: delete the file after a change of the model's code.
-The tables are printed from the file.
+scope, and with LoRA. Results in results/tpu_memory.json are not compiled again: delete the file after a change of the
+model's code. The tables are printed from the file.
 """
 
 import argparse
@@ -42,6 +42,11 @@ COLUMNS = ("rows per chip", "attention", "train.remat", "arguments", "temporarie
 #: 4 rows of 2048 tokens: (scope, prompt tokens, completion tokens)
 SPLITS = (("all", 1536, 512), ("response", 1536, 512), ("response", 1792, 256), ("response", 2032, 16))
 
+LORA = (
+    "adapter.method=lora", "adapter.r=8", "adapter.scope=all",
+    "adapter.target_modules=[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]",
+)  # fmt: skip
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -61,6 +66,12 @@ def main():
             given = (*ROWS["4 x 2048"], f"adapter.scope={scope}")
             found[name] = about | compiled_entry(given, "splash", remat, (prompt, completion))
             print(name, found[name], file=sys.stderr, flush=True)
+            RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    for remat in ("dots", "none"):
+        name = f"4 x 2048, LoRA r=8 on all linears, {remat}"
+        if name not in found and not args.print:
+            about = {"scope": "all", "prompt": 1536, "completion": 512, "remat": remat}
+            found[name] = about | compiled_entry((*ROWS["4 x 2048"], *LORA), "splash", remat, (1536, 512))
             RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     lines = [line(found[name]) for name in map(", ".join, CASES) if name in found]
     print("\n".join(["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|", *lines]))

@@ -77,6 +77,7 @@ def run(options) -> None:
     if options.data:
         check_file("--data", options.data)
     check_adapters(options.adapter)
+    require_factors(options.adapter)
     if options.adapter:
         options.backbone = chosen_backbone(options.backbone, options.adapter)
     from ..plots import curves_plot, save
@@ -90,6 +91,21 @@ def run(options) -> None:
         figure = factors_figure(options)
     save(figure, options.output)
     print(f"wrote {options.output}")
+
+
+def require_factors(sources: list[str]) -> None:
+    """Raises ValueError for an adapter on this host that makes no factors."""
+    from ..adapters.files import read_adapter_config
+    from ..hub import local_adapter
+
+    for source in sources:
+        folder = local_adapter(source)
+        method = folder and read_adapter_config(folder).method
+        if method and method.carries != "factors":
+            raise ValueError(
+                f"--adapter {source} is a {method.label} adapter, which makes {method.carries}, no factors\n"
+                "give an adapter of PARA or (IA)^3"
+            )
 
 
 def factors_figure(options):

@@ -257,14 +257,19 @@ def split_conversation(messages: list[dict]) -> list[tuple[list[dict], dict]]:
     return [(messages[:i], turn) for i, turn in enumerate(messages) if turn["role"] == "assistant"]
 
 
-def show_example(tokenizer, example: Example) -> str:
-    """The example for a terminal: each token in brackets, prompt and completion separately, the prompt's last token
-    marked."""
+def show_example(tokenizer, example: Example, *, read_at_its_end: bool = True) -> str:
+    """The example for a terminal: each token in brackets, prompt and completion separately.
+
+    Args:
+        read_at_its_end: whether the adapter reads the prompt at its last token, which is then marked.
+    """
     prompt = [f"[{show_token(tokenizer, i)}]" for i in example.prompt_ids]
     completion = [f"[{show_token(tokenizer, i)}]" for i in example.completion_ids]
-    prompt[-1] = f">>{prompt[-1]}<<"
+    marked = "; PARA reads the prompt at its last token, marked >> <<" * read_at_its_end
+    if read_at_its_end:
+        prompt[-1] = f">>{prompt[-1]}<<"
     return "\n".join(
-        [f"prompt: {len(prompt)} tokens, no loss; PARA reads the prompt at its last token, marked >> <<"]
+        [f"prompt: {len(prompt)} tokens, no loss{marked}"]
         + wrap(prompt)
         + [f"completion: {len(completion)} tokens, each in the loss"]
         + wrap(completion)

@@ -199,7 +199,7 @@ def compiled_lines(found: Compiled, libtpu: str) -> list[str]:
     by = f"compiled by libtpu {libtpu} in {found.seconds:.0f} s"
     if found.unread:
         return [
-            f"HBM        a chip needs {found.needed / GIB:.2f} GiB: it fits ({by})",
+            f"HBM        for a training step a chip needs {found.needed / GIB:.2f} GiB: it fits ({by})",
             f"collectives not known: JAX {jax.__version__} can't read this compiler's program; install the libtpu that "
             f"belongs to it, pip install 'jax[tpu]=={jax.__version__}' ({printable(found.unread, 120)})",
         ]
@@ -207,7 +207,7 @@ def compiled_lines(found: Compiled, libtpu: str) -> list[str]:
         assert found.limit
         over = (found.needed - found.limit) / GIB
         needed = f"{found.needed / GIB:.2f} of {found.limit / GIB:.2f} GiB"
-        return [f"HBM        a chip needs {needed}: {over:.2f} GiB too much; {by}"]
+        return [f"HBM        for a training step a chip needs {needed}: {over:.2f} GiB too much; {by}"]
     program = found.program
     parts = {"arguments": program.arguments, "temporaries": program.temporaries, "outputs": program.outputs}
     sizes_of_parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
@@ -215,7 +215,7 @@ def compiled_lines(found: Compiled, libtpu: str) -> list[str]:
     run = ", ".join(f"{count} {name} {sizes[name] / 1e9:.2f} GB" for name, count in found.collectives.items()) or "none"
     once = f"; {found.loops_once} loops of unknown length counted once" if found.loops_once else ""
     return [
-        f"HBM        a chip needs {program.memory / GIB:.2f} GiB: it fits ({sizes_of_parts}; {by})",
+        f"HBM        for a training step a chip needs {program.memory / GIB:.2f} GiB: it fits ({sizes_of_parts}; {by})",
         f"collectives of a chip and step: {run}{once}",
     ]
 
@@ -227,7 +227,8 @@ def estimate_lines(config: RunConfig, mesh: AbstractMesh, kind: str, tenants: in
     room = CHIP_GIB[kind]
     verdict = "it should fit" if total < USABLE * room * GIB else "it may not fit" if total < room * GIB else "too much"
     return [
-        f"HBM        ESTIMATE, not compiled: a chip needs about {total / GIB:.2f} of {room} GiB: {verdict} (arguments "
-        f"{found.arguments / GIB:.2f}, kept activations and one layer at work {found.temporaries / GIB:.2f})",
+        f"HBM        ESTIMATE, not compiled: for a training step a chip needs about {total / GIB:.2f} of {room} GiB: "
+        f"{verdict} (arguments {found.arguments / GIB:.2f}, kept activations and one layer at work "
+        f"{found.temporaries / GIB:.2f})",
         "           for the compiler's own numbers: pip install 'para_jax[aot]'",
     ]

@@ -26,9 +26,11 @@ from tokenizers.pre_tokenizers import ByteLevel
 import para_jax.adapters.folder
 from para_jax import (
     Ia3Config,
+    LoraConfig,
     ParaConfig,
     Request,
     generate,
+    init_adapter,
     load_adapter,
     load_backbone,
     load_model_config,
@@ -173,6 +175,13 @@ def test_plot_draws_curves_factors_and_their_spread(folder, trained, tmp_path, c
     shown = capsys.readouterr().out
     assert "adapter: spread over 3 prompts" in shown and f"wrote {tmp_path}/spread.png" in shown
     assert re.search(r"^2  +\d\.\d{4} +\d\.\d{4} +\d\.\d{4}$", shown, re.MULTILINE)
+
+
+def test_an_adapter_without_factors_is_named_before_anything_is_loaded(folder, trained, tmp_path, capsys):
+    save_adapter(init_adapter(LoraConfig(), load_model_config(folder / "backbone")), tmp_path / "lora")
+    data = folder / "data" / "test.jsonl"
+    given = ("--adapter", trained / "adapter", "--adapter", tmp_path / "lora", "--data", data, "--backbone", "/nowhere")
+    assert_says(mistake(capsys, "plot", *given, "--output", tmp_path / "x.png"), f"{tmp_path}/lora is a LoRA adapter")
 
 
 def test_a_picture_names_prompts_by_their_text_and_says_whose_factors_scale_inputs():

@@ -329,6 +329,8 @@ def test_a_shown_example_has_every_token_and_marks_its_parts():
     assert prompt.count("[") == len(example.prompt_ids) and prompt.endswith("[:]<<") and prompt.count(">>") == 1
     assert completion.count("[") == len(example.completion_ids) and completion.endswith("[<|im_end|>]")
     assert "[\\n]" in prompt and " yes" in completion.replace("][", "")
+    unread = show_example(tokenizer, example, read_at_its_end=False)
+    assert ">>" not in unread and "PARA" not in unread and unread.count("[") == "\n".join(shown).count("[")
 
 
 def test_a_shown_example_is_printable(tokenizer):

@@ -167,6 +167,25 @@ def test_a_dry_run_assumes_a_length_and_inspect_finds_it(folder):
     assert [text.splitlines()[0] for text in methods] == ["para", "ia3"] and "; ia3 on k_proj" in methods[1]
 
 
+def test_a_dry_run_counts_the_rows_of_the_tenants_and_the_devices_of_the_mesh(folder, tmp_path):
+    def said(*overrides):
+        return dry_run(own(folder, "data.train=null", f"data.tenants={tmp_path / 'tenants'}", *overrides))
+
+    many = "train.rows_per_tenant=4", "train.per_device_batch_size=64"
+    assert "64 rows of" in said("train.tenants_at_once=99", *many)  # they are not there yet
+    for name in ("acme", "globex", "initech"):
+        write_rows(tmp_path / "tenants" / f"{name}.jsonl", labelled(8))
+    assert "12 rows of" in said(*many) and "devices" not in said(*many)
+    assert "for 64 devices, and this machine has 8" in said("mesh.data=64", "train.rows_per_tenant=4")
+
+
+def test_inspect_marks_where_para_reads_a_prompt_and_says_nothing_of_other_adapters(folder):
+    data = f"data.train={folder / 'labels'}"
+    assert "PARA reads the prompt at its last token" in data_report(own(folder, data))
+    for other in ("adapter.pooler=mean", "adapter.method=lora"):
+        assert "PARA reads" not in data_report(own(folder, data, *["adapter.r=4", other]))
+
+
 def test_the_length_of_packed_rows_is_the_one_that_is_said(folder, capsys):
     config = own(folder, f"data.train={folder / 'labels'}", "data.packing=true", "adapter.summary=raw")
     data = load_training_data(replace(config.data, max_seq_length=128), run_tokenizer(config))
