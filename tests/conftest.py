@@ -22,6 +22,7 @@ from pathlib import Path
 import hypothesis
 import jax
 import pytest
+from long_cases import first_cases
 
 hypothesis.settings.register_profile("ours", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("ours")  # the same examples in every session, however slow the machine is
@@ -61,6 +62,7 @@ def bucket():
 
 
 def pytest_addoption(parser):
+    parser.addoption("--first-cases", action="store_true", help="of each parametrized test, run the first case only")
     parser.addoption("--fuzz-cases", type=int, default=100, help="cases of each target of tests/fuzz (slow ones: less)")
     parser.addoption("--stress-requests", type=int, default=2000, help="requests of the engine's stress in tests/fuzz")
     parser.addoption("--soak-seconds", type=float, default=5, help="seconds of tests/server/test_soak.py's long day")
@@ -86,7 +88,10 @@ LONG_FILES = (
 )  # fmt: skip
 
 
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(trylast=True)  # after -m has left cases out
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("first_cases"):
+        items[:] = first_cases(items, whole="test_model.py")  # the golden numbers of every family
     items.sort(key=lambda item: not item.path.as_posix().endswith(LONG_FILES))
 
 

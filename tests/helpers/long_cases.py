@@ -11,6 +11,18 @@ def quick(values: Iterable, *chosen, slow: tuple = ()) -> list:
     return [value if value in chosen else pytest.param(value, marks=marked[value in slow]) for value in values]
 
 
+def first_cases(items: Iterable[pytest.Item], whole: str) -> list[pytest.Item]:
+    """The first case of each test: enough for a second Python, where a first one runs all.
+
+    Args:
+        whole: the name of a file whose cases all stay.
+    """
+    found: dict[str, pytest.Item] = {}
+    for item in items:
+        found.setdefault(item.nodeid if item.path.name == whole else item.nodeid.partition("[")[0], item)
+    return list(found.values())
+
+
 def long(*case) -> object:
     return pytest.param(*case, marks=pytest.mark.long)
 
