@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -102,31 +103,25 @@ def tenants_of(config: RunConfig) -> int:
     return config.train.tenants_at_once
 
 
-def can_count(config: RunConfig) -> bool:
-    """Whether `tenants_of` knows their number."""
-    try:
-        return tenants_of(config) > 0
-    except ValueError:
-        return False
-
-
 def step_line(config: RunConfig) -> str:
     rows, longest = step_rows(config), config.data.assumed_length
     assumed = "" if config.data.max_seq_length else " (assumed: data.max_seq_length=null follows from the data)"
     needed, here = math.prod(mesh_here(config).values()), jax.device_count()
     other = f"; for {needed} devices, and this machine has {here}" if needed > here else ""
+    if (config.train.batch_size or 0) % (over := rows_over(config)):
+        other += f"; {over} devices can't split them evenly"
     return f"a step     {rows} rows of at most {longest} tokens: at most {rows * longest:,} tokens{assumed}{other}"
 
 
 def step_rows(config: RunConfig) -> int:
     """The rows of a step, over all tenants of a run of many. Where these can't be counted yet, they are enough to fill
     the step."""
-    train, sizes = config.train, mesh_here(config)
-    if config.many and can_count(config):
-        layout = lay_out(config, abstract_mesh(sizes), tenants_of(config))
-        return layout.passes * layout.pass_rows
-    over = sizes["data"] * sizes["fsdp"]
-    return train.batch_size or over * train.per_device_batch_size * train.gradient_accumulation_steps
+    train = config.train
+    if config.many:
+        with suppress(ValueError):  # the tenants can't be counted, or the rows can't be split
+            layout = lay_out(config, abstract_mesh(mesh_here(config)), tenants_of(config))
+            return layout.passes * layout.pass_rows
+    return train.batch_size or rows_over(config) * train.per_device_batch_size * train.gradient_accumulation_steps
 
 
 def data_lines(config: RunConfig) -> list[str]:
@@ -165,6 +160,12 @@ def mesh_here(config: RunConfig) -> dict[str, int]:
     asked = vars(config.mesh) | {"fsdp": config.mesh.fsdp or 1}
     known = math.prod(size for size in asked.values() if size > 0)
     return {name: size if size > 0 else max(1, jax.device_count() // known) for name, size in asked.items()}
+
+
+def rows_over(config: RunConfig) -> int:
+    """The devices that rows are spread over."""
+    sizes = mesh_here(config)
+    return sizes["data"] * sizes["fsdp"]
 
 
 def data_report(config: RunConfig) -> str:

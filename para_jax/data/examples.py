@@ -127,13 +127,21 @@ def without_end(tokenizer, answer: str) -> str:
     special = special_tokens(tokenizer, len(tokenizer))
     if not answer.rstrip().endswith(tuple(special)):
         return answer
-    end = template_end(tokenizer, str(tokenizer.chat_template))
+    try:
+        end = template_end(tokenizer, str(tokenizer.chat_template))
+    except ValueError:  # the template refuses the short conversation
+        end = tokenizer.eos_token_id
     if end is None:
         return answer
     ends = [text for text, id in special.items() if id in (end, tokenizer.eos_token_id)]
-    while (bare := answer.rstrip()).endswith(tuple(ends)):
-        answer = bare.removesuffix(next(text for text in ends if bare.endswith(text)))
-    return answer
+    kept = stop = len(answer)
+    while True:  # without a copy of the text, which may consist of end tokens
+        while stop and answer[stop - 1].isspace():
+            stop -= 1
+        found = next((text for text in ends if answer.endswith(text, 0, stop)), None)
+        if found is None:
+            return answer[:kept]
+        kept = stop = stop - len(found)
 
 
 def answer_alone(tokenizer, completion: str) -> str:
@@ -175,11 +183,8 @@ def end_of_turn(tokenizer, template: str) -> int:
 
 @lru_cache(8)
 def template_end(tokenizer, template: str) -> int | None:
-    """`end_of_turn`, if the template itself writes it; None also for a template that refuses the short conversation."""
-    try:
-        turn = short_turn(tokenizer)
-    except ValueError:
-        return None
+    """`end_of_turn`, if the template itself writes it."""
+    turn = short_turn(tokenizer)
     end = up_to_end_token(tokenizer, turn)[-1]
     return end if end in turn else None
 

@@ -71,17 +71,18 @@ def labelled(found: TfdsSplit | HfSplit | SavedSplit | None) -> TfdsSplit | HfSp
 
 def unread_validation(section: DataSection) -> Place | None:
     """A file next to the training data that was probably meant as validation data, but is not named like it."""
-    return None if section.validation is not None else unread(section.train, "validation")
+    return None if section.validation is not None else unread(section, "validation")
 
 
 def unread_test(section: DataSection) -> Place | None:
     """The same for test data."""
-    return None if section.test is not None else unread(section.train, "test")
+    return None if section.test is not None else unread(section, "test")
 
 
-def unread(train: str | None, split: str) -> Place | None:
-    place = local_place(train)
-    return misnamed_split(place, split) if place and place.is_dir() else beside(place, split)
+def unread(section: DataSection, split: str) -> Place | None:
+    place, named = local_place(section.train), (section.validation, section.test)
+    found = misnamed_split(place, split) if place and is_folder(section.train) else beside(place, split)
+    return None if found in map(local_place, named) else found
 
 
 def local_place(train: str | None) -> Path | None:
@@ -90,6 +91,12 @@ def local_place(train: str | None) -> Path | None:
         return None
     place = expanded(train)
     return None if isinstance(place, BucketPath) else place
+
+
+def is_folder(train: str | None) -> bool:
+    """Whether data.train is a folder on this machine."""
+    place = local_place(train)
+    return place is not None and place.is_dir()
 
 
 def beside(place: Path | None, split: str) -> Place | None:

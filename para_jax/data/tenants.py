@@ -54,7 +54,7 @@ def tenant_sections(folder: str | Path, section: DataSection) -> dict[str, DataS
             continue
         if path.suffix.lower() in PACKED_ENDINGS and Path(path.stem).suffix.lower() in ENDINGS:
             raise ValueError(f"data.tenants: {path} is packed and would not be read; unpack it, or move it elsewhere")
-        if path.suffix.lower() == OTHER_LINES:
+        if path.suffix.lower() == OTHER_LINES and not path.is_dir():
             raise ValueError(f"data.tenants: {path} would not be read; rename it to {path.stem}.jsonl")
         if not (path.is_dir() or path.suffix.lower() in ENDINGS):
             continue
@@ -81,7 +81,7 @@ def files_inside(path: Place) -> list[Place]:
         return []
     if is_saved(path):
         return [*path.rglob("*")]
-    return [file for file in path.iterdir() if file.suffix.lower() in ENDINGS or is_own(file)]
+    return [file for file in path.iterdir() if file.suffix in ENDINGS or is_own(file)]
 
 
 def files_of_one(root: Path) -> str | None:

@@ -21,7 +21,7 @@ from ..data.packing import PackingPlan, RowShape, common_shape, plan_packing
 from ..data.records import TooLong
 from ..data.row_files import ENDINGS, PACKED_ENDINGS
 from ..data.schedule import TenantOrder
-from ..data.sources import is_held_out, local_place, unread_validation
+from ..data.sources import is_folder, is_held_out, local_place, unread_validation
 from ..data.tenants import tenant_sections
 from ..data.tokenizer import run_tokenizer
 from ..data.training_data import TrainingData, chosen_length, describe_lengths, load_training_data
@@ -115,7 +115,8 @@ def read_inputs(
         raise too_long_in(long)
     data = {name: read_once[of_data(own)][0] for name, own in configs.items()}
     say_data(config, data)
-    warn_of_unread(configs.values())
+    # what lies next to a tenant that is a file belongs to others
+    warn_of_unread(own for own in configs.values() if not config.data.tenants or is_folder(own.data.train))
     say_held_out(configs.values(), read_once)
     alike = [read_once[key] for key in dict.fromkeys(map(of_data, configs.values()))]
     say_long("validation", [validation for _, validation, *_ in alike])
@@ -204,12 +205,13 @@ def say_tenants(config: RunConfig, data: dict[str, TrainingData]) -> None:
 
 def warn_of_unread(configs: Iterable[RunConfig]) -> None:
     """Names the files that were probably meant as validation data."""
-    sections = {own.data.train: own.data for own in configs if own.data.validation is None}  # a sweep shares its data
+    sections = {(own.data.train, own.data.validation): own.data for own in configs}  # a sweep shares its data
     found = sorted(filter(None, map(unread_validation, sections.values())))
     if found:
         more = f", and neither are {len(found) - 1} more" if len(found) > 1 else ""
         stem, suffix = found[0].stem, found[0].suffix.lower()
-        renamed = stem != "validation" and suffix in ENDINGS and found[0].parent in map(local_place, sections)
+        folders = [local_place(train) for train, _ in sections]
+        renamed = stem != "validation" and suffix in ENDINGS and found[0].parent in folders
         advice = f"rename it to validation{suffix}, or " if renamed else ""
         advice = "unpack it, or " if suffix in PACKED_ENDINGS else advice
         warn(f"{found[0]} is not read{more}; {advice}set data.validation")

@@ -203,6 +203,22 @@ def test_other_tokens_stay_and_so_do_ends_that_the_template_does_not_write():
     assert tokenizer.decode(encode_prompt(tokenizer, written)).count(tokenizer.eos_token) == 1
 
 
+def test_ends_in_the_text_are_not_doubled_where_a_template_wants_a_system_message():
+    tokenizer, calls = deepcopy(tiny_tokenizers.plain()), [{"role": "system", "content": "Be brief."}, USER]
+    wanted = "{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}"
+    tokenizer.chat_template = wanted + tokenizer.chat_template
+    written = f"yes{tokenizer.eos_token}"
+    assert encode_example(tokenizer, calls, written) == encode_example(tokenizer, calls, "yes")
+
+
+def test_a_text_of_end_tokens_is_read_in_one_pass():
+    tokenizer = tiny_tokenizers.plain()
+    answer = {"role": "assistant", "content": "yes" + tokenizer.eos_token * 10**6}
+    assert encode_prompt(tokenizer, [USER, answer, USER]) == encode_prompt(
+        tokenizer, [USER, answer | {"content": "yes"}, USER]
+    )
+
+
 def test_a_template_may_move_the_system_message_to_the_last_question():
     tokenizer, system = tiny_tokenizers.moved_system(), {"role": "system", "content": "Be brief."}
     chat, short = [system, USER, {"role": "assistant", "content": "no"}], USER | {"content": "INST"}

@@ -98,6 +98,12 @@ def test_a_file_with_a_wrong_name_is_not_left_out_either(tmp_path, name, said):
         tenant_sections(tmp_path, DataSection())
 
 
+def test_a_folder_may_have_any_name_and_what_is_not_read_may_be_a_link(tmp_path):
+    write(tmp_path / "y.ndjson" / "train.jsonl")
+    (tmp_path / "y.ndjson" / "OLD.CSV").symlink_to(tmp_path / "elsewhere")
+    assert list(tenant_sections(tmp_path, DataSection())) == ["y.ndjson"]
+
+
 def test_wrong_tenant_folders_are_named(tmp_path):
     for folder in (tmp_path / "none", tmp_path):
         said = "has no tenants" if folder == tmp_path else "does not exist"

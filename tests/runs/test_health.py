@@ -164,7 +164,10 @@ def test_each_tenant_has_its_own_warning_also_after_a_resume(folder, tmp_path, m
     sound, wrong = result.tenants.values()
     assert sound["warning"] is None
     assert wrong["warning"] == "loss rose from 6 to 7.4; lower train.learning_rate (0.01)"
-    assert f"warning: {list(result.tenants)[1]}: {wrong['warning']}" in folder_report(tmp_path / "run")
+    report = folder_report(tmp_path / "run")
+    assert (
+        f"warning: {list(result.tenants)[1]}: {wrong['warning']}" in report and "combinations of a sweep on" in report
+    )
 
 
 def test_entries_without_a_warning_are_read_and_a_damaged_one_is_refused(tmp_path):

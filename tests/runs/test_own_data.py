@@ -1,5 +1,6 @@
 """configs/own-data.yaml on data that it says nothing about: metric, lengths and answers follow from the data."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -119,6 +120,18 @@ def test_so_is_one_with_another_ending_or_capitals(tmp_path, capsys, name, train
     assert (unread_test(section) is None) == (name == "Dev.CSV")
 
 
+def test_a_file_that_is_read_as_something_else_and_a_folder_that_is_not_listed_are_not_named(
+    tmp_path, capsys, monkeypatch
+):
+    for name in ("train.jsonl", "dev.jsonl"):
+        write_rows(tmp_path / name, [])
+    for place in (tmp_path, tmp_path / "train.jsonl"):
+        warn_of_unread([RunConfig(data=DataSection(train=str(place), test=str(tmp_path / "dev.jsonl")))])
+    monkeypatch.setattr(os, "listdir", lambda _: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    warn_of_unread([RunConfig(data=DataSection(train=str(tmp_path)))])
+    assert capsys.readouterr().err == ""
+
+
 def test_packed_validation_data_is_named(tmp_path, capsys):
     for name in ("train.jsonl", "validation.csv.GZ"):
         (tmp_path / name).touch()
@@ -172,11 +185,13 @@ def test_a_dry_run_counts_the_rows_of_the_tenants_and_the_devices_of_the_mesh(fo
         return dry_run(own(folder, "data.train=null", f"data.tenants={tmp_path / 'tenants'}", *overrides))
 
     many = "train.rows_per_tenant=4", "train.per_device_batch_size=64"
-    assert "64 rows of" in said("train.tenants_at_once=99", *many)  # they are not there yet
+    assert "64 rows of" in said(*many)  # they are not there yet
     for name in ("acme", "globex", "initech"):
         write_rows(tmp_path / "tenants" / f"{name}.jsonl", labelled(8))
     assert "12 rows of" in said(*many) and "devices" not in said(*many)
     assert "for 64 devices, and this machine has 8" in said("mesh.data=64", "train.rows_per_tenant=4")
+    uneven = said("mesh.data=8", "train.rows_per_tenant=4", "train.batch_size=12")
+    assert "12 rows of" in uneven and "8 devices can't split them evenly" in uneven
 
 
 def test_inspect_marks_where_para_reads_a_prompt_and_says_nothing_of_other_adapters(folder):
