@@ -124,8 +124,11 @@ def without_ends(tokenizer, messages: list[dict]) -> list[dict]:
 def without_end(tokenizer, answer: str) -> str:
     """An answer of a chat without the end token, or EOS, that data for other libraries may have at its end, if the chat
     template writes one."""
-    special = special_tokens(tokenizer, len(tokenizer))
-    if not answer.rstrip().endswith(tuple(special)):
+    bare, length = answer.rstrip(), len(tokenizer)
+    if bare[-1:] not in last_characters(tokenizer, length):
+        return answer
+    special = special_tokens(tokenizer, length)
+    if not bare.endswith(tuple(special)):
         return answer
     try:
         end = template_end(tokenizer, str(tokenizer.chat_template))
@@ -230,6 +233,12 @@ def special_stop_ids(tokenizer, stop: Sequence[str]) -> tuple[int, ...]:
 def special_tokens(tokenizer, length: int) -> dict[str, int]:
     """The ids of the special tokens, by their text. `length` is the tokenizer's, as in `special_ids`."""
     return {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+@lru_cache(8)
+def last_characters(tokenizer, length: int) -> frozenset[str]:
+    """The last characters of the special tokens, of which some tokenizers have thousands."""
+    return frozenset(text[-1] for text in special_tokens(tokenizer, length))
 
 
 def require_tokenizer(tokenizer: object) -> None:
