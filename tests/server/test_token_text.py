@@ -1,5 +1,7 @@
 """The bytes of an answer's tokens, joined, are the bytes of its text, whatever characters it has."""
 
+from copy import deepcopy
+
 import pytest
 import tiny_run
 import tiny_tokenizers
@@ -31,7 +33,7 @@ def test_special_tokens_have_their_names():
 
 def test_the_added_tokens_are_read_once(monkeypatch):
     """The tokenizer makes their table at each access, which takes milliseconds with some thousand of them."""
-    tokenizer, reads = tiny_tokenizers.plain(), []
+    tokenizer, reads = deepcopy(tiny_tokenizers.plain()), []  # other tests may have read that of the original
     own = type(tokenizer).added_tokens_decoder.fget
     counted = property(lambda self: reads.append(1) or own(self))
     monkeypatch.setattr(type(tokenizer), "added_tokens_decoder", counted)
