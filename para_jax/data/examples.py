@@ -237,7 +237,7 @@ def special_tokens(tokenizer, length: int) -> dict[str, int]:
 
 @lru_cache(8)
 def last_characters(tokenizer, length: int) -> frozenset[str]:
-    """The last characters of the special tokens, of which some tokenizers have thousands."""
+    """The last characters of the special tokens. Some tokenizers have thousands of those."""
     return frozenset(text[-1] for text in special_tokens(tokenizer, length))
 
 
