@@ -464,6 +464,8 @@ def test_wrong_requests_are_refused_by_field(server, http, monkeypatch):
     long = {"model": "A", "messages": chat_of(prompt(1, LENGTH)), "max_completion_tokens": 3}
     found = error(http.post("/v1/chat/completions", json=long), 400)
     assert found["param"] == "messages" and "max_completion_tokens" in found["message"]
+    found = error(http.post("/v1/chat/completions", json=long | {"chat_template_kwargs": {"mood": "w9"}}), 400)
+    assert "chat_template_kwargs" not in found["message"]  # the template is content with it
     many = {"model": "A", "messages": chat_of(prompt(1)), "logprobs": True, "top_logprobs": 9}
     found = error(http.post("/v1/chat/completions", json=many), 400)
     assert found["param"] == "top_logprobs" and found["message"].startswith("top_logprobs is 9; give at most 3")
