@@ -114,8 +114,8 @@ def step_line(config: RunConfig) -> str:
 
 
 def step_rows(config: RunConfig) -> int:
-    """The rows of a step, over all tenants of a run of many. Where these can't be counted yet, they are enough to fill
-    the step."""
+    """The rows of a step, over all tenants of a run of many. If the tenants can't be counted yet, there are assumed to
+    be enough to fill a step."""
     train = config.train
     if config.many:
         with suppress(ValueError):  # the tenants can't be counted, or the rows can't be split

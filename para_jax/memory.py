@@ -198,7 +198,7 @@ def activation_bytes(config: RunConfig, model: ModelConfig, mesh: Mesh | Abstrac
     values, score = dtype.itemsize * rows, 4 * rows * model.num_heads / tensor  # bytes of an activation and of a score
     kept = values * trained.tokens * (model.width + KEPT_LINEARS[remat] * linears)
     matrices = method_of(config.adapter).carries == "matrices"
-    if remat == "dots" and matrices and not config.many:  # of one adapter, their products are dots that are kept too
+    if remat == "dots" and matrices and not config.many:  # those of one adapter: `dots` keeps their products too
         kept += values * trained.tokens * sum(map(model.site_width, config.adapter.target_modules)) / tensor
     kept += 1.5 * score * trained.scores * (remat == "none")
     at_work = 2 * score * trained.scores + 3 * values * trained.tokens * linears

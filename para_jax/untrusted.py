@@ -6,8 +6,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from .config import shorten
-from .config.check import without_repeats as without_repeats
+from .config import shorten, without_repeats
 
 #: The maximum size of a config. Published ones have a few kB.
 MAX_JSON_BYTES = 2**20

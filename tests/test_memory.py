@@ -86,7 +86,7 @@ def test_the_estimate_of_each_scope_is_near_what_the_compiler_needs(given, split
 
 
 def test_of_many_tenants_loras_products_are_not_kept():
-    """They have batch dimensions, which train.remat=dots leaves out (compiled: 23.2 GiB, and with PARA 22.8)."""
+    """They have batch dimensions, and train.remat=dots keeps no products with those."""
     many = "data.tenants=x", "train.rows_per_tenant=4", "train.tenants_at_once=16", "train.remat=dots"
     lora, para = (
         estimate_memory(load_config(BOOLQ, [*many, f"adapter.method={method}"]), abstract(1, 16, 1), 16).temporaries

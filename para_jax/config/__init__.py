@@ -19,6 +19,7 @@ from .check import one_of as one_of
 from .check import printable as printable
 from .check import require as require
 from .check import shorten as shorten
+from .check import without_repeats as without_repeats
 from .file import adapter_method as adapter_method
 from .file import config_dict as config_dict
 from .file import load_config as load_config

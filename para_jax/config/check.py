@@ -35,7 +35,7 @@ def shorten(value: object, width: int = 80) -> str:
 
 
 def without_repeats(pairs: list[tuple[str, object]]) -> dict:
-    """The object of JSON with these pairs, for json.loads. Raises ValueError for a name that is there twice, because
+    """A JSON object from its pairs, as object_pairs_hook of json.loads. Raises ValueError for a repeated name, because
     readers differ in which of its values they use."""
     found: dict[str, object] = {}
     for name, value in pairs:

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..config import printable, shorten
+from ..config import printable, shorten, without_repeats
 from ..storage.bucket import BucketPath, Place
-from ..untrusted import json_mapping, read_json, require_unicode, without_repeats
+from ..untrusted import json_mapping, read_json, require_unicode
 from .tfds import plain
 
 #: The first bytes of a Parquet file.

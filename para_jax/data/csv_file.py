@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import BinaryIO
 
-from ..config import printable, shorten
+from ..config import printable, shorten, without_repeats
 from ..storage.bucket import Place
-from ..untrusted import require_unicode, safe_names, without_repeats
+from ..untrusted import require_unicode, safe_names
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 #: The largest row, in bytes. A quote that is never closed would otherwise take the rest of the file into memory.

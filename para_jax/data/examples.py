@@ -122,13 +122,9 @@ def without_ends(tokenizer, messages: list[dict]) -> list[dict]:
 
 
 def without_end(tokenizer, answer: str) -> str:
-    """An answer of a chat without the end token, or EOS, that data for other libraries may have at its end, if the chat
-    template writes one."""
-    bare, length = answer.rstrip(), len(tokenizer)
-    if bare[-1:] not in last_characters(tokenizer, length):
-        return answer
-    special = special_tokens(tokenizer, length)
-    if not bare.endswith(tuple(special)):
+    """An answer of a chat without end tokens (the template's, or EOS) at its end. Data for other libraries may have
+    them, and the chat template writes one itself. If it writes none, the answer stays as it is."""
+    if answer.rstrip()[-1:] not in last_characters(tokenizer, len(tokenizer)):
         return answer
     try:
         end = template_end(tokenizer, str(tokenizer.chat_template))
@@ -136,7 +132,7 @@ def without_end(tokenizer, answer: str) -> str:
         end = tokenizer.eos_token_id
     if end is None:
         return answer
-    ends = [text for text, id in special.items() if id in (end, tokenizer.eos_token_id)]
+    ends = tokenizer.convert_ids_to_tokens(list({end, tokenizer.eos_token_id} - {None}))
     kept = stop = len(answer)
     while True:  # without a copy of the text, which may consist of end tokens
         while stop and answer[stop - 1].isspace():

@@ -58,7 +58,9 @@ class GivenSplit(NamedTuple):
             found = row if in_json is None else as_written(dict(row), in_json, short)
             values = {str(name): plain(value) for name, value in found.items()}
             if len(values) < len(found):
-                raise ValueError(f"{place}: two of its keys have one text ({safe_names(map(str, found))}); rename one")
+                raise ValueError(
+                    f"{place}: two of its keys are the same text ({safe_names(map(str, found))}); rename one"
+                )
             yield place, {name: value for name, value in values.items() if not is_missing(value)}
 
 

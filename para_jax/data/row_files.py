@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..config import without_repeats
 from ..storage.bucket import Place
-from ..untrusted import require_unicode, without_repeats
+from ..untrusted import require_unicode
 from .arrow_files import MAGIC, parquet_rows
 from .csv_file import DELIMITERS, csv_rows
 
@@ -26,7 +27,7 @@ PACKED = {
 PACKED_ENDINGS = (".gz", ".zst", ".bz2", ".xz")
 #: What others call the validation data. It is not read by these names.
 OTHER_NAMES = ("valid", "val", "dev")
-#: What others call a file of JSON lines.
+#: Another ending for JSON lines. No file is found by it.
 OTHER_LINES = ".ndjson"
 
 

@@ -80,6 +80,7 @@ def unread_test(section: DataSection) -> Place | None:
 
 
 def unread(section: DataSection, split: str) -> Place | None:
+    """That file for a split, unless another field names it."""
     place, named = local_place(section.train), (section.validation, section.test)
     found = misnamed_split(place, split) if place and is_folder(section.train) else beside(place, split)
     return None if found in map(local_place, named) else found

@@ -204,8 +204,8 @@ def plain(value: Any) -> Any:
 
 
 def plain_time(value: np.datetime64 | np.timedelta64) -> Any:
-    """A date or time of Python, to the microsecond, or None for NaT; as text where Python has none, where tolist would
-    make a number."""
+    """A date, time or duration of Python, cut to microseconds; None for NaT. Text if Python has no such value: NumPy
+    would give a number."""
     if np.datetime_data(value.dtype)[0] in ("ns", "ps", "fs", "as"):
         value = value.astype(f"{value.dtype.kind}8[us]")
     found = value.item()

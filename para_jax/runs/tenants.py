@@ -115,7 +115,7 @@ def read_inputs(
         raise too_long_in(long)
     data = {name: read_once[of_data(own)][0] for name, own in configs.items()}
     say_data(config, data)
-    # what lies next to a tenant that is a file belongs to others
+    # files next to a tenant's file are other tenants
     warn_of_unread(own for own in configs.values() if not config.data.tenants or is_folder(own.data.train))
     say_held_out(configs.values(), read_once)
     alike = [read_once[key] for key in dict.fromkeys(map(of_data, configs.values()))]

@@ -145,7 +145,7 @@ def test_data_of_another_kind_is_refused(data, said):
         ([*ROWS, {"prompt": "a", "completion": " "}], "data row 4: completion is empty"),
         ([{"prompt": 3, "completion": "b"}], "data row 0: prompt must be text"),
         ([{"prompt": "a", "completion": b"\xff"}], "data row 0: completion is not UTF-8"),
-        ([{"prompt": "a", "completion": "b", 1: "x", "1": "y"}], "data row 0: two of its keys have one text"),
+        ([{"prompt": "a", "completion": "b", 1: "x", "1": "y"}], "data row 0: two of its keys are the same text"),
     ],
 )
 def test_a_wrong_row_is_an_error_that_names_it(rows, said):
