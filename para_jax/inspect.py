@@ -17,9 +17,11 @@ from . import devices
 from .adapters.adapter import count_parameters
 from .adapters.card import scope_outline
 from .adapters.files import Described, read_adapter_config
+from .adapters.folder import CONFIG
 from .backbone.load import abstract_backbone, load_model_config
 from .backbone.weights import parameter_shapes
 from .config import (
+    ModelConfig,
     RunConfig,
     adapter_method,
     config_dict,
@@ -47,6 +49,7 @@ from .memory import abstract_mesh, tree_size
 from .model import init_adapter
 from .runs.compare import TABLE, method_configs
 from .runs.data_table import held_examples, tenants_data
+from .runs.initial import check_initial
 from .runs.report import sample_lines, score_table, tenants_table
 from .runs.tenants import plan_batches, tenant_configs
 from .training.metrics_file import is_log, read_metrics
@@ -85,7 +88,7 @@ def dry_run(config: RunConfig, topology: str | None = None) -> str:
         f"optimiser {size(tree_size(state.optimizer))}" + " of each tenant" * config.many,
         topology_report(config, topology, tenants_of(config)) if topology else step_line(config),
     ]
-    return "\n".join(lines + data_lines(config))
+    return "\n".join(lines + data_lines(config) + start_lines(config, model))
 
 
 def tenants_of(config: RunConfig) -> int:
@@ -94,13 +97,17 @@ def tenants_of(config: RunConfig) -> int:
     if config.data.tenants is None:
         return max(1, len(config.sweep.learning_rate)) * max(1, len(config.sweep.seed))
     folder = config.data.tenants
-    is_here = config.data.given is not None if is_given(folder) else expanded(folder).is_dir()
-    if is_here:
+    if tenants_are_here(config):
         return len(tenant_sections(folder, config.data))
     if config.train.tenants_at_once is None:
         missing = "the data came from Python" if is_given(folder) else f"{expanded(folder)} does not exist yet"
         raise ValueError(f"data.tenants: {missing}, so its tenants can't be counted; give train.tenants_at_once")
     return config.train.tenants_at_once
+
+
+def tenants_are_here(config: RunConfig) -> bool:
+    folder = config.data.tenants
+    return config.data.given is not None if is_given(folder) else expanded(folder).is_dir()
 
 
 def step_line(config: RunConfig) -> str:
@@ -153,6 +160,18 @@ def tenant_lines(config: RunConfig) -> list[str]:
         return [f"data       {folder}: not there yet"]
     counts = [len(load_records(own.data, "train") or []) for own in tenant_configs(config).values()]
     return [f"data       {len(counts)} tenants with {min(counts)} to {max(counts)} records, {sum(counts)} in all"]
+
+
+def start_lines(config: RunConfig, model: ModelConfig) -> list[str]:
+    """The adapters of train.init_from that are here. Raises ValueError for one that the run would refuse."""
+    source = config.train.init_from
+    if not source or (config.data.tenants is not None and not tenants_are_here(config)):
+        return []
+    own = {one.train.init_from: one for one in tenant_configs(config).values()}  # one adapter, or each tenant's
+    here = [one for place, one in own.items() if (expanded(place) / CONFIG).is_file()]
+    check_initial(here, model)
+    missing = f"; {len(own) - len(here)} not here, which the run looks for when it starts" * (len(here) < len(own))
+    return [f"start      {source}: {len(here)} of {len(own)} adapters can be read{missing}"]
 
 
 def mesh_here(config: RunConfig) -> dict[str, int]:

@@ -48,5 +48,5 @@ TARGETS: dict[str, Aim] = {
     "command": Aim(command_lines.command, share=0.5, short=0),
     "http": Aim(http_requests.request, short=20),
     "schedule": Aim(schedules.schedule, share=0.25, short=4),
-    "interrupt": Aim(schedules.interrupts, share=0.25, short=4),
+    "interrupt": Aim(schedules.interrupts, share=0.25, short=2),
 }

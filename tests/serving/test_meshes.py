@@ -68,7 +68,8 @@ def served(mesh, compiled=()):
     """Completions of an engine that another thread drives, and how many programs were compiled meanwhile."""
     model, bank = loaded(mesh)
     engine, found = engine_of(model, bank, max_logprobs=1), {}
-    engine.warm_up()
+    if mesh is not None:  # one device is only asked for its answers
+        engine.warm_up()
     before = len(compiled)
 
     def drive():
