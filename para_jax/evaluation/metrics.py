@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from decimal import Decimal
@@ -146,14 +147,15 @@ def jackknife(metric: Callable, pairs: Sequence[tuple[str, str]]) -> float | Non
 
 
 def single_spaced(text: str) -> str:
-    """The text with one space for each run of white space, and none at its ends. Answers that differ in nothing else
-    are the same answer."""
-    return " ".join(text.split())
+    """The text with one space for each run of white space, none at its ends, and accents in one form (NFC, which some
+    tokenizers write). Answers that differ in nothing else are the same answer."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def squad_words(text: str) -> list[str]:
-    """The words after the normalisation of SQuAD's official evaluation: lower case, no punctuation, no articles."""
-    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    """The words after the normalisation of SQuAD's official evaluation: lower case, no punctuation, no articles. Before
+    that, accents get one form, as in `single_spaced`."""
+    text = "".join(c for c in unicodedata.normalize("NFC", text).lower() if c not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 

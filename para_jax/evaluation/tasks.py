@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 from shlex import quote
 from typing import NamedTuple
@@ -26,7 +26,7 @@ from ..data.records import (
 )
 from ..data.row_files import split_file
 from ..data.tasks import TASKS, Task
-from ..inference.answer_text import text_of
+from ..inference.answer_text import special_ids, text_of
 from ..inference.generate import before_stop
 from ..messages import say, warn
 from .defaults import (
@@ -116,6 +116,9 @@ def encode_task(task: EvalTask, tokenizer, limit: int | None = None) -> EncodedT
     examples = task.examples or [encode_example(tokenizer, record.prompt, record.completion) for record in records]
     examples = examples[:limit]
     ranked = ranked_examples(examples, records, task, tokenizer)
+    if ranked:
+        each = [ranked[i : i + len(task.choices)] for i in range(0, len(ranked), len(task.choices))]
+        records = [as_ranked(tokenizer, task.choices, *one) for one in zip(records, examples, each, strict=True)]
     openings = [answer_opening(tokenizer, record.prompt) for record in records] if task.writes else []
     if task.writes:
         records = [as_learnt(tokenizer, *one) for one in zip(records, examples, openings, strict=True)]
@@ -123,21 +126,48 @@ def encode_task(task: EvalTask, tokenizer, limit: int | None = None) -> EncodedT
 
 
 def as_learnt(tokenizer, record: Record, example: Example, opening: str) -> Record:
-    """The record, which also accepts its completion as a model that has learnt it writes it: the tokenizer may
-    normalise a text, the chat template may leave out a part, and an end token ends it. This form comes first, because
-    label metrics take the first reference as the label."""
+    """The record, which also accepts its completion as a model that has learnt it writes it. This form comes first,
+    because label metrics take the first reference as the label."""
+    text = learnt_text(tokenizer, record, example, opening)
+    return with_reference(record, text) if text and differ(text, record.completion) else record
+
+
+def learnt_text(tokenizer, record: Record, example: Example, opening: str) -> str:
+    """A record's completion as a model that has learnt it writes it: the tokenizer may normalise a text, the chat
+    template may leave out a part, no text has special tokens, and an end token ends it. Empty if the tokenizer lacks a
+    part of the completion: the rest is another answer."""
     ends = (*stop_token_ids(tokenizer), example.completion_ids[-1])
     learnt = before_stop(example.completion_ids, ends)
     written = text_of(tokenizer, learnt)
     text = written.strip().removeprefix(opening).lstrip()
-    if not text or single_spaced(text) == single_spaced(record.completion):
-        return record
+    if not text or not differ(text, record.completion):
+        return text
+    names = {tokenizer.convert_ids_to_tokens(id) for id in learnt if id in special_ids(tokenizer, len(tokenizer))}
+    bare = reduce(lambda left, name: left.replace(name, ""), sorted(names), record.completion)
+    if names and text.split() == bare.split():
+        return text
     with suppress(ValueError):  # from a template that refuses the text
-        if any(
-            before_stop(encode_completion(tokenizer, record.prompt, one), ends) == learnt for one in (text, written)
-        ):
-            return with_reference(record, text)
-    return record  # the tokenizer lacks a part of the completion, and the rest is another answer
+        for one in (text, written):
+            if before_stop(encode_completion(tokenizer, record.prompt, one), ends) == learnt:
+                return text
+    return ""
+
+
+def as_ranked(tokenizer, choices: Sequence[str], record: Record, example: Example, ranked: Sequence[Example]) -> Record:
+    """The record, which also accepts the first choice that becomes the same tokens as its completion: such choices tie,
+    and the first of them is then the answer. An end token or how an accent is written may be all that they differ
+    in."""
+    same = (c for c, one in zip(choices, ranked, strict=True) if one.completion_ids == example.completion_ids)
+    first = next(same, record.completion)
+    if differ(first, record.completion):
+        opening = answer_opening(tokenizer, record.prompt)
+        if learnt_text(tokenizer, record, example, opening):
+            return with_reference(record, first)
+    return record
+
+
+def differ(text: str, other: str) -> bool:
+    return single_spaced(text) != single_spaced(other)
 
 
 def with_reference(record: Record, text: str) -> Record:

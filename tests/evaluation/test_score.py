@@ -7,9 +7,11 @@ import pytest
 import tiny_tokenizers
 from tiny_run import tokenizer as word_tokenizer
 from tokenizers import normalizers
+from transformers import AddedToken
 
 from para_jax.data.examples import stop_token_ids
 from para_jax.data.records import Record
+from para_jax.evaluation.defaults import different_answers
 from para_jax.evaluation.evaluate import Report
 from para_jax.evaluation.questions import Likelihood, Scored, Written
 from para_jax.evaluation.samples import logged_samples
@@ -105,6 +107,43 @@ def test_an_answer_that_is_what_was_learnt_is_right(tokenizer, chat, completion)
         found = score_answers(encoded, [Scored(-1.0, True), Written(written, len(ids))])
         assert [found.score, *(one.score for one in found.also)] == [score] * 3
     assert encoded.task.records[0].completion == completion
+
+
+@pytest.mark.parametrize("completion", ["<|call|>the movie", "the<|call|> movie", "the movie <|call|>"])
+def test_a_special_token_that_no_answer_shows_makes_none_wrong(completion):
+    tokenizer = deepcopy(tiny_tokenizers.plain())
+    tokenizer.add_tokens([AddedToken("<|call|>", special=True)])
+    encoded = encode_task(
+        EvalTask("t", [Record("where", completion, (completion,), None, "x:1")], also=("f1",)), tokenizer
+    )
+    learnt = text_of(tokenizer, encoded.examples[0].completion_ids[:-1])
+    for written, score in ((learnt, 1.0), ("the", 0.0)):
+        assert score_answers(encoded, [Scored(-1.0, True), Written(written, 3)]).score == score
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "macro_f1"])
+@pytest.mark.parametrize("twin", ["no<|im_end|>", "no<|im_end|>\n"])
+def test_choices_that_become_the_same_tokens_are_one_answer(metric, twin):
+    """Of choices that tie, the first is the answer."""
+    records = [Record("where", answer, (answer,), None, "x:1") for answer in ("yes", "no", twin)]
+    encoded = encode_task(EvalTask("t", records, metric, different_answers(("no", twin, "yes"))), normalising())
+    own = [example.completion_ids for example in encoded.examples]
+    ranked = [Scored(-1.0 * (one.completion_ids != own[i // 3]), True) for i, one in enumerate(encoded.ranked)]
+    assert score_answers(encoded, [*[Scored(-1.0, True)] * 3, *ranked]).score == 1.0
+
+
+def test_choices_that_the_tokenizer_lacks_are_different_answers():
+    records = [Record("w7", answer, (answer,), None, "x:1") for answer in ("unheard", "foreign")]
+    encoded = encode_task(EvalTask("t", records, "accuracy", ("unheard", "foreign")), word_tokenizer())
+    assert score_answers(encoded, [Scored(-1.0, True)] * 6).score == 0.5
+
+
+@pytest.mark.parametrize("metric", ["exact_match", "f1", "squad", "macro_f1"])
+def test_any_reference_is_right_however_its_accents_are_written(metric):
+    record = Record("where", "Rene\u0301", ("Zoe\u0301", "Rene\u0301"), None, "x:1")
+    encoded = encode_task(EvalTask("t", [record], metric), normalising())
+    for written, score in (("Zo\u00e9", 1.0), ("Ren\u00e9", 1.0), ("Zoe", 0.0)):
+        assert score_answers(encoded, [Scored(-1.0, True), Written(written, 3)]).score == score
 
 
 def test_an_answer_without_text_is_not_right_because_the_tokenizer_lacks_the_expected_one():
