@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from ..config import expanded, nearest, printable, shorten
 from ..hub import HUB_ID, inside_folder, is_inside_folder
 from .arrow_files import as_written, float32_columns, hides_labels, json_columns, without_media
-from .tfds import plain
+from .tfds import plain, require_forward
 
 SCHEME = "hf:"
 FORMATS = ("json", "parquet")
@@ -67,6 +67,7 @@ def find_split(source: str, split: str) -> HfSplit:
         options = (split, "validation") if split == "test" else (split,)
         found = (read_split(builder, name, config, option) for option in options if option in builder.info.splits)
         named = next((one.split for one in found if one.has_labels()), split)
+    require_forward(source, named)
     return read_split(builder, name, config, named)
 
 
@@ -145,7 +146,7 @@ def read_split(builder: Any, name: str, config: str | None, split: str) -> HfSpl
         dataset = builder.as_dataset(split=split)
     except ValueError:
         raise ValueError(
-            f"{SCHEME}{name}: no split {shorten(split)}; choose one of {', '.join(builder.info.splits)}, or a part of "
-            "one, such as train[:90%]"
+            f"{SCHEME}{name}: no split {shorten(split)}, or no rows in it; choose one of "
+            f"{', '.join(builder.info.splits)}, or a part of one, such as train[:90%]"
         ) from None
     return HfSplit(f"{SCHEME}{name}:{config or ''}:{split}", split, dataset)

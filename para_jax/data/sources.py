@@ -177,11 +177,11 @@ def prefix_of(source: Source | None) -> str:
 
 
 def class_labels_of(source: Source) -> dict[str, list[str]]:
-    """The names of the classes of each ClassLabel column. Its rows hold the numbers of the classes. Only Hugging Face
-    datasets have such columns, also in the Parquet files that they wrote."""
+    """The names of the classes of each ClassLabel column. Its rows hold the numbers of the classes. Data sets of
+    tensorflow_datasets and Hugging Face have such columns, also the Parquet files that the latter wrote."""
     if not isinstance(source, DatasetSplit):
         return parquet_labels(source) if source.is_file() and form_of(source) == "parquet" else {}
-    if isinstance(source, SavedSplit):
+    if isinstance(source, SavedSplit | TfdsSplit):
         return source.class_labels()
     if isinstance(source, HfSplit):
         return class_labels(source.dataset)

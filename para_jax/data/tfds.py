@@ -42,21 +42,26 @@ class TfdsSplit(NamedTuple):
 
     def rows(self) -> Iterator[tuple[str, dict]]:
         """Each example's place, "tfds:NAME:SPLIT[index]", and its fields: text, numbers, lists and dicts of them."""
-        source = builder_at(self.folder).as_data_source(split=self.split)
+        builder = builder_at(self.folder)
+        source, short = builder.as_data_source(split=self.split), float32_fields(builder)
         for start in range(0, len(source), READ_AT_ONCE):
             indices = range(len(source))[start : start + READ_AT_ONCE]
             for index, example in zip(indices, source.__getitems__(indices), strict=True):
                 place = f"{self.label}[{index}]"
-                yield place, {name: plain(value) for name, value in example.items()}
+                fields = example | {name: np.float32(example[name]) for name in short}
+                yield place, {name: plain(value) for name, value in fields.items()}
 
     def has_labels(self) -> bool:
         """Whether the labels are known: -1 means a hidden label."""
+        source = builder_at(self.folder).as_data_source(split=self.split)
+        return not len(source) or all(source[0][name] != -1 for name in self.class_labels())
+
+    def class_labels(self) -> dict[str, list[str]]:
+        """The names of the classes of each ClassLabel field."""
         from tensorflow_datasets.core.features import ClassLabel
 
-        builder = builder_at(self.folder)
-        labels = [name for name, feature in builder.info.features.items() if isinstance(feature, ClassLabel)]
-        source = builder.as_data_source(split=self.split)
-        return not len(source) or all(source[0][name] != -1 for name in labels)
+        features = builder_at(self.folder).info.features.items()
+        return {name: list(feature.names) for name, feature in features if isinstance(feature, ClassLabel)}
 
 
 def parse_tfds(source: str) -> tuple[str, str | None]:
@@ -65,6 +70,14 @@ def parse_tfds(source: str) -> tuple[str, str | None]:
     if not found or ".." in found[1].split("/"):
         raise ValueError(f"{shorten(source)} is not a data set; write tfds:NAME, tfds:NAME/CONFIG or tfds:NAME:SPLIT")
     return found[1], found[2]
+
+
+def require_forward(source: str, split: str) -> None:
+    """Raises ValueError for a part that ends where it begins or before, such as train[50%:45%]. Both libraries read
+    some of these as all the rows from there on."""
+    for start, _, end in re.findall(r"\[([\d_]+)(%?):([\d_]+)\2\]", split):
+        if int(start) >= int(end):
+            raise ValueError(f"{source}: {split} ends at {end}, which is not after {start}, so it has no rows")
 
 
 def find_split(source: str, split: str, data_dir: str | None) -> TfdsSplit:
@@ -80,12 +93,14 @@ def find_split(source: str, split: str, data_dir: str | None) -> TfdsSplit:
         options = (split, "validation") if split == "test" else (split,)
         found = (split_at(name, folder, option) for option in options)
         named = next((one.split for one in found if one and one.has_labels()), split)
+    require_forward(source, named)
     try:
         builder_at(folder).as_data_source(split=named)
     except ValueError:
         there = ", ".join(builder_at(folder).info.splits)
         raise ValueError(
-            f"{SCHEME}{name}: no split {shorten(named)}; choose one of {there}, or a part of one, such as train[:90%]"
+            f"{SCHEME}{name}: no split {shorten(named)}, or no rows in it; choose one of {there}, or a part of one, "
+            "such as train[:90%]"
         ) from None
     return TfdsSplit(f"{SCHEME}{name}:{named}", named, folder)
 
@@ -111,6 +126,8 @@ def prepare(source: str, data_dir: str | None = None) -> Path:
     name, split = parse_tfds(source)
     if split is not None:
         raise ValueError(f"{source} names a split, but data sets are prepared with all splits; write {SCHEME}{name}")
+    if "://" in (data_dir or ""):
+        raise ValueError(f"--data-dir {data_dir} is not a folder on this host; tfds data can't be in a bucket")
     try:
         with redirect_stdout(StringIO()):  # the progress bars go to stderr
             import tensorflow_datasets as tfds
@@ -169,6 +186,13 @@ def require_array_record(name: str, folder: Path) -> None:
             f"{SCHEME}{name}: {folder} holds {held} files, but only array_record can be read without TensorFlow. "
             f"Run `para-jax prepare {SCHEME}{name} --data-dir DIR` with another folder, and set data.data_dir to it"
         )
+
+
+def float32_fields(builder: Any) -> list[str]:
+    """The fields that hold one float, which the files keep as float32, also if it is a float64, and a row gives as a
+    Python float: 0.1 is then 0.10000000149011612."""
+    features = builder.info.features.items()
+    return [name for name, one in features if one.shape == () and np.issubdtype(one.np_dtype, np.floating)]
 
 
 def builder_at(folder: Path) -> Any:

@@ -10,7 +10,7 @@ from ..adapters.loading_bank import LoadingBank
 from ..adapters.unknown_tenant import nearest_names
 from ..config import printable, shorten
 from ..messages import warn
-from ..untrusted import safe_name
+from ..untrusted import require_unicode, safe_name
 from .api_keys import Access
 from .errors import ApiError, retry_later
 
@@ -38,6 +38,7 @@ class Models:
         self.on_forget: Callable[[str], object] = lambda name: None
         """called with the name of a tenant that was removed"""
         for name in self.names:
+            require_unicode(f"the tenant {shorten(name)}", name)  # JSON can't name it
             self.require_free(name)
 
     @property

@@ -149,6 +149,18 @@ def test_other_data_sets_are_read_by_the_user_s_templates(tmp_path):
         load_records(section(tmp_path, "tfds:news"), "train")
 
 
+def test_a_number_has_as_many_digits_as_its_field(tmp_path):
+    features = texts("text") | {"short": np.float32, "long": np.float64}
+    built("scores", features, {"train": [{"text": "x", "short": 3.8, "long": 0.1}]}, tmp_path)
+    (found,) = load_records(section(tmp_path, "tfds:scores", prompt="{text}", completion="{short} {long}"), "train")
+    assert found.completion == "3.8 0.1"
+
+
+def test_a_template_over_class_labels_says_that_it_writes_numbers(data_dir, capsys):
+    load_records(section(data_dir, "tfds:glue/sst2", prompt="{sentence}", completion="{label}"), "train")
+    assert "label is a ClassLabel (negative, positive)" in capsys.readouterr().err
+
+
 def test_templates_and_data_task_override_the_task_of_a_name(data_dir):
     own = section(data_dir, "tfds:glue/sst2", prompt="{sentence}", completion="{label}")
     assert {record.completion for record in load_records(own, "train")} == {"0", "1"} and task_of(own) is None
@@ -243,6 +255,8 @@ def test_showing_data_never_imports_tensorflow(data_dir, tmp_path):
         ("tfds:squad/../../x", r"squad/\.\./\.\./x.*tfds:NAME"),
         ("tfds:squad:nothing", "tfds:squad: no split 'nothing'.*train, validation"),
         ("tfds:squad:train[:x]", r"no split 'train\[:x\]'"),
+        ("tfds:squad:train[:1%]", r"'train\[:1%\]', or no rows in it"),
+        ("tfds:squad:train[50%:45%]", "ends at 45, which is not after 50"),
         (
             "tfds:super_glue",
             "several configs .*super_glue; .*tfds:super_glue/boolq, tfds:",
@@ -367,6 +381,11 @@ def test_what_stops_prepare_is_one_line(tmp_path, capsys, monkeypatch, source, m
     said = capsys.readouterr()
     assert said.out == "" and said.err.splitlines()[-1].startswith(f"para-jax: error: {source}: {message}")
     assert not list(tmp_path.rglob("features.json"))
+
+
+def test_prepare_refuses_a_bucket():
+    with pytest.raises(ValueError, match="--data-dir gs://para-jax/data .* bucket"):
+        prepare("tfds:squad", "gs://para-jax/data")
 
 
 def test_prepare_takes_a_data_set_and_no_split_of_it(tmp_path):

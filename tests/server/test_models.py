@@ -112,6 +112,16 @@ def test_a_source_is_known_from_when_it_is_added_until_it_is_removed(models):
     assert models.card("globex")["root"] == "globex" and forgotten == ["globex"]
 
 
+def test_a_tenants_name_can_be_written_as_json():
+    """A folder's name need not be UTF-8: Python gives b"caf\\xe9" as "caf\\udce9"."""
+
+    class Latin(Bank):
+        names = ("caf\udce9",)
+
+    with pytest.raises(ValueError, match="the tenant .*caf"):
+        Models(Latin(), "base")  # pyright: ignore[reportArgumentType]
+
+
 @pytest.mark.parametrize("name", ["base", "acme"])
 def test_a_tenant_cannot_have_a_name_of_the_base_model(name):
     class Taken(Bank):
