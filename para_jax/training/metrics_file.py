@@ -108,8 +108,8 @@ class MetricsWriter:
             self.pieces = self.pieces or Appender(self.file)
             self.pieces.add(text.encode())
             return
-        with self.file.open("a") as stream:
-            stream.write(text)
+        with self.file.open("ab", buffering=0) as stream:
+            atomic.append(stream, text.encode())
 
 
 def kept_rows(rows: Iterable[dict[str, float]], reached: Reached, *, ended: bool = False) -> list[dict[str, float]]:

@@ -1,6 +1,7 @@
 """A run's log is read whole, but for a line cut off in a kill; what no run wrote is refused by file and line."""
 
 import json
+import resource
 
 import pytest
 
@@ -17,6 +18,22 @@ def test_rows_are_read_back_and_more_can_be_added(tmp_path):
     assert list(read_metrics(tmp_path / "metrics.jsonl")) == ROWS  # kept back, so that not each is a write of its own
     rows.flush()
     assert list(read_metrics(tmp_path / "metrics.jsonl")) == [*ROWS, {"step": 3, "loss": 1.0}]
+
+
+def test_a_disk_that_gets_full_takes_no_part_of_the_rows(tmp_path):
+    write_metrics(tmp_path / "metrics.jsonl", ROWS)
+    rows = MetricsWriter(tmp_path / "metrics.jsonl")
+    for step in (3, 4):
+        rows.add(step, {"loss": 1.0})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(TEXT) + 40, hard))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            rows.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(read_metrics(tmp_path / "metrics.jsonl")) == ROWS
+    assert (tmp_path / "metrics.jsonl").read_text() == TEXT
 
 
 @pytest.mark.parametrize("length", range(1, len(TEXT.splitlines()[1])))
