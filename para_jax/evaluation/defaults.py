@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from ..backbone.load import load_model_config
@@ -118,24 +118,24 @@ def warn_of_guesses(rules: Sequence[tuple[RunConfig, ScoringRule]]) -> None:
 
 
 def completions_of(section: DataSection) -> Completions:
-    """The completions of all training examples: data may be sorted. None if the training data is not there."""
-    different, often = set[str](), Counter[str]()
-    longest: list[tuple[int, int, Record]] = []
-    count, records = 0, split_records(section, "train") if is_there(section) else None
-    with Progress("reading the completions", unit="example") as bar:
-        for record in records or []:
-            count += 1
-            if len(different) <= RANKED:
-                different.add(single_spaced(record.completion))
-                often[record.completion] += 1
-            entry = size_of(record), -count, record  # of equal lengths the first
-            if len(longest) < COUNTED:
-                heapq.heappush(longest, entry)
-            elif entry > longest[0]:
-                heapq.heapreplace(longest, entry)
-            bar.advance()
+    """The completions of all training examples, because data may be sorted. There are none if the data is not here."""
+    count, different, often = 0, set[str](), Counter[str]()
+
+    def counted(records: Iterable[Record]) -> Iterator[Record]:
+        nonlocal count
+        with Progress("reading the completions", unit="example") as bar:
+            for record in records:
+                count += 1
+                if len(different) <= RANKED:
+                    different.add(single_spaced(record.completion))
+                    often[record.completion] += 1
+                bar.advance()
+                yield record
+
+    records = split_records(section, "train") if is_there(section) else None
+    longest = heapq.nlargest(COUNTED, counted(records or ()), key=size_of)
     few = different_answers(often) if len(different) <= RANKED else None
-    return Completions(count, few, [record for _, _, record in longest])
+    return Completions(count, few, longest)
 
 
 def different_answers(texts: Iterable[str]) -> tuple[str, ...]:
