@@ -187,7 +187,7 @@ def cache_bytes(config: RunConfig, mesh: Mesh | AbstractMesh) -> int:
     return 2 * itemsize * model.num_layers * rows * tokens * heads * model.head_dim
 
 
-def activation_bytes(config: RunConfig, model: ModelConfig, mesh: Mesh | AbstractMesh, tenants: int = 1) -> int:
+def activation_bytes(config: RunConfig, model: ModelConfig, mesh: Mesh | AbstractMesh, tenants: int) -> int:
     """What the backward pass keeps of each layer, one layer's attention and linears, the weights that fsdp has gathered
     (of a layer, and the head's), and a chunk of the logits. With scope response, the backward pass covers the tails
     alone, and needs the prompts' keys and values."""

@@ -26,9 +26,7 @@ BEFORE, AFTER = "## Training", "## How to load it"
 TEST = "- Test "
 
 
-def model_card(
-    method: Method, config: Any, base_model: str, lines: Iterable[str], example: str | list[dict] = "a prompt"
-) -> str:
+def model_card(method: Method, config: Any, base_model: str, lines: Iterable[str], example: str | list[dict]) -> str:
     """README.md as hubs read it. It names PEFT as the library for adapters that PEFT can load.
 
     Args:

@@ -27,7 +27,7 @@ def choose_attention(
     name: str,
     config: ModelConfig,
     dtype,
-    mesh: Mesh | None = None,
+    mesh: Mesh | None,
     *,
     platform: str | None = None,
     capability: tuple[int, int] | None = None,

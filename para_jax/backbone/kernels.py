@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ..config import ModelConfig
 from ..sharding import partition
 from .attention import causal_mask, mixed_values
-from .kernel_choice import AUTO, LANES, AttentionChoice, attention_kernel
+from .kernel_choice import LANES, AttentionChoice, attention_kernel
 
 BLOCK = 512  # largest block of splash attention, in tokens
 
@@ -23,8 +23,8 @@ def self_attention(
     config: ModelConfig,
     dtype,
     length: int,
-    segment: Int[Array, "batch length"] | None = None,
-    choice: AttentionChoice = AUTO,
+    segment: Int[Array, "batch length"] | None,
+    choice: AttentionChoice,
 ) -> dict[int | None, Callable]:
     """{window: attend} for the kinds of layers. attend(q, k, v, scale, cap) returns the mixed values, and keeps keys
     and values [batch, kv_heads, length, head_dim].

@@ -210,7 +210,7 @@ def rows_of_batches(label: str, batches: Iterable[Any]) -> Iterator[tuple[str, d
             index += 1
 
 
-def as_written(row: dict[str, Any], in_json: Collection[str], short: Collection[str] = ()) -> dict[str, Any]:
+def as_written(row: dict[str, Any], in_json: Collection[str], short: Collection[str]) -> dict[str, Any]:
     """The row without nulls. Arrow gives every row all columns, and every struct the fields of all structs of its
     column, so a null says that the row has no such field. In a column of JSON, a null inside was written as one.
 

@@ -22,7 +22,7 @@ BLOCK = 2**20
 JSON_COLUMNS = ("messages", "references")
 
 
-def csv_rows(path: Place, delimiter: str, seen=None) -> Iterator[tuple[str, dict]]:
+def csv_rows(path: Place, delimiter: str, seen) -> Iterator[tuple[str, dict]]:
     """Each row's place, "file:line", and its columns.
 
     Args:

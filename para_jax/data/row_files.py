@@ -90,7 +90,7 @@ def misnamed_split(folder: Path, split: str) -> Path | None:
     return next((folder / name for name in found if (folder / name).is_file()), None)
 
 
-def line_rows(path: Place, seen=None) -> Iterator[tuple[str, dict]]:
+def line_rows(path: Place, seen) -> Iterator[tuple[str, dict]]:
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), start=1):
             place = f"{path}:{number}"
@@ -132,7 +132,7 @@ def advice(number: int, line: bytes) -> str:
     return "\nthe file must hold a JSON object per line; a table with a header line must be named .csv or .tsv"
 
 
-def array_rows(path: Place, seen=None) -> Iterator[tuple[str, dict]]:
+def array_rows(path: Place, seen) -> Iterator[tuple[str, dict]]:
     """The objects of a JSON array, which is read at once."""
     with path.open("rb") as file:
         text = file.read(MAX_ARRAY + 1)

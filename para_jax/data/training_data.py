@@ -93,7 +93,7 @@ def describe_lengths(lengths: np.ndarray, packing: bool = False) -> str:
     )
 
 
-def chosen_length(lengths: np.ndarray, packing: bool = False) -> int:
+def chosen_length(lengths: np.ndarray, packing: bool) -> int:
     """The data.max_seq_length that holds every example. A packed row has room for several short ones."""
     longest = rounded_up(int(lengths.max()))
     return max(ASSUMED_LENGTH, longest) if packing else longest

@@ -220,7 +220,7 @@ def compiled_lines(found: Compiled, libtpu: str) -> list[str]:
     ]
 
 
-def estimate_lines(config: RunConfig, mesh: AbstractMesh, kind: str, tenants: int = 1) -> list[str]:
+def estimate_lines(config: RunConfig, mesh: AbstractMesh, kind: str, tenants: int) -> list[str]:
     """What can be known without the compiler: the arguments exactly, the rest by its largest parts."""
     found = estimate_memory(config, mesh, tenants)
     total = found.total

@@ -148,7 +148,7 @@ def share_shapes(*parts: Tasks) -> None:
 
 
 def answer_tasks(
-    answerer: Answerer, asked: Sequence[tuple[Any, EncodedTask]], shuffle: int | None = None, what: str = "scoring"
+    answerer: Answerer, asked: Sequence[tuple[Any, EncodedTask]], shuffle: int | None, what: str
 ) -> list[list[Answer]]:
     """The answers to each task's questions by a tenant of the answerer's bank (None: the base model)."""
     questions = [task.questions(other_prompts(task, shuffle)) for _, task in asked]

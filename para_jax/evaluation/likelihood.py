@@ -40,7 +40,7 @@ def likelihoods(
     asked: Sequence[tuple[Any, Likelihood]],
     rows: int,
     shapes: Shapes,
-    compiled: set[str] | None = None,
+    compiled: set[str] | None,
 ) -> Iterator[tuple[int, Scored]]:
     """(A question's index, its answer), in the order in which batches end, shortest contexts first.
 
@@ -72,7 +72,7 @@ def in_whole_rows(
     asked: Sequence[tuple[Any, Likelihood]],
     rows: int,
     shapes: PlannedShapes,
-    shared: bool = False,
+    shared: bool,
 ) -> Iterator[tuple[int, Scored]]:
     """As `likelihoods`: a row of a batch is a context with its continuation.
 
@@ -103,8 +103,8 @@ def after_contexts(
     asked: Sequence[tuple[Any, Likelihood]],
     rows: int,
     shapes: Shapes,
-    compiled: set[str] | None = None,
-    shared: bool = False,
+    compiled: set[str] | None,
+    shared: bool,
 ) -> Iterator[tuple[int, Scored]]:
     """As `likelihoods`: a row of a batch is a context with all its continuations.
 
@@ -140,8 +140,8 @@ def of_contexts(
     length: int,
     rows: int,
     shapes: Shapes,
-    compiled: set[str] | None = None,
-    states: PromptStates | None = None,
+    compiled: set[str] | None,
+    states: PromptStates | None,
 ) -> Iterator[tuple[int, Scored]]:
     """(A continuation's index, its answer) for one batch of contexts.
 

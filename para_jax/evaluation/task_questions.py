@@ -99,7 +99,7 @@ def read_own_tasks(
     tokenizer,
     config: ModelConfig,
     options: Options,
-    configs: Mapping[str, RunConfig] | None = None,
+    configs: Mapping[str, RunConfig],
 ) -> list[TaskQuestions]:
     """Each tenant's own task: the file of its name in a folder of tenants' data, asked of it and the base model.
 
@@ -120,7 +120,7 @@ def read_own_tasks(
         )
     tasks, of_runs, rules = [], [], []
     for tenant in tenants:
-        own, task = (configs or {}).get(tenant), None
+        own, task = configs.get(tenant), None
         if own is not None:
             rule = scoring_rule(own, tokenizer, model=config)
             labels = metric in LABEL_METRICS  # few are ranked, as by TASKS:METRIC without --own

@@ -272,7 +272,7 @@ def base_score(standing: Standing, tenant: int, found: Score | None) -> float | 
     return record["values"].get(found.metric) if record and found else None
 
 
-def card_lines(tenant: Tenant, steps: int, found: Score | None, base: float | None = None) -> list[str]:
+def card_lines(tenant: Tenant, steps: int, found: Score | None, base: float | None) -> list[str]:
     """What an adapter's model card says about its training and its validation score."""
     config = tenant.config
     card = training_lines(
@@ -313,7 +313,7 @@ def data_name(train: str | None) -> str:
     return "data from Python" if is_given(train) else expanded(train or "").name
 
 
-def card_score(split: str, found: Score, base: float | None = None) -> str:
+def card_score(split: str, found: Score, base: float | None) -> str:
     """A score as the model card shows it; `base` is that of the base model, as people read it."""
     score = shown_score(found.metric, found.score)
     return score_line(split, found.metric, score, found.stderr, found.count, found.loss, base)

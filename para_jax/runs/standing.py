@@ -132,7 +132,7 @@ def require_same_tenants(standing: Standing, tenants: Sequence[Tenant], layout: 
             )
 
 
-def reopened(standing: Standing, tenants: Sequence[Tenant], changed: Sequence[str] = ()) -> Standing:
+def reopened(standing: Standing, tenants: Sequence[Tenant], changed: Sequence[str]) -> Standing:
     """The standing of a run that was made longer: tenants that had done all their steps go on. So does a run of one
     adapter whose data changed: it is scored on the new data, and its patience starts again.
 

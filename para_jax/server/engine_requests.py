@@ -19,7 +19,7 @@ from .protocol import CHAT_FIELDS, TEXT_FIELDS, Asked
 MAX_LOGPROBS = 2**21
 
 
-def engine_requests(asked: Asked, tenant: str | None, engine: Engine, salt: str | None = None) -> list[Request]:
+def engine_requests(asked: Asked, tenant: str | None, engine: Engine, salt: str | None) -> list[Request]:
     """The engine's requests, one per prompt. Answer i of all is drawn with seed + i.
 
     Args:

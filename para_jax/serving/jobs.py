@@ -73,7 +73,7 @@ def run_job(
 
 
 def answer_lines(
-    engine: Engine, source: Place, answers: Answers, defaults: Request, shard: Shard | None = None
+    engine: Engine, source: Place, answers: Answers, defaults: Request, shard: Shard | None
 ) -> Counter[str]:
     """As `run_job`, with an output that is already open."""
     check_request(replace(defaults, prompt="a"))

@@ -34,7 +34,7 @@ PART = ".part"
 
 
 def fetched_files(
-    folder: BucketPath, cache: Path, patterns: list[str], max_text_bytes: int, ignored: Sequence[str] = ()
+    folder: BucketPath, cache: Path, patterns: list[str], max_text_bytes: int, ignored: Sequence[str]
 ) -> Path:
     """A local folder with the files of a bucket's folder that match a pattern and none of the ignored ones, without
     sub-folders.

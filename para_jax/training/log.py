@@ -209,7 +209,7 @@ def step_rates(done: Done, seconds: float, peak_rate: float | None) -> dict[str,
     return {name: float(f"{value:.4g}") for name, value in rates.items()}
 
 
-def drop_rows(file: Place, reached: Reached | None, *, ended: bool = False) -> None:
+def drop_rows(file: Place, reached: Reached | None, *, ended: bool) -> None:
     """Removes the rows that a run resumed from here will write again; all rows for None."""
     if is_log(file):
         write_metrics(file, kept_rows(read_metrics(file), reached, ended=ended) if reached else [])

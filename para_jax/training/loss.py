@@ -52,8 +52,8 @@ def completion_states(
     adapters,
     batch: Batch | Packed,
     completion: int,
-    prompt: int | None = None,
-    states: PromptStates | None = None,
+    prompt: int | None,
+    states: PromptStates | None,
     remat: str = "dots",
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The hidden states after the final norm [rows, C, width] that predict each completion token, these tokens, int32

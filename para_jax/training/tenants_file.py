@@ -48,7 +48,7 @@ def read_entries(folder: Path) -> dict[str, dict[str, Any]]:
     return entries
 
 
-def write_entries(folder: Path, entries: dict[str, dict[str, Any]], order: Sequence[str] = ()) -> None:
+def write_entries(folder: Path, entries: dict[str, dict[str, Any]], order: Sequence[str]) -> None:
     """Replaces the file.
 
     Args:
