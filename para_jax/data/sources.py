@@ -69,18 +69,11 @@ def labelled(found: TfdsSplit | HfSplit | SavedSplit | None) -> TfdsSplit | HfSp
     return None
 
 
-def unread_validation(section: DataSection) -> Place | None:
-    """A file next to the training data that was probably meant as validation data, but is not named like it."""
-    return None if section.validation is not None else unread(section, "validation")
-
-
-def unread_test(section: DataSection) -> Place | None:
-    """The same for test data."""
-    return None if section.test is not None else unread(section, "test")
-
-
 def unread(section: DataSection, split: str) -> Place | None:
-    """That file for a split, unless another field names it."""
+    """A file next to the training data that was probably meant as this split (validation or test), but is not read: it
+    is named otherwise, or data.train is a file. None if the config names data of this split, or that file."""
+    if getattr(section, split) is not None:
+        return None
     place, named = local_place(section.train), (section.validation, section.test)
     found = misnamed_split(place, split) if place and is_folder(section.train) else beside(place, split)
     return None if found in map(local_place, named) else found

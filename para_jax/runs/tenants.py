@@ -21,7 +21,7 @@ from ..data.packing import PackingPlan, RowShape, common_shape, plan_packing
 from ..data.records import TooLong
 from ..data.row_files import ENDINGS, PACKED_ENDINGS
 from ..data.schedule import TenantOrder
-from ..data.sources import is_folder, is_held_out, local_place, unread_validation
+from ..data.sources import is_folder, is_held_out, local_place, unread
 from ..data.tenants import tenant_sections
 from ..data.tokenizer import run_tokenizer
 from ..data.training_data import TrainingData, chosen_length, describe_lengths, load_training_data
@@ -206,7 +206,7 @@ def say_tenants(config: RunConfig, data: dict[str, TrainingData]) -> None:
 def warn_of_unread(configs: Iterable[RunConfig]) -> None:
     """Names the files that were probably meant as validation data."""
     sections = {(own.data.train, own.data.validation): own.data for own in configs}  # a sweep shares its data
-    found = sorted(filter(None, map(unread_validation, sections.values())))
+    found = sorted(filter(None, (unread(section, "validation") for section in sections.values())))
     if found:
         more = f", and neither are {len(found) - 1} more" if len(found) > 1 else ""
         stem, suffix = found[0].stem, found[0].suffix.lower()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..config import RunConfig
-from ..data.sources import unread_test
+from ..data.sources import unread
 from ..evaluation.defaults import missing_answer
 from ..messages import say, warn
 from .tenants import Tenant
@@ -27,7 +27,7 @@ def say_unscored(config: RunConfig, tenants: Sequence[Tenant]) -> None:
 def reason_without_test(tenants: Sequence[Tenant]) -> str:
     """Why no tenant has test data."""
     for tenant in tenants:
-        if beside := unread_test(tenant.config.data):
+        if beside := unread(tenant.config.data, "test"):
             return f"{beside} is not read; set data.test"
     return "there is no test data; set data.test, or write test.jsonl into the folder that data.train names"
 

@@ -10,7 +10,7 @@ from tiny_run import backbone_folder, rows_of_text, words, write_rows
 from para_jax import train, train_tenants
 from para_jax.config import DataSection, RunConfig, load_config
 from para_jax.data.records import Record
-from para_jax.data.sources import unread_test
+from para_jax.data.sources import unread
 from para_jax.data.tokenizer import run_tokenizer
 from para_jax.data.training_data import load_training_data
 from para_jax.evaluation.tasks import EvalTask
@@ -118,7 +118,7 @@ def test_so_is_one_with_another_ending_or_capitals(tmp_path, capsys, name, train
     warn_of_unread([RunConfig(data=section)])
     advice = "rename it to validation.csv, or " * (name == "Dev.CSV" and not train)
     assert f"{tmp_path / name} is not read; {advice}set data.validation\n" in capsys.readouterr().err
-    assert (unread_test(section) is None) == (name == "Dev.CSV")
+    assert (unread(section, "test") is None) == (name == "Dev.CSV")
 
 
 def test_a_file_that_is_read_as_something_else_and_a_folder_that_is_not_listed_are_not_named(
