@@ -67,7 +67,7 @@ def train_step(
 
     On a mesh each device updates its own tenants. It receives the weights of the batch's other tenants one layer at a
     time, and sends back their gradients: the partitioner turns indexing along the split axis into a sum over the
-    devices with one nonzero term. The bytes don't grow with the tenants (tests/test_tenant_meshes.py).
+    devices with one nonzero term. The bytes don't grow with the tenants (tests/training/test_tenant_meshes.py).
 
     Args:
         batch: its arrays lead with the passes (gradient accumulation): tokens int32 [passes, rows, T].
