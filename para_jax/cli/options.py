@@ -193,10 +193,6 @@ def add_adapter_memory(group, when_more: str) -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------------ shared options
-# Each function returns a parser for `parents`.
-
-
 def add_chat(parser) -> None:
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's turn for the chat template")
     parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message before it; \\n is a newline")
@@ -214,6 +210,10 @@ def turns(options, text: str) -> list[dict]:
     """The chat that --chat makes of a prompt."""
     system = [] if options.system is None else [{"role": "system", "content": with_newlines(options.system)}]
     return [*system, {"role": "user", "content": text}]
+
+
+# ------------------------------------------------------------------------------------------------------ shared options
+# Each function returns a parser for `parents`.
 
 
 def backbone(default: str | None = None) -> argparse.ArgumentParser:
