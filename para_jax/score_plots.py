@@ -9,11 +9,12 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from .config import expanded
-from .evaluation.results import LARGEST, file_names
+from .evaluation.results import LARGEST, file_names, metrics_of
 from .figures import drawable, explain, new_figure, plain, run_names
 from .messages import warn
 from .training.metrics_file import is_log, is_number, read_metrics
@@ -288,10 +289,7 @@ def bar_of(row: Mapping[str, float], prefix: str, metric: str) -> Bar | None:
 
 
 def merged(parts: Sequence[Mapping[str, Scores]]) -> dict[str, Scores]:
-    panels: dict[str, Scores] = {}
-    for part in parts:
-        panels = merged_panels(panels, part)
-    return panels
+    return reduce(merged_panels, parts, {})
 
 
 def merged_panels(panels: dict[str, Scores], more: Mapping[str, Scores]) -> dict[str, Scores]:
@@ -360,7 +358,7 @@ def first_metrics(record: dict) -> list[tuple[str, str]]:
     """(task, its first metric) of a record, such as ("test", "accuracy,none")."""
     found = []
     for task, values in record["results"].items():
-        metrics = [key for key, value in values.items() if "," in key and "_stderr," not in key and is_number(value)]
+        metrics = [key for key in metrics_of(values) if is_number(values[key])]
         if metrics and task.isprintable():
             found.append((task, metrics[0]))
     return found
