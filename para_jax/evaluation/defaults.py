@@ -16,9 +16,8 @@ from ..config import DataSection, ModelConfig, RunConfig, shorten
 from ..data.examples import encode_completion
 from ..data.given import described
 from ..data.records import Record, load_records, split_records
-from ..data.sources import source_of
+from ..data.sources import source_of, task_of
 from ..data.tasks import TASKS
-from ..data.training_data import task_of
 from ..inference.generate import up_to_multiple
 from ..messages import warn
 from ..progress import Progress

@@ -14,17 +14,9 @@ from ..backbone.load import load_model_config
 from ..config import DataSection, ModelConfig, RunConfig, is_tfds
 from ..data.examples import Example, answer_opening, encode_completion, encode_example, stop_token_ids
 from ..data.hf import is_hf
-from ..data.records import (
-    MissingColumn,
-    Record,
-    encode_records,
-    load_records,
-    read_records,
-    report,
-    split_records,
-    task_of,
-)
+from ..data.records import MissingColumn, Record, encode_records, load_records, read_records, report, split_records
 from ..data.row_files import split_file
+from ..data.sources import task_of
 from ..data.tasks import TASKS, Task
 from ..inference.answer_text import special_ids, text_of
 from ..inference.generate import before_stop

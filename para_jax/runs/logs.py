@@ -11,8 +11,8 @@ from ..processes import is_first
 from ..storage.bucket import BucketPath
 from ..training.log import Log
 from ..training.metrics_file import MetricsWriter
-from .folder import AT_ONCE
 from .health import Health
+from .tenant_file import AT_ONCE
 from .tenants import Tenant
 
 
