@@ -7,7 +7,6 @@ over the validation examples. Finished work is kept in the output folder, and th
 """
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -16,11 +15,12 @@ from functools import partial
 from pathlib import Path
 from statistics import mean
 
+from compare_cells import read, write
+
 from para_jax import (
     Ia3Config,
     LoraConfig,
     ParaConfig,
-    atomic,
     evaluate,
     load_backbone,
     load_config,
@@ -75,7 +75,7 @@ def done(file: Path, make, asked: dict) -> None:
     """Writes what `make` gives and what was asked for, unless the file is there. Ends the script where it holds what
     other settings gave, as far as the file says."""
     if not file.exists():
-        atomic.write_text(file, json.dumps(make() | asked, indent=1) + "\n")
+        write(file, make() | asked)
         return
     held = read(file)
     held = {"seeds": sorted({run["seed"] for run in held.get("runs", ())})} | held
@@ -158,10 +158,6 @@ def cell(rate: float, loss: float, runs: list[dict], best: bool) -> str:
     errors = [one["validation_loss_stderr"] for one in runs if "validation_loss_stderr" in one]
     text = f"{loss:.3f}" + (f" ± {mean(errors):.3f}" if errors else "")
     return f"{rate:g}: " + (f"**{text}**" if best else text)
-
-
-def read(file: Path) -> dict:
-    return json.loads(file.read_text())
 
 
 if __name__ == "__main__":
