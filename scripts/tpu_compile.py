@@ -43,7 +43,7 @@ from para_jax.adapters.adapter import Factors
 from para_jax.config import SITES, Ia3Config, LoraConfig
 from para_jax.dry_run.hlo_counts import Program, describe_program
 from para_jax.model import decode_step
-from para_jax.sharding import partition, tree_shardings
+from para_jax.sharding import partition, tree_shardings, with_sharding
 
 RESULTS = Path("results/tpu_compile.json")
 ROWS = (8, 32)
@@ -181,10 +181,10 @@ def compile_decode(source: str, chips: int, adapter, rows: int):
     shardings = jax.tree.leaves(tree_shardings(model, mesh, config))
     model = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), model)
     state = decode_state(model, adapter, rows)
-    placed = [placed_like(leaf, sharding) for leaf, sharding in zip(jax.tree.leaves(model), shardings, strict=True)]
+    placed = [with_sharding(leaf, sharding) for leaf, sharding in zip(jax.tree.leaves(model), shardings, strict=True)]
     model = jax.tree.unflatten(jax.tree.structure(model), placed)
-    state = jax.tree.map(placed_like, state, state_shardings(state, mesh, config))
-    tokens = placed_like(jax.ShapeDtypeStruct((rows,), jnp.int32), state.length.sharding)
+    state = jax.tree.map(with_sharding, state, state_shardings(state, mesh, config))
+    tokens = with_sharding(jax.ShapeDtypeStruct((rows,), jnp.int32), state.length.sharding)
     with jax.set_mesh(mesh):
         return jax.jit(decode_step, donate_argnums=1).lower(model, state, tokens).compile()
 
@@ -223,10 +223,6 @@ def state_shardings(state, mesh, config):
 
     cache = jax.tree.map(over(None, "kv_heads", None, None), state.cache)
     return type(state)(cache, tuple(map(of_adjustment, state.adjustments)), over(None)(state.length))
-
-
-def placed_like(leaf, sharding):
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 if __name__ == "__main__":
