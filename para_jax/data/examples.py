@@ -227,7 +227,8 @@ def special_stop_ids(tokenizer, stop: Sequence[str]) -> tuple[int, ...]:
 
 @lru_cache(8)
 def special_tokens(tokenizer, length: int) -> dict[str, int]:
-    """The ids of the special tokens, by their text. `length` is the tokenizer's, as in `special_ids`."""
+    """The ids of the special tokens, by their text. `length` is the tokenizer's, and part of the cache's key: it grows
+    when tokens are added."""
     return {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 

@@ -13,7 +13,7 @@ from contextlib import suppress
 from functools import lru_cache
 from itertools import groupby
 
-from ..data.examples import encode
+from ..data.examples import encode, special_tokens
 
 #: Tokens that a character may take.
 CHARACTER_TOKENS = 4
@@ -158,15 +158,14 @@ def word_tokens(tokenizer) -> tuple[int, ...]:
 
 @lru_cache(maxsize=8)
 def special_ids(tokenizer, length: int) -> frozenset[int]:
-    """The tokens without text. `length` is the tokenizer's, and part of the cache's key: it grows when tokens are
-    added."""
-    return frozenset(id for id, token in tokenizer.added_tokens_decoder.items() if token.special)
+    """The tokens without text. `length` is as in `special_tokens`."""
+    return frozenset(special_tokens(tokenizer, length).values())
 
 
 @lru_cache(maxsize=8)
 def byte_tokens(tokenizer, length: int) -> dict[int, int]:
     """The tokens that are one byte of a SentencePiece vocabulary, such as <0xE4>, with their bytes. Empty if the
-    tokenizer does not decode them as bytes. `length` is as in `special_ids`."""
+    tokenizer does not decode them as bytes. `length` is as in `special_tokens`."""
     ids = tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in range(256)])
     token_of = {byte: id for byte, id in enumerate(ids) if id is not None and is_byte(tokenizer, id)}
     invalid = [token_of.get(byte) for byte in INVALID.encode()]
