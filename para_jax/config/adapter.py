@@ -115,7 +115,7 @@ class Ia3Config(AdapterConfig):
 
 def with_scope_of(config: Any, kind: type) -> Any:
     """The defaults of another config class, with the scope and window of this config. Raises ValueError for a class
-    without them."""
+    without them, unless the scope is `all`."""
     scope: dict[str, Any] = {one.name: getattr(config, one.name, one.default) for one in fields(AdapterConfig)}
     if issubclass(kind, AdapterConfig):
         return kind(**scope)
