@@ -130,11 +130,12 @@ def in_order(parts: Sequence[ShardOutput]) -> list[ShardOutput]:
 
 def require_same_settings(one: ShardOutput, other: ShardOutput) -> None:
     for name in {**one.settings, **other.settings}:
-        values = [shown(value) for value in differing(one.settings.get(name), other.settings.get(name))]
-        if one.settings.get(name) != other.settings.get(name):
+        here, there = one.settings.get(name), other.settings.get(name)
+        if here != there:
+            values = " and ".join(map(shown, differing(here, there)))
             raise ValueError(
-                f"{one.output} and {other.output} differ in {name}: {values[0]} and {values[1]}. Run one of the shards "
-                "again with the settings of the other"
+                f"{one.output} and {other.output} differ in {name}: {values}. Run one of the shards again with the "
+                "settings of the other"
             )
 
 
