@@ -26,8 +26,8 @@ from para_jax.ray.workers import EvaluationWorker, GenerationWorker
 from para_jax.record_file import write_record
 
 WORDS = "stapler lamp chair mouse cable desk phone tray clock fan mug rack late broken lost wrong new old blue".split()
-#: (Processes that compute, whether they are Ray's) of each side.
 BASE = "one process"
+#: (Processes that compute, whether they are Ray's) of each side.
 SIDES = {BASE: (1, False), "two processes": (2, False), "1 worker": (1, True), "2 workers": (2, True)}
 
 
