@@ -205,7 +205,7 @@ def best_scores(logged: Sequence[dict[str, float]], metric: str) -> dict[str, fl
     name, found = f"validation_{metric}", {}
     scored = [row for row in logged if name in row and row["step"] > 0]
     if scored:
-        best = max(scored, key=lambda row: sign * row[name])  # the first of equals, as the run keeps it
+        best = max(scored, key=lambda row: (sign * row[name], -row.get("validation_loss", 0)))  # as the run keeps it
         parts = {"score": name, "stderr": f"{name}_stderr", "loss": "validation_loss", "step": "step"}
         found = {part: best[key] for part, key in parts.items() if key in best}
     for row in logged:

@@ -76,7 +76,7 @@ class Scoring(NamedTuple):
             if self.config.many:
                 shown = {f"{name}/{key}": value for key, value in scores("validation", score).items()}
                 self.logs.run.write(standing.step, shown)
-            if best is not None and score.score <= best:
+            if best is not None and (score.score, -score.loss) <= (best, -standing.best_loss(tenant)):
                 return standing.changed(tenant, evaluated=own, since_best=standing.since_best[tenant] + 1)
         base = base_score(standing, tenant, score)
         kept = self.keep(tenant, tenant_of(state.adapters, jnp.int32(standing.running[tenant])), own, score, base)

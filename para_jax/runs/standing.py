@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ class Standing(NamedTuple):
     best_score: list[float | None]
     best_step: list[int]
     since_best: list[int]
-    """evaluations without a better score"""
+    """evaluations without a better score; of equal scores, the one with the lower loss is better"""
     evaluated: list[int]
     """the last own step whose adapter was scored"""
     test_before: list[float | None]
@@ -86,6 +87,11 @@ class Standing(NamedTuple):
     def records(self, tenant: int) -> Records:
         """A tenant's records."""
         return (self.scores or {}).get(self.names[tenant], {})
+
+    def best_loss(self, tenant: int) -> float:
+        """The validation loss of a tenant's best adapter; -inf where an earlier version did not keep it."""
+        values: Any = self.records(tenant).get("validation", {}).get("values", {})
+        return values.get("loss", -math.inf)
 
     def has_base(self, tenant: int, split: str) -> bool:
         """Whether the base model was scored on the tenant's data of this split."""

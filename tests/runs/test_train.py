@@ -125,7 +125,8 @@ def checkpoints(config):
 
 
 def scripted(monkeypatch, *values):
-    """Makes the evaluations of adapters give these scores in turn, and gives back the adapters that were scored."""
+    """Makes the evaluations of adapters give these scores, or (score, loss), in turn, and gives back the adapters that
+    were scored."""
     monkeypatch.setattr(Scoring, "score_backbone", lambda self, state, standing, split, asked: standing)
     scored, left = [], list(values)
 
@@ -133,7 +134,9 @@ def scripted(monkeypatch, *values):
         if not slots or not tasks.encoded:
             return {}
         scored.append(jax.tree.map(lambda leaf: np.array(leaf[0]), stack.adapters))
-        return {0: Score("validation", "exact_match", left.pop(0), 1.0, 8)}
+        score, loss = left[0] if isinstance(left[0], tuple) else (left[0], 1.0)
+        del left[0]
+        return {0: Score("validation", "exact_match", score, loss, 8)}
 
     monkeypatch.setattr(Tasks, "scores", scores)
     return scored
@@ -569,13 +572,22 @@ def test_the_best_adapter_is_kept_and_patience_stops_the_run(config, monkeypatch
     config = replace(config, eval=replace(config.eval, every=1, patience=2))
     scored = scripted(monkeypatch, 0.3, 0.5, 0.5, 0.4, 0.9)
     result = train(config)
-    assert (result.step, result.best_step, result.best_score) == (4, 2, 0.5)  # an equal score is no better one
+    assert (result.step, result.best_step, result.best_score) == (4, 2, 0.5)  # an equal score with an equal loss
     assert [row["step"] for row in metrics(config) if "validation_exact_match" in row] == [1, 2, 3, 4]
     assert_same_arrays(result.adapter, scored[1])
     assert_same_arrays(
         load_adapter(Path(config.output_dir) / "adapter", load_backbone(config.backbone.source).config), scored[1]
     )
     assert train(config)[1:4] == (0.5, 2, 4)  # patience has ended for good
+
+
+def test_of_equal_scores_the_one_with_the_lower_loss_is_the_best_and_patience_waits_for_more(config, monkeypatch):
+    """Where free text is never matched exactly, the loss says that the run still learns."""
+    config = replace(config, eval=replace(config.eval, every=1, patience=2))
+    scored = scripted(monkeypatch, (0.0, 3.0), (0.0, 2.0), (0.0, 2.5), (0.0, 1.5), (0.0, 1.6), (0.0, 1.7))
+    result = train(config)
+    assert (result.step, result.best_step, result.scores["validation"]["values"]["loss"]) == (6, 4, 1.5)
+    assert_same_arrays(kept_adapter(config), scored[3])
 
 
 def test_patience_without_validation_data_is_refused_before_anything_is_written(folder, tmp_path):
