@@ -181,7 +181,10 @@ def adapter_near(folder: Place, source: str | Place) -> str:
     if (folder / "comparison.json").is_file():
         return "it compares methods; choose METHOD/adapter in it"
     around = islice(folder.iterdir(), 1000) if isinstance(folder, Path) else ()  # each would be a request to a bucket
-    runs = [inside.name for inside in around if (inside / "tenants.json").is_file()]
+    inside = sorted(around)
+    if held := [one.name for one in inside if (one / "adapter_config.json").is_file()]:
+        return f"did you mean an adapter in it, such as {source_name(source)}/{held[0]}? (--adapters DIR/* takes all)"
+    runs = [one.name for one in inside if (one / "tenants.json").is_file()]
     return f"did you mean {source_name(source)}/{runs[0]}?" if len(runs) == 1 else "choose the folder of an adapter"
 
 

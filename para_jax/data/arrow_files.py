@@ -20,6 +20,8 @@ from .tfds import plain
 
 #: The first bytes of a Parquet file.
 MAGIC = b"PAR1"
+#: The file in which `save_to_disk` lists the splits.
+SPLITS = "dataset_dict.json"
 READ_AT_ONCE = 1000  # rows
 #: Lists of images, as Hugging Face datasets stores them.
 MEDIA = re.compile(r"(large_)?list<\w+: struct<bytes: (large_)?binary, path: (large_)?string>>")
@@ -105,19 +107,19 @@ def is_saved(folder: Place) -> bool:
     """Whether `save_to_disk` wrote the folder: a data set, or one with splits."""
     if isinstance(folder, BucketPath) or not folder.is_dir():
         return False
-    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+    return (folder / SPLITS).is_file() or (folder / "state.json").is_file()
 
 
 def splits_of_saved(folder: Path) -> list[str]:
     """The splits of a folder that `save_to_disk` wrote; none where it is one data set."""
-    if not (folder / "dataset_dict.json").is_file():
+    if not (folder / SPLITS).is_file():
         return []
     return sorted(file.parent.name for file in folder.glob("*/state.json"))
 
 
 def saved_split(folder: Path, split: str) -> SavedSplit | None:
     """A split of a folder that `save_to_disk` wrote. One data set is the split that it is named for."""
-    own = folder / split if (folder / "dataset_dict.json").is_file() else folder
+    own = folder / split if (folder / SPLITS).is_file() else folder
     return SavedSplit(str(own), split, own) if (own / "state.json").is_file() else None
 
 

@@ -29,7 +29,10 @@ def render_all(tokenizer, conversations: Sequence[tuple[list[dict], dict[str, An
     if not conversations:
         return []
     if not tokenizer.chat_template:
-        raise ValueError("prompt is a list of messages, but the tokenizer has no chat template; pass text instead")
+        raise ValueError(
+            "prompt is a list of messages, but the tokenizer has no chat template\npass text, or put "
+            "chat_template.jinja into the tokenizer's folder (one in an adapter's folder is not read)"
+        )
     tokens = tokenizer.special_tokens_map
     template = tokenizer.get_chat_template()
     given = [(with_known_roles(template, messages), {**tokens, **options}) for messages, options in conversations]

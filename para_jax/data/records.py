@@ -42,6 +42,7 @@ SHAREGPT = (
     ". ShareGPT's conversations: rename them to messages, their from to role, and their value to content. As roles, "
     "human becomes user and gpt becomes assistant"
 )
+PLAIN_TEXT = ". Text without a prompt can't be learnt: split it into prompt and completion"
 
 #: What an error advises for a row without a prompt or completion, where other rows have one.
 REMEDY = "fill it in, or leave the row out"
@@ -206,7 +207,7 @@ def records_of(
     empty, columns = True, set()
     for place, row in rows:
         try:
-            ready = {"prompt", "completion"} <= row.keys()
+            ready = has_both(row)
             if task is not None and prompt is None and completion is None and not ready:
                 parts = [(*TASKS[task].record(row), row.get("label"))]
             else:
@@ -227,9 +228,14 @@ def records_of(
         raise ValueError(f"{source} has no rows; add one for each example")
 
 
+def has_both(row: dict) -> bool:
+    """Whether the row has the columns `prompt` and `completion`."""
+    return row.get("prompt") is not None and row.get("completion") is not None
+
+
 def row_fields(row: dict, templates: dict[str, str | None]) -> list[tuple[Prompt, str, tuple[str, ...], object]]:
     """A row's (prompt, completion, references, label). A row of `messages` gives one for each assistant turn."""
-    if "messages" in row and not any(templates.values()) and not {"prompt", "completion"} <= row.keys():
+    if row.get("messages") is not None and not any(templates.values()) and not has_both(row):
         require_plain_chat(row)
         turns = split_conversation(checked_messages("messages", row["messages"]))
         if not turns:
@@ -255,7 +261,10 @@ def row_fields(row: dict, templates: dict[str, str | None]) -> list[tuple[Prompt
     completion = fill(templates["completion"], row) if templates["completion"] else column(row, "completion")
     if isinstance(completion, list):
         if len(completion) != 1 or completion[0]["role"] != "assistant":
-            raise ValueError("completion must be text, or a list of one assistant message")
+            raise ValueError(
+                "completion must be text, or a list of one assistant message; a conversation with more turns to learn "
+                "is written as `messages`, with weight 0 in the assistant turns that are not"
+            )
         if isinstance(prompt, str):
             raise ValueError("completion is a message and prompt is text; give both as messages, or both as text")
         if not is_learnt(completion[0]):
@@ -277,6 +286,10 @@ def is_learnt(turn: dict) -> bool:
     return bool(weight)
 
 
+#: What a column of JSON texts holds in rows without tools.
+EMPTY = ("[]", "{}", "null")
+
+
 def require_plain_chat(row: dict) -> None:
     """Raises ValueError for a row with tools or variables of its own. Chat templates can write them into the prompt; we
     don't pass them on."""
@@ -287,7 +300,7 @@ def require_plain_chat(row: dict) -> None:
             "and remove the column"
         )
     for name in ("tools", "functions"):
-        if row.get(name):
+        if row.get(name) and str(row[name]).strip() not in EMPTY:
             raise ValueError(
                 f"{name} are not written into the prompt; put them into the system message, or remove them"
             )
@@ -298,7 +311,7 @@ def answer_text(name: str, turn: dict) -> str:
     if lost := [name for name in NOT_LEARNT if turn.get(name)]:
         raise ValueError(
             f"an assistant turn has {lost[0]}, and only its content is learnt\nwrite {lost[0]} into the content, as "
-            "the model is to answer, or remove it"
+            "the model is to answer; or give the turn weight 0, so that it is not learnt"
         )
     if not turn["content"].strip():
         raise ValueError(f"{name} has an empty assistant message")  # nothing to learn
@@ -311,11 +324,12 @@ def label_text(label: object) -> str | None:
 
 def column(row: dict, name: str) -> Prompt:
     """The column `prompt` or `completion`: text or messages."""
-    if name not in row and "messages" not in row:
+    if name not in row and row.get("messages") is None:
         raise MissingColumn(
             f"no field {name!r}",
             f"set data.{name} to a template over the fields {names_of(row)}, or rename a field to {name!r}"
-            + SHAREGPT * ("conversations" in row),
+            + SHAREGPT * ("conversations" in row)
+            + PLAIN_TEXT * (row.keys() == {"text"}),
         )
     value = field(row, name)
     if value is None:
@@ -352,6 +366,11 @@ def fill(template: str, row: dict) -> str:
     for literal, name in template_fields("template", template):
         parts.append(literal)
         if name is not None:
+            if row.get(name) is None:
+                raise ValueError(
+                    f"no field {shorten(name)}, or it is null; the row has {names_of(row)}. Write an empty text where "
+                    "nothing belongs, in pandas by frame.fillna('')"
+                )
             value = field(row, name)
             if isinstance(value, Decimal | date) and not isinstance(value, datetime):
                 value = str(value)  # a date as in 2026-07-25

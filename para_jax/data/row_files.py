@@ -26,7 +26,7 @@ PACKED = {
 #: How the names of packed files end, which are not read.
 PACKED_ENDINGS = (".gz", ".zst", ".bz2", ".xz")
 #: What others call the validation data. It is not read by these names.
-OTHER_NAMES = ("valid", "val", "dev")
+OTHER_NAMES = ("valid", "val", "dev", "eval")
 #: Another ending for JSON lines. No file is found by it.
 OTHER_LINES = ".ndjson"
 

@@ -8,10 +8,18 @@ from pathlib import Path
 from ..config import DataSection, expanded, is_tfds, nearest, printable, shorten
 from ..storage.bucket import BucketPath, Place
 from . import hf, tfds
-from .arrow_files import SavedSplit, class_labels, is_saved, parquet_labels, saved_sibling, saved_split, splits_of_saved
+from .arrow_files import (
+    SavedSplit,
+    class_labels,
+    is_saved,
+    parquet_labels,
+    saved_sibling,
+    saved_split,
+    splits_of_saved,
+)
 from .given import GivenSplit, given_split, is_given, warn_of_hidden
 from .hf import HfSplit, is_hf, parse_hf
-from .row_files import form_of, misnamed_split, place_prefix, split_file
+from .row_files import OTHER_NAMES, form_of, misnamed_split, place_prefix, split_file
 from .tasks import TFDS_TASKS
 from .tfds import TfdsSplit, parse_tfds
 
@@ -75,8 +83,22 @@ def unread(section: DataSection, split: str) -> Place | None:
     if getattr(section, split) is not None:
         return None
     place, named = local_place(section.train), (section.validation, section.test)
-    found = misnamed_split(place, split) if place and is_folder(section.train) else beside(place, split)
+    if place and place.is_dir():
+        found = unread_part(place, split) if is_saved(place) else misnamed_split(place, split)
+    else:
+        found = beside(place, split)
     return None if found in map(local_place, named) else found
+
+
+def unread_part(folder: Path, split: str) -> Path | None:
+    """The split of a data set that `save_to_disk` wrote which was probably meant as this one (validation or test), but
+    is not read: it has another name, or `folder` is one split and not the whole data set. None if there is none."""
+    whole = folder if splits_of_saved(folder) else folder.parent
+    there = splits_of_saved(whole)
+    if whole == folder and split in there:
+        return None
+    meant = (split, *OTHER_NAMES) if split == "validation" else (split,)
+    return next((whole / name for name in there if name.lower() in meant), None)
 
 
 def local_place(train: str | None) -> Path | None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..config import DataSection, expanded
 from ..storage.bucket import Place
-from .arrow_files import is_saved
+from .arrow_files import SPLITS, is_saved, splits_of_saved
 from .given import PYTHON, is_given
 from .row_files import ENDINGS, OTHER_LINES, OTHER_NAMES, PACKED_ENDINGS, split_file
 
@@ -49,9 +49,7 @@ def tenant_sections(folder: str | Path, section: DataSection) -> dict[str, DataS
             "the folder above it"
         )
     found: dict[str, DataSection] = {}
-    for path in sorted(root.iterdir()):
-        if path.name.startswith("."):
-            continue
+    for path in shown(root):
         if path.suffix.lower() in PACKED_ENDINGS and Path(path.stem).suffix.lower() in ENDINGS:
             raise ValueError(f"data.tenants: {path} is packed and would not be read; unpack it, or move it elsewhere")
         if path.suffix.lower() == OTHER_LINES and not path.is_dir():
@@ -84,14 +82,22 @@ def files_inside(path: Place) -> list[Place]:
     return [file for file in path.iterdir() if file.suffix in ENDINGS or is_own(file)]
 
 
-def files_of_one(root: Path) -> str | None:
-    """The names of the data files of a folder, if it has the splits of one data set and nothing else; else None. Read
-    as tenants, the test data would be trained on."""
-    shown = [path for path in root.iterdir() if not path.name.startswith(".")]
-    data = [path for path in shown if path.is_dir() or path.suffix.lower() in ENDINGS]
+def files_of_one(root: Place) -> str | None:
+    """The names of the data files of a folder, or of the parts that `save_to_disk` wrote, if it has the splits of one
+    data set and nothing else; else None. Read as tenants, the test data would be trained on."""
+    data = [path for path in shown(root) if path.is_dir() or path.suffix.lower() in ENDINGS]
     splits = {path.stem for path in data}
     one = "train" in splits and splits <= {"train", "validation", "test", *OTHER_NAMES} and len(splits) > 1
-    return ", ".join(sorted(path.name for path in data)) if one and all(path.is_file() for path in data) else None
+    if isinstance(root, Path) and is_saved(root):
+        one = one or not splits_of_saved(root)
+    else:
+        one = one and all(path.is_file() for path in data)
+    return ", ".join(path.name for path in data) if one else None
+
+
+def shown(root: Place) -> list[Place]:
+    """What is in a folder, sorted, without hidden files and the list of splits that `save_to_disk` writes."""
+    return sorted(path for path in root.iterdir() if path.name != SPLITS and not path.name.startswith("."))
 
 
 def given_tenants(section: DataSection) -> dict[str, DataSection]:

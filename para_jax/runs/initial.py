@@ -20,7 +20,8 @@ def initial_places(source: str | None, names: Iterable[str]) -> dict[str, str | 
     """The adapter that each tenant starts from, for train.init_from; None: a fresh one.
 
     Args:
-        source: an adapter's folder or hub id, or the folder of a run. In a run of many tenants each has its own.
+        source: an adapter's folder or hub id, or the folder of a run. In a run of many tenants each has its own, or a
+            folder has an adapter for each, as PEFT writes several.
         names: of the tenants; "" for the tenant of a run of one adapter.
     """
     if not source:
@@ -30,7 +31,8 @@ def initial_places(source: str | None, names: Iterable[str]) -> dict[str, str | 
         return dict.fromkeys(names, source)
     if (place / "adapter" / CONFIG).is_file():
         return dict.fromkeys(names, str(place / "adapter"))
-    return {name: str((place / name if name else place) / "adapter") for name in names}
+    own = {name: place / name if name else place for name in names}
+    return {name: str(one if (one / CONFIG).is_file() else one / "adapter") for name, one in own.items()}
 
 
 def check_initial(configs: Iterable[RunConfig], model_config: ModelConfig) -> None:

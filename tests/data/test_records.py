@@ -124,10 +124,29 @@ def test_a_turn_that_is_not_learnt_may_call_tools_without_a_content(tmp_path, co
     assert read_records(write(tmp_path, {"messages": [USER, silent, USER, BOT]}))[0].prompt == [USER, silent, USER]
 
 
+def test_rows_of_two_kinds_may_have_each_others_columns_as_nulls(tmp_path):
+    chat, text = {"messages": [USER, BOT]}, {"prompt": "a", "completion": "b"}
+    nulls = dict.fromkeys((*chat, *text))
+    found = read_records(write(tmp_path, nulls | chat, nulls | text))
+    assert [record.prompt for record in found] == [[USER], "a"]
+
+
+def test_a_template_over_a_null_says_what_to_write(tmp_path):
+    for row in ({"q": "a", "more": None}, {"q": "a"}):
+        with pytest.raises(ValueError, match="data.jsonl:1: no field 'more', or it is null; .*empty text"):
+            read_records(write(tmp_path, row), prompt="{q} {more}", completion="b {q}")
+
+
+def test_text_without_a_prompt_is_refused_with_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match="no field 'prompt'(.|\n)*split it into prompt and completion"):
+        read_records(write(tmp_path, {"text": "a whole text"}))
+
+
 @pytest.mark.parametrize("name", ["tools", "functions"])
 def test_tools_are_refused_because_no_prompt_would_have_them(tmp_path, name):
     for row in ({"messages": [USER, BOT]}, {"prompt": [USER], "completion": [BOT]}):
         assert len(read_records(write(tmp_path, row | {name: None}, row | {name: []}))) == 2  # as Parquet fills rows up
+        assert len(read_records(write(tmp_path, row | {name: " [] "}, row | {name: "null"}))) == 2  # a column of JSON
         with pytest.raises(ValueError, match=f"data.jsonl:1: {name} "):
             read_records(write(tmp_path, row | {name: [{"type": "function"}]}))
     (made,) = read_records(write(tmp_path, {"q": "a", name: "b"}), prompt="{q}", completion=f"{{{name}}}")

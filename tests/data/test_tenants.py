@@ -135,6 +135,17 @@ def test_the_files_of_one_tenant_are_not_three_tenants(tmp_path):
     assert set(tenant_sections(tmp_path, DataSection())) == {"acme", "dev", "test", "train"}
 
 
+def test_splits_that_save_to_disk_wrote_are_tenants_unless_they_are_those_of_one(tmp_path):
+    data = datasets.Dataset.from_list([{"prompt": "a", "completion": "b"}])
+    datasets.DatasetDict(acme=data, globex=data).save_to_disk(tmp_path / "many")
+    assert list(tenant_sections(tmp_path / "many", DataSection())) == ["acme", "globex"]
+    datasets.DatasetDict(train=data, test=data).save_to_disk(tmp_path / "one")
+    data.save_to_disk(tmp_path / "plain")
+    for name in ("one", "plain"):
+        with pytest.raises(ValueError, match=f"data.tenants: {tmp_path / name} .*, which is the data of one tenant"):
+            tenant_sections(tmp_path / name, DataSection())
+
+
 # --------------------------------------------------------------------------------------------------------------- shares
 
 

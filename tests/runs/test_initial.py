@@ -144,9 +144,10 @@ def test_peft_s_adapter_is_trained_further(folder, tmp_path):
 
 
 def test_where_a_run_looks_for_the_adapter(tmp_path, bucket):
-    """An adapter's own folder, the folder of a run of one adapter, or that of a run of many, also in a bucket."""
+    """An adapter's own folder, the folder of a run of one adapter, or that of a run of many, also in a bucket. PEFT
+    writes several adapters side by side."""
     for root in (tmp_path, bucket / "initial"):
-        for folder in ("one/adapter", "many/acme/adapter"):
+        for folder in ("one/adapter", "many/acme/adapter", "peft/acme"):
             (root / folder).mkdir(parents=True)
             (root / folder / "adapter_config.json").write_bytes(b"{}")
         one, many, names = root / "one", root / "many", ["acme", "globex"]
@@ -154,6 +155,7 @@ def test_where_a_run_looks_for_the_adapter(tmp_path, bucket):
             assert initial_places(str(source), [*names, ""]) == dict.fromkeys([*names, ""], str(one / "adapter"))
         assert initial_places(str(many), names) == {name: str(many / name / "adapter") for name in names}
         assert initial_places(str(many), [""]) == {"": str(many / "adapter")}
+        assert initial_places(str(root / "peft"), ["acme"]) == {"acme": str(root / "peft" / "acme")}
     assert initial_places("user/name@v1", names) == dict.fromkeys(names, "user/name@v1")
     assert initial_places(None, names) == dict.fromkeys(names)
 

@@ -4,12 +4,13 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import pytest
 from tiny_run import backbone_folder, rows_of_text, words, write_rows
 
 from para_jax import train, train_tenants
 from para_jax.config import DataSection, RunConfig, load_config
-from para_jax.data.records import Record
+from para_jax.data.records import Record, load_records
 from para_jax.data.sources import unread
 from para_jax.data.tokenizer import run_tokenizer
 from para_jax.data.training_data import load_training_data
@@ -119,6 +120,18 @@ def test_so_is_one_with_another_ending_or_capitals(tmp_path, capsys, name, train
     advice = "rename it to validation.csv, or " * (name == "Dev.CSV" and not train)
     assert f"{tmp_path / name} is not read; {advice}set data.validation\n" in capsys.readouterr().err
     assert (unread(section, "test") is None) == (name == "Dev.CSV")
+
+
+@pytest.mark.parametrize(("name", "train"), [("val", ""), ("eval", "train"), ("validation", "train")])
+def test_so_is_a_split_that_save_to_disk_wrote(tmp_path, capsys, name, train):
+    data = datasets.Dataset.from_list([{"prompt": "a", "completion": "b"}])
+    datasets.DatasetDict({"train": data, name: data, "test": data}).save_to_disk(tmp_path)
+    section = DataSection(train=str(tmp_path / train))
+    warn_of_unread([RunConfig(data=section)])
+    assert f"{tmp_path / name} is not read; set data.validation\n" in capsys.readouterr().err
+    assert (unread(section, "test") is None) == (train == "")
+    named = replace(section, validation=str(tmp_path / name))
+    assert unread(named, "validation") is None and len(load_records(named, "validation") or ()) == 1
 
 
 def test_a_file_that_is_read_as_something_else_and_a_folder_that_is_not_listed_are_not_named(
