@@ -22,7 +22,8 @@ import numpy as np
 import yaml
 
 from para_jax import ParaConfig, init_adapter, load_model_config, load_tokenizer, save_adapter
-from para_jax.devices import describe_devices, library_versions
+from para_jax.inspect import new_record
+from para_jax.record_file import write_record
 
 SYSTEM, QUESTION, ANSWER = 128, 24, 32  # tokens
 TIMES = {
@@ -59,17 +60,13 @@ def main() -> None:
                 code = server.wait(60)
         reports = {file.stem: json.loads(file.read_text()) for file in sorted((folder / "reports").glob("s*.json"))}
     found = {
-        "command": shlex.join(["python", *sys.argv]),
-        "device": describe_devices(),
-        "versions": library_versions(),
         "tokens": {"system prompt": SYSTEM, "question": QUESTION, "answer": ANSWER},
         "rates": [stage(args, number, reports) for number in range(len(args.rates))],
         "server_exit_code": code,
         "metrics": [line for line in metrics.splitlines() if re.match(r"vllm:\w+(_total|_sum|_count)\b", line)],
         "reports": reports,
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(found, indent=1) + "\n")
+    write_record(args.output, new_record(shlex.join(["python", *sys.argv]), found))
     for one in found["rates"]:
         print(one)
 

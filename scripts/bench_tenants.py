@@ -108,8 +108,9 @@ def timed_process(result: Path, sections: list[list[str]], cache: Path) -> dict[
 
 
 def main() -> None:
-    from para_jax.devices import describe_devices, library_versions
     from para_jax.hub import resolve_backbone
+    from para_jax.inspect import new_record
+    from para_jax.record_file import write_record
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="smollm2-135m", help="a .gguf file, or smollm2-135m")
@@ -138,14 +139,12 @@ def main() -> None:
         runs += [timed_process(result, [each], work / "cache-runs") for each in alone[half:]]
     sums = {part: sum(run[part] for run in runs) for part in runs[0]}
     record = {
-        "command": shlex.join(["python", *sys.argv]), "device": describe_devices(), "versions": library_versions(),
         "tenants": TENANTS, "examples": EXAMPLES, "rows_a_tenant": ROWS, "longest": LONGEST,
         "one_run": together, "sixteen_runs": sums, "median_of_the_runs": {p: median(r[p] for r in runs) for p in sums},
         "loop_in_one_process": loop,
         "ratios": {"one / sixteen": together["all"] / sums["all"], "one / loop": together["all"] / loop["all"]},
     }  # fmt: skip
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(record, indent=2) + "\n")
+    write_record(args.output, new_record(shlex.join(["python", *sys.argv]), record))
     shown = ("one_run", "sixteen_runs", "loop_in_one_process", "ratios")
     print(json.dumps({name: record[name] for name in shown}, indent=1))
 

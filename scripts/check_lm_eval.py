@@ -31,11 +31,13 @@ from para_jax import (
     log_to_stderr,
     save_adapter,
 )
-from para_jax.devices import describe_devices, library_versions
+from para_jax.devices import library_versions
 from para_jax.evaluation.answers import Answerer
 from para_jax.evaluation.harness.tasks import load_tasks, record, replay
 from para_jax.gguf.convert import convert_gguf
 from para_jax.hub import resolve_backbone
+from para_jax.inspect import new_record
+from para_jax.record_file import write_record
 
 LIMIT, MOVED = 1e-3, 0.1
 WORKER = Path(__file__).with_name("lm_eval_worker.py")
@@ -96,8 +98,6 @@ def main():
         pairs = zip(ours["base"][name]["answers"], ours["lora"][name]["answers"], strict=True)
         cases[f"lora: {name}"]["moved"] = farthest(pairs)
     report = {
-        "command": shlex.join(["python", *sys.argv]),
-        "device": describe_devices(),
         "versions": library_versions() | theirs["versions"],
         "limit": LIMIT,
         "cases": cases,
@@ -107,8 +107,7 @@ def main():
             if not case["largest_difference"] <= LIMIT or case["differs"] or not case.get("moved", MOVED) >= MOVED
         ],
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=2) + "\n")
+    write_record(args.output, new_record(shlex.join(["python", *sys.argv]), report))
     for name, case in cases.items():
         off = f"largest difference {case['largest_difference']:.1e}"
         print(f"{name:<18}{case['answers']:>5} answers   {off}   {case['scores']}")

@@ -9,7 +9,6 @@ weights that move the scores. The tasks are those of check_lm_eval.py, from loca
 """
 
 import argparse
-import json
 import shlex
 import sys
 import tempfile
@@ -31,8 +30,9 @@ from para_jax import (
     log_to_stderr,
 )
 from para_jax.bench.http import serving
-from para_jax.devices import describe_devices, library_versions
 from para_jax.evaluation.harness import completions as completions  # registers para-completions
+from para_jax.inspect import new_record
+from para_jax.record_file import write_record
 
 MODELS = {"base": "local-completions", "lora": "local-completions"} | dict.fromkeys(
     ("para", "para-response"), "para-completions"
@@ -51,16 +51,8 @@ def main():
         put_backbone(args.backbone, folder / "backbone")
         cases = compared(folder, write_tasks(folder / "tasks", args.documents))
     wrong = [name for name, case in cases.items() if not is_right(case)]
-    report = {
-        "command": shlex.join(["python", *sys.argv]),
-        "device": describe_devices(),
-        "versions": library_versions(),
-        "limit": LIMIT,
-        "cases": cases,
-        "failed": wrong,
-    }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=2) + "\n")
+    report = {"limit": LIMIT, "cases": cases, "failed": wrong}
+    write_record(args.output, new_record(shlex.join(["python", *sys.argv]), report))
     for name, case in cases.items():
         off = f"largest difference {case['largest_difference']:.1e}"
         print(f"{name:<24}{case['answers']:>5} answers   {off}   {case['scores']}")

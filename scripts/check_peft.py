@@ -35,9 +35,11 @@ from para_jax import (
 )
 from para_jax.config import SITES
 from para_jax.data.examples import encode_prompt
-from para_jax.devices import describe_devices, library_versions
+from para_jax.devices import library_versions
 from para_jax.gguf.convert import convert_gguf
 from para_jax.hub import resolve_backbone
+from para_jax.inspect import new_record
+from para_jax.record_file import write_record
 
 LIMIT, MOVED, COMPLETION = 2e-4, 0.1, 12
 PROMPT = "The customer asks where the parcel is, and when it will arrive."
@@ -79,16 +81,13 @@ def main():
     cases = {f"{name}: {case}": found for name, found_ in checked.items() for case, found in found_.items()}
     failed = [name for name, found in cases.items() if not agrees(name, *found)]
     report = {
-        "command": shlex.join(["python", *sys.argv]),
-        "device": describe_devices(),
         "versions": library_versions() | peers,
         "limit": LIMIT,
         "largest_difference": max(off for off, _ in cases.values()),
         "failed": failed,
         "cases": {name: {"difference": off, "moved": moved} for name, (off, moved) in cases.items()},
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=2) + "\n")
+    write_record(args.output, new_record(shlex.join(["python", *sys.argv]), report))
     print(f"the largest difference is {report['largest_difference']:.1e}, the limit {LIMIT}")
     sys.exit(f"check_peft: failed: {', '.join(failed)}" if failed else 0)
 
