@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..config import one_of, shorten
 from . import options as shared
 
 #: The benchmarks; bench.BENCHMARKS holds their functions.
@@ -33,7 +34,6 @@ def add(commands) -> None:
 
 
 def run(options) -> None:
-    from ..config import one_of, shorten
     from ..record_file import check_record_file
     from .checks import check_backbone
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..config import nearest
 from . import options as shared
 
 
@@ -14,7 +15,6 @@ def add(commands) -> None:
 
 
 def run(options) -> None:
-    from ..config import nearest
     from ..data.tokenizer import load_tokenizer
     from ..gguf.convert import check_new_folder, convert_gguf
 

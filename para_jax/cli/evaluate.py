@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..config import expanded
+from ..config import expanded, load_config
 from ..messages import say, warn
 from ..storage.bucket import BucketPath
 from . import options as shared
@@ -227,7 +227,6 @@ def warn_of_unused(options, config) -> None:
 
 def config_of(options):
     """The config with what the options change: backbone, precision, runtime, rows and seed."""
-    from ..config import load_config
     from .checks import chosen_backbone
 
     config = load_config(options.config, options.overrides)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..messages import warn
 from ..storage.bucket import BucketPath
 from . import options as shared
 
@@ -42,7 +43,6 @@ def run(options) -> None:
     from ..adapters.files import copy_for_peft, read_adapter_config
     from ..adapters.method import acts_everywhere, require_peft_fits
     from ..hub import resolve_adapter
-    from ..messages import warn
 
     shared.require_chat(options)
     folder = resolve_adapter(options.adapter)

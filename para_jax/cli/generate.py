@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+from ..config import nearest
+from ..messages import say, warn
 from ..storage.bucket import BucketPath, Place
 from . import options as shared
 from .names import BASE, adapters_of, name_and_source, named_adapters, tenants_of_prompts
@@ -78,7 +80,6 @@ def run(options) -> int | None:
 def checked(options) -> tuple[dict[str, str], list[str | None] | None]:
     """The adapters by name, and the tenant of each prompt (see tenants_of_prompts). Raises ValueError, before JAX is
     loaded, for options that are wrong or do not go together, and for what is not there."""
-    from ..messages import warn
     from ..serving.request import Request, check_request
     from .checks import check_adapters, check_new_folder, chosen_backbone
 
@@ -127,7 +128,6 @@ def checked(options) -> tuple[dict[str, str], list[str | None] | None]:
 
 def check_input(source: Place) -> None:
     """Raises ValueError, before anything is loaded, if there is nothing to answer. A pipe is not touched."""
-    from ..config import nearest
     from ..serving.answers import MAX_LINE, bounded_lines
 
     if str(source) == "-":
@@ -187,7 +187,6 @@ def answer_prompts(options, model, tokenizer, adapters, tenants) -> None:
 
 
 def answer_file(options, model, tokenizer, bank, tenants, answers) -> Counter[str]:
-    from ..messages import say
     from ..serving.jobs import answer_lines
 
     engine, default = engine_of(options, model, tokenizer, bank, tenants)
@@ -201,8 +200,6 @@ def answer_file(options, model, tokenizer, bank, tenants, answers) -> Counter[st
 
 def reported(options, errors: Counter[str]) -> int:
     """The exit code of a job that has ended, after lines about its output."""
-    from ..messages import say
-
     none = f"{options.input} has no line of shard {options.shard}, so {options.output} is not written"
     say(f"wrote {options.output}" if options.output.exists() else none)
     if errors:

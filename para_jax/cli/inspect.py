@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..config import printable, shorten
+from ..config import load_config, printable, shorten
 from . import options as shared
 
 LONGEST_LINE = 4000  # characters of a report's line
@@ -23,7 +23,6 @@ def add(commands) -> None:
 
 
 def run(options) -> None:
-    from ..config import load_config
     from .checks import check_backbone, check_data, check_target
 
     if options.data:

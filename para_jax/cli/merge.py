@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..messages import say
 from . import options as shared
 
 
@@ -26,7 +27,6 @@ def add(commands) -> None:
 
 
 def run(options) -> int:
-    from ..messages import say
     from ..shards import SHARD_FILE, job_shard_file
 
     folders = [(one / SHARD_FILE).is_file() for one in options.shards]

@@ -6,6 +6,8 @@ from glob import glob
 from itertools import islice
 from pathlib import Path
 
+from ..config import expanded
+from ..messages import say
 from ..storage.bucket import BucketPath, Place
 
 BASE = "base"  # the tenant that is the base model
@@ -32,8 +34,6 @@ def named_adapters(given: list[str], listed: Place | None = None) -> dict[str, s
 def adapter_lines(file: Place) -> list[tuple[str, str]]:
     """(Where it is, for errors; DIR or NAME=DIR) of each line of --adapters-from. Blank lines and those that begin with
     # are left out."""
-    from ..config import expanded
-
     path = expanded(file)
     if not path.is_file():
         raise ValueError(f"--adapters-from {file}: no such file\ngive a file with DIR or NAME=DIR on each line")
@@ -53,8 +53,6 @@ def adapter_lines(file: Place) -> list[tuple[str, str]]:
 
 def matching(text: str) -> list[str]:
     """The folders that a pattern such as runs/*/adapter matches, in order; empty for a text that is not a pattern."""
-    from ..config import expanded
-
     path = expanded(text)
     if not any(mark in str(path) for mark in "*?[") or is_there(text):
         return []
@@ -75,15 +73,11 @@ def matching(text: str) -> list[str]:
 
 def is_there(text: str) -> bool:
     """Whether DIR or NAME=DIR is a path on this host, whatever characters it contains."""
-    from ..config import expanded
-
     paths = [expanded(one) for one in (text, text.partition("=")[2]) if one]
     return any(isinstance(path, Path) and path.exists() for path in paths)
 
 
 def name_and_source(text: str) -> tuple[str, str]:
-    from ..config import expanded
-
     name, equals, source = text.partition("=")
     folder = expanded(text)
     if isinstance(folder, BucketPath):  # without a request: there may be thousands
@@ -98,8 +92,6 @@ def name_and_source(text: str) -> tuple[str, str]:
 
 def tenants_of_run(folder: str) -> list[str]:
     """NAME=DIR for each tenant of a run with many, and for each method of a comparison; empty for anything else."""
-    from ..config import expanded
-
     run = expanded(folder)
     if not any((run / file).is_file() for file in ("tenants.json", "comparison.json")):
         return []
@@ -150,7 +142,6 @@ def bank_within_memory(options, found: dict, model):
     """The bank of --adapters. Those that --adapter-memory has no room for are loaded when they are needed."""
     from ..adapters.loading_bank import bank_of
     from ..adapters.preview import load_previewed
-    from ..messages import say
 
     def load(name: str):
         return load_previewed(found[name], model.config, model=model)

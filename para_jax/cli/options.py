@@ -7,7 +7,8 @@ import difflib
 import re
 from pathlib import Path
 
-from ..config import ATTENTION, expanded, printable
+from ..config import ATTENTION, RuntimeSection, expanded, printable, shorten, template_variables
+from ..messages import say
 from ..storage.bucket import BucketPath, Place
 
 #: Defaults of --slots and, for models with as many positions, of --max-length.
@@ -101,8 +102,6 @@ def positive(text: str) -> float:
 
 def variables(text: str) -> str:
     """The variables of a chat template, as the JSON text of an argument."""
-    from ..config import template_variables
-
     try:
         template_variables("the object", filled(text))
     except ValueError as error:
@@ -200,8 +199,6 @@ def add_chat(parser) -> None:
 
 def require_chat(options) -> None:
     """Raises ValueError for a system message without a chat."""
-    from ..config import shorten
-
     if options.system is not None and not options.chat:
         raise ValueError(f"--system {shorten(options.system)} goes with --chat\ngive that too, or leave it out")
 
@@ -301,7 +298,6 @@ def sampling() -> argparse.ArgumentParser:
 def start_devices(options) -> None:
     """Starts JAX as the options of `runtime` say."""
     from .. import devices
-    from ..config import RuntimeSection
 
     devices.start(RuntimeSection(compilation_cache=not options.no_compilation_cache, allow_cpu=options.allow_cpu))
 
@@ -316,7 +312,6 @@ def load_model(options, **backbone):
     import jax
 
     from ..backbone.load import load_backbone
-    from ..messages import say
     from ..sharding import make_mesh, replicated_lines
 
     size, devices = options.tensor_parallel_size, jax.local_device_count()

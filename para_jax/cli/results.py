@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from ..messages import say
+
 
 def write_results(options, config, scores: dict, seconds: float) -> None:
     """Writes the file. Call it before the command prints anything, so that a closed output or a full disk can't lose
     the scores."""
     from ..inspect import results
-    from ..messages import say
     from ..record_file import write_record
 
     write_record(options.results, results(options.command_line, config, scores, seconds))

@@ -9,6 +9,8 @@ import shlex
 from importlib.util import find_spec
 from pathlib import Path
 
+from ..config import expanded
+from ..messages import say
 from . import options as shared
 from .names import bank_within_memory, named_adapters
 
@@ -147,7 +149,6 @@ def checked(options) -> tuple[dict[str, str], str]:
 
 def serve_at(options, sources: dict[str, str], base: str, keys, taken) -> None:
     """Loads everything, and serves at a socket."""
-    from ..messages import say
     from ..server.serve import serve
 
     engine = engine_of(options, sources)
@@ -224,8 +225,6 @@ def check_options(options) -> None:
 
 def base_name(backbone: str) -> str:
     """The base model's name: a folder's or file's own name, and a hub id as it is."""
-    from ..config import expanded
-
     path = expanded(backbone)
     return path.resolve().name if isinstance(path, Path) and path.exists() else backbone
 
@@ -236,7 +235,6 @@ def bank_of(options, sources: dict[str, str], model):
     from ..adapters.bank import AdapterBank
     from ..adapters.files import load_adapter
     from ..adapters.preview import previews
-    from ..messages import say
 
     found = dict(zip(sources, previews(sources.values(), model.config), strict=True))
     if not options.allow_adapter_updates:

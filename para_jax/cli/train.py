@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from ..config import load_config
 from . import options as shared
 from .results import write_results
 
@@ -30,7 +31,6 @@ def add(commands) -> None:
 
 
 def run(options) -> int | None:
-    from ..config import load_config
     from ..record_file import check_record_file
     from .checks import check_backbone, check_moved, check_run
 

@@ -850,7 +850,7 @@ def test_ctrl_c_gives_one_line_and_code_130(capsys, config, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("para_jax.config.load_config", interrupted)
+    monkeypatch.setattr("para_jax.cli.train.load_config", interrupted)
     assert command("train", config) == 130
     assert capsys.readouterr().err == "para-jax: interrupted\n"
 
@@ -949,7 +949,7 @@ def test_another_broken_pipe_is_an_error(capsys, monkeypatch, config):
     def broken(*_):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe of a logger")
 
-    monkeypatch.setattr("para_jax.config.load_config", broken)
+    monkeypatch.setattr("para_jax.cli.train.load_config", broken)
     monkeypatch.setattr("para_jax.cli.output_is_closed", lambda: False)
     assert_says(mistake(capsys, "train", config), "Broken pipe of a logger")
 

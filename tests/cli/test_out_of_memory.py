@@ -16,7 +16,7 @@ Total {space} usage >= 22.47G:
 
 
 def fail_with(monkeypatch, of):
-    monkeypatch.setattr("para_jax.config.load_config", lambda *_: of())
+    monkeypatch.setattr("para_jax.cli.train.load_config", lambda *_: of())
     return main(["train", "run.yaml"])
 
 
