@@ -20,18 +20,15 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from program_excess import excess
 
 from para_jax import (
     ParaConfig,
-    Transformer,
     init_adapter,
     load_model_config,
     make_mesh,
@@ -40,10 +37,12 @@ from para_jax import (
     stack_adapters,
 )
 from para_jax.adapters.adapter import Factors
+from para_jax.backbone.load import abstract_backbone
 from para_jax.config import SITES, Ia3Config, LoraConfig
 from para_jax.dry_run.hlo_counts import Program, describe_program
+from para_jax.dry_run.topology import topology_devices
 from para_jax.model import decode_step
-from para_jax.sharding import partition, tree_shardings, with_sharding
+from para_jax.sharding import partition, with_sharding
 
 RESULTS = Path("results/tpu_compile.json")
 ROWS = (8, 32)
@@ -54,7 +53,7 @@ PLACES = {
     "LLaMA-2 7B on one v5e": ("meta-llama/Llama-2-7b-hf", 1),
     "LLaMA-2 7B on v5e:2x2, tensor=4": ("meta-llama/Llama-2-7b-hf", 4),
 }
-TOPOLOGIES = {1: ("v5e:1x1", (1, 1, 1)), 4: ("v5e:2x2", (2, 2, 1))}
+TOPOLOGIES = {1: "v5e:1x1", 4: "v5e:2x2"}
 METHODS = {
     "base": None,
     "PARA r=12": ParaConfig(r=12),
@@ -174,15 +173,10 @@ def program_of(said: dict) -> Program:
 
 def compile_decode(source: str, chips: int, adapter, rows: int):
     """The compiled decode step of one backbone on this many chips, with tensor parallelism over all of them."""
-    name, bounds = TOPOLOGIES[chips]
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=name, chips_per_host_bounds=bounds).devices
-    mesh, config = make_mesh(tensor=chips, devices=devices), load_model_config(source)
-    model = jax.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
-    shardings = jax.tree.leaves(tree_shardings(model, mesh, config))
-    model = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), model)
+    mesh = make_mesh(tensor=chips, devices=topology_devices(TOPOLOGIES[chips], chips))
+    config = load_model_config(source)
+    model = abstract_backbone(config, jnp.bfloat16, mesh, layout="layers")
     state = decode_state(model, adapter, rows)
-    placed = [with_sharding(leaf, sharding) for leaf, sharding in zip(jax.tree.leaves(model), shardings, strict=True)]
-    model = jax.tree.unflatten(jax.tree.structure(model), placed)
     state = jax.tree.map(with_sharding, state, state_shardings(state, mesh, config))
     tokens = with_sharding(jax.ShapeDtypeStruct((rows,), jnp.int32), state.length.sharding)
     with jax.set_mesh(mesh):
