@@ -13,7 +13,7 @@ from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from .config import expanded
+from .config import BASE, expanded
 from .evaluation.results import LARGEST, file_names, metrics_of
 from .figures import drawable, explain, new_figure, plain, run_names
 from .messages import warn
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 MAX_BARS = 40
 #: Panels of a picture, at most.
 MAX_PANELS = 12
-#: The name of the base model's results in an evaluation's folder.
-BASE = "base"
 
 
 class Bar(NamedTuple):

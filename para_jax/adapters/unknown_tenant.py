@@ -6,7 +6,7 @@ import bisect
 import difflib
 from collections.abc import Sequence
 
-from ..config import shorten
+from ..config import BASE, shorten
 from ..untrusted import safe_name
 
 #: How many known names of each kind an unknown one is compared with; a comparison takes about 50 microseconds.
@@ -15,8 +15,8 @@ COMPARED = 50
 
 def unknown(name: object, known: tuple[str, ...]) -> str:
     """The error for a tenant that the bank does not hold, with names that are similar at the beginning or the end."""
-    if name == "base":  # what the command line and the server call it
-        return "no tenant 'base'; for the base model give None"
+    if name == BASE:  # what the command line and the server call it
+        return f"no tenant {BASE!r}; for the base model give None"
     nearest = nearest_names(str(name), known)
     if nearest:
         return f"no tenant {shorten(name)}; the nearest are {', '.join(map(safe_name, nearest))}"

@@ -6,11 +6,10 @@ from glob import glob
 from itertools import islice
 from pathlib import Path
 
-from ..config import expanded
+from ..config import BASE, expanded
 from ..messages import say
 from ..storage.bucket import BucketPath, Place
 
-BASE = "base"  # the tenant that is the base model
 LISTED = 20  # names in an error
 
 

@@ -11,6 +11,7 @@ from .adapter import listed as listed
 from .adapter import sites_in_order as sites_in_order
 from .adapter import with_scope_of as with_scope_of
 from .bounds import allowed_values as allowed_values
+from .check import BASE as BASE
 from .check import TFDS as TFDS
 from .check import expanded as expanded
 from .check import is_tfds as is_tfds

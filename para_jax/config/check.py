@@ -51,6 +51,8 @@ def printable(text: str, width: int = 500) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
+#: The base model's name among tenants: no adapter.
+BASE = "base"
 #: How the name of a tensorflow_datasets data set begins.
 TFDS = "tfds:"
 

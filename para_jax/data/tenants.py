@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import DataSection, expanded
+from ..config import BASE, DataSection, expanded
 from ..storage.bucket import Place
 from .arrow_files import SPLITS, is_saved, splits_of_saved
 from .given import PYTHON, is_given
@@ -19,7 +19,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 #: What a tenant sets of its own (runs/tenant_file.py), in its sub-folder.
 OWN_FILE = "tenant.yaml"
 #: Names that a run's folder uses itself, and the name of the base model.
-RESERVED = ("adapter", "base", "checkpoints", "config.yaml", "learning_rates", "metrics.jsonl", "profile")
+RESERVED = ("adapter", BASE, "checkpoints", "config.yaml", "learning_rates", "metrics.jsonl", "profile")
 RESERVED += ("tensorboard", "tenants.json")
 #: How a tenant's share of the batches grows with its number of examples.
 SAMPLING = {"proportional": 1.0, "sqrt": 0.5, "uniform": 0.0}

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from .. import atomic, devices
 from ..adapters.bank import AdapterBank
 from ..backbone.content import backbone_content
+from ..config import BASE
 from ..inference.content import writing_content
 from ..messages import say
 from ..shards import SHARD_FILE, Shard, ShardOutput, begin_part, write_part
@@ -40,8 +41,6 @@ from .shard_part import ShardOfAdapters, settings_of
 from .task_questions import Options, TaskQuestions
 from .white_space import Stripped, warn_of_white_space
 
-#: The name of the base model among the tenants.
-BASE = "base"
 #: Whether a task is asked of a tenant, or of the base model (None).
 Asks = Callable[[TaskQuestions, str | None], bool]
 

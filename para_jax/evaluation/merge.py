@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import atomic
+from ..config import BASE
 from ..shards import SHARD_FILE, ShardOutput, in_order, read_part
 from ..storage.bucket import BucketPath, Place, is_file_name
-from .folder import BASE
 from .journal import journal_lines
 from .results import ANSWERS_FILE, LARGEST, csv_table, described_work, markdown_table
 

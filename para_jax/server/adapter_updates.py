@@ -14,14 +14,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from ..atomic import old_folder
-from ..config import expanded, printable, shorten
+from ..config import BASE, expanded, printable, shorten
 from ..hub import HUB_ID, is_inside_folder
 from ..messages import say
 from .api_keys import require_unlimited
 from .body import ClientLeft, json_object, read_body
 from .errors import ApiError, wrong_field
 from .fields import Fields
-from .models import BASE, Models
+from .models import Models
 
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 LOAD_FIELDS = ("lora_name", "lora_path", "load_inplace", "base_model_name", "is_3d_lora_weight")

@@ -8,14 +8,11 @@ from collections.abc import Callable
 from ..adapters.bank import AdapterBank, Entry
 from ..adapters.loading_bank import LoadingBank
 from ..adapters.unknown_tenant import nearest_names
-from ..config import printable, shorten
+from ..config import BASE, printable, shorten
 from ..messages import warn
 from ..untrusted import require_unicode, safe_name
 from .api_keys import Access
 from .errors import ApiError, retry_later
-
-#: A name of the base model that always works.
-BASE = "base"
 
 
 class Models:
@@ -25,7 +22,7 @@ class Models:
     def __init__(self, bank: AdapterBank | None, base: str = BASE, sources: dict[str, str] | None = None):
         """
         Args:
-            base: the base model's name.
+            base: the base model's name; BASE works too.
             sources: the folder or hub id of each tenant that has one.
 
         Raises ValueError for a tenant that has a name of the base model.

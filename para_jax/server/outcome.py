@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from ..config import printable
+from ..config import BASE, printable
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Outcome:
         ended = time.monotonic() if self.ended is None else self.ended
         parts = [self.method, self.path, "-" if self.status is None else str(self.status)]
         if self.served:
-            parts += [f"model={'base' if self.tenant is None else printable(self.tenant, 100)}"]
+            parts += [f"model={BASE if self.tenant is None else printable(self.tenant, 100)}"]
             parts += [f"prompt={self.prompt_tokens}", f"cached={self.cached_tokens}", f"new={self.new_tokens}"]
             if self.first_token is not None:
                 parts.append(f"ttft={1000 * (self.first_token - self.received):.0f}ms")

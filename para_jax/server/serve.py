@@ -12,6 +12,7 @@ from pathlib import Path
 
 import uvicorn
 
+from ..config import BASE
 from ..messages import say, warn
 from ..serving.engine import Engine
 from . import adapter_updates, page
@@ -23,7 +24,7 @@ from .concurrency import concurrency_for
 from .connections import BoundedProtocol
 from .engine_loop import EngineLoop
 from .metrics import Metrics
-from .models import BASE, Models
+from .models import Models
 
 #: Seconds between two looks at whether the server should stop.
 LOOK_SECONDS = 0.05

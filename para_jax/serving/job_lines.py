@@ -14,7 +14,7 @@ from .. import __version__
 from ..adapters.bank import AdapterBank, Entry
 from ..adapters.loading_bank import LoadingBank
 from ..backbone.content import backbone_content
-from ..config import shorten, without_repeats
+from ..config import BASE, shorten, without_repeats
 from ..data.row_files import json_problem
 from ..inference.content import ANSWERS_VERSION, writing_content
 from ..inference.sampling import derived_seed
@@ -28,8 +28,6 @@ FIELDS = ("prompt", "messages", "tenant", "max_new_tokens", "temperature", "top_
 NOT_IN_JOBS = ("logprobs", "prompt_logprobs", "context_length", "cache_salt")
 #: Names that other servers use for a field.
 OTHER_NAMES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "model": "tenant"}
-#: The name of the base model, as on the command line; null works too.
-BASE = "base"
 #: Characters of a line's id as JSON.
 MAX_ID = 2**16
 #: Characters of an error in an answer.
