@@ -24,7 +24,8 @@ from ..adapters.rows import Rows
 from ..backbone.load import load_backbone, load_model_config
 from ..backbone.transformer import Transformer
 from ..config import SITES, Ia3Config, LoraConfig, ParaConfig
-from ..inference.generate import CACHE_MULTIPLE, next_token, up_to_multiple
+from ..data.batches import rounded_up
+from ..inference.generate import CACHE_MULTIPLE, next_token
 from ..model import DecodeState, decode, init_adapter, prefill
 from .rounds import measurement, medians, milliseconds, paired, random_tokens
 
@@ -154,7 +155,7 @@ class Step:
         return wall * 1e3, cpu * 1e3, made[1].cache
 
     def prefill(self, length: int):
-        longest = up_to_multiple(self.context + 1, CACHE_MULTIPLE)
+        longest = rounded_up(self.context + 1, CACHE_MULTIPLE)
         return prefill(self.model, self.side.adapters, self.tokens, self.context, length, max_length=longest)
 
     def check(self, base: Step) -> dict[str, float]:

@@ -14,11 +14,12 @@ import numpy as np
 from ..adapters.bank import AdapterBank
 from ..backbone.load import load_backbone
 from ..backbone.transformer import Transformer
+from ..data.batches import rounded_up
 from ..data.tokenizer import load_tokenizer
 from ..evaluation.answers import Answerer
 from ..evaluation.questions import Generation, Written
 from ..inference.answer_text import text_of
-from ..inference.generate import generate_tokens, up_to_multiple
+from ..inference.generate import generate_tokens
 from ..inference.sampling import Sampling
 from ..serving.engine import Engine
 from .decode import METHODS, bank_of
@@ -90,7 +91,7 @@ def timed(run: Callable[[], list[str]], name: str, written: dict[str, list[str]]
 
 def mixed(model: Transformer, bank: AdapterBank, tokenizer, work: EvaluationWorkload, rows: int) -> list[str]:
     """All adapters' answers in one pass."""
-    longest = up_to_multiple(PROMPT + NEW, 32)
+    longest = rounded_up(PROMPT + NEW, 32)
     # As in the loop, no token ends an answer before its length.
     engine = Engine(model, bank, tokenizer, slots=rows, max_length=longest, stop_ids=())
     answerer = Answerer(model, bank, tokenizer, rows=rows, engine=engine)

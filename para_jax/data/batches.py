@@ -14,9 +14,9 @@ from .examples import Example
 MULTIPLE = 8  # padded lengths are multiples of this many tokens
 
 
-def rounded_up(tokens: Any) -> Any:
-    """The number, or an array of them, rounded up to a multiple of MULTIPLE."""
-    return -(-tokens // MULTIPLE) * MULTIPLE
+def rounded_up(count: Any, multiple: int = MULTIPLE) -> Any:
+    """The number, or an array of them, rounded up to a multiple: by default that of padded lengths."""
+    return -(-count // multiple) * multiple
 
 
 class Batch(NamedTuple):

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ..adapters.methods import has_plain_prompts
 from ..adapters.rows import Rows, Stack
 from ..config import RunConfig
-from ..data.batches import Batch
+from ..data.batches import Batch, rounded_up
 from ..evaluation.likelihood import continuation_scores, together
 from ..inference.generate import next_token
 from ..longest_row import longest_split
@@ -41,8 +41,7 @@ def compile_programs(config: RunConfig, mesh: Mesh, tenants: int = 1) -> dict[st
     What follows prompts or prefill reads their results, and is missing if these do not fit.
     """
     found = {"train": compile_step(config, mesh, tenants)}
-    devices = batch_devices(mesh)
-    rows, length = -(-config.eval.batch_size // devices) * devices, config.data.assumed_length
+    rows, length = rounded_up(config.eval.batch_size, batch_devices(mesh)), config.data.assumed_length
     adapters, model = abstract_adapters(config, mesh, tenants, rows), abstract_model(config, mesh)
     room, states = length + (config.eval.max_new_tokens or 32), None
     with jax.set_mesh(mesh):

@@ -13,10 +13,10 @@ from typing import Any
 
 from ..adapters.invocation import require_invocation
 from ..backbone.transformer import Transformer
+from ..data.batches import rounded_up
 from ..data.examples import stop_token_ids
 from ..inference.content import writing_content
 from ..inference.draw import NO_TOKEN_MESSAGE
-from ..inference.generate import up_to_multiple
 from ..messages import say, warn
 from ..progress import Progress
 from ..serving.engine import Engine
@@ -185,7 +185,7 @@ class Answerer:
                 yield one, written, len(one.question.context) + written.tokens
 
     def _own_engine(self, questions: list[Generation]) -> Engine:
-        longest = up_to_multiple(max(self.longest, *map(tokens_to_write, questions)), 32)
+        longest = rounded_up(max(self.longest, *map(tokens_to_write, questions)), 32)
         longest = min(longest, self.model.config.max_positions)
         return Engine(self.model, self.bank, self.tokenizer, slots=self.rows, max_length=longest)  # pyright: ignore
 

@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 from ..backbone.load import load_model_config
 from ..config import DataSection, ModelConfig, RunConfig, shorten
+from ..data.batches import rounded_up
 from ..data.examples import encode_completion
 from ..data.given import described
 from ..data.records import Record, load_records, split_records
 from ..data.sources import source_of, task_of
 from ..data.tasks import TASKS
-from ..inference.generate import up_to_multiple
 from ..messages import warn
 from ..progress import Progress
 from .metrics import LABEL_METRICS, single_spaced
@@ -210,5 +210,5 @@ def size_of(record: Record) -> int:
 def answer_length(longest: int, model: ModelConfig) -> int:
     """The tokens that a written answer may have where the longest completion has `longest`: half as many again, so that
     an answer that goes on differs from it. A multiple of 8, but at most half of the model's positions."""
-    new = max(up_to_multiple(longest * 3 // 2, 8), FEWEST_NEW_TOKENS)
+    new = max(rounded_up(longest * 3 // 2, 8), FEWEST_NEW_TOKENS)
     return max(1, min(new, MOST_NEW_TOKENS, model.max_positions // 2))

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..data.batches import Bucket, best_lengths, plan_buckets, rounded_up
 from ..data.examples import Example
-from ..inference.generate import CACHE_MULTIPLE, up_to_multiple
+from ..inference.generate import CACHE_MULTIPLE
 from ..messages import say
 from .tasks import EncodedTask
 
@@ -109,8 +109,8 @@ def plan_shapes(tasks: Sequence[EncodedTask]) -> PlannedShapes:
     if writing:
         lengths = np.array([len(prompt) for task in writing for prompt, _ in task.examples])
         prompts = tuple(best_lengths(rounded_up(lengths), WRITTEN_LENGTHS))
-        needed = lengths.max() + max(task.task.max_new_tokens for task in writing)
-        cache = max(up_to_multiple(needed, CACHE_MULTIPLE), prompts[-1])
+        needed = int(lengths.max()) + max(task.task.max_new_tokens for task in writing)
+        cache = max(rounded_up(needed, CACHE_MULTIPLE), prompts[-1])
         shapes = shapes._replace(prompts=prompts, cache=cache)
     return shapes
 
@@ -124,7 +124,7 @@ def batch_rows(batch_size: int) -> int:
     """The rows of a compiled batch: `batch_size`, rounded up to a multiple of data x fsdp of the current mesh. Every
     device would compute the whole of any other batch."""
     mesh = jax.sharding.get_abstract_mesh()
-    return batch_size if mesh.empty else up_to_multiple(batch_size, mesh.shape["data"] * mesh.shape["fsdp"])
+    return batch_size if mesh.empty else rounded_up(batch_size, mesh.shape["data"] * mesh.shape["fsdp"])
 
 
 def say_evaluation(parts: Mapping[str, Sequence[EncodedTask]], batch_size: int) -> None:

@@ -19,7 +19,7 @@ from ..adapters.invocation import require_invocation, row_configs
 from ..adapters.rows import Adjustments, Rows
 from ..backbone.transformer import Transformer
 from ..config import shorten
-from ..data.batches import right_padded
+from ..data.batches import right_padded, rounded_up
 from ..data.examples import (
     Prompt,
     encode_prompt,
@@ -143,9 +143,9 @@ def generate_tokens(
     most = [sampling.max_new_tokens] * len(prompt_ids) if most is None else most
     check_prompts(model, adapters, prompt_ids, most)
     longest, last = max(map(len, prompt_ids)), sampling.max_new_tokens
-    length = length or up_to_multiple(longest, PROMPT_MULTIPLE)
+    length = length or rounded_up(longest, PROMPT_MULTIPLE)
     tokens, lengths = right_padded(prompt_ids, len(prompt_ids), length)
-    needed = max(up_to_multiple(longest + last, CACHE_MULTIPLE), length)
+    needed = max(rounded_up(longest + last, CACHE_MULTIPLE), length)
     logits, state = (begin or prefill)(model, adapters, tokens, lengths, max_length=max_length or needed)
     if model.layout == "stacked":
         state = stacked_state(state)
@@ -235,10 +235,6 @@ def check_prompts(model, adapters, prompt_ids: Sequence[list[int]], most: Sequen
                 f"prompt {i}: {len(ids)} tokens and max_new_tokens {max_new_tokens} are more than the model's "
                 f"{model.config.max_positions} positions; shorten the prompt or lower max_new_tokens"
             )
-
-
-def up_to_multiple(count: int, multiple: int) -> int:
-    return -(-int(count) // multiple) * multiple
 
 
 def before_stop(tokens: list[int], stop_ids: Sequence[int]) -> list[int]:

@@ -12,9 +12,8 @@ from ..adapters.bank import AdapterBank, Entry
 from ..adapters.methods import has_plain_prompts
 from ..adapters.rows import Rows
 from ..backbone.transformer import Transformer
-from ..data.batches import right_padded
+from ..data.batches import right_padded, rounded_up
 from ..inference.draw import row_sampling
-from ..inference.generate import up_to_multiple
 from ..inference.logprobs import Logprobs
 from ..inference.sampling import Sampling
 from ..model import prefill
@@ -56,7 +55,7 @@ class Decoder:
         self.model, self.bank, self.slots, self.max_length = model, bank, slots, max_length
         self.mesh = mesh_of(model)
         self._leaves, self._treedef = jax.tree.flatten(model)
-        self._buckets = sorted({min(up_to_multiple(-(-max_length // part), 16), max_length) for part in (4, 2, 1)})
+        self._buckets = sorted({min(rounded_up(-(-max_length // part), 16), max_length) for part in (4, 2, 1)})
         """padded lengths of prompts that are computed whole: at most three, each its own program"""
         one, base = np.zeros((1, 1), np.int32), self._adapters(None)
         self.row = jax.eval_shape(lambda: prefill(model, base, one, 1, max_length=max_length)[1])
