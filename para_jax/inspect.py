@@ -303,13 +303,14 @@ def adapter_report(folder: Path) -> str:
         )
     layers = found.backbone["num_layers"]
     spread = layers / len(found.method.adapter.layers(found.config, layers))  # a bank holds weights of every layer
-    vectors = found.vectors - found.joined
-    single, half = (spread * (n * found.matrices + 4 * vectors) for n in (4, 2))  # its vectors stay float32
+    counts = found.counts
+    vectors = counts.vectors - counts.joined
+    single, half = (spread * (n * counts.matrices + 4 * vectors) for n in (4, 2))  # its vectors stay float32
     return "\n".join(
         [
             f"adapter    {found.method.label}, " + ", ".join(f"{k} {v}" for k, v in fields.items()),
             f"backbone   {printable(found.base_model or 'not named')}: {shape}",
-            f"memory     {found.matrices + found.vectors:,} values; 1000 such tenants in a bank: "
+            f"memory     {counts.matrices + counts.vectors:,} values; 1000 such tenants in a bank: "
             f"{size(1000 * single)} of host memory in float32, {size(1000 * half)} in bfloat16",
             f"decode     {carried_line(found)}",
         ]
@@ -318,9 +319,10 @@ def adapter_report(folder: Path) -> str:
 
 def carried_line(found: Described) -> str:
     """What decode carries for each row."""
-    if not found.carried:
+    carried = found.counts.carried
+    if not carried:
         return "nothing: the adapter acts on the prompt alone"
-    sizes = f"{size(4 * found.carried)} per row in float32, {size(2 * found.carried)} in bfloat16"
+    sizes = f"{size(4 * carried)} per row in float32, {size(2 * carried)} in bfloat16"
     also = ", whatever the number of tenants" if found.method.carries == "factors" else ""
     return f"{sizes}: its {found.method.carries}{also}"
 

@@ -61,14 +61,7 @@ class Described(NamedTuple):
     """num_layers; in our own format also model_type, width, site_widths and perhaps fingerprint"""
     base_model: str
     """where the backbone comes from; "" if it is not named"""
-    matrices: int
-    """how many numbers are in the adapter's matrices"""
-    vectors: int
-    """how many are in its vectors"""
-    carried: int
-    """how many decode carries for each row"""
-    joined: int = 0
-    """how many of its vectors become one with others in a bank"""
+    counts: ValueCounts
 
 
 # -------------------------------------------------------------------------------------------------------------- saving
@@ -249,10 +242,10 @@ def read_adapter_config(folder: str | Path | BucketPath) -> Described:
     place = expanded(folder)
     local = resolve_adapter(place) if isinstance(place, BucketPath) else place
     method, config, backbone, base_model = read_config(local)
-    values = ValueCounts(*method.count_values(config, backbone, lambda: tensor_shapes(local)))
+    counts = ValueCounts(*method.count_values(config, backbone, lambda: tensor_shapes(local)))
     if scope_of(config)[0] == "prompt":
-        values = values._replace(carried=0)
-    return Described(method, config, backbone, base_model, *values)
+        counts = counts._replace(carried=0)
+    return Described(method, config, backbone, base_model, counts)
 
 
 def read_config(folder: Path, model_type: str = "") -> tuple[Method, Any, dict, str]:

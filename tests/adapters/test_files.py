@@ -210,8 +210,8 @@ def test_the_config_alone_tells_the_size_of_the_weights(tmp_path, options):
     adapter = trained(**options)
     save_adapter(adapter, tmp_path / "adapter")
     found = read_adapter_config(tmp_path / "adapter")
-    assert found.matrices + found.vectors == sum(leaf.size for leaf in jax.tree.leaves(adapter))
-    assert found.carried == 3 * (64 + 32 + 128)
+    assert found.counts.matrices + found.counts.vectors == sum(leaf.size for leaf in jax.tree.leaves(adapter))
+    assert found.counts.carried == 3 * (64 + 32 + 128)
 
 
 def test_the_model_card_names_library_and_base_model_whatever_its_name(tmp_path):

@@ -471,15 +471,15 @@ def test_a_hub_id_of_another_method_goes_through_the_hub(monkeypatch):
 def test_the_folder_tells_the_size_of_what_is_loaded(name):
     found, adapter = read_adapter_config(PEFT / name), load(PEFT / name)
     assert found.config == adapter.config and found.base_model == "llama" and found.backbone == {"num_layers": 3}
-    assert found.matrices + found.vectors == sum(leaf.size for leaf in jax.tree.leaves(adapter))
+    assert found.counts.matrices + found.counts.vectors == sum(leaf.size for leaf in jax.tree.leaves(adapter))
     one_layer = jax.tree.map(lambda leaf: leaf[0], adapter).condition(jnp.zeros(64))
-    assert found.carried == 3 * sum(leaf.size for leaf in jax.tree.leaves(one_layer))
+    assert found.counts.carried == 3 * sum(leaf.size for leaf in jax.tree.leaves(one_layer))
 
 
 def test_vectors_that_are_carried_together_are_counted_once(tmp_path):
     save_adapter(made(Ia3Config(target_modules=("up_proj", "down_proj"))), tmp_path / "adapter")
     found = read_adapter_config(tmp_path / "adapter")
-    assert (found.vectors, found.carried) == (3 * 256, 3 * 128)
+    assert (found.counts.vectors, found.counts.carried) == (3 * 256, 3 * 128)
 
 
 @pytest.mark.parametrize("config", [
