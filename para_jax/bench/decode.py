@@ -15,13 +15,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from ..adapters.adapter import Adapter
 from ..adapters.bank import AdapterBank
 from ..adapters.methods import method_of
 from ..adapters.rows import Rows
-from ..backbone.load import load_backbone, load_model_config
+from ..backbone.load import abstract_backbone, chosen_dtype, load_backbone, load_model_config
 from ..backbone.transformer import Transformer
 from ..config import SITES, Ia3Config, LoraConfig, ParaConfig
 from ..data.batches import rounded_up
@@ -196,14 +195,13 @@ def tenant(fresh: Adapter, i: int) -> Adapter:
 
 def random_backbone(source: str) -> Transformer:
     """A backbone in the shape of `source`, with random weights."""
-    config = load_model_config(source)
-    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    leaves, treedef = jax.tree.flatten(jax.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+    model = abstract_backbone(load_model_config(source), chosen_dtype(None), layout="layers")
+    leaves, treedef = jax.tree.flatten(model)
 
     def drawn(i: int, leaf) -> jax.Array:
         if len(leaf.shape) == 1:
-            return jnp.ones(leaf.shape, dtype)  # norms
-        return leaf.shape[0] ** -0.5 * jax.random.normal(jax.random.key(i), leaf.shape, dtype)
+            return jnp.ones(leaf.shape, leaf.dtype)  # norms
+        return leaf.shape[0] ** -0.5 * jax.random.normal(jax.random.key(i), leaf.shape, leaf.dtype)
 
     return jax.tree.unflatten(treedef, [drawn(i, leaf) for i, leaf in enumerate(leaves)])
 
