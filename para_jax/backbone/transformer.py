@@ -84,12 +84,8 @@ class Transformer(nnx.Module):
         Args:
             head: from gathered_head; default: the weights as they are sharded.
         """
-        if self.head is None:
-            head = self.embedding[...] if head is None else head
-            logits = jnp.einsum("...d,vd->...v", x, head, preferred_element_type=jnp.float32)
-        else:
-            head = self.head[...] if head is None else head
-            logits = jnp.einsum("...d,dv->...v", x, head, preferred_element_type=jnp.float32)
+        own, product = (self.embedding, "...d,vd->...v") if self.head is None else (self.head, "...d,dv->...v")
+        logits = jnp.einsum(product, x, own[...] if head is None else head, preferred_element_type=jnp.float32)
         return softcap(logits / self.config.logits_divisor, self.config.final_softcap)
 
     def with_layout(self, layout: str) -> Transformer:
