@@ -66,6 +66,7 @@ class GgufFile:
             self.architecture = check_architecture(self.metadata)
             factors = tensors.pop("rope_freqs.weight", None)
             self.tensors = {hugging_face_name(name, self.architecture): tensor for name, tensor in tensors.items()}
+            self.shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
             self.config = CONFIGS[self.architecture](self.metadata, self.shapes)
             if factors is not None:
                 vector = dequantise(factors)[0] if len(factors.shape) == 1 else np.zeros(1)
@@ -73,11 +74,6 @@ class GgufFile:
             check_complete(self.shapes, self.config, self.architecture)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Tensor name to shape, in PyTorch's orientation (out, in)."""
-        return {name: tensor.shape for name, tensor in self.tensors.items()}
 
     @property
     def tokenizer(self) -> dict[str, Any]:
