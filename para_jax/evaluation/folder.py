@@ -97,10 +97,8 @@ def evaluate_to_folder(
         given = {"rows": options.rows, "journal": journal, "backbone": content}
         answerer = Answerer(model, bank, tokenizer, **given, longest=longest_answer(tasks))
         libraries, limits = versions(), {"limit": options.limit, "rows": options.rows, "seed": options.seed}
-        began = None
-        if part is not None:
-            how = limits | {"shuffle_prompts": options.shuffle_prompts, "samples": options.log_samples, "base": base}
-            began = describe_part(output, part, answerer, tasks, libraries, how)
+        how = limits | {"shuffle_prompts": options.shuffle_prompts, "samples": options.log_samples, "base": base}
+        began = None if part is None else describe_part(output, part, answerer, tasks, libraries, how)
         begun = time.time()
         if options.shuffle_prompts:
             about = about | {"shuffle_prompts": True}
@@ -113,9 +111,9 @@ def evaluate_to_folder(
                 made |= run_record(answerer, tenant, about | {"adapter": sources.get(name)}, limits, begun)
                 found.records[name] = made
         text = write_results(output, files, earlier, found, tasks, answerer, options, libraries)
-        if part is not None and began is not None:
+        if began is not None:
             held = {"files": files, "samples": found.samples, "answers": len(answerer.asked)}
-            if part.shard.index == 0:  # once is enough: the same for all shards
+            if began.shard.index == 0:  # once is enough: the same for all shards
                 names = [name for one in tasks for name in one.names]
                 held |= {"names": all_names, "tasks": names, "own": owners(tasks)}
             write_part(output / SHARD_FILE, began._replace(ended=True, content=held))
