@@ -85,9 +85,7 @@ def gemma(c: dict) -> dict:
 
 
 def gemma2(c: dict) -> dict:
-    return {
-        "norm_offset": 1.0,
-        "embedding_multiplier": config_int(c, "hidden_size") ** 0.5,
+    return gemma(c) | {
         "activation": config_activation(c, "hidden_activation"),
         "post_norm": True,
         "attention_scale": config_number(c, "query_pre_attn_scalar") ** -0.5,
