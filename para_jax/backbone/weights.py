@@ -108,8 +108,7 @@ def recipes(config: ModelConfig, source: Source) -> dict[str, Recipe]:
     if config.tied_embeddings and plan["embedding"].source not in shapes and "lm_head.weight" in shapes:
         plan["embedding"] = plan["embedding"]._replace(source="lm_head.weight")  # as save_model of safetensors keeps it
     expected = {recipe.source: recipe.shape for recipe in plan.values()}
-    tied_head = {"lm_head.weight": plan["embedding"].shape} if config.tied_embeddings else {}
-    known = expected | {name: shape for name, shape in tied_head.items() if name in shapes}
+    known = expected | ({"lm_head.weight": plan["embedding"].shape} if config.tied_embeddings else {})
     problems = {
         "missing": [name for name in expected if name not in shapes],
         "unknown": [name for name in shapes if name not in known and not name.endswith("rotary_emb.inv_freq")],
