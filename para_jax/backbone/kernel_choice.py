@@ -28,9 +28,6 @@ class AttentionChoice:
     """why packed rows, and only they, use plain attention"""
 
 
-AUTO = AttentionChoice()
-
-
 def choice_named(name: str) -> AttentionChoice:
     """The choice for a value of backbone.attention. Raises ValueError for an unknown one."""
     if name not in ATTENTION:
@@ -43,7 +40,7 @@ def attention_kernel(
     length: int,
     dtype,
     platform: str,
-    choice: AttentionChoice = AUTO,
+    choice: AttentionChoice,
     *,
     packed: bool = False,
     capability: tuple[int, int] | None = None,

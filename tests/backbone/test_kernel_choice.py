@@ -31,7 +31,7 @@ CONFIG = backbone("gemma3_text").config  # windows in some layers
     ("llama", 128, "float32", "gpu", H100, "plain", "float32"),
 ])  # fmt: skip
 def test_auto_chooses_by_device_capability_family_and_length(family, length, dtype, on, capability, name, why):
-    found = attention_kernel(backbone(family).config, length, dtype, on, capability=capability)
+    found = attention_kernel(backbone(family).config, length, dtype, on, AttentionChoice(), capability=capability)
     assert found[0] == name and found[1].endswith(why)
 
 
@@ -41,11 +41,13 @@ def test_auto_chooses_by_device_capability_family_and_length(family, length, dty
 ])  # fmt: skip
 def test_cudnn_takes_the_heads_that_the_card_allows(head_dim, capability, name):
     config = replace(backbone("llama").config, head_dim=head_dim)
-    assert attention_kernel(config, 128, "bfloat16", "gpu", capability=capability)[0] == name
+    assert attention_kernel(config, 128, "bfloat16", "gpu", AttentionChoice(), capability=capability)[0] == name
 
 
 def test_cudnn_takes_packed_rows_of_even_length_only():
-    chosen = partial(attention_kernel, CONFIG, dtype="bfloat16", platform="gpu", capability=H100)
+    chosen = partial(
+        attention_kernel, CONFIG, dtype="bfloat16", platform="gpu", choice=AttentionChoice(), capability=H100
+    )
     assert [chosen(length=length, packed=True)[0] for length in (128, 127)] == ["cudnn", "plain"]
     assert chosen(length=127)[0] == "cudnn"
 
