@@ -70,17 +70,9 @@ def curves_plot(folders: str | Place | Sequence[str | Place]) -> Figure:
         draw_range(losses, [series(rows, "validation_loss") for rows in of_run], colour, None, said, linestyle="--")
         for metric, axes in of_metrics.items():
             draw_range(axes, [series(rows, f"validation_{metric}") for rows in of_run], colour, None, said, marker="o")
-    losses.plot([], [], color="grey", label="training, smoothed")
-    if any("validation_loss" in row for rows in every for row in rows):
-        losses.plot([], [], color="grey", marker="o", markersize=4, linestyle="--", label="validation")
-    if said.tested:
-        losses.plot([], [], color="grey", marker="D", markersize=5, linestyle="", label="test, before and after")
     losses.set_ylabel("loss (nats per token)")
-    handles, labels = losses.get_legend_handles_labels()
-    if len(labels) > 8 or max(map(len, labels)) > 40:  # no room inside
-        figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=7)
-    else:
-        losses.legend(fontsize=8)
+    validated = any("validation_loss" in row for rows in every for row in rows)
+    name_curves(figure, losses, validated=validated, tested=said.tested)
     for metric, axes in of_metrics.items():
         if metric in bars:
             found = {name: bar for name, rows in whole.items() if (bar := last_score(rows, metric))}
@@ -146,6 +138,20 @@ def draw_tested(axes, metric: str, rows: list[dict], colour: str, said: Said) ->
             said.tested = True
             look = dict(markersize=5, linestyle="", markeredgecolor=colour, markerfacecolor=fill)
             axes.plot(steps[-1:], values[-1:], marker="D", **look)
+
+
+def name_curves(figure: Figure, losses, *, validated: bool, tested: bool) -> None:
+    """The legend of the losses' curves, with what each kind of line is; above the picture if the panel has no room."""
+    losses.plot([], [], color="grey", label="training, smoothed")
+    if validated:
+        losses.plot([], [], color="grey", marker="o", markersize=4, linestyle="--", label="validation")
+    if tested:
+        losses.plot([], [], color="grey", marker="D", markersize=5, linestyle="", label="test, before and after")
+    handles, labels = losses.get_legend_handles_labels()
+    if len(labels) > 8 or max(map(len, labels)) > 40:  # no room inside
+        figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=7)
+    else:
+        losses.legend(fontsize=8)
 
 
 def draw_range(
