@@ -134,17 +134,22 @@ def adapters_of(options, found: dict, model):
 
     if not found:
         return load_adapter(options.adapter, model.config, model=model) if options.adapter else None
-    return bank_within_memory(options, found, model)
-
-
-def bank_within_memory(options, found: dict, model):
-    """The bank of --adapters. Those that --adapter-memory has no room for are loaded when they are needed."""
-    from ..adapters.loading_bank import bank_of
     from ..adapters.preview import load_previewed
 
     def load(name: str):
         return load_previewed(found[name], model.config, model=model)
 
-    bank = bank_of(found, model.config, load, int(options.adapter_memory * 1e9))
+    return bank_within_memory(options, found, model.config, load)
+
+
+def bank_within_memory(options, found: dict, model_config, load):
+    """The bank of --adapters. Those that --adapter-memory has no room for are loaded when they are needed.
+
+    Args:
+        load: gives the adapter of a name in `found`.
+    """
+    from ..adapters.loading_bank import bank_of
+
+    bank = bank_of(found, model_config, load, int(options.adapter_memory * 1e9))
     say(str(bank))
     return bank

@@ -231,14 +231,18 @@ def base_name(backbone: str) -> str:
 
 def bank_of(options, sources: dict[str, str], model):
     """The bank of the adapters, or None for the base model alone. With updates it holds all of them, and has room for
-    others."""
+    others. Without, one that is dropped from memory is loaded again as it is then: it may have been trained further."""
     from ..adapters.bank import AdapterBank
     from ..adapters.files import load_adapter
     from ..adapters.preview import previews
 
     found = dict(zip(sources, previews(sources.values(), model.config), strict=True))
+
+    def load(name: str):
+        return load_adapter(found[name].place, model.config, model=model)
+
     if not options.allow_adapter_updates:
-        return bank_within_memory(options, found, model) if found else None
+        return bank_within_memory(options, found, model.config, load) if found else None
     configs = [one.config for one in found.values()]
     fitting = [AdapterBank.fitting(configs, model.config, capacity=len(found))] if found else []
     there = [AdapterBank(model.config), *fitting]
@@ -250,8 +254,8 @@ def bank_of(options, sources: dict[str, str], model):
         sites=names_in(options.sites) or tuple({site for one in there for site in one.sites}),
     )
     bank.expected = tuple(dict.fromkeys(configs))  # clients may unload all adapters of a kind, and load one again
-    for name, one in found.items():  # one by one, because a loaded adapter is on the device until the bank has it
-        bank.add(name, load_adapter(one.place, model.config, model=model))
+    for name in found:  # one by one, because a loaded adapter is on the device until the bank has it
+        bank.add(name, load(name))
     say(str(bank))
     return bank
 

@@ -368,8 +368,8 @@ def fill(template: str, row: dict) -> str:
         if name is not None:
             if row.get(name) is None:
                 raise ValueError(
-                    f"no field {shorten(name)}, or it is null; the row has {names_of(row)}. Write an empty text where "
-                    "nothing belongs, in pandas by frame.fillna('')"
+                    f"no field {shorten(name)}; the row has {names_of(row)}. If it is null, write an empty text "
+                    "(frame.fillna('') in pandas)"
                 )
             value = field(row, name)
             if isinstance(value, Decimal | date) and not isinstance(value, datetime):

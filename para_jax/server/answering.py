@@ -143,7 +143,7 @@ class Answering:
             requests = engine_requests(asked, tenant, self.loop.engine, access.salt)
             self.loop.open([(request, entry) for request in requests], answer)
         except ValueError as error:
-            raise refused(error, asked) from None
+            raise refused(error, asked, self.loop.engine.max_length) from None
         outcome.tenant = tenant
         outcome.prompt_tokens = sum(len(stream.prompt_ids) for stream in answer.streams)
         outcome.choices = len(requests) * asked.n

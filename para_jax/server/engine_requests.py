@@ -67,7 +67,12 @@ def require_few(found: dict, engine: Engine) -> None:
 def too_many(name: str, what: str, advice: str, engine: Engine) -> ApiError:
     """The error of a field whose list is too long."""
     message = f"{name} has {what}; {advice}, because the engine's max_length is {engine.max_length}"
-    return wrong_field(name, message, "context_length_exceeded")
+    return wrong_field(name, message + known_words(engine.max_length), "context_length_exceeded")
+
+
+def known_words(max_length: int) -> str:
+    """The words by which gateways find out that a prompt is too long, and ask another model."""
+    return f"; this model's maximum context length is {max_length} tokens"
 
 
 def prompt_ids(prompt: Prompt, engine: Engine, variables: Variables | None = None) -> Ids:
@@ -104,7 +109,8 @@ def require_room(asked: Asked, engine: Engine) -> None:
     count = len(asked.prompts) * asked.n
     limits = [one for one in (engine.queue_limit, engine.queue_limit_per_tenant) if one is not None]
     if limits and count > min(limits):
-        raise wrong_field("n", f"the request asks for {count} answers, and the queue takes {min(limits)}; ask for less")
+        name, most = "n" if asked.n > 1 else "prompt", min(limits)
+        raise wrong_field(name, f"the request asks for {count} answers, and the queue takes {most}; ask for less")
     if asked.logprobs is None:
         return
     tokens = sum(min(scored_tokens(asked, prompt), asked.n * engine.max_length) for prompt in asked.prompts)
@@ -132,7 +138,7 @@ def longest_prompt(tokenizer, max_length: int) -> int:
 NAMES = {"prompt_logprobs": "logprobs", "max_new_tokens": "max_tokens"}
 
 
-def refused(error: ValueError, asked: Asked) -> ApiError:
+def refused(error: ValueError, asked: Asked, max_length: int) -> ApiError:
     """The engine's refusal as an error that names the client's field."""
     names = NAMES | {"max_new_tokens": asked.max_tokens_field}
     if asked.chat and asked.logprobs:
@@ -143,6 +149,7 @@ def refused(error: ValueError, asked: Asked) -> ApiError:
     code = "context_length_exceeded" if long else None
     if param not in (*CHAT_FIELDS, *TEXT_FIELDS):
         param = "prompt"  # what the tokenizer or its chat template says of it
+    message += known_words(max_length) * long
     if isinstance(error, TemplateError) and asked.variables:
         message += f"; chat_template_kwargs is {shorten(asked.variables)}"
     return wrong_field("messages" if asked.chat and param == "prompt" else param, message, code)

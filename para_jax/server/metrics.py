@@ -33,6 +33,7 @@ REQUEST_SECONDS = (
     0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
     1920.0, 7680.0,
 )  # fmt: skip
+TOKENS = tuple(float(digit * 10**power) for power in range(7) for digit in (1, 2, 5))
 FINISH_REASONS = ("stop", "length", "abort", "error")
 #: Codes of what ends a request although the engine works.
 ABORTS = ("client_left", "timeout", "shutting_down")
@@ -54,7 +55,8 @@ class Metrics:
         self._engine, self._models = engine, models
         self.traffic = Traffic(models, max_tenants)
         self.first_token, self.token = Histogram(FIRST_TOKEN_SECONDS), Histogram(TOKEN_SECONDS)
-        self.request, self.queue = Histogram(REQUEST_SECONDS), Histogram(REQUEST_SECONDS)
+        self.request, self.queue, self.prefill, self.decode = (Histogram(REQUEST_SECONDS) for _ in range(4))
+        self.prompt_tokens, self.new_tokens = Histogram(TOKENS), Histogram(TOKENS)
         self._finished: dict[str, int] = dict.fromkeys(FINISH_REASONS, 0)
         self._statuses: Counter[str] = Counter()
         self._engine_failures = 0
@@ -76,10 +78,16 @@ class Metrics:
         if not outcome.served:
             return
         self.traffic.end(outcome)
+        self.prompt_tokens.observe(outcome.prompt_tokens)
         if outcome.started is not None and outcome.queued is not None:
             self.queue.observe(outcome.started - outcome.queued)
         if outcome.first_token is not None:
             self.first_token.observe(outcome.first_token - outcome.received)
+            self.new_tokens.observe(outcome.new_tokens)
+            if outcome.started is not None:
+                self.prefill.observe(outcome.first_token - outcome.started)
+            if outcome.ended is not None:
+                self.decode.observe(outcome.ended - outcome.first_token)
         for seconds, tokens in outcome.gaps:
             self.token.observe(seconds / max(tokens, 1), tokens)
         if outcome.ended is not None:
@@ -137,6 +145,10 @@ class Metrics:
             "inter_token_latency_seconds": ("Between two tokens of an answer.", self.token),
             "e2e_request_latency_seconds": ("From a request's arrival to its end.", self.request),
             "request_queue_time_seconds": ("From the queue to a slot.", self.queue),
+            "request_prefill_time_seconds": ("From a slot to the first token.", self.prefill),
+            "request_decode_time_seconds": ("From the first token to a request's end.", self.decode),
+            "request_prompt_tokens": ("Tokens of a request's prompts.", self.prompt_tokens),
+            "request_generation_tokens": ("Tokens of a request's answers.", self.new_tokens),
         }
         for name, (text, histogram) in histograms.items():
             family = HistogramMetricFamily(f"vllm:{name}", text, labels=["model_name"])

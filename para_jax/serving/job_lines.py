@@ -26,6 +26,8 @@ from .request import Request, check_request
 FIELDS = ("prompt", "messages", "tenant", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "n", "id")
 #: Fields of a request that no job has: its answers don't show them.
 NOT_IN_JOBS = ("logprobs", "prompt_logprobs", "context_length", "cache_salt")
+#: Fields that hold whole numbers.
+WHOLE = ("max_new_tokens", "top_k", "n", "seed")
 #: Names that other servers use for a field.
 OTHER_NAMES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "model": "tenant"}
 #: Characters of a line's id as JSON.
@@ -168,6 +170,12 @@ def json_object(line: bytes | None) -> dict:
 def request_of(number: int, found: dict, defaults: Request) -> Request:
     """The request of a line's object, with a seed. Raises ValueError that names the field."""
     require_unicode("line", found)
+    if {"body", "custom_id"} <= found.keys():
+        raise ValueError(
+            "fields: a line of OpenAI's batch format; write the fields of `body` themselves, with custom_id as id, "
+            "model as tenant and max_tokens as max_new_tokens"
+        )
+    found = {name: value for name, value in found.items() if value is not None or name == "tenant"}
     unknown = [name for name in found if name not in FIELDS]
     if unknown:
         raise ValueError("fields: " + "; ".join(map(unknown_field, unknown[:3])))
@@ -176,14 +184,17 @@ def request_of(number: int, found: dict, defaults: Request) -> Request:
     if "messages" in found and not isinstance(found["messages"], list):
         raise ValueError(f"messages: {shorten(found['messages'])} is not a list of turns; give a text as prompt")
     prompt = found.pop("messages") if "messages" in found else found.pop("prompt")
-    if not isinstance(prompt, (str, list)):
+    if not isinstance(prompt, (str, list)) or (prompt and isinstance(prompt[0], int)):  # token ids
         raise ValueError(f"prompt: {shorten(prompt)} is not a text; write one")
     found["tenant"] = found.get("tenant", defaults.tenant)
     if found["tenant"] == BASE:
         found["tenant"] = None
     if isinstance(found.get("stop"), list):
         found["stop"] = tuple(found["stop"])
-    if found.get("seed") is None:
+    for name in WHOLE:  # a table writes 8 as 8.0 where other rows have no value
+        if isinstance(found.get(name), float) and found[name].is_integer():
+            found[name] = int(found[name])
+    if "seed" not in found:
         found["seed"] = derived_seed(defaults.seed or 0, number)
     request = replace(defaults, prompt=prompt, **found)
     check_request(request)

@@ -82,7 +82,7 @@ MISTAKES = [
         r"runs/nope: no such folder; did you mean runs/mine\?",
     ),
     ("generate --prompt a --backbone model --adapter runs/mine", r"runs/mine.*did you mean runs/mine/adapter\?"),
-    ("generate --prompt a --backbone model --adapters runs/peft", r"such as runs/peft/acme\?.*--adapters DIR/\*"),
+    ("generate --prompt a --backbone model --adapters runs/several", r"such as runs/several/acme\?.*--adapters DIR/\*"),
     ("generate --prompt a --adapter runs/away/adapter", "away/adapter.*models/gone: no such folder.*--backbone SOURCE"),
     ("serve --adapters runs/away/adapter", "runs/away/adapter.*models/gone: no such folder"),
     ("evaluate --adapters runs/away/adapter --tasks data/train.jsonl", "runs/away/adapter.*models/gone"),
@@ -169,8 +169,8 @@ def told(tmp_path_factory):
         (folder / "runs" / name / "config.yaml").write_text(CONFIG)
     away = {"base_model_name_or_path": "models/gone"}
     (folder / "runs/away/adapter/adapter_config.json").write_text(json.dumps(away))
-    (folder / "runs/peft/acme").mkdir(parents=True)
-    (folder / "runs/peft/acme/adapter_config.json").write_text("{}")
+    (folder / "runs/several/acme").mkdir(parents=True)
+    (folder / "runs/several/acme/adapter_config.json").write_text("{}")
     (folder / "runs/quick/tenants").mkdir(parents=True)
     (folder / "runs/quick/tenants/tenants.json").write_text("{}")
     (folder / "table.jsonl").write_text("prompt,completion\na,b\n")

@@ -86,6 +86,10 @@ def test_adapters_that_need_more_memory_are_loaded_when_they_are_asked_for(tmp_p
     whole = made_bank(model, sources)
     assert (len(little), len(updated), len(whole)) == (0, 2, 2) and little.names == whole.names
     assert little.entry("b").content == whole.entry("b").content and len(little) == 1
+    save_adapter(strong(init_adapter(ParaConfig(r=2), model.config), 7), tmp_path / "b", model=model)  # trained again
+    assert little.entry("b").content == whole.entry("b").content, "as long as it stays in memory"
+    assert little.entry("a").content == whole.entry("a").content
+    assert little.entry("b").content == made_bank(model, sources).entry("b").content != whole.entry("b").content
 
 
 def test_adapters_that_leave_change_no_program(tmp_path):

@@ -133,7 +133,7 @@ def test_rows_of_two_kinds_may_have_each_others_columns_as_nulls(tmp_path):
 
 def test_a_template_over_a_null_says_what_to_write(tmp_path):
     for row in ({"q": "a", "more": None}, {"q": "a"}):
-        with pytest.raises(ValueError, match="data.jsonl:1: no field 'more', or it is null; .*empty text"):
+        with pytest.raises(ValueError, match="data.jsonl:1: no field 'more'; .* null, write an empty text"):
             read_records(write(tmp_path, row), prompt="{q} {more}", completion="b {q}")
 
 

@@ -49,7 +49,8 @@ def test_the_names_and_types_are_those_of_vllm():
         "gauge": "num_requests_running num_requests_waiting kv_cache_usage_perc lora_requests_info",
         "counter": "prefix_cache_queries prefix_cache_hits prompt_tokens generation_tokens request_success",
         "histogram": "time_to_first_token_seconds inter_token_latency_seconds e2e_request_latency_seconds "
-        "request_queue_time_seconds",
+        "request_queue_time_seconds request_prefill_time_seconds request_decode_time_seconds request_prompt_tokens "
+        "request_generation_tokens",
     }
     expected = {f"vllm:{name}": kind for kind, names in kinds.items() for name in names.split()}
     assert {name: kind for name, kind in types.items() if name.startswith("vllm")} == expected
@@ -98,6 +99,15 @@ def test_a_request_is_counted_and_measured():
     sums = {"time_to_first_token": (6, 2), "inter_token_latency": (7.4, 5), "e2e_request_latency": (30, 3)}
     for name, (total, count) in (sums | {"request_queue_time": (6, 3)}).items():
         assert (found[f"vllm:{name}_seconds_sum", BASE], found[f"vllm:{name}_seconds_count", BASE]) == (total, count)
+    of_tokens = {"request_prompt_tokens": (30, 3), "request_generation_tokens": (8, 2)}
+    for name, expected in of_tokens.items():
+        assert (found[f"vllm:{name}_sum", BASE], found[f"vllm:{name}_count", BASE]) == expected
+    in_parts = [
+        found[f"vllm:request_{part}_time_seconds_{what}", BASE]
+        for part in ("prefill", "decode")
+        for what in ("sum", "count")
+    ]
+    assert in_parts == [1, 2, 14, 2]
     buckets = {
         bound: found["vllm:inter_token_latency_seconds_bucket", bound, BASE] for bound in ("0.075", "0.1", "7.5")
     }

@@ -562,6 +562,29 @@ def test_a_bad_line_is_answered_with_an_error_and_the_others_are_served(folder, 
     assert [row["tenant"] for row in served] == [None, "A", None] and served[0]["text"] == served[2]["text"]
 
 
+def test_a_null_counts_as_missing_and_a_table_may_write_whole_numbers_as_floats():
+    """As pandas writes rows of different kinds."""
+    defaults = Request("", "A", max_new_tokens=5, temperature=0.5, top_k=7)
+    nulls = dict.fromkeys(set(job_lines.FIELDS) - {"id", "tenant"})
+    expected = job_lines.request_of(3, {"prompt": "w20", "max_new_tokens": 8, "n": 2}, defaults)
+    assert job_lines.request_of(3, nulls | {"prompt": "w20", "max_new_tokens": 8.0, "n": 2.0}, defaults) == expected
+    turns = [{"role": "user", "content": "w20"}]
+    found = job_lines.request_of(3, nulls | {"messages": turns, "tenant": None}, defaults)
+    assert (found.prompt, found.tenant, found.top_k, found.max_new_tokens) == (turns, None, 7, 5)
+    assert found.temperature == 0.5 and found.seed is not None
+    with pytest.raises(ValueError, match="max_new_tokens is 8.5"):
+        job_lines.request_of(3, {"prompt": "w20", "max_new_tokens": 8.5}, defaults)
+
+
+@pytest.mark.parametrize(("line", "said"), [
+    ({"prompt": [20, 30]}, r"prompt: \[20, 30\] is not a text"),
+    ({"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": {"prompt": "w20"}}, "OpenAI's batch.*id"),
+])  # fmt: skip
+def test_lines_of_other_servers_are_named(line, said):
+    with pytest.raises(ValueError, match=said):
+        job_lines.request_of(1, line, Request(""))
+
+
 def test_an_answered_line_that_can_no_longer_be_served_says_why():
     gone = LineSample(3, 0, "now", None, None, error="tenant: no tenant 'C'")
     with pytest.raises(ValueError, match="line 3 of the input was answered as another request: tenant: no tenant 'C'"):
