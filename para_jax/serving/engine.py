@@ -44,8 +44,9 @@ class Engine:
     """Serves requests of a bank's tenants, on the devices that the model was loaded over (load_backbone's `mesh`).
 
     `submit`, `cancel` and `stream` may be called from any thread at any time. One thread at a time drives, by `run` or
-    `step`; a second one gets a RuntimeError. A stream drives by itself while no thread does. Whatever a round raises,
-    the engine can continue: run() then gives all answers that are missing.
+    `step`; a second one gets a RuntimeError. A stream drives by itself while no thread does, and while the caller of
+    `run` handles an answer. Whatever a round raises, the engine can continue: run() then gives all answers that are
+    missing.
     """
 
     def __init__(
@@ -133,6 +134,8 @@ class Engine:
         self._pins = Pins(self._prefills.cache, self._prefills.cached)
         self._rounds = Rounds(self._decoder, self._requests, self._pins, frozenset(ends))
         self._driver: threading.Thread | None = None
+        self._paused = False
+        """whether the driver's run() has given an answer and waits for its caller; streams then drive by themselves"""
         """the thread of run() or step()"""
 
     def warm_up(self) -> None:
@@ -270,7 +273,7 @@ class Engine:
                     self._rounds.make()
                 while done:
                     with self._requests.lock:
-                        number = next(iter(done), -1)
+                        number, self._paused = next(iter(done), -1), True
                     try:
                         completion = done[number]
                         del done[number]  # no call from here to the yield, so no interrupt can lose the answer
@@ -278,6 +281,7 @@ class Engine:
                         continue
                     yield completion
                     self._driver = threading.current_thread()  # a generator may continue in another one
+                self._paused = False
 
     def step(self) -> list[Completion]:
         """Makes one round and returns the answers that have ended. Raises RuntimeError if another thread drives."""
@@ -299,13 +303,13 @@ class Engine:
             yield
         finally:
             with self._requests.lock:
-                self._driver = before
+                self._driver, self._paused = before, False
                 self._requests.news.notify_all()
 
     def _advance(self, ready: Callable[[], bool]) -> None:
         """Returns once `ready` gives True, or a round has ended: another thread's, or else one of our own."""
         with self._requests.news:
-            driver = self._driver
+            driver = None if self._paused else self._driver
             if driver is not None and driver is not threading.current_thread() and driver.is_alive():
                 if not ready():
                     self._requests.news.wait(timeout=1.0)  # bounded, in case an interrupt lost the notification

@@ -164,6 +164,18 @@ def test_a_second_driver_is_refused_and_the_first_goes_on(model, bank):
         assert len(other.submit(lambda: list(engine.run())).result()) == 1  # one after the other is fine
 
 
+def test_streams_go_on_while_the_caller_of_run_handles_an_answer(model, bank, alone):
+    engine, asked = engine_of(model, bank), requests()
+    for i in range(2):
+        engine.submit(Request(prompt(i), max_new_tokens=1 + 8 * i, id=i))
+    running = engine.run()
+    found = [next(running)]
+    with ThreadPoolExecutor(1) as other:
+        text = other.submit(lambda: "".join(piece.text for piece in engine.stream(asked[0]))).result(timeout=60)
+    assert text == alone[0][0][1]
+    assert {one.id for one in (*found, *running)} == {0, 1} and not engine.open
+
+
 def test_streams_in_threads_drive_by_themselves(model, bank, alone):
     engine, asked = engine_of(model, bank), requests()
 
