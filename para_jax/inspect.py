@@ -170,8 +170,8 @@ def start_lines(config: RunConfig, model: ModelConfig) -> list[str]:
     own = {one.train.init_from: one for one in tenant_configs(config).values()}  # one adapter, or each tenant's
     here = [one for place, one in own.items() if (expanded(place) / CONFIG).is_file()]
     check_initial(here, model)
-    missing = f"; {len(own) - len(here)} not here, which the run looks for when it starts" * (len(here) < len(own))
-    return [f"start      {source}: {len(here)} of {len(own)} adapters can be read{missing}"]
+    others = f"; {len(own) - len(here)} not checked: no folder here has them" * (len(here) < len(own))
+    return [f"start      {source}: {len(here)} of {len(own)} adapters can be read{others}"]
 
 
 def mesh_here(config: RunConfig) -> dict[str, int]:

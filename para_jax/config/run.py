@@ -219,7 +219,7 @@ class EvalSection:
     """the maximum length of a written answer; default: that of the task, else 1.5 times the tokens of the longest
     completion of the training data, 16 to 512"""
     patience: PositiveInt | None = None
-    """stop after this many evaluations without a better score"""
+    """stop after this many evaluations without a better score, or the same score with a lower loss"""
     test: bool = False
     """score the test data before and after training"""
     test_limit: PositiveInt | None = None

@@ -229,8 +229,9 @@ def records_of(
 
 
 def has_both(row: dict) -> bool:
-    """Whether the row has the columns `prompt` and `completion`."""
-    return row.get("prompt") is not None and row.get("completion") is not None
+    """Whether the row has the columns `prompt` and `completion`. Rows of another kind in the same file may have them
+    as nulls."""
+    return {"prompt", "completion"} <= row.keys() and not row["prompt"] is row["completion"] is None
 
 
 def row_fields(row: dict, templates: dict[str, str | None]) -> list[tuple[Prompt, str, tuple[str, ...], object]]:
@@ -366,11 +367,8 @@ def fill(template: str, row: dict) -> str:
     for literal, name in template_fields("template", template):
         parts.append(literal)
         if name is not None:
-            if row.get(name) is None:
-                raise ValueError(
-                    f"no field {shorten(name)}; the row has {names_of(row)}. If it is null, write an empty text "
-                    "(frame.fillna('') in pandas)"
-                )
+            if name in row and row[name] is None:
+                raise ValueError(f"{name} is null; write an empty text (in pandas: frame.fillna(''))")
             value = field(row, name)
             if isinstance(value, Decimal | date) and not isinstance(value, datetime):
                 value = str(value)  # a date as in 2026-07-25

@@ -82,23 +82,33 @@ def unread(section: DataSection, split: str) -> Place | None:
     is named otherwise, or data.train is a file. None if the config names data of this split, or that file."""
     if getattr(section, split) is not None:
         return None
-    place, named = local_place(section.train), (section.validation, section.test)
+    place, named = local_place(section.train), [named_place(own) for own in (section.validation, section.test)]
     if place and place.is_dir():
         found = unread_part(place, split) if is_saved(place) else misnamed_split(place, split)
     else:
         found = beside(place, split)
-    return None if found in map(local_place, named) else found
+    return None if found in named else found
 
 
 def unread_part(folder: Path, split: str) -> Path | None:
     """The split of a data set that `save_to_disk` wrote which was probably meant as this one (validation or test), but
-    is not read: it has another name, or `folder` is one split and not the whole data set. None if there is none."""
-    whole = folder if splits_of_saved(folder) else folder.parent
+    is not read: it has another name, or `folder` is the split train and not the whole data set. None if there is
+    none."""
+    whole = folder.parent if folder.name == "train" and not splits_of_saved(folder) else folder
     there = splits_of_saved(whole)
     if whole == folder and split in there:
         return None
     meant = (split, *OTHER_NAMES) if split == "validation" else (split,)
     return next((whole / name for name in there if name.lower() in meant), None)
+
+
+def named_place(own: str | None) -> Path | None:
+    """The file or folder that a field names, also as hf:FOLDER::SPLIT."""
+    if own is None or not is_hf(own):
+        return local_place(own)
+    name, _, split = parse_hf(own)
+    folder = expanded(name)
+    return folder / split if split and isinstance(folder, Path) and is_saved(folder) else None
 
 
 def local_place(train: str | None) -> Path | None:

@@ -157,7 +157,7 @@ TFDS_TASKS = {
 def field(row: dict, name: str) -> object:
     """A field of a row. The error for a missing field lists the others."""
     if name not in row:
-        raise ValueError(f"no field {shorten(name)}; the row has {names_of(row)}, and what is null is left out")
+        raise ValueError(f"no field {shorten(name)}; the row has {names_of(row)}. A null counts as missing")
     if isinstance(row[name], bytes):
         raise ValueError(f"{name} is not UTF-8 text: {shorten(row[name])}")
     return row[name]

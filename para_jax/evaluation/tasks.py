@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache, reduce
+from functools import cache, lru_cache
 from pathlib import Path
 from shlex import quote
 from typing import NamedTuple
 
 from ..backbone.load import load_model_config
-from ..config import DataSection, ModelConfig, RunConfig, is_tfds
-from ..data.examples import Example, answer_opening, encode_completion, encode_example, stop_token_ids
+from ..config import DataSection, ModelConfig, RunConfig, is_tfds, shorten
+from ..data.examples import (
+    Example,
+    answer_opening,
+    encode_completion,
+    encode_example,
+    special_tokens,
+    stop_token_ids,
+)
 from ..data.hf import is_hf
 from ..data.records import MissingColumn, Record, encode_records, load_records, read_records, report, split_records
 from ..data.row_files import split_file
 from ..data.sources import task_of
 from ..data.tasks import TASKS, Task
-from ..inference.answer_text import special_ids, text_of
+from ..inference.answer_text import text_of
 from ..inference.generate import before_stop
 from ..messages import say, warn
 from .defaults import (
@@ -113,36 +121,62 @@ def encode_task(task: EvalTask, tokenizer, limit: int | None = None) -> EncodedT
         records = [as_ranked(tokenizer, task.choices, *one) for one in zip(records, examples, each, strict=True)]
     openings = [answer_opening(tokenizer, record.prompt) for record in records] if task.writes else []
     if task.writes:
-        records = [as_learnt(tokenizer, *one) for one in zip(records, examples, openings, strict=True)]
+        same = shown_alike(tokenizer, records)
+        if same:
+            warn(f"{task.name}: answers such as {shorten(same[0])} differ in special tokens alone, which no text shows")
+        records = [as_learnt(tokenizer, *one, same) for one in zip(records, examples, openings, strict=True)]
     return EncodedTask(task._replace(records=records), examples, ranked, openings)
 
 
-def as_learnt(tokenizer, record: Record, example: Example, opening: str) -> Record:
+def as_learnt(tokenizer, record: Record, example: Example, opening: str, same: Collection[str]) -> Record:
     """The record, which also accepts its completion as a model that has learnt it writes it. This form comes first,
     because label metrics take the first reference as the label."""
-    text = learnt_text(tokenizer, record, example, opening)
+    text = learnt_text(tokenizer, record, example, opening, same)
     return with_reference(record, text) if text and differ(text, record.completion) else record
 
 
-def learnt_text(tokenizer, record: Record, example: Example, opening: str) -> str:
+def learnt_text(tokenizer, record: Record, example: Example, opening: str, same: Collection[str] = ()) -> str:
     """A record's completion as a model that has learnt it writes it: the tokenizer may normalise a text, the chat
     template may leave out a part, no text has special tokens, and an end token ends it. Empty if the tokenizer lacks a
-    part of the completion: the rest is another answer."""
+    part of the completion: the rest is another answer.
+
+    Args:
+        same: texts that several completions have, as `shown_alike` finds them.
+    """
     ends = (*stop_token_ids(tokenizer), example.completion_ids[-1])
     learnt = before_stop(example.completion_ids, ends)
     written = text_of(tokenizer, learnt)
     text = written.strip().removeprefix(opening).lstrip()
     if not text or not differ(text, record.completion):
         return text
-    names = {tokenizer.convert_ids_to_tokens(id) for id in learnt if id in special_ids(tokenizer, len(tokenizer))}
-    bare = reduce(lambda left, name: left.replace(name, ""), sorted(names), record.completion)
-    if names and text.split() == bare.split():
-        return text
     with suppress(ValueError):  # from a template that refuses the text
         for one in (text, written):
             if before_stop(encode_completion(tokenizer, record.prompt, one), ends) == learnt:
                 return text
-    return ""
+    shown = without_specials(tokenizer, record.completion)
+    return text if not differ(text, shown) and single_spaced(shown) not in same else ""
+
+
+def shown_alike(tokenizer, records: Sequence[Record]) -> list[str]:
+    """The texts of completions that differ in nothing but special tokens. Those that end an answer do not count."""
+    names, ends = special_names(tokenizer, len(tokenizer)), tokenizer.convert_ids_to_tokens(stop_token_ids(tokenizer))
+    found: dict[str, set[tuple[str, ...]]] = {}
+    for record in records:
+        marks = tuple(name for name in names.findall(record.completion) if name not in ends)
+        found.setdefault(single_spaced(without_specials(tokenizer, record.completion)), set()).add(marks)
+    return [text for text, of in found.items() if len(of) > 1]
+
+
+def without_specials(tokenizer, text: str) -> str:
+    """A completion as text shows it: without the names of special tokens."""
+    return special_names(tokenizer, len(tokenizer)).sub("", text)
+
+
+@lru_cache(8)
+def special_names(tokenizer, length: int) -> re.Pattern:
+    """Matches the name of a special token. `length` is as in `special_tokens`."""
+    names = sorted(special_tokens(tokenizer, length), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names)) or "(?!)")
 
 
 def as_ranked(tokenizer, choices: Sequence[str], record: Record, example: Example, ranked: Sequence[Example]) -> Record:

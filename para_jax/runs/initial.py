@@ -31,8 +31,14 @@ def initial_places(source: str | None, names: Iterable[str]) -> dict[str, str | 
         return dict.fromkeys(names, source)
     if (place / "adapter" / CONFIG).is_file():
         return dict.fromkeys(names, str(place / "adapter"))
-    own = {name: place / name if name else place for name in names}
-    return {name: str(one if (one / CONFIG).is_file() else one / "adapter") for name, one in own.items()}
+
+    def own(name: str) -> str:
+        folder = place / name if name else place
+        return str(folder if name and (folder / CONFIG).is_file() else folder / "adapter")
+
+    names = list(names)
+    with ThreadPoolExecutor(AT_ONCE) as pool:  # in a bucket each file takes a request
+        return dict(zip(names, pool.map(own, names), strict=True))
 
 
 def check_initial(configs: Iterable[RunConfig], model_config: ModelConfig) -> None:

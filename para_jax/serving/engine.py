@@ -134,9 +134,9 @@ class Engine:
         self._pins = Pins(self._prefills.cache, self._prefills.cached)
         self._rounds = Rounds(self._decoder, self._requests, self._pins, frozenset(ends))
         self._driver: threading.Thread | None = None
+        """the thread of run() or step()"""
         self._paused = False
         """whether the driver's run() has given an answer and waits for its caller; streams then drive by themselves"""
-        """the thread of run() or step()"""
 
     def warm_up(self) -> None:
         """Compiles everything. Afterwards nothing is compiled, unless an adapter joins whose config differs from all
@@ -293,17 +293,17 @@ class Engine:
     @contextmanager
     def _claimed(self) -> Iterator[None]:
         with self._requests.lock:
-            before, me = self._driver, threading.current_thread()
+            before, paused, me = self._driver, self._paused, threading.current_thread()
             if before is not None and before is not me and before.is_alive():
                 raise RuntimeError(f"the thread {before.name} drives the engine; only one may, by run() or step()")
-            self._driver = me
+            self._driver, self._paused = me, False
             if self._requests.torn or self._rounds.broken:
                 self._requests.settle()
         try:
             yield
         finally:
             with self._requests.lock:
-                self._driver, self._paused = before, False
+                self._driver, self._paused = before, paused
                 self._requests.news.notify_all()
 
     def _advance(self, ready: Callable[[], bool]) -> None:

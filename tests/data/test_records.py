@@ -132,8 +132,12 @@ def test_rows_of_two_kinds_may_have_each_others_columns_as_nulls(tmp_path):
 
 
 def test_a_template_over_a_null_says_what_to_write(tmp_path):
-    for row in ({"q": "a", "more": None}, {"q": "a"}):
-        with pytest.raises(ValueError, match="data.jsonl:1: no field 'more'; .* null, write an empty text"):
+    said = {
+        "more is null; write an empty text": {"q": "a", "more": None},
+        "no field 'more'; .* null counts as missing": {"q": "a"},
+    }
+    for error, row in said.items():
+        with pytest.raises(ValueError, match=f"data.jsonl:1: {error}"):
             read_records(write(tmp_path, row), prompt="{q} {more}", completion="b {q}")
 
 

@@ -121,6 +121,21 @@ def test_a_special_token_that_no_answer_shows_makes_none_wrong(completion):
         assert score_answers(encoded, [Scored(-1.0, True), Written(written, 3)]).score == score
 
 
+def test_answers_that_differ_in_special_tokens_alone_are_not_right_for_each_other(capsys):
+    """The text that is written shows none, so nothing could tell which of them it was."""
+    tokenizer = deepcopy(tiny_tokenizers.plain())
+    tokenizer.add_tokens([AddedToken("<|yes|>", special=True), AddedToken("<|no|>", special=True)])
+    completions = ("<|yes|> the movie", "<|no|> the movie", "<|yes|> where")
+    records = [Record("where", one, (one,), None, "x:1") for one in completions]
+    encoded = encode_task(EvalTask("t", records), tokenizer)
+    assert "t: answers such as 'the movie' differ in special tokens alone" in capsys.readouterr().err
+    written = [Written(text, 3) for text in ("the movie", "the movie", "where")]
+    assert score_answers(encoded, [*[Scored(-1.0, True)] * 3, *written]).score == 1 / 3
+    ends = [Record("where", one, (one,), None, "x:1") for one in (f"where{tokenizer.eos_token}", "where")]
+    encode_task(EvalTask("t", ends), tokenizer)
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("metric", ["accuracy", "macro_f1"])
 @pytest.mark.parametrize("twin", ["no<|im_end|>", "no<|im_end|>\n"])
 def test_choices_that_become_the_same_tokens_are_one_answer(metric, twin):

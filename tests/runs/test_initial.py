@@ -80,7 +80,7 @@ def test_a_dry_run_refuses_the_adapters_that_the_run_would_refuse(folder, tmp_pa
     saved(tmp_path / "before" / "acme" / "adapter")
     given = f"data.tenants={tmp_path / 'tenants'}", f"train.init_from={tmp_path / 'before'}", "train.rows_per_tenant=4"
     config = run_config(folder, f"output_dir={tmp_path / 'run'}", *given)
-    assert f"{tmp_path / 'before'}: 1 of 2 adapters can be read; 1 not here" in dry_run(config)
+    assert f"{tmp_path / 'before'}: 1 of 2 adapters can be read; 1 not checked" in dry_run(config)
     saved(tmp_path / "before" / "globex" / "adapter", config=replace(ADAPTER, r=7))
     with pytest.raises(ValueError, match="before/globex/adapter: r=7 there"):
         dry_run(config)

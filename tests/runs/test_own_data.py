@@ -130,8 +130,12 @@ def test_so_is_a_split_that_save_to_disk_wrote(tmp_path, capsys, name, train):
     warn_of_unread([RunConfig(data=section)])
     assert f"{tmp_path / name} is not read; set data.validation\n" in capsys.readouterr().err
     assert (unread(section, "test") is None) == (train == "")
-    named = replace(section, validation=str(tmp_path / name))
-    assert unread(named, "validation") is None and len(load_records(named, "validation") or ()) == 1
+    for source in (tmp_path / name, f"hf:{tmp_path}::{name}"):
+        named = replace(section, validation=str(source))
+        assert unread(named, "validation") is None and len(load_records(named, "validation") or ()) == 1
+        assert unread(replace(section, test=str(source)), "validation") is None
+    acme = (tmp_path / name).rename(tmp_path / "acme")  # a tenant next to others
+    assert unread(DataSection(train=str(acme)), "test") is None
 
 
 def test_a_file_that_is_read_as_something_else_and_a_folder_that_is_not_listed_are_not_named(

@@ -168,12 +168,12 @@ def test_streams_go_on_while_the_caller_of_run_handles_an_answer(model, bank, al
     engine, asked = engine_of(model, bank), requests()
     for i in range(2):
         engine.submit(Request(prompt(i), max_new_tokens=1 + 8 * i, id=i))
-    running = engine.run()
-    found = [next(running)]
-    with ThreadPoolExecutor(1) as other:
+    with ThreadPoolExecutor(1) as other, closing(engine.run()) as running:  # closed first, so a stream can't wait
+        found = [next(running)]
+        found += engine.step()  # by the same thread; run still waits for its caller
         text = other.submit(lambda: "".join(piece.text for piece in engine.stream(asked[0]))).result(timeout=60)
-    assert text == alone[0][0][1]
-    assert {one.id for one in (*found, *running)} == {0, 1} and not engine.open
+        found += running
+    assert text == alone[0][0][1] and {one.id for one in found} == {0, 1} and not engine.open
 
 
 def test_streams_in_threads_drive_by_themselves(model, bank, alone):
