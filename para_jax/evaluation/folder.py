@@ -193,6 +193,7 @@ def write_results(
         atomic.write_text(output / files[name], json.dumps(made, indent=2, default=str) + "\n")
     warn_of_white_space(found.white_space)
     others = sorted({path.name for path in output.glob("*.json")} - {*files.values(), SHARD_FILE})
+    others += sorted({path.name for path in output.glob("samples_*.jsonl")} - {*found.samples})
     if others:
         say(f"{output} also holds results of earlier calls, which are not in table.md: {', '.join(others)}")
     own = {tenant: task for tenant, task in owners(tasks).items() if tenant in found.records}

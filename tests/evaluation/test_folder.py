@@ -150,9 +150,10 @@ def test_a_mistake_gives_one_line_before_weights_are_read(
 
 def test_ctrl_c_names_the_folder_and_older_results_are_named(folder, whole, tmp_path, capsys, monkeypatch):
     output = shutil.copytree(whole, tmp_path / "out")
+    (output / "samples_labels_B.jsonl").touch()
     assert main(command(folder, output, adapters="B")) == 0
     said = capsys.readouterr().err
-    assert "which are not in table.md: A.json\n" in said and "replaced" not in said
+    assert "which are not in table.md: A.json, samples_labels_B.jsonl\n" in said and "replaced" not in said
     assert main(command(folder, output, tasks=[str(folder / "labels")], adapters="B")) == 0
     others = sorted({*results(whole)["B"]["results"]} - {"labels"})
     assert others and f"replaced its results of {', '.join(others)}; " in capsys.readouterr().err

@@ -7,13 +7,16 @@ hands each adapter's answers to lm-eval's own scorer. This module needs lm-eval.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import io
 import logging
 import math
 import os
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +35,8 @@ from .requests import NO_PROMPT, TokenLM
 
 #: Draws of a bootstrapped standard error; that of a mean has a closed form.
 BOOTSTRAP = 1000
+#: Where an object is in memory, which its text may say.
+ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 #: The types of requests that are computed here.
 COMPUTED = ("loglikelihood", "generate_until")
 
@@ -51,6 +56,17 @@ class HarnessTask(NamedTuple):
     def result_names(self) -> tuple[str, ...]:
         """The names of tasks and groups under which lm-eval gives results."""
         return tuple(name for part in ("tasks", "groups") for name in self.loaded.get(part, ()))
+
+    def settings(self) -> dict[str, str]:
+        """A hash of what the scores depend on besides the answers, by the name of each of its tasks: the task's config
+        and its documents. It does not cover the code of helper files."""
+        found = {}
+        for name, task in self.loaded.get("tasks", {}).items():
+            made = hashlib.sha256(ADDRESS.sub("", repr(task.dump_config())).encode())
+            for document in islice(task.eval_docs, self.limit):
+                made.update(repr(document).encode("utf-8", "backslashreplace"))
+            found[name] = made.hexdigest()
+        return found
 
     def run(self, lm: LM, **options) -> dict:
         """lm-eval's results for an LM; the requests are the same every time."""

@@ -222,10 +222,26 @@ def test_bos_is_not_put_before_a_text_that_has_it():
         ("run --tasks x -b 2", "run --tasks x -b 2 --model para"),
         ("-M para --tasks x --use_cache=c", "--tasks x --model para --batch_size 8 --model_args cache=c"),
         ("--use_cache c --tasks x", "--tasks x --model para --batch_size 8 --model_args cache=c"),
+        (
+            "--tasks x --model_args backbone=m,adapter=runs/a",  # lm-eval names its results by these
+            "--tasks x --model_args pretrained=m,peft=runs/a --model para --batch_size 8",
+        ),
     ],
 )
 def test_lm_evals_arguments_get_the_model_para_and_a_cache_that_knows_the_adapter(given, made):
     assert with_para(given.split()) == made.split()
+
+
+def test_a_config_file_of_lm_eval_may_leave_the_model_out(tmp_path):
+    file = tmp_path / "c.yaml"
+    for text, more in (
+        ("tasks: [x]\n", "--model para --batch_size 8"),
+        ("model: para\nbatch_size: 2\n", "--model para"),
+        ("model: hf\n", ""),
+        ("model: [\n", ""),
+    ):
+        file.write_text(text)
+        assert with_para(["--config", str(file)]) == ["--config", str(file), *more.split()]
 
 
 def test_outside_a_repository_there_is_no_commit_and_git_says_nothing(tmp_path, monkeypatch, capfd):

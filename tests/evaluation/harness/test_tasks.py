@@ -8,13 +8,11 @@ import pytest
 from lm_eval.api.instance import Instance
 from tiny_harness import WRITE, command, lines, results
 
-from para_jax import (
-    ParaLM,
-    load_tokenizer,
-)
+from para_jax import ParaLM, load_model_config, load_tokenizer
 from para_jax.cli import main
 from para_jax.evaluation.harness.tasks import load_tasks, record, replay
 from para_jax.evaluation.questions import Scored, Written
+from para_jax.evaluation.task_questions import Options, questions_of_harness
 
 
 def test_a_tasks_own_code_that_fails_is_named_with_the_task(folder, tmp_path, few_files):
@@ -86,6 +84,24 @@ def test_log_likelihoods_that_are_no_numbers_are_said(folder, capsys):
     assert "task tiny_pick: 2 log-likelihoods are not numbers" in capsys.readouterr().err
     replay(task, tokenizer, 100, dict.fromkeys(asked, Scored(-1.0, False)).get, sampling_seed=0)
     assert capsys.readouterr().err == ""
+
+
+def test_one_task_with_two_settings_is_refused(folder, tmp_path, few_files):
+    """Its scores have one name, and one of them would be lost."""
+    pick = (folder / "tasks" / "pick.yaml").read_text()
+    (tmp_path / "pick.yaml").write_text(pick)
+    (tmp_path / "few.yaml").write_text("group: few\ntask:\n  - task: tiny_pick\n    num_fewshot: 0\n")
+    (tmp_path / "same.yaml").write_text("group: same\ntask: [tiny_pick]\n")
+    options = Options(include_path=tmp_path, limit=2)
+    given = load_tokenizer(folder / "backbone"), load_model_config(folder / "backbone"), options
+    alike = questions_of_harness(["tiny_pick", "same"], *given)
+    assert alike[0].scored_by == alike[1].scored_by != ""
+    with pytest.raises(ValueError, match="tiny_pick and few hold lm-eval's task tiny_pick"):
+        questions_of_harness(["tiny_pick", "few"], *given)
+    data = folder / "tasks" / "data.jsonl"
+    (tmp_path / "data.jsonl").write_text(data.read_text().replace('"label": 0', '"label": 1'))
+    (tmp_path / "pick.yaml").write_text(pick.replace(str(data), str(tmp_path / "data.jsonl")))
+    assert questions_of_harness(["tiny_pick"], *given)[0].scored_by != alike[0].scored_by, "shards know it"
 
 
 def test_a_second_round_and_unknown_requests_are_refused_with_the_task(folder, monkeypatch):
