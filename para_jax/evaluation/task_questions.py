@@ -178,6 +178,8 @@ def questions_of_harness(names: list[str], tokenizer, config: ModelConfig, optio
     loaded = load_tasks(names, options.include_path, limit=options.limit, fewshot=options.fewshot, chat=options.chat)
     asked, held = [], dict[str, tuple[str, str]]()
     for task in loaded:
+        given = task, tokenizer, config.max_positions
+        questions = record(*given, sampling_seed=options.seed)
         settings = task.settings()
         for name, text in settings.items():
             other, before = held.setdefault(name, (task.name, text))
@@ -186,8 +188,6 @@ def questions_of_harness(names: list[str], tokenizer, config: ModelConfig, optio
                     f"--tasks: {other} and {task.name} hold lm-eval's task {name} with different settings, and its "
                     "scores have one name\nscore them in two calls, each with its own --output"
                 )
-        given = task, tokenizer, config.max_positions
-        questions = record(*given, sampling_seed=options.seed)
         results = partial(replay, *given, sampling_seed=options.seed, samples=options.log_samples)
         asked.append(TaskQuestions(task.result_names, questions, results, scored_by=repr(settings)))
     return asked
