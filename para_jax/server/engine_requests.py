@@ -109,8 +109,7 @@ def require_room(asked: Asked, engine: Engine) -> None:
     count = len(asked.prompts) * asked.n
     limits = [one for one in (engine.queue_limit, engine.queue_limit_per_tenant) if one is not None]
     if limits and count > min(limits):
-        name, most = "n" if asked.n > 1 else "prompt", min(limits)
-        raise wrong_field(name, f"the request asks for {count} answers, and the queue takes {most}; ask for less")
+        raise wrong_field("n", f"the request asks for {count} answers, and the queue takes {min(limits)}; ask for less")
     if asked.logprobs is None:
         return
     tokens = sum(min(scored_tokens(asked, prompt), asked.n * engine.max_length) for prompt in asked.prompts)
