@@ -107,7 +107,7 @@ def tenants_of(config: RunConfig) -> int:
 
 def tenants_are_here(config: RunConfig) -> bool:
     folder = config.data.tenants
-    return config.data.given is not None if is_given(folder) else expanded(folder).is_dir()
+    return config.data.given is not None if is_given(folder) else expanded(str(folder)).is_dir()
 
 
 def step_line(config: RunConfig) -> str:
@@ -168,7 +168,7 @@ def start_lines(config: RunConfig, model: ModelConfig) -> list[str]:
     if not source or (config.data.tenants is not None and not tenants_are_here(config)):
         return []
     own = {one.train.init_from: one for one in tenant_configs(config).values()}  # one adapter, or each tenant's
-    here = [one for place, one in own.items() if (expanded(place) / CONFIG).is_file()]
+    here = [one for place, one in own.items() if (expanded(str(place)) / CONFIG).is_file()]
     check_initial(here, model)
     others = f"; {len(own) - len(here)} not checked: no folder here has them" * (len(here) < len(own))
     return [f"start      {source}: {len(here)} of {len(own)} adapters can be read{others}"]

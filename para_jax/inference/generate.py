@@ -143,7 +143,7 @@ def generate_tokens(
     most = [sampling.max_new_tokens] * len(prompt_ids) if most is None else most
     check_prompts(model, adapters, prompt_ids, most)
     longest, last = max(map(len, prompt_ids)), sampling.max_new_tokens
-    length = length or rounded_up(longest, PROMPT_MULTIPLE)
+    length = length or int(rounded_up(longest, PROMPT_MULTIPLE))
     tokens, lengths = right_padded(prompt_ids, len(prompt_ids), length)
     needed = max(rounded_up(longest + last, CACHE_MULTIPLE), length)
     logits, state = (begin or prefill)(model, adapters, tokens, lengths, max_length=max_length or needed)
