@@ -61,8 +61,8 @@ from .untrusted import MAX_JSON_BYTES
 
 
 def dry_run(config: RunConfig, topology: str | None = None) -> str:
-    """A run's size by its config and the backbone's, or those of the runs of sweep.method. Reads no weights and writes
-    nothing.
+    """A run's size by its config and the backbone's, or those of the runs of sweep.method. Reads none of the
+    backbone's weights, and writes nothing.
 
     Args:
         topology: a TPU slice to compile the step for (dry_run/topology.py).

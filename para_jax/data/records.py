@@ -231,7 +231,8 @@ def records_of(
 def has_both(row: dict) -> bool:
     """Whether the row has the columns `prompt` and `completion`. Rows of another kind in the same file may have them
     as nulls."""
-    return {"prompt", "completion"} <= row.keys() and not row["prompt"] is row["completion"] is None
+    wanted = "prompt", "completion"
+    return all(name in row for name in wanted) and any(row[name] is not None for name in wanted)
 
 
 def row_fields(row: dict, templates: dict[str, str | None]) -> list[tuple[Prompt, str, tuple[str, ...], object]]:

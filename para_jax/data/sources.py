@@ -8,15 +8,7 @@ from pathlib import Path
 from ..config import DataSection, expanded, is_tfds, nearest, printable, shorten
 from ..storage.bucket import BucketPath, Place
 from . import hf, tfds
-from .arrow_files import (
-    SavedSplit,
-    class_labels,
-    is_saved,
-    parquet_labels,
-    saved_sibling,
-    saved_split,
-    splits_of_saved,
-)
+from .arrow_files import SavedSplit, class_labels, is_saved, parquet_labels, saved_sibling, saved_split, splits_of_saved
 from .given import GivenSplit, given_split, is_given, warn_of_hidden
 from .hf import HfSplit, is_hf, parse_hf
 from .row_files import OTHER_NAMES, form_of, misnamed_split, place_prefix, split_file

@@ -13,14 +13,7 @@ from typing import NamedTuple
 
 from ..backbone.load import load_model_config
 from ..config import DataSection, ModelConfig, RunConfig, is_tfds, shorten
-from ..data.examples import (
-    Example,
-    answer_opening,
-    encode_completion,
-    encode_example,
-    special_tokens,
-    stop_token_ids,
-)
+from ..data.examples import Example, answer_opening, encode_completion, encode_example, special_tokens, stop_token_ids
 from ..data.hf import is_hf
 from ..data.records import MissingColumn, Record, encode_records, load_records, read_records, report, split_records
 from ..data.row_files import split_file
@@ -123,7 +116,8 @@ def encode_task(task: EvalTask, tokenizer, limit: int | None = None) -> EncodedT
     if task.writes:
         same = shown_alike(tokenizer, records)
         if same:
-            warn(f"{task.name}: answers such as {shorten(same[0])} differ in special tokens alone, which no text shows")
+            why = "differ in special tokens alone, which no text shows; they count as wrong"
+            warn(f"{task.name}: answers such as {shorten(same[0])} {why}")
         records = [as_learnt(tokenizer, *one, same) for one in zip(records, examples, openings, strict=True)]
     return EncodedTask(task._replace(records=records), examples, ranked, openings)
 

@@ -15,7 +15,7 @@ def first_cases(items: Iterable[pytest.Item], whole: str) -> list[pytest.Item]:
     """The first case of each test: enough for a second Python, where a first one runs all.
 
     Args:
-        whole: the name of a file of which all cases stay.
+        whole: the name of a file that keeps all its cases.
     """
     found: dict[str, pytest.Item] = {}
     for item in items:

@@ -58,8 +58,8 @@ class HarnessTask(NamedTuple):
         return tuple(name for part in ("tasks", "groups") for name in self.loaded.get(part, ()))
 
     def settings(self) -> dict[str, str]:
-        """A hash of what the scores depend on besides the answers, by the name of each of its tasks: the task's config
-        and its documents. It does not cover the code of helper files."""
+        """For each of its tasks a hash of the config and the documents, on which scores depend besides the answers. It
+        does not cover the code of helper files."""
         found = {}
         for name, task in self.loaded.get("tasks", {}).items():
             made = hashlib.sha256(ADDRESS.sub("", repr(task.dump_config())).encode())
