@@ -129,5 +129,3 @@ def test_a_run_from_before_mesh_fsdp_was_chosen_is_the_same_run():
     config = load_config(BOOLQ)
     old = replace(config, mesh=replace(config.mesh, fsdp=1))
     assert differences(old, config) == [] and run_digests(old, "", []) == run_digests(config, "", [])
-    other = replace(config, mesh=replace(config.mesh, fsdp=2))
-    assert differences(other, config) and run_digests(other, "", []) != run_digests(config, "", [])

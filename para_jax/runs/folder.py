@@ -39,6 +39,10 @@ FREE_NAMES = (
     "backbone.attention", "data.cache", "data.changed", "eval.base", "train.cache_prompts", "train.max_steps",
     "train.num_epochs",
 )  # fmt: skip
+#: Fields that say where and in which pieces a run computes. They change its numbers by rounding alone.
+MEMORY_NAMES = ("eval.batch_size", "mesh.data", "mesh.fsdp", "mesh.tensor", "train.remat")
+#: With train.batch_size, these say only how a step is cut into passes.
+PASSES_NAMES = ("train.gradient_accumulation_steps", "train.per_device_batch_size")
 #: Where the data and the backbone are; a checkpoint identifies them by their content.
 PLACES = ("data.train", "data.validation", "data.test", "data.tenants", "data.data_dir", "backbone.source")
 #: The file that the writing process keeps locked. It stays when that process ends.
@@ -301,13 +305,13 @@ def drop_unsure(standing: Standing, file: Place) -> None:
 
 def differences(found: RunConfig, wanted: RunConfig) -> list[str]:
     """The fields that make two configs different runs: "train.learning_rate (0.1 there, 0.2 here)"."""
-    there, here = fields_of_run(found), fields_of_run(wanted)
+    there, here = (without_memory(fields_of_run(one)) for one in (found, wanted))
     names = [name for name in there | here if there.get(name) != here.get(name)]
     return [f"{name} ({shorten(there.get(name))} there, {shorten(here.get(name))} here)" for name in names]
 
 
 def fields_of_run(config: RunConfig) -> dict[str, Any]:
-    """The fields that identify a run, by their dotted names."""
+    """The fields that identified a run in earlier versions, by their dotted names."""
 
     def flat(value, name=""):
         if not isinstance(value, dict):
@@ -321,17 +325,28 @@ def fields_of_run(config: RunConfig) -> dict[str, Any]:
     return {k: v for k, v in fields.items() if k.split(".")[0] not in FREE_FIELDS and k not in FREE_NAMES}
 
 
+def without_memory(fields: dict[str, Any]) -> dict[str, Any]:
+    """Those of `fields_of_run` that identify a run."""
+    free = MEMORY_NAMES + PASSES_NAMES * (fields["train.batch_size"] is not None)
+    return {k: v for k, v in fields.items() if k not in free}
+
+
 def run_digests(config: RunConfig, backbone: str | None, tenants: Sequence[Tenant]) -> dict[str, str]:
     """What a checkpoint says about the run that it belongs to; see runs.standing.Standing.
 
     Args:
         backbone: the model's fingerprint.
     """
+    from ..training.checkpoint import CONFIG_OF_RUN
+
     default = fields_of_run(replace(RunConfig(), adapter=type(config.adapter)()))
     default["train.learning_rate"] = PLAIN_LEARNING_RATE  # whatever the method: it was the default of old runs
     fields = {k: v for k, v in fields_of_run(config).items() if k not in PLACES}
-    own = {k: v for k, v in fields.items() if default.get(k) != v}  # so that a new field changes no old digest
-    config_digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+
+    def config_digest(fields: dict[str, Any]) -> str:
+        own = {k: v for k, v in fields.items() if default.get(k) != v}  # so that a new field changes no old digest
+        return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+
     everything, parts = hashlib.sha256(), {}
     for tenant in tenants:
         examples = tenant.data.examples
@@ -346,8 +361,8 @@ def run_digests(config: RunConfig, backbone: str | None, tenants: Sequence[Tenan
             # How answers are scored may follow from the training data: the choices are its completions by default.
             scoring = "" if task is None else json.dumps([task.metric, task.choices, task.max_new_tokens])
             parts[tenant.part(name)] = part_digest(hashlib.sha256(text + scoring.encode()), len(rows or ()))
-    joined = {"config": config_digest, "data": everything.hexdigest(), "backbone": backbone or ""}
-    return joined | parts
+    configs = {"config": config_digest(fields), CONFIG_OF_RUN: config_digest(without_memory(fields))}
+    return configs | {"data": everything.hexdigest(), "backbone": backbone or ""} | parts
 
 
 def part_digest(content, count: int) -> str:

@@ -311,14 +311,21 @@ class OtherData(ValueError):
     """A checkpoint belongs to this run, but the data have changed since."""
 
 
+#: The digest of the config fields that identify a run. "config", which earlier versions wrote alone, is that of more.
+CONFIG_OF_RUN = "config of the run"
+
+
 def check_run(about: dict[str, Any], run: dict[str, str] | None, accept_data: bool = False) -> None:
     """Raises ValueError, naming what differs, for the progress of another run. Raises OtherData if only the data differ
     and that is not accepted."""
     held = about.get("run")
     if not held or not run:
         return
-    names = sorted(name for name in held.keys() & run.keys() if not is_data(name))  # earlier versions kept fewer
-    names = [name for name in names if held[name] != run[name]]
+    common = held.keys() & run.keys()  # earlier versions kept fewer
+    if CONFIG_OF_RUN in common:
+        common -= {"config"}
+    names = [name for name in common if not is_data(name) and held[name] != run[name]]
+    names = sorted("config" if name == CONFIG_OF_RUN else name for name in names)
     other = [f"another {shorten(name)}" for name in names]
     changed = [] if accept_data else changed_data(held, run)
     kind = ValueError if other else OtherData

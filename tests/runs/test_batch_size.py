@@ -204,6 +204,18 @@ def test_a_run_keeps_the_rows_of_its_steps_on_other_devices(folder, monkeypatch,
 
 
 @pytest.mark.long
+def test_a_run_that_does_not_fit_goes_on_in_smaller_pieces(folder):
+    """As docs/training.md advises: with the mesh, the passes, what the backward pass keeps, and the evaluations' rows."""
+    own = f"data.train={folder / 'data' / 'train.jsonl'}", "adapter.summary=raw", "train.batch_size=8", "mesh.data=1"
+    own += ("train.schedule=constant", "train.warmup_ratio=0", "eval.metric=loss", "eval.every=3")
+    smaller = "train.per_device_batch_size=2", "train.remat=block", "eval.batch_size=2", "mesh.fsdp=4"
+    train(run_config(folder, *own, f"output_dir={folder / 'large'}", "train.max_steps=6"))
+    train(run_config(folder, *own, f"output_dir={folder / 'small'}", "train.max_steps=3"))
+    train(run_config(folder, *own, *smaller, f"output_dir={folder / 'small'}", "train.max_steps=6"))
+    np.testing.assert_allclose(losses(folder / "small"), losses(folder / "large"), atol=1e-5, rtol=0)
+
+
+@pytest.mark.long
 def test_a_run_of_many_tenants_has_the_same_losses_on_any_number_of_devices(folder):
     sizes = {"acme": 20, "globex": 9, "umbrella": 12}
     write_tenants(folder / "tenants", sizes)

@@ -23,7 +23,7 @@ from para_jax.runs import folder as folders
 from para_jax.runs import train as runs
 from para_jax.runs.folder import check_folder, claim_folder, differences, locked_folder, rows_before, run_digests
 from para_jax.runs.tenants import Tenant, tenant_configs
-from para_jax.training.checkpoint import changed_data, progress_file
+from para_jax.training.checkpoint import CONFIG_OF_RUN, changed_data, check_run, progress_file
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +41,29 @@ def test_output_dir_logging_runtime_attention_and_more_steps_are_the_same_run(co
     free += ("backbone.attention=plain", "train.num_epochs=2")
     assert differences(config, run_config(folder, *free)) == []
     assert len(differences(config, run_config(folder, "train.weight_decay=0.5", "eval.limit=3"))) == 2
+
+
+MEMORY = ("train.remat=block", "eval.batch_size=3", "mesh.data=1", "mesh.fsdp=4", "mesh.tensor=2")
+
+
+def test_what_a_run_does_if_it_does_not_fit_is_the_same_run(config, folder):
+    """Those fields change a run's numbers by rounding alone. Its checkpoints, and those of earlier versions, go on."""
+    smaller = run_config(folder, *MEMORY)
+    assert differences(config, smaller) == []
+    held, run = run_digests(config, "b", []), run_digests(smaller, "b", [])
+    check_run({"run": held}, run)
+    earlier = [{k: v for k, v in one.items() if k != CONFIG_OF_RUN} for one in (held, run)]
+    check_run({"run": earlier[1]}, run)
+    with pytest.raises(ValueError, match="another 'config'"):
+        check_run({"run": earlier[0]}, run)
+    with pytest.raises(ValueError, match="another 'config'"):
+        check_run({"run": held}, run_digests(run_config(folder, "train.weight_decay=0.5"), "b", []))
+
+
+def test_passes_are_the_same_run_only_if_the_rows_of_a_step_are_given(folder):
+    for given, differing in ((("train.batch_size=8",), 0), ((), 1)):
+        one, other = (run_config(folder, *given, f"train.per_device_batch_size={rows}") for rows in (8, 2))
+        assert len(differences(one, other)) == differing
 
 
 def test_another_run_is_refused_with_the_advice_first_and_a_line_for_each_difference(config, tmp_path, capsys):
