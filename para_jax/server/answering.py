@@ -116,6 +116,7 @@ class Answering:
         finally:
             note_times(answer, outcome)
             self.loop.close(answer)
+            deadline = None  # noqa: F841  # it refers to the task of this frame, and the circle would keep the adapter
 
     async def _in_thread(self, threads: ThreadPoolExecutor, answer: Answer, call: Callable[..., T], *arguments) -> T:
         """What a call gives. If the request is given up meanwhile, the streams that the call opens are closed at its

@@ -60,6 +60,7 @@ class Gate:
         except ApiError as error:
             outcome.error = error.code or "invalid_request"
             await send_error(answer, outcome, error)
+            forget_frames(error)
         except asyncio.CancelledError:
             outcome.error = "shutting_down"
             raise
@@ -67,11 +68,20 @@ class Gate:
             outcome.error = type(error).__name__
             warn(f"server: {''.join(traceback.format_exception(error))}")
             await send_error(answer, outcome, ApiError(500, "the server failed on this request", code="internal_error"))
+            forget_frames(error)
         finally:
             outcome.ended = time.monotonic()
             if outcome.error or outcome.path not in QUIET_PATHS:
                 say(outcome.line())
             self.metrics.observe(outcome)
+
+
+def forget_frames(error: BaseException | None) -> None:
+    """Empties the frames of an error and of those before it. They refer to the error, so they would keep the request's
+    adapter in memory until the garbage collector finds the circle."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 async def send_error(send, outcome: Outcome, error: ApiError) -> None:

@@ -8,6 +8,7 @@ import re
 import socket
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -598,6 +599,31 @@ def test_a_request_that_passes_its_deadline_is_cancelled(server, http):
         (only,) = events(http, "/v1/completions", late)
         assert only["error"]["code"] == "timeout"
         server.idle()
+
+
+@pytest.mark.parametrize("end", ["late", "left", "left a stream", "refused"])
+def test_a_request_that_fails_keeps_no_adapter(server, http, end):
+    """Also without the garbage collector, as in the engine: a LoadingBank counts the adapters that stay."""
+    bank, (_, tenants), body = server.engine.bank, model_and_tenants(), LONG | {"model": "A"}
+    weights = weakref.ref(next(iter(bank.entry("A").weights.values())))
+    gc.collect()
+    gc.disable()
+    try:
+        with server.held():
+            if end == "late":
+                assert http.post("/v1/completions", json=body | {"timeout": 0.3}).status_code == 504
+            elif end == "refused":
+                assert http.post("/v1/completions", json=body | {"max_tokens": LENGTH}).status_code == 400
+            else:
+                with httpx.Client(base_url=server.url) as own, pytest.raises(httpx.ReadTimeout):
+                    own.post("/v1/completions", json=body | {"stream": end != "left"}, timeout=0.3)
+        server.idle()
+        bank.replace("A", tenants["A"])
+        for name in ("B", "B"):  # the threads of the server forget what they gave last
+            http.post("/v1/completions", json=LONG | {"model": name})
+        eventually(lambda: weights() is None)
+    finally:
+        gc.enable()
 
 
 def test_pieces_come_while_the_answer_is_decoded(server, http):
