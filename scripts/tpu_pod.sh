@@ -34,14 +34,21 @@ fi'
 
 git ls-files -z --cached --others --exclude-standard | while IFS= read -r -d '' file; do
   if [ -e "$file" ] || [ -L "$file" ]; then printf '%s\0' "$file"; fi # git still lists a file that was deleted here
-done | tar -czf "$sent/para_jax.tar.gz" --null -T -
-on_all scp "$sent/para_jax.tar.gz" "$TPU:"
+done > "$sent/para_jax.files"
+tar -czf "$sent/para_jax.tar.gz" --null -T "$sent/para_jax.files"
+on_all scp "$sent/para_jax.tar.gz" "$sent/para_jax.files" "$TPU:"
 
+# Files that were sent before are removed first: one that is gone here, such as a tenant's data, must not be trained on.
 # An environment that a kill left in pieces has no Python, and is made again.
 # shellcheck disable=SC2016  # the hosts expand it
 on_all ssh "$TPU" --command='set -eu
 export PATH="$HOME/.local/bin:$PATH"
-mkdir -p para_jax && tar -xzf para_jax.tar.gz -C para_jax && cd para_jax
+mkdir -p para_jax && cd para_jax
+if [ -f .sent ]; then
+  xargs -0 rm -f -- < .sent
+  xargs -0 -n 1 dirname -z -- < .sent | sort -zu | xargs -0 rmdir -p 2> /dev/null || true # only empty folders go
+fi
+mv ../para_jax.files .sent && tar -xzf ../para_jax.tar.gz
 command -v uv > /dev/null || python3 -m pip install --quiet --user uv
 [ -x .venv/bin/python ] || { rm -rf .venv; uv venv --quiet --seed --python 3.12; }
 uv pip install --quiet -e ".[tpu,gcs]"'

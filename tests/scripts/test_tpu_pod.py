@@ -117,6 +117,20 @@ def test_a_tracked_file_that_was_deleted_is_not_sent(pod, tmp_path):
     assert (sent / "kept file").exists() and (sent / "link").is_symlink() and not (sent / "gone").exists()
 
 
+def test_a_file_that_is_gone_here_is_gone_on_the_hosts(pod, tmp_path):
+    data = tmp_path / "checkout" / "data" / "tenants"
+    for name in ("acme", "it's gone"):
+        (data / name).mkdir(parents=True)
+        (data / name / "train.jsonl").write_text("{}")
+    _, _, host = pod(*ARGUMENTS)
+    (host / "para_jax" / "runs").mkdir()
+    shutil.rmtree(data / "it's gone")
+    done, _, _ = pod(*ARGUMENTS)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (host / "para_jax" / "data" / "tenants").iterdir()] == ["acme"]
+    assert (host / "para_jax" / "runs").exists() and (host / "para_jax" / ".venv" / "bin" / "python").exists()
+
+
 def test_a_second_run_keeps_the_environment(pod):
     pod(*ARGUMENTS)
     _, _, host = pod(*ARGUMENTS)
