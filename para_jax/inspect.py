@@ -47,9 +47,11 @@ from .dry_run.topology import topology_report
 from .evaluation.tasks import with_limit
 from .memory import abstract_mesh, tree_size
 from .model import init_adapter
+from .runs.chosen import is_auto
 from .runs.compare import TABLE, method_configs
 from .runs.data_table import held_examples, tenants_data
 from .runs.initial import check_initial
+from .runs.rates import FIRST, as_trials
 from .runs.report import sample_lines, score_table, tenants_table
 from .runs.tenants import plan_batches, tenant_configs
 from .training.metrics_file import is_log, read_metrics
@@ -86,9 +88,22 @@ def dry_run(config: RunConfig, topology: str | None = None) -> str:
         f"{scope_outline(config.adapter)}",
         f"memory     weights {size(weights)} ({kept}), adapter {size(tree_size(adapter))}, "
         f"optimiser {size(tree_size(state.optimizer))}" + " of each tenant" * config.many,
-        topology_report(config, topology, tenants_of(config)) if topology else step_line(config),
+        *(topology_lines(config, topology) if topology else [step_line(config)]),
     ]
     return "\n".join(lines + data_lines(config) + start_lines(config, model))
+
+
+def topology_lines(config: RunConfig, topology: str) -> list[str]:
+    """The report for a slice, of the trials if train.learning_rate=auto: they run first and at once, so they need more
+    than the training after them."""
+    tenants, own = tenants_of(config), [config]
+    if config.data.tenants is None or tenants_are_here(config):
+        own = list(tenant_configs(config).values())
+    if not any(map(is_auto, own)):
+        return [topology_report(config, topology, tenants)]
+    trials = config if config.many else as_trials(config)
+    said = f"trials     what follows is of the {len(FIRST)} rates that train.learning_rate=auto tries first, at once"
+    return [said, topology_report(trials, topology, tenants * len(FIRST))]
 
 
 def tenants_of(config: RunConfig) -> int:
@@ -112,12 +127,12 @@ def tenants_are_here(config: RunConfig) -> bool:
 
 def step_line(config: RunConfig) -> str:
     rows, longest = step_rows(config), config.data.assumed_length
-    assumed = "" if config.data.max_seq_length else " (assumed: data.max_seq_length=null follows from the data)"
     needed, here = math.prod(mesh_here(config).values()), jax.device_count()
     other = f"; for {needed} devices, and this machine has {here}" if needed > here else ""
     if (config.train.batch_size or 0) % (over := rows_over(config)):
         other += f"; {over} devices can't split them evenly"
-    return f"a step     {rows} rows of at most {longest} tokens: at most {rows * longest:,} tokens{assumed}{other}"
+    most = f"at most {rows * longest:,} tokens{config.data.assumed}"
+    return f"a step     {rows} rows of at most {longest} tokens: {most}{other}"
 
 
 def step_rows(config: RunConfig) -> int:

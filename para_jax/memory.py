@@ -72,7 +72,9 @@ def run_mesh(config: RunConfig, tenants: int = 1) -> Mesh:
     found = on_every_process(lambda: choose_mesh(config, jax.device_count(), room, tenants, all_of_them=several))
     mesh = make_mesh(**found.sizes)
     if mesh.size > 1 or jax.device_count() > 1 or not found.fits:
-        say(f"mesh: {describe_mesh(mesh)}{'. ' if found.why else ''}{found.why}")
+        idle = jax.device_count() - mesh.size
+        left = f"{idle} of {jax.device_count()} devices are not used" if idle else ""
+        say(". ".join(filter(None, [f"mesh: {describe_mesh(mesh)}", found.why, left])))
     return mesh
 
 

@@ -239,6 +239,12 @@ def tenant_axes(tenants: int, mesh_shape) -> tuple[str, ...]:
     return max((axes for axes in choices if tenants % devices[axes] == 0), key=lambda axes: devices[axes])
 
 
+def even_tenants(tenants: int, devices: int) -> str:
+    """What to do where the devices do not divide the number of tenants; empty if there are fewer tenants."""
+    most = tenants // devices * devices
+    return f"; train.tenants_at_once={most} takes the least memory" if most else ""
+
+
 def tenants_sharding(tenants: int, mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(tenant_axes(tenants, mesh.shape) or None))  # pyright: ignore[reportArgumentType]
 

@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 import buckets
 import rehearse_run
 
+from para_jax import inspect
 from para_jax.config import RunConfig, load_config
 from para_jax.dry_run.programs import compile_programs
 from para_jax.dry_run.topology import Compiled, parsed_topology, topology_devices
@@ -45,7 +46,7 @@ from para_jax.training.passes import step_passes
 CONFIGS = Path(__file__).parents[1] / "configs"
 #: What JAX gives a program of an H100's 80 GB by default (XLA_PYTHON_CLIENT_MEM_FRACTION).
 H100_BYTES = int(0.75 * 79.6 * GIB)
-#: The number of tenants that a many-tenant config is compiled for; a real run has that of its data.
+#: The tenants that a config is compiled for if its own can't be counted here.
 TENANTS = 16
 PROGRAMS = ("train", "prompts", "loss", "prefill", "ranking", "decode")
 
@@ -77,7 +78,7 @@ def main() -> int:
             entry = found.setdefault(file.stem, {})
             begun = time.monotonic()
             sizes = chosen_sizes(load_config(file), chips, room)
-            entry |= {"topology": options.topology, "mesh": sizes}
+            entry |= {"topology": options.topology, "mesh": sizes, "tenants": tenants_of(load_config(file))}
             if not options.no_compile and "error" in entry.get("programs", {"error": "none yet"}):
                 entry["programs"] = attempt(compiled, options.topology, file, sizes, room)
             if not options.no_runs and "seconds" not in entry.get("run", {}):
@@ -107,7 +108,10 @@ def chosen_sizes(config: RunConfig, chips: int, room: int) -> dict[str, int]:
 
 
 def tenants_of(config: RunConfig) -> int:
-    return TENANTS if config.many else 1
+    try:
+        return inspect.tenants_of(config)
+    except ValueError:  # its data is not here
+        return TENANTS
 
 
 def attempt(work: Callable, *arguments) -> dict[str, Any]:
@@ -181,6 +185,7 @@ def cells(name: str, entry: dict) -> dict[str, str]:
     least = train.get("seconds_at_least")
     return {
         "config": name,
+        "tenants": str(entry["tenants"]) if entry.get("tenants", 1) > 1 else "",
         "data x fsdp x tensor": " x ".join(map(str, entry["mesh"].values())),
         **{f"{program}: GiB": memory(programs, program) for program in PROGRAMS},
         "collectives of a step": f"{moved / 1e9:.1f} GB" if least else "",

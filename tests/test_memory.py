@@ -114,6 +114,8 @@ def test_an_unknown_memory_makes_it_one_and_the_run_says_so(tmp_path, capsys):
     assert len(said) == 1 and said[0].startswith("mesh: data 8, fsdp 1, tensor 1. ") and "not known" in said[0]
     run_mesh(replace(config, mesh=replace(config.mesh, fsdp=2)))
     assert capsys.readouterr().err == "mesh: data 4, fsdp 2, tensor 1\n"
+    run_mesh(replace(config, mesh=replace(config.mesh, data=2, fsdp=2)))
+    assert capsys.readouterr().err == "mesh: data 2, fsdp 2, tensor 1. 4 of 8 devices are not used\n"
 
 
 def test_the_memory_is_the_devices_own_or_that_of_its_kind():

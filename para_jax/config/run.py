@@ -110,6 +110,11 @@ class DataSection:
         """max_seq_length; 512 for null, where the data is not read."""
         return self.max_seq_length or ASSUMED_LENGTH
 
+    @property
+    def assumed(self) -> str:
+        """What to say after a number that `assumed_length` gave."""
+        return "" if self.max_seq_length else " (assumed: data.max_seq_length=null follows from the data)"
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSection:

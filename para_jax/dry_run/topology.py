@@ -31,7 +31,7 @@ from ..memory import (
     tree_size,
 )
 from ..roofline import estimate_time, time_lines, training_work
-from ..sharding import make_mesh, mesh_sizes, replicated_lines, tenants_sharding
+from ..sharding import even_tenants, make_mesh, mesh_sizes, replicated_lines, tenants_sharding
 from ..training.passes import lay_out
 from ..training.step import train_step
 from .hlo_counts import Program, collective_bytes, collectives_run, describe_program, program_bytes
@@ -168,12 +168,13 @@ def ask_compiler(lowered: jax.stages.Lowered) -> tuple[Compiled, jax.stages.Comp
 
 def header(config: RunConfig, topology: str, mesh: Mesh | AbstractMesh, tenants: int = 1) -> list[str]:
     layout, longest = lay_out(config, mesh, tenants), config.data.assumed_length
+    rows = f"{layout.passes} x {layout.pass_rows} rows of {longest} tokens{config.data.assumed}"
     model, (_, completion) = load_model_config(config.backbone.source), longest_split(config)
     completions = "any" if completion == longest else f"up to {completion}"
     kernel, why = kernel_of_run(config, model)
     return [
         f"slice      {topology}: {mesh.size} chips; mesh {describe_mesh(mesh)}",
-        f"a step     {layout.passes} x {layout.pass_rows} rows of {longest} tokens, {completions} of them completion; "
+        f"a step     {rows}, {completions} of them completion; "
         f"remat {config.train.remat}" + (f"; packed, {examples_in_row(config)} examples per row" * config.data.packing),
         f"attention  {kernel} ({why})",
         *([tenants_line(config, mesh, tenants)] if config.many else []),
@@ -187,7 +188,10 @@ def tenants_line(config: RunConfig, mesh: Mesh | AbstractMesh, tenants: int) -> 
     state = step_arguments(config, mesh, tenants)[0]
     each = tree_size(state) / layout.slots
     spread = layout.slots // tenants_sharding(layout.slots, mesh).shard_shape((layout.slots,))[0]
-    uneven = f", because {mesh.size} chips do not divide {layout.slots} tenants" if spread < mesh.size else ""
+    uneven = ""
+    if spread < mesh.size:
+        better = even_tenants(layout.slots, mesh.size)
+        uneven = f", because {mesh.size} chips do not divide {layout.slots} tenants{better}"
     return (
         f"tenants    {tenants}, {layout.slots} at once; {layout.groups} of {layout.rows} rows each in a pass; weights "
         f"and optimiser state {each / 1e6:.1f} MB per tenant, {each / spread / 1e6:.2f} MB per tenant and chip, "

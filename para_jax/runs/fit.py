@@ -18,7 +18,7 @@ from ..messages import say
 from ..model import init_adapter
 from ..processes import on_first_process, require_same
 from ..roofline import peak_rate
-from ..sharding import replicated_lines, tenant_axes, tenants_shardings
+from ..sharding import even_tenants, replicated_lines, tenant_axes, tenants_shardings
 from ..storage.bucket import Place
 from ..training.checkpoint import changed_data, describe_changes, open_checkpoints, restore_checkpoint
 from ..training.log import Log
@@ -147,8 +147,8 @@ def empty_state(config: RunConfig, model, slots: int, mesh) -> TrainState:
     if used < mesh.size and slots > 1:
         where = f"are spread over {used} of the" if used > 1 else "are complete on each of the"
         say(
-            f"the weights of {slots} tenants {where} {mesh.size} devices, which do not divide them; with a multiple of "
-            f"{mesh.size} as train.tenants_at_once they take the least memory"
+            f"the weights of {slots} tenants {where} {mesh.size} devices, which do not divide them"
+            f"{even_tenants(slots, mesh.size)}"
         )
     shardings = tenants_shardings(jax.eval_shape(fresh), mesh, model.config)
     # A constraint, not out_shardings: then a restored state has the very layouts that a step gives, and one program.

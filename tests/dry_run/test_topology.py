@@ -98,7 +98,24 @@ def test_the_dry_run_of_many_tenants_says_what_each_adds_to_a_chip(tmp_path, no_
     with pytest.raises(ValueError, match="absent.*train.tenants_at_once"):
         dry_run(none, "v5e:4x4")
     uneven = replace(config, train=replace(config.train, tenants_at_once=12))
-    assert "spread over 1 chips, because 16 chips do not divide 12 tenants" in dry_run(uneven, "v5e:4x4")
+    assert "spread over 1 chips, because 16 chips do not divide 12 tenants)" in dry_run(uneven, "v5e:4x4")
+    uneven = replace(config, train=replace(config.train, tenants_at_once=50))
+    assert "do not divide 50 tenants; train.tenants_at_once=48 takes" in dry_run(uneven, "v5e:4x4")
+
+
+def test_the_dry_run_of_a_rate_that_is_chosen_is_of_its_trials(no_libtpu):
+    """They train at once, so they need more than the training after them."""
+    auto = load_config(ON_7B[0], [*ON_7B[1], "train.learning_rate=auto"])
+    swept = load_config(ON_7B[0], [*ON_7B[1], "sweep.learning_rate=[1,2,3,4]"])
+    shown, expected = (dry_run(config, "v5e:4x4").splitlines() for config in (auto, swept))
+    begin = next(i for i, line in enumerate(shown) if line.startswith("trials ") and "4 rates" in line)
+    assert shown[begin + 1 :] == expected[begin:] and any("4, 4 at once" in line for line in shown)
+
+
+def test_the_dry_run_says_that_it_assumes_the_length_of_rows(no_libtpu):
+    config = load_config(ON_7B[0], [*ON_7B[1], "data.max_seq_length=null"])
+    assert "rows of 512 tokens (assumed: data.max_seq_length=null" in dry_run(config, "v5e:4x4")
+    assert "assumed" not in dry_run(replace(config, data=replace(config.data, max_seq_length=512)), "v5e:4x4")
 
 
 def test_tenants_from_python_are_counted_where_they_are_here():

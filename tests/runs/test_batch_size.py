@@ -205,7 +205,7 @@ def test_a_run_keeps_the_rows_of_its_steps_on_other_devices(folder, monkeypatch,
 
 @pytest.mark.long
 def test_a_run_that_does_not_fit_goes_on_in_smaller_pieces(folder):
-    """As docs/training.md advises: with the mesh, the passes, what the backward pass keeps, and the evaluations' rows."""
+    """As docs/training.md advises: by mesh, passes, what the backward pass keeps, and an evaluation's rows."""
     own = f"data.train={folder / 'data' / 'train.jsonl'}", "adapter.summary=raw", "train.batch_size=8", "mesh.data=1"
     own += ("train.schedule=constant", "train.warmup_ratio=0", "eval.metric=loss", "eval.every=3")
     smaller = "train.per_device_batch_size=2", "train.remat=block", "eval.batch_size=2", "mesh.fsdp=4"

@@ -247,6 +247,9 @@ def test_patience_of_a_tenant_without_validation_data_is_refused(folder, tmp_pat
     config = tenants_config(folder, tmp_path / "run", f"data.tenants={tmp_path / 'tenants'}")
     with pytest.raises(ValueError, match=r"acme: eval.patience \(2 .*\n.*validation.jsonl"):
         of_runs.read_inputs(config, of_runs.Layout(2, 2, 4, 1))
+    few = replace(config, data=replace(config.data, validation_split=0.01), eval=replace(config.eval, patience=2))
+    with pytest.raises(ValueError, match=r"eval.patience \(2\).*validation_split=0.01 holds out none"):
+        of_runs.require_validation(few, [None])
 
 
 def test_hosts_with_other_tenant_files_are_refused(folder, tmp_path, monkeypatch):

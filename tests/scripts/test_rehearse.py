@@ -54,6 +54,15 @@ def test_the_table_tells_what_fails_and_what_does_not_fit():
     assert "decode" not in lines[0]  # a column that nobody filled
 
 
+def test_a_run_of_many_is_compiled_for_its_own_tenants_where_they_are_here(tmp_path):
+    there = load_config(ROOT / "configs" / "smollm2-tenants.yaml", [f"data.tenants={tmp_path}"])
+    assert rehearse.tenants_of(load_config(None, ["data.tenants=absent", "output_dir=run"])) == rehearse.TENANTS
+    for name in ("acme", "globex", "umbrella"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}')
+    assert rehearse.tenants_of(there) == 3
+
+
 def test_results_of_another_slice_are_not_taken(tmp_path, monkeypatch, capsys):
     file = tmp_path / "held.json"
     monkeypatch.setattr(rehearse, "compiled", lambda topology, *_: {"train": {"fits": True, "needed": len(topology)}})
