@@ -290,6 +290,21 @@ def test_every_block_of_pinned_messages_is_in_the_chats_that_begin_with_them(mod
     engine.unpin(system)
 
 
+def test_prompts_that_differ_after_their_last_complete_block_are_pinned_each_by_itself(model):
+    engine = engine_of(model, None, 5)
+    one, other = ids_of(0, 8) + (60,), ids_of(0, 8) + (61, 62)
+    assert [engine.pin(prompt) for prompt in (one, other, other)] == [8, 8, 8]
+    engine.unpin(one)
+    engine.step()
+    assert engine.prefix_cache.pinned_bytes == 2 * block_bytes(model), "the other prompt is pinned"
+    for prompt in (one, ids_of(0, 8)):
+        with pytest.raises(ValueError, match="unpin: .* is not pinned"):
+            engine.unpin(prompt)
+    engine.unpin(other)
+    engine.step()
+    assert engine.prefix_cache.pinned_bytes == 0
+
+
 @pytest.mark.parametrize(
     ("prefix", "message"),
     [
