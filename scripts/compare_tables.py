@@ -29,20 +29,26 @@ def write_tables(output: Path) -> None:
     lines = ["| task | method | parameters | learning rate | score | loss | training step, s | peak memory, GB |"]
     lines.append("|---|---|---|---|---|---|---|---|")
     drawn: dict[str, dict[str, list[float]]] = {}
-    for base_file in sorted(output.glob("*-base-tested.json")):
-        task, base = task_of(base_file, "base"), read(base_file)["test"]
-        name = f"{task} ({base['metric']}, {base['count']} rows)"
-        lines.append(f"| {name} | base | 0 | | {base['score']:.4f} | {base['loss']:.4f} | | |")
-        drawn[task] = {"base": [base["score"]]}
-        for file, found in trained.items():
-            key = file.name.removesuffix("-trained.json")
-            seeds = [read(one) for one in sorted(output.glob(f"{key}-seed-*-tested.json"))]
-            if tasks[file] != task or not seeds:
-                continue
+    bases = {task_of(file, "base"): read(file)["test"] for file in sorted(output.glob("*-base-tested.json"))}
+    keys = {file: file.name.removesuffix("-trained.json") for file in trained}
+    tested = {
+        file: [read(one) for one in sorted(output.glob(f"{key}-seed-*-tested.json"))] for file, key in keys.items()
+    }
+    for task in sorted(bases.keys() | {tasks[file] for file, seeds in tested.items() if seeds}):
+        of_task = {file: seeds for file, seeds in tested.items() if seeds and tasks[file] == task}
+        base = bases.get(task)
+        about = base or next(iter(of_task.values()))[0]["test"]
+        name = f"{task} ({about['metric']}, {about['count']} rows)"
+        lines.append(
+            f"| {name} | base | 0 | | " + (f"{base['score']:.4f} | {base['loss']:.4f} | | |" if base else "| | | |")
+        )
+        drawn[task] = {"base": [base["score"]]} if base else {}
+        for file, seeds in of_task.items():
+            found = trained[file]
             rate = found["learning_rate"]
             edge = " (highest tried)" if rate == max(map(float, found["rates"])) else ""
             edge = " (lowest tried)" if rate == min(map(float, found["rates"])) else edge
-            timed = output / f"{key}-alone.json"
+            timed = output / f"{keys[file]}-alone.json"
             beside = read(timed) if timed.exists() else None
             cost = f"{beside['step_seconds']:.2f} | {beside['peak_bytes'] / 1e9:.2f}" if beside else "|"
             for part, after in (("test", ""), ("shuffled", ", prompts shuffled")):

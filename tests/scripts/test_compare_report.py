@@ -221,6 +221,20 @@ def test_tasks_whose_names_begin_alike_are_kept_apart(tmp_path):
     assert len(shown) == 1 and "| base |" in shown[0]
 
 
+def test_a_task_whose_base_model_was_not_scored_has_its_rows_too(tmp_path):
+    folder = results(tmp_path)
+    whole = [line for line in tables(folder) if "| base |" not in line]
+    next(folder.glob("*-base-tested.json")).unlink()
+    (folder / "scores.png").unlink()
+    assert [line for line in tables(folder) if "| base |" not in line] == whole and len(whole) > 3
+    assert (folder / "scores.png").exists()
+
+
+def tables(folder):
+    write_tables(folder)
+    return (folder / "table.md").read_text().splitlines()
+
+
 @pytest.mark.parametrize(
     "lost, said", [(1, "0.001: 0.500, loss 1.000, 1 of 2 not finite"), (2, "0.001: 2 of 2 not finite")]
 )
