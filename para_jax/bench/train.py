@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -49,7 +49,8 @@ def bench_train(
     model = random_backbone(backbone).with_layout("stacked") if random else load_backbone(backbone, layout="stacked")
     batch = random_batch(model.config.vocab_size, count, packed, prompt, completion)
     tokens = batch.tokens.size
-    sides = {f"remat {name}": step_time(model, [(completion, batch, tokens)], remat=name) for name in remat}
+    epoch = Epoch([Step(completion, batch, 1)], tokens)
+    sides = {f"remat {name}": epoch_rate(model, epoch, remat=name) for name in remat}
     found = measurement("tokens/s", interleaved(sides, rounds))
     ratios = {
         f"{name} / {remat[0]}": paired(found["rounds"], f"remat {name}", f"remat {remat[0]}") for name in remat[1:]
@@ -92,64 +93,90 @@ def bench_packing(
     if not examples:
         raise ValueError(f"--data {data} has no training examples of at most {length} tokens; raise --length")
     model = load_backbone(backbone, layout="stacked")
-    steps = {"packed": packed_steps(examples, length, count)}
+    epochs = {"packed": packed_epoch(examples, length, count)}
     for name, buckets in (("3 buckets", section.buckets), ("1 bucket", 1)):
-        steps[name] = padded_steps(examples, buckets, length * count)
-    found = measurement(
-        "tokens/s", interleaved({k: step_time(model, v, remat=remat) for k, v in steps.items()}, rounds)
-    )
+        epochs[name] = padded_epoch(examples, buckets, length * count)
+    sides = {name: epoch_rate(model, epoch, remat=remat) for name, epoch in epochs.items()}
+    found = measurement("tokens/s", interleaved(sides, rounds))
     full = {
-        name: sum(real for *_, real in of) / sum(batch.tokens.size for _, batch, _ in of) for name, of in steps.items()
+        name: epoch.real / sum(one.count * one.batch.tokens.size for one in epoch.steps)
+        for name, epoch in epochs.items()
     }
     ratios = {}
     for name in ("3 buckets", "1 bucket"):
         ratios[f"packed / {name}"] = paired(found["rounds"], "packed", name)
         ratios[f"packed / {name}, by the padding removed"] = full["packed"] / full[name]
-    shapes = {name: [batch.tokens.shape[1:] for _, batch, _ in of] for name, of in steps.items()}
+    shapes = {name: [one.batch.tokens.shape[1:] for one in epoch.steps] for name, epoch in epochs.items()}
     return found | {"ratios": ratios, "share_of_real_tokens": full, "shapes": shapes, "row_length": length}
 
 
-STEPS = 4  # of the packed side per round; the others take as many as hold the same number of tokens
+STEPS = 4  # that are measured of the packed side per round; the others take about as many
 
 
-def packed_steps(examples: list[Example], length: int, rows: int) -> list:
-    """(completion, batch, real tokens) of the first steps of a run with packed rows."""
+class Step(NamedTuple):
+    """A training step that is measured."""
+
+    completion: int
+    """static: see train_step"""
+    batch: Batch | Packed
+    count: float
+    """the steps of the epoch that it stands for"""
+
+
+class Epoch(NamedTuple):
+    steps: list[Step]
+    real: int
+    """tokens of all its examples, without padding"""
+
+    @property
+    def share_of_real_tokens(self) -> float:
+        return self.real / sum(step.count * step.batch.tokens.size for step in self.steps)
+
+
+def packed_epoch(examples: list[Example], length: int, rows: int) -> Epoch:
+    """The first steps of a run with packed rows."""
     order = plan_packing(examples, length=length, rows=rows, seed=0)
     made = [
         collate_packed([[examples[i] for i in row] for row in order.batch_rows(i)], order.shape, rows)
         for i in range(STEPS)
     ]
-    return [(order.shape.completion, jax.tree.map(lambda a: a[None], b), int((b.segment >= 0).sum())) for b in made]
+    count = order.batches_per_epoch / STEPS
+    steps = [Step(order.shape.completion, jax.tree.map(lambda a: a[None], batch), count) for batch in made]
+    return Epoch(steps, sum(example_lengths(examples)))
 
 
-def padded_steps(examples: list[Example], count: int, tokens: int) -> list:
-    """The same for a run with `count` buckets. Its steps hold about `tokens` tokens, padding included."""
+def padded_epoch(examples: list[Example], count: int, tokens: int) -> Epoch:
+    """Steps of a run with `count` buckets: of each bucket one, or more where it has more of them. They hold about
+    `tokens` tokens, padding included."""
     buckets, lengths = plan_buckets(examples, count), np.array(example_lengths(examples))
     padded = np.array([bucket.length for bucket in buckets])[np.searchsorted([b.length for b in buckets], lengths)]
     rows = max(1, round(tokens / padded.mean()))
     order = Plan(lengths.tolist(), buckets=buckets, rows=rows, seed=0)
+    batches = [order.batch_indices(i) for i in range(order.batches_per_epoch)]
     steps = []
-    for index in range(len(buckets)):  # one step of each bucket, or more where it has more of them
-        share = round(STEPS * (padded == buckets[index].length).mean()) or 1
-        found = (i for i in range(order.batches_per_epoch) if order.batch_indices(i)[0] == index)
-        for i, _ in zip(found, range(share), strict=False):
-            batch = collate([examples[e] for e in order.batch_indices(i)[1]], buckets[index], rows)
-            real = int(batch.length[: len(order.batch_indices(i)[1])].sum())
-            steps.append((buckets[index].completion, jax.tree.map(lambda a: a[None], batch), real))
-    return steps
+    for index, bucket in enumerate(buckets):
+        of_bucket = [indices for where, indices in batches if where == index]
+        measured = of_bucket[: round(STEPS * (padded == bucket.length).mean()) or 1]
+        for indices in measured:
+            batch = collate([examples[e] for e in indices], bucket, rows)
+            count_of_each = len(of_bucket) / len(measured)
+            steps.append(Step(bucket.completion, jax.tree.map(lambda a: a[None], batch), count_of_each))
+    return Epoch(steps, int(lengths.sum()))
 
 
-def step_time(model, steps: list, *, remat: str) -> Callable[[], float]:
-    """Real tokens per second of steps, (completion, batch, real tokens), one after another."""
+def epoch_rate(model, epoch: Epoch, *, remat: str) -> Callable[[], float]:
+    """Real tokens per second of an epoch, by the time of each of its steps."""
     config = TrainSection(remat=remat)  # pyright: ignore[reportArgumentType]
     state = state_of_one(init_adapter(ParaConfig(), model.config), config)
 
     def tokens_per_second() -> float:
         nonlocal state
-        begun = time.perf_counter()
-        for completion, batch, _ in steps:
-            state, _ = step_of_one(state, model, batch, completion=completion, config=config, **CONFIG)
-        jax.block_until_ready(state)
-        return sum(real for *_, real in steps) / (time.perf_counter() - begun)
+        seconds = 0.0
+        for step in epoch.steps:
+            begun = time.perf_counter()
+            state, _ = step_of_one(state, model, step.batch, completion=step.completion, config=config, **CONFIG)
+            jax.block_until_ready(state)
+            seconds += step.count * (time.perf_counter() - begun)
+        return epoch.real / seconds
 
     return tokens_per_second

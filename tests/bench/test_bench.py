@@ -21,6 +21,8 @@ from para_jax.bench import serve as bench_serve
 from para_jax.bench import tenants as bench_tenants
 from para_jax.bench import train as bench_train
 from para_jax.bench.rounds import interleaved, measurement, paired
+from para_jax.data.batches import plan_buckets
+from para_jax.data.examples import Example
 from para_jax.inference.generate import next_token
 from para_jax.plots import decode_plot
 from para_jax.record_file import check_record_file, write_record
@@ -158,6 +160,21 @@ def test_packing_is_measured_with_the_padding_that_it_removes(tmp_path):
     removed = measured["ratios"]["packed / 1 bucket, by the padding removed"]
     assert removed == full["packed"] / full["1 bucket"]
     assert measured["ratios"]["packed / 1 bucket"] == paired(measured["rounds"], "packed", "1 bucket")
+
+
+def test_a_rare_bucket_counts_as_often_as_an_epoch_has_it():
+    """One example of a hundred is long: of five measured steps, one of them would else hold most of the tokens."""
+    draw = np.random.default_rng(0)
+    examples = [Example(draw.integers(3, 256, 470 if i % 100 == 0 else 20 + i % 20).tolist(), [1]) for i in range(1000)]
+    buckets, real = plan_buckets(examples, 3), sum(len(one.prompt_ids) + 1 for one in examples)
+    for epoch in (bench_train.packed_epoch(examples, 512, 2), bench_train.padded_epoch(examples, 3, 1024)):
+        assert epoch.real == real and 5 >= len(epoch.steps) >= 3
+    rows = epoch.steps[0].batch.tokens.shape[1]
+    lengths = np.array([bucket.length for bucket in buckets])
+    padded = lengths[np.searchsorted(lengths, [len(one.prompt_ids) + 1 for one in examples])]
+    steps = sum(-(-np.count_nonzero(padded == length) // rows) * length for length in lengths)
+    assert sum(one.count * one.batch.tokens.shape[2] for one in epoch.steps) == pytest.approx(steps)
+    assert epoch.share_of_real_tokens == pytest.approx(real / (steps * rows))
 
 
 @pytest.mark.long
