@@ -85,19 +85,11 @@ class AdapterBank:
         for name, value in (("capacity", capacity), ("max_r", max_r)):
             if type(value) is not int or value < 1:
                 raise ValueError(f"AdapterBank: {name} must be a whole number of at least 1; got {shorten(value)}")
-        known = tuple(method.name for method in METHODS)
-        chosen = {}
-        for name, values, choices in (("methods", methods, known), ("sites", sites, SITES)):
-            chosen[name] = given = listed(values)
-            if not given or not all(value in choices for value in given):
-                raise ValueError(
-                    f"AdapterBank: {name} must be a list of some of {', '.join(choices)}; got {shorten(values)}"
-                )
+        self.methods = names_among("methods", methods, tuple(method.name for method in METHODS))
+        self.sites = names_among("sites", sites, SITES)
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"AdapterBank: dtype must be float32 or bfloat16; got {shorten(dtype)}")
         self.model_config, self.capacity, self.max_r, self.dtype = model_config, capacity, max_r, dtype
-        self.methods = tuple(name for name in known if name in chosen["methods"])
-        self.sites = tuple(site for site in SITES if site in chosen["sites"])
         self.model: Any = None
         """the backbone, once an engine serves the bank: adapters of other weights then give a warning"""
         self._entries: dict[str, Entry] = {}
@@ -382,6 +374,14 @@ class AdapterBank:
             if method.name in self.methods and all(scope_of(group)[0] == "prompt" for group in own):
                 groups.add(method.group_config(method.config(), self.sites, self.max_r))
         return sorted(groups, key=repr)
+
+
+def names_among(name: str, given: Any, choices: tuple[str, ...]) -> tuple[str, ...]:
+    """The given names in the order of the choices. Raises ValueError for none, and for one that is no choice."""
+    names = listed(given)
+    if not names or not all(one in choices for one in names):
+        raise ValueError(f"AdapterBank: {name} must be a list of some of {', '.join(choices)}; got {shorten(given)}")
+    return tuple(choice for choice in choices if choice in names)
 
 
 def content_hash(adapter: Adapter) -> str:
