@@ -92,4 +92,4 @@ def ia3_values(config: Ia3Config, backbone: dict, read_shapes: Callable[[], dict
     if "up_proj" in config.target_modules:  # a factor on an input becomes one vector with that of up_proj
         inputs = {name for name in shapes if set(config.feedforward_modules) & set(name.split("."))}
         joined = sum(math.prod(shapes[name]) for name in inputs)
-    return ValueCounts(0, held, held - joined, joined)
+    return ValueCounts(matrices=0, vectors=held, carried=held - joined, joined=joined)

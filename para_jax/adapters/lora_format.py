@@ -11,7 +11,7 @@ import numpy as np
 
 from ..config import FUSED, SITES, LoraConfig, ModelConfig, shorten
 from .adapter import Adapter, Backbone, named_leaves
-from .own_tensors import join_layers, layer_name
+from .own_tensors import ValueCounts, join_layers, layer_name
 from .peft_config import require_supported, target_sites
 from .peft_linears import linears_of, used_sites
 
@@ -168,10 +168,10 @@ def blocks_of(linears: dict[str, tuple[str, ...]]) -> int:
 
 def lora_values(
     config: LoraConfig, backbone: dict, read_shapes: Callable[[], dict[str, tuple[int, ...]]]
-) -> tuple[int, int, int]:
+) -> ValueCounts:
     """An upper bound where sites share a linear: each counts with an A of the file's rank, but may load with less."""
     held = 0
     for name, shape in read_shapes().items():
         shared_by = max((len(sites) for linear, sites in FUSED.items() if linear in name.split(".")), default=1)
         held += math.prod(shape) * (shared_by if name.endswith("lora_A.weight") else 1)
-    return held, 0, held
+    return ValueCounts(matrices=held, vectors=0, carried=held)

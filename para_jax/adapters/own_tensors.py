@@ -52,11 +52,10 @@ class ValueCounts(NamedTuple):
     """vectors that become one with others, in a bank and in what decode carries"""
 
 
-def count_by_shape(
-    config: Any, backbone: dict, read_shapes: Callable[[], dict[str, tuple[int, ...]]]
-) -> tuple[int, int, int]:
-    """The first three fields of ValueCounts, for a method whose decode carries a vector for each site and layer."""
+def count_by_shape(config: Any, backbone: dict, read_shapes: Callable[[], dict[str, tuple[int, ...]]]) -> ValueCounts:
+    """The counts of a method whose decode carries a vector for each site and layer."""
     shapes = read_shapes().values()
     matrices = sum(math.prod(shape) for shape in shapes if len(shape) > 1)
     vectors = sum(math.prod(shape) for shape in shapes if len(shape) <= 1)
-    return matrices, vectors, backbone["num_layers"] * sum(backbone["site_widths"].values())
+    carried = backbone["num_layers"] * sum(backbone["site_widths"].values())
+    return ValueCounts(matrices, vectors, carried)

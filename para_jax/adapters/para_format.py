@@ -11,7 +11,7 @@ import numpy as np
 
 from ..config import ModelConfig, ParaConfig
 from .adapter import Adapter, named_leaves
-from .own_tensors import join_layers, layer_name
+from .own_tensors import ValueCounts, join_layers, layer_name
 
 #: Arrays that only some configs have, and their names in the file.
 EXTRAS = {
@@ -52,7 +52,7 @@ def para_leaves(
     return config, leaves | {key: stacked[name] for key, name in EXTRAS.items() if name in stacked}
 
 
-def para_values(config: ParaConfig, backbone: dict, read_shapes: Callable) -> tuple[int, int, int]:
+def para_values(config: ParaConfig, backbone: dict, read_shapes: Callable) -> ValueCounts:
     """Counted from the config alone, so that a folder without its weights can be inspected."""
     count, width, carried = backbone["num_layers"], backbone["width"], sum(backbone["site_widths"].values())
     layers = count if config.layers_to_transform is None else len(config.layers_to_transform)
@@ -63,7 +63,9 @@ def para_values(config: ParaConfig, backbone: dict, read_shapes: Callable) -> tu
         vectors += width + 1
     if config.activation == "rational":
         vectors += 7 + 5
-    return layers * config.r * (width + carried), layers * vectors, count * carried
+    return ValueCounts(
+        matrices=layers * config.r * (width + carried), vectors=layers * vectors, carried=count * carried
+    )
 
 
 def para_outline(config: ParaConfig) -> str:
