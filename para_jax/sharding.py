@@ -14,6 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -182,7 +183,7 @@ def tree_shardings(tree, mesh: Mesh | AbstractMesh, config):
 
 
 def is_variable(node) -> bool:
-    return hasattr(node, "get_value")
+    return isinstance(node, nnx.Variable)
 
 
 def with_sharding(leaf, sharding) -> jax.ShapeDtypeStruct:

@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ..config import SITES, ModelConfig
+from ..sharding import is_variable
 
 
 class AdapterParam(nnx.LoRAParam):
@@ -238,7 +239,3 @@ def named_leaves(adapter: Adapter) -> dict[str, Any]:
 def with_leaves(adapter: Kind, leaves: dict[str, Any]) -> Kind:
     """The adapter, which may be abstract, with its arrays replaced by these, given by name."""
     return jax.tree.unflatten(jax.tree.structure(adapter), [leaves[name] for name in named_leaves(adapter)])
-
-
-def is_variable(node) -> bool:
-    return isinstance(node, nnx.Variable)

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..config import ModelConfig
-from .adapter import Adapter, AdapterParam, abstract, is_variable, named_leaves, with_leaves
+from ..sharding import is_variable
+from .adapter import Adapter, AdapterParam, abstract, named_leaves, with_leaves
 from .methods import method_of
 
 

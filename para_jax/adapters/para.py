@@ -15,7 +15,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ..config import ModelConfig, ParaConfig
-from .adapter import Adapter, AdapterParam, BiasParam, Factors, Statistic, describe, is_variable, token_at
+from ..sharding import is_variable
+from .adapter import Adapter, AdapterParam, BiasParam, Factors, Statistic, describe, token_at
 from .method import Method
 from .para_format import para_leaves, para_outline, para_tensors, para_values
 

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ..adapters.adapter import AdapterParam, BiasParam, is_variable
+from ..adapters.adapter import AdapterParam, BiasParam
 from ..config import TrainSection
+from ..sharding import is_variable
 
 
 def make_direction(config: TrainSection) -> optax.GradientTransformation:
