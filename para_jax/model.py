@@ -296,18 +296,16 @@ def _prefill(model, adapters, tokens, prompt_length, length, max_length, continu
         x, kept = residual_stream(model, adapters, tokens, prompt_length, keep=keep)
         last = token_of(x, length - 1)
     else:
-        new = tokens.shape[1] - 1 if continues else 0
-        last, kept = prefill_tails(
-            model, adapters, reach, tokens, prompt_length, length, max_length, reach.window + new
-        )
+        tail_length = reach.window + (tokens.shape[1] - 1 if continues else 0)
+        last, kept = prefill_tails(model, adapters, reach, tokens, prompt_length, length, max_length, tail_length)
     adjustments = tuple(adjustment for _, adjustment in kept) if reach is not None and reach.decodes else ()
     return model.logits(model.final_norm(last)), DecodeState(tuple(cache for cache, _ in kept), adjustments, length)
 
 
-def prefill_tails(model, adapters, reach: Reach, tokens, prompt_length, length, max_length: int, new: int):
+def prefill_tails(model, adapters, reach: Reach, tokens, prompt_length, length, max_length: int, tail_length: int):
     """The residual stream at each row's last token, and (cache, adjustment) for each layer, where rows may have scope
-    `response`: their last `new` tokens run again after the plain prompt. Nothing changes for the other rows."""
-    start, prompts, tails = cut_tails(tokens, prompt_length, reach.window, new)
+    `response`: their last `tail_length` tokens run again after the plain prompt. Nothing changes for the other rows."""
+    start, prompts, tails = cut_tails(tokens, prompt_length, reach.window, tail_length)
     keep = tail_cache(model, reach, prompt_length, length, tails.position, max_length)
     tail, first, kept = tail_stream(model, adapters, prompts, prompt_length, tails, keep=keep)
     last = jnp.where(reach.responds[:, None], token_of(tail, length - 1 - start), token_of(first, length - 1))
@@ -331,10 +329,10 @@ def prefill_after(
     return logits, DecodeState(cache, adjustments, prompt_length)
 
 
-def cut_tails(tokens, prompt_length, window: int, new: int) -> tuple[jax.Array, Tokens, Tokens]:
-    """Where each prompt's tail begins, the rows, and their tails of `new` tokens."""
+def cut_tails(tokens, prompt_length, window: int, tail_length: int) -> tuple[jax.Array, Tokens, Tokens]:
+    """Where each row's tail begins, the whole rows, and their tails of at most `tail_length` tokens."""
     start = tail_start(prompt_length, window)
-    position = start[:, None] + jnp.arange(min(new, tokens.shape[1]))
+    position = start[:, None] + jnp.arange(min(tail_length, tokens.shape[1]))
     tails = jnp.take_along_axis(tokens, jnp.minimum(position, tokens.shape[1] - 1), axis=1)
     return start, Tokens(tokens, jnp.arange(tokens.shape[1])), Tokens(tails, position)
 
