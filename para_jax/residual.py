@@ -93,13 +93,14 @@ def where_adapters_act(
     position: Int[Array, "*lead T"],
     segments: Segments | None,
 ) -> tuple[Bool[Array, "rows T"] | bool, Bool[Array, "rows T"] | bool]:
-    """The tokens at which the adapters of a batch act, in the first stream and in the other. True: all of them."""
+    """The tokens at which the adapters of a batch act, in the first stream, where rows of scope `response` are plain,
+    and in the other. True: all of them. False: none."""
     if reach.everywhere:
         return True, True
-    everywhere = reach.acts(prompt_length, position, segments)
+    acts = reach.acts(prompt_length, position, segments)
     if reach.only_window is not None:
-        return False, everywhere
-    return everywhere & ~reach.responds[:, None], everywhere
+        return False, acts
+    return acts & ~reach.responds[:, None], acts
 
 
 def acting(adjust: Callable, where: jax.Array | bool) -> Callable:
