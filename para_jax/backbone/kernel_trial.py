@@ -63,12 +63,12 @@ def trial_problem(kernel: str, config: ModelConfig, dtype, mesh: Mesh | None, *,
     """What went wrong in a trial, in one line; None if it passed. The trial uses no communication, so a process whose
     trial fails keeps no other waiting."""
     try:
-        theirs, ours = (run_kernel(name, config, dtype, mesh, packed) for name in ("plain", kernel))
+        plain, tried = (run_kernel(name, config, dtype, mesh, packed) for name in ("plain", kernel))
     except Exception as error:  # compilers, drivers and libraries raise errors of any kind
         said = (str(error).strip().splitlines() or [""])[0].strip()[:200]
         return f"{type(error).__name__}: {said}" if said else type(error).__name__
-    for name, mine, other in zip(("values", "dq", "dk", "dv"), ours, theirs, strict=True):
-        for a, b in zip(own_parts(mine), own_parts(other), strict=True):
+    for name, found, expected in zip(("values", "dq", "dk", "dv"), tried, plain, strict=True):
+        for a, b in zip(own_parts(found), own_parts(expected), strict=True):
             error, largest = float(abs(a - b).max()), float(abs(b).max())
             if not error <= TOLERANCE * largest:  # true for NaN as well
                 return f"its {name} differ from plain attention's by {error:.2g}, where the largest is {largest:.2g}"
