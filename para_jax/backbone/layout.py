@@ -23,12 +23,14 @@ def periods(kinds: tuple[LayerKind, ...]) -> tuple[tuple[int, int, int], ...]:
 
     Gemma 3 1B (26 layers, every sixth with full attention) gives (0, 6, 4) and (24, 1, 2).
     """
+
+    def layers_in_run(period: int, repeats: int) -> int:
+        return period * repeats if period == 1 or repeats > 1 else 0  # layers that don't repeat are no run
+
     cuts, start = [], 0
     while start < len(kinds):
-        period, repeats = max(
-            ((period, repeats_from(kinds, start, period)) for period in range(1, len(kinds) - start + 1)),
-            key=lambda found: (found[0] * found[1] if found[0] == 1 or found[1] > 1 else 0, -found[0]),
-        )
+        possible = [(period, repeats_from(kinds, start, period)) for period in range(1, len(kinds) - start + 1)]
+        period, repeats = max(possible, key=lambda run: (layers_in_run(*run), -run[0]))  # of equal ones the shortest
         cuts.append((start, period, repeats))
         start += period * repeats
     return tuple(cuts)
