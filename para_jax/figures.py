@@ -50,10 +50,10 @@ def explain(figure: Figure, text: str) -> None:
 
 def wrapped(figure: Figure, text: str) -> str:
     """A text of font size 8 in lines that fit the figure."""
-    return textwrap.fill(plain(text), int(17 * figure.get_size_inches()[0]))
+    return textwrap.fill(escaped(text), int(17 * figure.get_size_inches()[0]))
 
 
-def plain(text: str) -> str:
+def escaped(text: str) -> str:
     """A text with its dollars escaped, which matplotlib would read as mathematics."""
     return text.replace("$", r"\$")
 

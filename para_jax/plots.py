@@ -14,7 +14,7 @@ import numpy as np
 
 from .config import expanded
 from .evaluation.factors import Spread, root_mean_square
-from .figures import drawable, explain, new_figure, plain, run_names, wrapped
+from .figures import drawable, escaped, explain, new_figure, run_names, wrapped
 from .figures import save as save
 from .score_plots import Bar, Scores, draw_panel, shorten_name
 from .storage.bucket import BucketPath, Place
@@ -66,7 +66,7 @@ def curves_plot(folders: str | Place | Sequence[str | Place]) -> Figure:
                 draw_scores(axes, metric, rows, colour, said)
     for colour, (name, of_run) in zip(colours[len(whole) :], several.items(), strict=True):
         label = f"{name}: median of {len(of_run)}"
-        draw_range(losses, [smoothed_series(rows) for rows in of_run], colour, plain(label), said)
+        draw_range(losses, [smoothed_series(rows) for rows in of_run], colour, escaped(label), said)
         draw_range(losses, [series(rows, "validation_loss") for rows in of_run], colour, None, said, linestyle="--")
         for metric, axes in of_metrics.items():
             draw_range(axes, [series(rows, f"validation_{metric}") for rows in of_run], colour, None, said, marker="o")
@@ -79,7 +79,7 @@ def curves_plot(folders: str | Place | Sequence[str | Place]) -> Figure:
             draw_panel(axes, f"validation {metric}", Scores(metric, found))
             said.errors |= any(bar.stderr for bar in found.values())
         else:
-            axes.set_ylabel(plain(f"validation {metric}"))
+            axes.set_ylabel(escaped(f"validation {metric}"))
     over_steps = [losses, *(axes for metric, axes in of_metrics.items() if metric not in bars)]
     for axes in over_steps:
         plain_axes(axes)
@@ -116,7 +116,7 @@ class Said:
 def draw_losses(axes, name: str, rows: list[dict], colour: str, said: Said) -> None:
     steps, values = series(rows, "loss")
     axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
-    axes.plot(*smoothed_series(rows), color=colour, label=plain(shorten_name(name, 60)))
+    axes.plot(*smoothed_series(rows), color=colour, label=escaped(shorten_name(name, 60)))
     axes.plot(*series(rows, "validation_loss"), color=colour, marker="o", markersize=4, linestyle="--")
     draw_tested(axes, "loss", rows, colour, said)
 
@@ -314,7 +314,7 @@ def factors_plot(
             )
             size = root_mean_square(maps[name][site].ravel())
             axes.set_title(f"{with_note(site, notes)}, rms {size:.3g}", fontsize=8)
-        axes_row[0].set_ylabel(f"{plain(shorten_name(name))}\nlayer", fontsize=8)
+        axes_row[0].set_ylabel(f"{escaped(shorten_name(name))}\nlayer", fontsize=8)
     for axes in grid[-1]:
         axes.set_xlabel("units, sorted (%)", fontsize=8)
     figure.colorbar(image, ax=grid, label="l − 1", extend="both", extendfrac=0.02, aspect=30, pad=0.02)
@@ -331,7 +331,7 @@ def factors_plot(
 
 
 def with_note(site: str, notes: Mapping[str, str] | None) -> str:
-    return f"{site}\n{plain(notes[site])}" if notes and site in notes else site
+    return f"{site}\n{escaped(notes[site])}" if notes and site in notes else site
 
 
 def sorted_bins(values: np.ndarray) -> np.ndarray:
@@ -385,7 +385,7 @@ def spread_plot(spreads: Mapping[str, Spread], title: str, notes: Mapping[str, s
     )
     lines = [drawn[text] for text in named]
     legend = figure.legend(
-        lines, list(map(plain, named)), title=said, loc="outside lower center", ncols=2, fontsize=8, frameon=False
+        lines, list(map(escaped, named)), title=said, loc="outside lower center", ncols=2, fontsize=8, frameon=False
     )
     legend.get_title().set(fontsize=8, color="0.3")
     figure.suptitle(title, fontsize=9, parse_math=False)

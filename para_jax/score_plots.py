@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .config import BASE, expanded
 from .evaluation.results import LARGEST, file_names, metrics_of
-from .figures import drawable, explain, new_figure, plain, run_names
+from .figures import drawable, escaped, explain, new_figure, run_names
 from .messages import warn
 from .training.metrics_file import is_log, is_number, read_metrics
 from .training.scores_file import Records
@@ -105,7 +105,7 @@ def draw_panel(axes, name: str, scores: Scores) -> None:
             elinewidth=1, capsize=2.5,
         )  # fmt: skip
     of = [f" ({bar.count})" if bar.count and len(counts) > 1 else "" for _, bar in bars]
-    labels = [plain(shorten_name(key)) + count for (key, _), count in zip(bars, of, strict=True)]
+    labels = [escaped(shorten_name(key)) + count for (key, _), count in zip(bars, of, strict=True)]
     axes.set_yticks(places, labels, fontsize=8)
     axes.set_ylim(len(bars) - 0.4, -0.6)
     ends = [0.0, *(end for _, bar in bars for end in reach(bar)), *(end for bar in bases(scores) for end in reach(bar))]
@@ -127,9 +127,9 @@ def draw_panel(axes, name: str, scores: Scores) -> None:
     count = next(iter(counts))
     of_all = f", {count} examples" if len(counts) == 1 and count else ""
     of_base = f", base model {number(scores.base.score)}" if isinstance(scores.base, Bar) else ""
-    axes.set_title(plain(name) + of_all + of_base, fontsize=9)
+    axes.set_title(escaped(name) + of_all + of_base, fontsize=9)
     axes.set_xlabel(
-        "loss (nats per token), lower is better" if lower_is_better else f"{plain(scores.metric)}, higher is better",
+        "loss (nats per token), lower is better" if lower_is_better else f"{escaped(scores.metric)}, higher is better",
         fontsize=8,
     )
     axes.tick_params(axis="x", labelsize=8)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from compare_statistics import LEVEL, Ranking, p_text
 
-from para_jax.figures import explain, new_figure, plain
+from para_jax.figures import escaped, explain, new_figure
 
 #: Colours that people with any colour vision tell apart (Okabe and Ito 2008), by how a method's name starts or goes on.
 COLOURS = {
@@ -70,7 +70,7 @@ def draw_bytes(panels: dict[str, list[Point]]):
             else:
                 below.append(f"{point.name}: {point.y:.3f}")
         if below:
-            said = plain(f"far below: {'; '.join(below)}")
+            said = escaped(f"far below: {'; '.join(below)}")
             axes.text(0, 1.01, said, transform=axes.transAxes, fontsize=7, va="bottom", color="0.3")
         axes.set_xticks(list(TICKS), TICKS.values())
         axes.minorticks_off()
@@ -127,7 +127,7 @@ def panel_grid(panels: dict[str, list[Point]]):
     for axes in every[len(panels) :]:
         axes.set_visible(False)
     for axes, task in zip(every, panels, strict=False):
-        axes.set_title(plain(task), fontsize=9, pad=14)
+        axes.set_title(escaped(task), fontsize=9, pad=14)
         axes.set_xscale("log")
         axes.tick_params(labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
@@ -149,7 +149,7 @@ def name_points(axes, points: Sequence[Point]) -> None:
     right = axes.get_xlim()[1]
     for point, height in zip(points, heights, strict=True):
         axes.annotate(
-            plain(point.name),
+            escaped(point.name),
             (point.x or right, point.y),
             (1.04, height),
             textcoords="axes fraction",
@@ -190,7 +190,7 @@ def draw_ranks(found: Ranking):
         rank = found.ranks[name]
         axes.plot([rank], [height], marker(name), color=colour(name), markersize=6)
         axes.annotate(
-            f"{plain(name)}  {rank:.2f}", (rank, height), (8, 0), textcoords="offset points", va="center",
+            f"{escaped(name)}  {rank:.2f}", (rank, height), (8, 0), textcoords="offset points", va="center",
             fontsize=8, color=colour(name), annotation_clip=False,
         )  # fmt: skip
     for i, group in enumerate(groups):
@@ -219,7 +219,7 @@ def draw_seeds(scores: dict[str, dict[str, list[float]]]):
         for y, name in enumerate(names):
             axes.plot(of_task[name], [y] * len(of_task[name]), marker(name), color=colour(name))
             axes.plot([median(of_task[name])] * 2, [y - 0.3, y + 0.3], color="black")
-        axes.set_yticks(range(len(names)), [plain(name) for name in names])
+        axes.set_yticks(range(len(names)), [escaped(name) for name in names])
         axes.set_title(task)
         axes.set_xlabel("score on test data")
     return figure
