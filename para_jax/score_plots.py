@@ -83,58 +83,84 @@ def scores_plot(panels: Mapping[str, Scores], title: str = "") -> Figure:
 
 
 def draw_panel(axes, name: str, scores: Scores) -> None:
-    bars, lower_is_better = list(scores.bars.items()), scores.metric == "loss"
-    counts = {bar.count for _, bar in bars}
-    shown = [drawable(bar.score) for _, bar in bars]
-    errors = [drawable(bar.stderr) if bar.stderr else math.nan for _, bar in bars]
-    places = range(len(bars))
+    """A panel with one set of scores: the bars, the base model's scores, and all of them as numbers."""
+    counts = {bar.count for bar in scores.bars.values()}
+    draw_bars(axes, scores.bars)
+    draw_base(axes, scores)
+    name_bars(axes, scores.bars, with_counts=len(counts) > 1)
+    set_range(axes, scores)
+    write_numbers(axes, scores)
+    count = next(iter(counts))
+    of_all = f", {count} examples" if len(counts) == 1 and count else ""
+    of_base = f", base model {number(scores.base.score)}" if isinstance(scores.base, Bar) else ""
+    axes.set_title(escaped(name) + of_all + of_base, fontsize=9)
+    is_loss = scores.metric == "loss"
+    says = "loss (nats per token), lower is better" if is_loss else f"{escaped(scores.metric)}, higher is better"
+    axes.set_xlabel(says, fontsize=8)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.grid(alpha=0.3, axis="x")
+    axes.set_axisbelow(True)
+
+
+def draw_bars(axes, bars: Mapping[str, Bar]) -> None:
+    places, shown = range(len(bars)), [drawable(bar.score) for bar in bars.values()]
+    errors = list(map(drawable_error, bars.values()))
     axes.barh(places, shown, height=0.62, color="C0", alpha=0.75)
     if not all(map(math.isnan, errors)):
         axes.errorbar(shown, places, xerr=errors, fmt="none", ecolor="black", elinewidth=1, capsize=2.5)
+
+
+def draw_base(axes, scores: Scores) -> None:
+    """A dashed line for the score that belongs to all bars, or a diamond on each bar that has one of its own."""
     if isinstance(scores.base, Bar):
         axes.axvline(drawable(scores.base.score), color="black", linestyle="--", linewidth=1)
         if scores.base.stderr:
-            near = drawable(scores.base.score), scores.base.stderr
-            axes.axvspan(near[0] - near[1], near[0] + near[1], color="black", alpha=0.08, linewidth=0)
+            score, error = drawable(scores.base.score), scores.base.stderr
+            axes.axvspan(score - error, score + error, color="black", alpha=0.08, linewidth=0)
     elif scores.base:
-        held = [(scores.base[key], i) for i, (key, _) in enumerate(bars) if key in scores.base]
+        held = [(scores.base[key], place) for place, key in enumerate(scores.bars) if key in scores.base]
         axes.errorbar(
-            [drawable(bar.score) for bar, _ in held], [i for _, i in held],
-            xerr=[drawable(bar.stderr) if bar.stderr else math.nan for bar, _ in held],
+            [drawable(bar.score) for bar, _ in held], [place for _, place in held],
+            xerr=[drawable_error(bar) for bar, _ in held],
             fmt="D", clip_on=False, markersize=5, color="white", markeredgecolor="black", ecolor="black",
             elinewidth=1, capsize=2.5,
         )  # fmt: skip
-    of = [f" ({bar.count})" if bar.count and len(counts) > 1 else "" for _, bar in bars]
-    labels = [escaped(shorten_name(key)) + count for (key, _), count in zip(bars, of, strict=True)]
-    axes.set_yticks(places, labels, fontsize=8)
+
+
+def name_bars(axes, bars: Mapping[str, Bar], *, with_counts: bool) -> None:
+    """The names at the left, perhaps with the number of examples, and the first bar at the top."""
+    counts = [f" ({bar.count})" if bar.count and with_counts else "" for bar in bars.values()]
+    labels = [escaped(shorten_name(key)) + count for key, count in zip(bars, counts, strict=True)]
+    axes.set_yticks(range(len(bars)), labels, fontsize=8)
     axes.set_ylim(len(bars) - 0.4, -0.6)
-    ends = [0.0, *(end for _, bar in bars for end in reach(bar)), *(end for bar in bases(scores) for end in reach(bar))]
-    ends = [round(end, 9) for end in ends]  # 0.2 - 0.2 may be less than zero
+
+
+def set_range(axes, scores: Scores) -> None:
+    """The range of the scores and their errors, with zero and room for the numbers."""
+    drawn = [*scores.bars.values(), *bases(scores)]
+    ends = [round(end, 9) for end in [0.0, *(end for bar in drawn for end in reach(bar))]]  # 0.2 - 0.2 may be below 0
     low, high = min(ends), max(ends)
     space = (high - low) or 1.0
-    own_bases = isinstance(scores.base, Mapping)
-    room = space * (0.45 if own_bases else 0.3)  # for the numbers
+    room = space * (0.45 if isinstance(scores.base, Mapping) else 0.3)
     axes.set_xlim(low - (0.05 * space if low < 0 else 0), high + room)
     axes.xaxis.set_major_formatter("{x:g}")
-    if high <= 1 and low >= 0 and not lower_is_better:
+    if high <= 1 and low >= 0 and scores.metric != "loss":
         axes.set_xticks([tick / 5 for tick in range(6) if tick / 5 <= high + room])
-    for place, (key, bar) in zip(places, bars, strict=True):
+
+
+def write_numbers(axes, scores: Scores) -> None:
+    """Each bar's score and error at its end, and the base model's where each bar has its own."""
+    for place, (key, bar) in enumerate(scores.bars.items()):
         base = scores.base.get(key) if isinstance(scores.base, Mapping) else None
         right = max([0.0, *reach(bar), *(reach(base) if base else [])])
         text = number(bar.score) + (f" ± {number(bar.stderr)}" if bar.stderr else "")
         text += f" (base {number(base.score)})" if base else ""
         axes.annotate(text, (right, place), (5, 0), textcoords="offset points", va="center", fontsize=8)
-    count = next(iter(counts))
-    of_all = f", {count} examples" if len(counts) == 1 and count else ""
-    of_base = f", base model {number(scores.base.score)}" if isinstance(scores.base, Bar) else ""
-    axes.set_title(escaped(name) + of_all + of_base, fontsize=9)
-    axes.set_xlabel(
-        "loss (nats per token), lower is better" if lower_is_better else f"{escaped(scores.metric)}, higher is better",
-        fontsize=8,
-    )
-    axes.tick_params(axis="x", labelsize=8)
-    axes.grid(alpha=0.3, axis="x")
-    axes.set_axisbelow(True)
+
+
+def drawable_error(bar: Bar) -> float:
+    """The standard error, or NaN (no whisker) if there is none or it can't be drawn."""
+    return drawable(bar.stderr) if bar.stderr else math.nan
 
 
 def legible(scores: Scores) -> Mapping[str, Bar]:
