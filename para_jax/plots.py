@@ -58,26 +58,28 @@ def curves_plot(folders: str | Place | Sequence[str | Place]) -> Figure:
     figure = new_figure(7, sum(heights) + 0.9)
     panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     losses, of_metrics = panels[0], dict(zip(metrics, panels[1:], strict=True))
-    said, colours = Said(), colours_of(len(whole) + len(several))
+    contents, colours = Contents(), colours_of(len(whole) + len(several))
     for colour, (name, rows) in zip(colours, whole.items(), strict=False):
-        draw_losses(losses, name, rows, colour, said)
+        draw_losses(losses, name, rows, colour, contents)
         for metric, axes in of_metrics.items():
             if metric not in bars:
-                draw_scores(axes, metric, rows, colour, said)
+                draw_scores(axes, metric, rows, colour, contents)
     for colour, (name, of_run) in zip(colours[len(whole) :], several.items(), strict=True):
         label = f"{name}: median of {len(of_run)}"
-        draw_range(losses, [smoothed_series(rows) for rows in of_run], colour, escaped(label), said)
-        draw_range(losses, [series(rows, "validation_loss") for rows in of_run], colour, None, said, linestyle="--")
+        draw_range(losses, [smoothed_series(rows) for rows in of_run], colour, escaped(label), contents)
+        draw_range(losses, [series(rows, "validation_loss") for rows in of_run], colour, None, contents, linestyle="--")
         for metric, axes in of_metrics.items():
-            draw_range(axes, [series(rows, f"validation_{metric}") for rows in of_run], colour, None, said, marker="o")
+            draw_range(
+                axes, [series(rows, f"validation_{metric}") for rows in of_run], colour, None, contents, marker="o"
+            )
     losses.set_ylabel("loss (nats per token)")
     validated = any("validation_loss" in row for rows in every for row in rows)
-    name_curves(figure, losses, validated=validated, tested=said.tested)
+    name_curves(figure, losses, validated=validated, tested=contents.tested)
     for metric, axes in of_metrics.items():
         if metric in bars:
             found = {name: bar for name, rows in whole.items() if (bar := last_score(rows, metric))}
             draw_panel(axes, f"validation {metric}", Scores(metric, found))
-            said.errors |= any(bar.stderr for bar in found.values())
+            contents.errors |= any(bar.stderr for bar in found.values())
         else:
             axes.set_ylabel(escaped(f"validation {metric}"))
     over_steps = [losses, *(axes for metric, axes in of_metrics.items() if metric not in bars)]
@@ -86,7 +88,7 @@ def curves_plot(folders: str | Place | Sequence[str | Place]) -> Figure:
         axes.set_xlim(over_steps[0].get_xlim())
     over_steps[-1].set_xlabel("optimiser step")
     losses.set_title("Learning curves", fontsize=10)
-    explain(figure, said.sentence(bool(bars)))
+    explain(figure, contents.sentence(bool(bars)))
     return figure
 
 
@@ -95,7 +97,7 @@ MAX_CURVES = 10
 
 
 @dataclass
-class Said:
+class Contents:
     """What a picture of curves contains, so that the sentence under it can explain it."""
 
     errors: bool = False
@@ -103,39 +105,41 @@ class Said:
     tested: bool = False
 
     def sentence(self, bars: bool) -> str:
-        said = ["A loss that falls is good; a validation loss that rises while training falls is overfitting."]
+        sentences = ["A loss that falls is good; a validation loss that rises while training falls is overfitting."]
         if self.ranges:
-            said.append("Shades span the lowest to the highest tenant.")
+            sentences.append("Shades span the lowest to the highest tenant.")
         if self.tested:
-            said.append("Diamonds are the test data: hollow for the base model, filled for the adapter that was kept.")
+            sentences.append(
+                "Diamonds are the test data: hollow for the base model, filled for the adapter that was kept."
+            )
         if self.errors:
-            said.append(f"{'Whiskers' if bars else 'Bars'} are one standard error over the examples.")
-        return " ".join(said)
+            sentences.append(f"{'Whiskers' if bars else 'Bars'} are one standard error over the examples.")
+        return " ".join(sentences)
 
 
-def draw_losses(axes, name: str, rows: list[dict], colour: str, said: Said) -> None:
+def draw_losses(axes, name: str, rows: list[dict], colour: str, contents: Contents) -> None:
     steps, values = series(rows, "loss")
     axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
     axes.plot(*smoothed_series(rows), color=colour, label=escaped(shorten_name(name, 60)))
     axes.plot(*series(rows, "validation_loss"), color=colour, marker="o", markersize=4, linestyle="--")
-    draw_tested(axes, "loss", rows, colour, said)
+    draw_tested(axes, "loss", rows, colour, contents)
 
 
-def draw_scores(axes, metric: str, rows: list[dict], colour: str, said: Said) -> None:
+def draw_scores(axes, metric: str, rows: list[dict], colour: str, contents: Contents) -> None:
     steps, scores = series(rows, f"validation_{metric}")
     held = dict(zip(*series(rows, f"validation_{metric}_stderr"), strict=True))
     errors = [held.get(step, np.nan) for step in steps]
     axes.errorbar(steps, scores, errors, color=colour, marker="o", markersize=4, capsize=2)
-    said.errors |= bool(held)
-    draw_tested(axes, metric, rows, colour, said)
+    contents.errors |= bool(held)
+    draw_tested(axes, metric, rows, colour, contents)
 
 
-def draw_tested(axes, metric: str, rows: list[dict], colour: str, said: Said) -> None:
+def draw_tested(axes, metric: str, rows: list[dict], colour: str, contents: Contents) -> None:
     """The test scores of the base model, hollow, and of the adapter that was kept, filled."""
     for when, fill in (("before", "white"), ("after", colour)):
         steps, values = series(rows, f"test_{when}_{metric}")
         if steps:
-            said.tested = True
+            contents.tested = True
             look = dict(markersize=5, linestyle="", markeredgecolor=colour, markerfacecolor=fill)
             axes.plot(steps[-1:], values[-1:], marker="D", **look)
 
@@ -159,7 +163,7 @@ def draw_range(
     curves: Sequence[tuple[list, Sequence[float] | np.ndarray]],
     colour: str,
     label: str | None,
-    said: Said,
+    contents: Contents,
     **look,
 ) -> None:
     """The median of many curves at each step, and the range from the lowest to the highest."""
@@ -170,7 +174,7 @@ def draw_range(
                 at.setdefault(step, []).append(value)
     if not at:
         return
-    said.ranges = True
+    contents.ranges = True
     steps = sorted(at)
     axes.plot(steps, [np.median(at[step]) for step in steps], color=colour, label=label, markersize=4, **look)
     axes.fill_between(
@@ -280,17 +284,7 @@ def factors_plot(
     Raises ValueError for factors of another form or shape, such as `vectors` gives for a batch, and for prompts with
     different sites.
     """
-    if not isinstance(factors, Mapping) or not factors or not all(isinstance(one, Mapping) for one in factors.values()):
-        raise ValueError("factors_plot takes {prompt: {site: factors}}; give {'a name': {site: values[:, row], ...}}")
-    for name, sites in factors.items():
-        if not sites:
-            raise ValueError(f"{name} has no factors; give {{site: values}}")
-        if sites.keys() != next(iter(factors.values())).keys():
-            raise ValueError(f"{name} has the sites {', '.join(map(str, sites))}; give the same ones for every prompt")
-        for site, values in sites.items():
-            if np.ndim(values) != 2:
-                shape = np.shape(values)
-                raise ValueError(f"{name}: {site} of shape {shape}; give [layers, width], of a batch values[:, row]")
+    check_factors(factors)
     maps = {name: {site: values - 1 for site, values in sites.items()} for name, sites in factors.items()}
     if len(maps) == 2:
         (a, first), (b, second) = maps.items()
@@ -328,6 +322,21 @@ def factors_plot(
         said += " If the last row is as strong as the others, the factors depend on the prompt."
     explain(figure, said)
     return figure
+
+
+def check_factors(factors: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    """Raises ValueError as `factors_plot` says."""
+    if not isinstance(factors, Mapping) or not factors or not all(isinstance(one, Mapping) for one in factors.values()):
+        raise ValueError("factors_plot takes {prompt: {site: factors}}; give {'a name': {site: values[:, row], ...}}")
+    for name, sites in factors.items():
+        if not sites:
+            raise ValueError(f"{name} has no factors; give {{site: values}}")
+        if sites.keys() != next(iter(factors.values())).keys():
+            raise ValueError(f"{name} has the sites {', '.join(map(str, sites))}; give the same ones for every prompt")
+        for site, values in sites.items():
+            if np.ndim(values) != 2:
+                shape = np.shape(values)
+                raise ValueError(f"{name}: {site} of shape {shape}; give [layers, width], of a batch values[:, row]")
 
 
 def with_note(site: str, notes: Mapping[str, str] | None) -> str:
