@@ -244,30 +244,28 @@ def folder_report(folder: Path) -> str:
     to)."""
     if (folder / "adapter_config.json").is_file():
         return adapter_report(folder)
-    if (folder / "config.yaml").is_file():
-        config = load_config(folder / "config.yaml")
-        if config.sweep.method:
-            return methods_report(folder, config)
-        if config.many:
-            return tenants_report(folder, config)
-        data = described(config.data.train)
-        lines = [f"run        {adapter_method(config.adapter)} on {config.backbone.source}, data {data}"]
-        if is_log(folder / "metrics.jsonl"):
-            scored = [
-                row
-                for row in read_metrics(folder / "metrics.jsonl")
-                if any("loss" in name and name != "loss" for name in row)
-            ]
-            lines += [
-                f"step {row['step']:<6}" + ", ".join(f"{k} {v:.4f}" for k, v in row.items() if k != "step")
-                for row in scored
-            ]
-        records, adapter = read_scores(folder), folder / "adapter"
-        lines += [part for part in (score_table(records), sample_lines(records)) if part]
-        return "\n".join(lines + ([folder_report(adapter)] if adapter.is_dir() else ["no adapter yet"]))
-    raise ValueError(
-        f"{folder} holds neither an adapter (adapter_config.json) nor a run (config.yaml); choose another folder"
-    )
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(
+            f"{folder} holds neither an adapter (adapter_config.json) nor a run (config.yaml); choose another folder"
+        )
+    config = load_config(folder / "config.yaml")
+    if config.sweep.method:
+        return methods_report(folder, config)
+    return tenants_report(folder, config) if config.many else run_report(folder, config)
+
+
+def run_report(folder: Path, config: RunConfig) -> str:
+    """The scores in the log of a run of one adapter, its last scores and answers, and its adapter."""
+    data = described(config.data.train)
+    lines = [f"run        {adapter_method(config.adapter)} on {config.backbone.source}, data {data}"]
+    for row in read_metrics(folder / "metrics.jsonl") if is_log(folder / "metrics.jsonl") else ():
+        if any("loss" in name and name != "loss" for name in row):
+            values = ", ".join(f"{name} {value:.4f}" for name, value in row.items() if name != "step")
+            lines.append(f"step {row['step']:<6}{values}")
+    records, adapter = read_scores(folder), folder / "adapter"
+    lines += [part for part in (score_table(records), sample_lines(records)) if part]
+    lines.append(folder_report(adapter) if adapter.is_dir() else "no adapter yet")
+    return "\n".join(lines)
 
 
 def methods_report(folder: Path, config: RunConfig) -> str:
