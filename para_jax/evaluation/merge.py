@@ -129,10 +129,8 @@ def merge_answers(parts: Sequence[ShardOutput], file: Place) -> None:
     """Writes the answers of all shards, in the order of their keys."""
     places: dict[str, tuple[int, int]] = {}
     near = None if isinstance(file, BucketPath) else file.absolute().parent
-    with (
-        atomic.errors_named(file),
-        tempfile.TemporaryFile(dir=near) as copy,
-    ):  # one file: an answer is read by its place, also from a bucket
+    # Everything is copied into one file, because answers are read by their places, also those from a bucket.
+    with atomic.errors_named(file), tempfile.TemporaryFile(dir=near) as copy:
         for part in parts:
             place, count = part.output / ANSWERS_FILE, 0
             for line, key, _ in journal_lines(place):

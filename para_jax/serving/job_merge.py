@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from .. import atomic
 from ..shards import ShardOutput, in_order, job_shard_file, read_part
@@ -27,18 +27,28 @@ def merge_jobs(outputs: Sequence[Place], output: Place) -> tuple[int, int]:
     near = None if isinstance(output, BucketPath) else output.absolute().parent
     if near is not None:
         near.mkdir(parents=True, exist_ok=True)
-    with (
-        atomic.errors_named(output),
-        tempfile.TemporaryFile(dir=near) as copy,
-    ):  # one file: an answer is read by its place, also from a bucket
+    # Everything is copied into one file, because answers are read by their places, also those from a bucket.
+    with atomic.errors_named(output), tempfile.TemporaryFile(dir=near) as copy:
         found, days = [], {}
         for part in parts:
             found += copied(part, copy, days)
         with atomic.replacing(output) as stream:  # pyright: ignore[reportArgumentType]
-            for _, _, start, length, _ in sorted(found):
-                copy.seek(start)
-                stream.write(copy.read(length))
-    return len(found), sum(failed for *_, failed in found)
+            for answer in sorted(found):
+                copy.seek(answer.start)
+                stream.write(copy.read(answer.length))
+    return len(found), sum(answer.failed for answer in found)
+
+
+class CopiedAnswer(NamedTuple):
+    """Where an answer is in the copy. Answers sort by the line of the input and its sample."""
+
+    line: int
+    index: int
+    start: int
+    length: int
+    """bytes"""
+    failed: bool
+    """whether it is an error"""
 
 
 def part_of(output: Place) -> ShardOutput:
@@ -53,9 +63,8 @@ def part_of(output: Place) -> ShardOutput:
     return part
 
 
-def copied(part: ShardOutput, copy: BinaryIO, days: dict[str, Place]) -> list[tuple[int, int, int, int, bool]]:
-    """Copies the answers of a shard. Returns the line and sample of each, where it begins in the copy, its length, and
-    whether it is an error.
+def copied(part: ShardOutput, copy: BinaryIO, days: dict[str, Place]) -> list[CopiedAnswer]:
+    """Copies the answers of a shard.
 
     Args:
         days: the dates that chat templates wrote so far, each with an output that has it; gets those of this shard.
@@ -86,7 +95,7 @@ def copied(part: ShardOutput, copy: BinaryIO, days: dict[str, Place]) -> list[tu
             except ValueError as error:
                 raise ValueError(f"{file}: line {row} {error}") from None
             rows[line, index] = row
-            found.append((line, index, copy.tell(), len(text or b""), kept.error is not None))
+            found.append(CopiedAnswer(line, index, copy.tell(), len(text or b""), kept.error is not None))
             copy.write(text or b"")
     expected = part.content["answers"]
     if len(found) != expected or spare != part.content.get("spare", 0):
