@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import BinaryIO
 
@@ -84,30 +85,17 @@ def answer_lines(
         raise ValueError(f"engine: {engine.open} requests are open; take their answers first")
     check_shard(answers, shard)
     part = None if shard is None else ShardOutput(answers.file, shard, job_settings(engine, defaults), False, {})
-    if not writes_date(engine.tokenizer):
-        return answer_others(engine, source, answers, defaults, part)
-    day = answers.date or today()  # one for the whole job, also after midnight
-    with fixed_date(engine.tokenizer, day):
-        return answer_others(engine, source, answers, defaults, part, day)
-
-
-def answer_others(
-    engine: Engine, source: Place, answers: Answers, defaults: Request, part: ShardOutput | None, day: str | None = None
-) -> Counter[str]:
-    """Answers the lines that have no answer yet.
-
-    Args:
-        part: the shard that the answers are of.
-        day: that the chat template writes; None if it writes none.
-    """
-    by, shard = key_parts(engine), None if part is None else part.shard
-    total = checked_lines(source, answers, defaults, by, shard) if source.is_file() else None
-    if part is not None:
-        write_part(job_shard_file(answers.file), part)
-    with source.open("rb") as stream:
-        seen = InputSeen(stream)
-        left = unanswered(seen, source, answers, defaults, by, shard)
-        errors = answer_left(engine, source, answers, left, total, seen, shard, day)
+    # One date for the whole job, also after midnight.
+    day = (answers.date or today()) if writes_date(engine.tokenizer) else None
+    with nullcontext() if day is None else fixed_date(engine.tokenizer, day):
+        by = key_parts(engine)
+        total = checked_lines(source, answers, defaults, by, shard) if source.is_file() else None
+        if part is not None:
+            write_part(job_shard_file(answers.file), part)
+        with source.open("rb") as stream:
+            seen = InputSeen(stream)
+            left = unanswered(seen, source, answers, defaults, by, shard)
+            errors = answer_left(engine, source, answers, left, total, seen, shard, day)
     if part is not None:
         found, spare = {"lines": seen.lines, "sha256": seen.sha256.hexdigest()}, len(answers.beyond(seen.lines))
         content = {"answers": seen.samples, **({"spare": spare} if spare else {})}
