@@ -107,7 +107,7 @@ def fit(
                         loop = loop._replace(prompts=prompts())
                 return loop.run(state, standing)
             except Interrupted:
-                loop.end_early(standing)
+                loop.end_stopped_run(standing)
 
 
 def with_base_scores(scoring: Scoring, state: TrainState, standing: Standing, changed: list[str] | None) -> Standing:

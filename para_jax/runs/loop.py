@@ -99,21 +99,17 @@ class Loop(NamedTuple):
                     if not stopping:
                         before = standing.over
                         state, standing, stopping = self.end_tenants(state, standing)
-                        if self.ended_early(before, standing):
+                        if self.ended_with_steps_left(before, standing):
                             batches.close()
                             batches = self.batches(standing)
-                    over = all(standing.over)
-                    every = self.config.checkpoint.every or self.config.eval.every
-                    caught_up = saved.evaluated != standing.evaluated  # an evaluation that a stop had interrupted
-                    unsaved = saved.step < standing.step or caught_up or (over and saved != standing)
-                    if unsaved and (stopping or over or standing.step % every == 0):
+                    if self.must_save(standing, saved, stopping=stopping):
                         standing, pending = self.read(pending, standing, bar), None
                         self.logs.flush()
                         save_checkpoint(self.checkpoints, state, standing)
                         saved = standing
                     if stopping:
-                        self.end_early(standing)
-                    if over:
+                        self.end_stopped_run(standing)
+                    if all(standing.over):
                         self.logs.flush()
                         on_first_process(lambda: finish_saving(self.checkpoints))
                         return state, standing
@@ -122,6 +118,18 @@ class Loop(NamedTuple):
                     require_saved(self.checkpoints)
             finally:
                 batches.close()
+
+    def must_save(self, standing: Standing, saved: Standing, *, stopping: bool) -> bool:
+        """Whether a checkpoint is written after this step.
+
+        Args:
+            saved: the standing in the last one.
+            stopping: whether a signal ends the run after this step.
+        """
+        over, every = all(standing.over), self.config.checkpoint.every or self.config.eval.every
+        caught_up = saved.evaluated != standing.evaluated  # an evaluation that a stop had interrupted
+        unsaved = saved.step < standing.step or caught_up or (over and saved != standing)
+        return unsaved and (stopping or over or standing.step % every == 0)
 
     # --------------------------------------------------------------------------------------------------------- a step
 
@@ -315,14 +323,14 @@ class Loop(NamedTuple):
         self.scoring.write_ended(standing, ended)
         return state, standing, interrupted
 
-    def ended_early(self, before: list[bool], standing: Standing) -> bool:
+    def ended_with_steps_left(self, before: list[bool], standing: Standing) -> bool:
         """Whether a tenant has ended since, with steps left that the batches made ahead count on."""
         return any(
             standing.over[i] and not was and standing.steps[i] < self.tenants[i].order.total_steps
             for i, was in enumerate(before)
         )
 
-    def end_early(self, standing: Standing) -> NoReturn:
+    def end_stopped_run(self, standing: Standing) -> NoReturn:
         """Ends a run that a signal stopped, after everything is written, and says how to resume."""
         self.logs.flush()
         where = f"step {standing.step} of {self.tenants[0].order.total_steps}"
