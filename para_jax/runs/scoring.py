@@ -137,15 +137,7 @@ class Scoring(NamedTuple):
             standing = standing.with_kept(tenant, kept).changed(tenant, best_step=steps)
         test_after = None
         if own.test and on_first_process((own.folder / "adapter").exists):
-            with self.stop.interrupting():
-                found = self.test.scores(Stack(state.adapters), {tenant: slot})[tenant]
-            self.logs.write(tenant, standing.steps[tenant], scores("test_after", found), show=True)
-            before = standing.test_before[tenant]
-            before = None if before is None else shown_score(found.metric, before)
-            line = card_score("Test", found, before)
-            on_first_process(lambda: add_test_score(own.folder / "adapter", line))
-            standing = self.with_score(standing, tenant, "test", found)
-            test_after = found.score if math.isfinite(found.score) else None
+            standing, test_after = self.tested(state, standing, tenant)
         warning = self.logs.health.warning(tenant)
         standing = standing.changed(tenant, ended=why)._replace(warning=None if self.config.many else warning)
         best = standing.best_score[tenant]
@@ -170,6 +162,18 @@ class Scoring(NamedTuple):
             with self.logs.run.errors_named():
                 self.logs.tenants[tenant].flush()
         return standing, entry
+
+    def tested(self, state: TrainState, standing: Standing, tenant: int) -> tuple[Standing, float | None]:
+        """The standing with the test score of the adapter in a tenant's slot, and the score; None: it is not finite.
+        The model card gets it too."""
+        with self.stop.interrupting():
+            found = self.test.scores(Stack(state.adapters), {tenant: standing.running[tenant]})[tenant]
+        self.logs.write(tenant, standing.steps[tenant], scores("test_after", found), show=True)
+        before = standing.test_before[tenant]
+        line = card_score("Test", found, None if before is None else shown_score(found.metric, before))
+        on_first_process(lambda: add_test_score(self.tenants[tenant].folder / "adapter", line))
+        score = found.score if math.isfinite(found.score) else None
+        return self.with_score(standing, tenant, "test", found), score
 
     def write_ended(self, standing: Standing, entries: dict[str, dict[str, Any]]) -> None:
         """Adds the entries of tenants that have just ended to the tenants.json of a run of many."""
