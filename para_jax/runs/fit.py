@@ -68,17 +68,9 @@ def fit(
         run = run_digests(config, model.fingerprint, tenants)
         require_same("the data", lambda: run)  # also what the ids don't show, such as references
         run |= backbone
-        state = empty_state(config, model, layout.slots, mesh)
-        restored = restore_checkpoint(checkpoints, state, Standing, run, config.data.changed == "accept")
-        state, standing = restored or (state, fresh_standing(tenants, layout, run))
-        changed, standing = accepted_changes(standing, run)
-        require_same_tenants(standing, tenants, layout)
-        standing = reopened(standing, tenants, changed)._replace(rows=layout.tenant_rows)
-        standing = with_starts(standing, tenants, model.config)
-        if restored:
-            say(describe_position(standing, tenants))
-        log = open_log(config, folder, model, mesh, standing if restored else None)
-        where = dict(log=folder / "metrics.jsonl", resumed=bool(restored), others=not part.alone)
+        state, standing, changed, resumed = resumed_or_fresh(config, model, tenants, layout, mesh, checkpoints, run)
+        log = open_log(config, folder, model, mesh, standing if resumed else None)
+        where = dict(log=folder / "metrics.jsonl", resumed=resumed, others=not part.alone)
         on_first_process(lambda: mend_folders(config, standing, tenants, **where))
         profiler = Profiler(config.profiler, folder)
         signals = stop_signals(config.runtime.distributed == "given", config.runtime.stopped_exit_code)
@@ -86,20 +78,20 @@ def fit(
             encoded = {tasks.split: list(tasks.encoded.values()) for tasks in (validation, test) if tasks.encoded}
             say_evaluation(encoded, config.eval.batch_size)
             health = Health([tenant.name for tenant in tenants], [tenant.config for tenant in tenants], quiet=quiet)
-            if restored and not quiet:
+            if resumed and not quiet:
                 require_same_rows(config, layout)
-            if restored:
+            if resumed:
                 on_first_process(lambda: [health.read(i, t.folder / "metrics.jsonl") for i, t in enumerate(tenants)])
             logs = Logs(log, tenant_rows(tenants) if config.many else [], health)
             scoring = Scoring(config, model, tenants, validation, test, logs, stop)
             loop = Loop(config, model, tenants, buckets, layout, scoring, checkpoints, logs, profiler, stop)
             try:
                 if not quiet:
-                    standing = with_base_scores(scoring, state, standing, changed if restored else None)
+                    standing = with_base_scores(scoring, state, standing, changed if resumed else None)
                 standing = scoring.without_removed(standing, changed)
-                standing = scoring.with_kept_best(state, standing) if restored else standing
+                standing = scoring.with_kept_best(state, standing) if resumed else standing
                 standing = scoring.rescored(state, standing, scoring.with_changed(standing, "validation", changed))
-                if restored and standing.scores is not None:  # an earlier version had none
+                if resumed and standing.scores is not None:  # an earlier version had none
                     for i in range(len(tenants)):
                         health.compare_with(i, standing.records(i))
                 if not all(standing.over):
@@ -108,6 +100,23 @@ def fit(
                 return loop.run(state, standing)
             except Interrupted:
                 loop.end_stopped_run(standing)
+
+
+def resumed_or_fresh(
+    config: RunConfig, model, tenants: Sequence[Tenant], layout: Layout, mesh, checkpoints, run: dict[str, str]
+) -> tuple[TrainState, Standing, list[str], bool]:
+    """The state and the standing that a run goes on from, the parts of its data that changed before, and whether it
+    resumes from a checkpoint."""
+    state = empty_state(config, model, layout.slots, mesh)
+    restored = restore_checkpoint(checkpoints, state, Standing, run, config.data.changed == "accept")
+    state, standing = restored or (state, fresh_standing(tenants, layout, run))
+    changed, standing = accepted_changes(standing, run)
+    require_same_tenants(standing, tenants, layout)
+    standing = reopened(standing, tenants, changed)._replace(rows=layout.tenant_rows)
+    standing = with_starts(standing, tenants, model.config)
+    if restored:
+        say(describe_position(standing, tenants))
+    return state, standing, changed, restored is not None
 
 
 def with_base_scores(scoring: Scoring, state: TrainState, standing: Standing, changed: list[str] | None) -> Standing:
