@@ -33,11 +33,11 @@ from .config import (
     printable,
 )
 from .data.batches import Bucket
-from .data.examples import show_example
 from .data.given import SPLITS, described, is_given
 from .data.hf import is_hf
 from .data.packing import RowShape
 from .data.records import load_records
+from .data.show_example import show_example
 from .data.tasks import TASKS
 from .data.tenants import tenant_sections
 from .data.tfds import NotPrepared

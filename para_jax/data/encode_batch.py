@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..untrusted import require_unicode
+from .chat_messages import checked_messages
 from .chats import answered
 from .examples import (
     Example,
     Prompt,
     adds_own_space,
     answer_alone,
-    checked_messages,
     continuation_text,
     eos_token_id,
     failures,

@@ -10,18 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from ..config import Variables, one_of, printable, shorten
-from ..messages import warn
+from ..config import Variables, printable, shorten
 from ..untrusted import require_unicode
+from .chat_messages import checked_messages
 from .chats import answered, render_all
 from .fewest_tokens import fewest_tokens
-
-#: The roles that the messages of a request may have.
-ROLES = ("system", "developer", "user", "assistant")
-#: Keys with which an assistant message calls tools. It may then have no content.
-CALLS = ("tool_calls", "function_call")
 
 #: Text, or chat messages ({"role": ..., "content": ...}) for the tokenizer's chat template.
 Prompt = str | list[dict]
@@ -249,6 +244,11 @@ def most_characters(tokenizer, tokens: int) -> int:
     return tokens * max(TOKEN_CHARACTERS, *map(len, tokenizer.get_vocab()))
 
 
+def require_filled(name: str, value: object) -> None:
+    if not value or (isinstance(value, str) and not value.strip()):
+        raise ValueError(f"{name} is missing or empty; pass text{' or messages' if name == 'prompt' else ''}")
+
+
 def require_short(prompt: Prompt, most: int | None) -> None:
     """Raises ValueError for a prompt of more than `most` characters in all its messages; None means no limit."""
     texts = [prompt] if isinstance(prompt, str) else [text for m in prompt for text in (m["role"], m["content"])]
@@ -261,77 +261,6 @@ def require_few_tokens(tokenizer, text: str, most: int | None) -> None:
     """Raises ValueError for a text that certainly becomes more than `most` tokens; None means no limit."""
     if most is not None and (count := fewest_tokens(tokenizer, text)) > most:
         raise ValueError(f"prompt has at least {count} tokens, more than the maximum number of tokens, {most}")
-
-
-def split_conversation(messages: list[dict]) -> list[tuple[list[dict], dict]]:
-    """A conversation with k assistant turns as k pairs (everything before the turn, the turn)."""
-    return [(messages[:i], turn) for i, turn in enumerate(messages) if turn["role"] == "assistant"]
-
-
-def show_example(tokenizer, example: Example, *, read_at_its_end: bool = True) -> str:
-    """The example for a terminal: each token in brackets, prompt and completion separately.
-
-    Args:
-        read_at_its_end: whether the adapter reads the prompt at its last token, which is then marked.
-    """
-    prompt = [f"[{show_token(tokenizer, i)}]" for i in example.prompt_ids]
-    completion = [f"[{show_token(tokenizer, i)}]" for i in example.completion_ids]
-    marked = "; PARA reads the prompt at its last token, marked >> <<" * read_at_its_end
-    if read_at_its_end:
-        prompt[-1] = f">>{prompt[-1]}<<"
-    return "\n".join(
-        [f"prompt: {len(prompt)} tokens, no loss{marked}"]
-        + wrap(prompt)
-        + [f"completion: {len(completion)} tokens, each in the loss"]
-        + wrap(completion)
-    )
-
-
-def checked_messages(name: str, value: object) -> list[dict]:
-    """The messages of a chat. One that calls tools, and has no content, gets an empty one."""
-    if not isinstance(value, list):
-        raise ValueError(f"{name} must be text or a list of messages, not {type(value).__name__}")
-    messages = [checked_message(name, message) for message in value]
-    return prompt_messages(messages) if name == "prompt" else messages
-
-
-def checked_message(name: str, message: Any) -> dict:
-    if isinstance(message, dict):  # a template may ask whether the field is there, even if it is empty
-        message = {key: value for key, value in message.items() if key not in CALLS or value}
-    found = message
-    content = message.get("content") if isinstance(message, dict) else ""
-    if content is None and any(message.get(key) for key in CALLS):
-        found = message | {"content": ""}
-    elif isinstance(content, list) and content and all(map(is_text_part, content)):
-        found = message | {"content": joined_parts(content)}
-    if not isinstance(found, dict) or not all(isinstance(found.get(k), str) for k in ("role", "content")):
-        raise ValueError(f'{name}: {shorten(message)} is not a message; write {{"role": text, "content": text}}')
-    warn_of_role(found["role"])
-    return found
-
-
-def is_text_part(part: object) -> bool:
-    """Whether this is a part of a content as OpenAI writes it, with text and nothing else. Null fields don't count."""
-    filled = {key: value for key, value in part.items() if value is not None} if isinstance(part, dict) else {}
-    return filled.keys() == {"type", "text"} and filled["type"] == "text" and isinstance(filled["text"], str)
-
-
-def joined_parts(parts: list[dict]) -> str:
-    """The texts of a content's parts, as lines."""
-    return "\n".join(part["text"] for part in parts)
-
-
-@lru_cache(64)
-def warn_of_role(role: str) -> None:
-    """Warns of a role that no request to the server may have."""
-    if role not in ROLES:
-        warn(f"a message has the role {shorten(role)}; requests can have only {one_of(ROLES)}")
-
-
-def prompt_messages(messages: list[dict]) -> list[dict]:
-    if not messages:
-        raise ValueError("prompt is empty: there is no message before the assistant's")
-    return messages
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizer
@@ -463,29 +392,3 @@ def ends_turn(tokenizer, token: int) -> bool | None:
     if text != "" and tokenizer.decode([token], skip_special_tokens=True) == "":
         return True
     return False if text.strip() else None
-
-
-# ----------------------------------------------------------------------------------------------------- checks, display
-
-
-def require_filled(name: str, value: object) -> None:
-    if not value or (isinstance(value, str) and not value.strip()):
-        raise ValueError(f"{name} is missing or empty; pass text{' or messages' if name == 'prompt' else ''}")
-
-
-def show_token(tokenizer, token: int) -> str:
-    """A token's text with its leading space. Newlines, escapes and other control characters are written out."""
-    piece, text = tokenizer.convert_ids_to_tokens(token), tokenizer.decode([token])
-    if piece.startswith("▁") or "\N{REPLACEMENT CHARACTER}" in text:  # SentencePiece's space; part of a character
-        text = piece.replace("▁", " ")
-    return printable(text)
-
-
-def wrap(pieces: list[str]) -> list[str]:
-    """The pieces in indented lines of at most 100 characters. No piece is cut."""
-    lines = [""]
-    for piece in pieces:
-        if lines[-1] and len(lines[-1]) + len(piece) > 100:
-            lines.append("")
-        lines[-1] += piece
-    return ["  " + line for line in lines]

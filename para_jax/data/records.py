@@ -17,16 +17,9 @@ from typing import NamedTuple
 from ..config import DataSection, expanded, printable, shorten
 from ..messages import warn
 from ..storage.bucket import BucketPath
+from .chat_messages import CALLS, checked_messages, prompt_messages, split_conversation
 from .encode_batch import encode_examples
-from .examples import (
-    CALLS,
-    Example,
-    Prompt,
-    checked_messages,
-    encode_example,
-    prompt_messages,
-    split_conversation,
-)
+from .examples import Example, Prompt, encode_example
 from .given import is_nan
 from .held_out import part_of
 from .row_files import read_rows

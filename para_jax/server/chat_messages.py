@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..config import shorten
-from ..data.examples import ROLES, is_text_part, joined_parts
+from ..data.chat_messages import ROLES, is_text_part, joined_parts
 from .errors import wrong_field
 from .fields import Fields
 

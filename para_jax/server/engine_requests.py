@@ -7,8 +7,9 @@ import re
 from functools import lru_cache
 
 from ..config import Variables, shorten
+from ..data.chat_messages import ROLES
 from ..data.chat_template import TemplateError
-from ..data.examples import ROLES, Ids, Prompt, encode_prompt, most_characters, turn_stop_ids
+from ..data.examples import Ids, Prompt, encode_prompt, most_characters, turn_stop_ids
 from ..serving.engine import Engine
 from ..serving.request import MAX_SAMPLES, Request
 from .errors import ApiError, wrong_field

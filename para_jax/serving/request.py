@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..config import shorten
-from ..data.examples import Ids, Prompt, checked_messages
+from ..data.chat_messages import checked_messages
+from ..data.examples import Ids, Prompt
 from ..inference.sampling import Sampling, is_whole
 
 if TYPE_CHECKING:  # it imports JAX, and the command line checks requests before that

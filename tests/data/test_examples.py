@@ -5,15 +5,11 @@ import tiny_tokenizers
 
 from para_jax.data.encode_batch import encode_examples
 from para_jax.data.examples import (
-    Example,
     answer_opening,
-    checked_messages,
     encode_completion,
     encode_example,
     encode_prompt,
     most_characters,
-    show_example,
-    split_conversation,
     stop_token_ids,
     turn_stop_ids,
 )
@@ -328,38 +324,6 @@ def test_a_tokenizer_that_cannot_encode_is_an_error():
         encode_completion(other, [USER], "yes")
 
 
-def test_a_conversation_with_k_assistant_turns_is_k_examples():
-    first, second = ({"role": "assistant", "content": c} for c in ("one", "two"))
-    assert split_conversation([USER, first, USER, second]) == [([USER], first), ([USER, first, USER], second)]
-    assert split_conversation([USER]) == []
-
-
-def test_a_shown_example_has_every_token_and_marks_its_parts():
-    tokenizer = tiny_tokenizers.plain()
-    example = encode_example(tokenizer, "Answer:\nAnswer:", "yes")
-    shown = show_example(tokenizer, example).splitlines()
-    split = next(i for i, line in enumerate(shown) if line.startswith("completion"))
-    assert f"prompt: {len(example.prompt_ids)} tokens, no loss" in shown[0]
-    assert f"completion: {len(example.completion_ids)} tokens" in shown[split]
-    prompt, completion = "".join(shown[1:split]), "".join(shown[split + 1 :])
-    assert prompt.count("[") == len(example.prompt_ids) and prompt.endswith("[:]<<") and prompt.count(">>") == 1
-    assert completion.count("[") == len(example.completion_ids) and completion.endswith("[<|im_end|>]")
-    assert "[\\n]" in prompt and " yes" in completion.replace("][", "")
-    unread = show_example(tokenizer, example, read_at_its_end=False)
-    assert ">>" not in unread and "PARA" not in unread and unread.count("[") == "\n".join(shown).count("[")
-
-
-def test_a_shown_example_is_printable(tokenizer):
-    ids = encode_prompt(tokenizer, "yes\x1b[31m no\r\u202e日本" * 20)
-    shown = show_example(tokenizer, Example(ids, ids))
-    assert all(c.isprintable() or c == "\n" for c in shown) and max(map(len, shown.splitlines())) <= 110
-
-
-def test_a_leading_space_is_shown_whatever_the_tokenizer(tokenizer):
-    example = encode_example(tokenizer, "Answer:", "yes")
-    assert " yes" in show_example(tokenizer, example).splitlines()[-1].replace("][", "")
-
-
 @pytest.mark.parametrize("prompt", ["a" * 5, [{"role": "user", "content": "a"}]])
 def test_a_long_prompt_is_refused_before_tokenising(prompt):
     class Untouched:
@@ -381,13 +345,3 @@ def test_the_character_limit_admits_every_prompt_that_fits(tokenizer):
     assert most_characters(tokenizer, 7) >= 7 * len(longest)
     long = tiny_tokenizers.byte_level(["<|" + "x" * 200 + "|>", "</s>"], eos_token="</s>")
     assert most_characters(long, 7) == 7 * 204
-
-
-# -------------------------------------------------------------------------------------------------------------- calls
-
-
-def test_no_calls_are_as_no_field():
-    """Responses of servers have "tool_calls": [], and templates may ask whether the field is there."""
-    message = {"role": "assistant", "content": "Hello"}
-    for empty in ([], None, {}):
-        assert checked_messages("messages", [message | {"tool_calls": empty, "function_call": empty}]) == [message]

@@ -9,7 +9,8 @@ import tiny_tokenizers
 
 from para_jax.config import DataSection
 from para_jax.data import row_files
-from para_jax.data.examples import encode_example, warn_of_role
+from para_jax.data.chat_messages import warn_of_role
+from para_jax.data.examples import encode_example
 from para_jax.data.given import SPLITS
 from para_jax.data.records import Record, encode_records, load_records, read_records, report
 from para_jax.data.sources import source_of
