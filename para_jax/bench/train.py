@@ -13,9 +13,10 @@ import numpy as np
 from ..backbone.load import load_backbone
 from ..config import DataSection, ParaConfig, TrainSection, allowed_values
 from ..data.batches import Batch, Bucket, Plan, collate, example_lengths, plan_buckets
+from ..data.encode_records import encode_records
 from ..data.examples import Example
 from ..data.packing import Packed, RowShape, collate_packed, plan_packing
-from ..data.records import encode_records, load_records
+from ..data.records import load_records
 from ..data.tokenizer import load_tokenizer
 from ..model import init_adapter
 from ..roofline import peak_rate

@@ -22,9 +22,10 @@ from ..messages import say
 from ..progress import Progress
 from . import token_cache
 from .batches import rounded_up
+from .encode_records import ENCODED_AT_ONCE, all_too_long, cut_left, encode_all, report, too_long
 from .example_arrays import ExampleArrays, ExampleBuilder
 from .examples import Example
-from .records import ENCODED_AT_ONCE, Record, all_too_long, cut_left, encode_all, report, split_records, too_long
+from .records import Record, split_records
 from .row_files import form_of
 from .sources import DatasetSplit, Source, files_of, is_held_out, prefix_of, source_of, task_of
 from .token_cache import TokenisedExamples

@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 from ..backbone.load import load_model_config
 from ..config import DataSection, ModelConfig, RunConfig, is_tfds, shorten
+from ..data.encode_records import encode_records, report
 from ..data.examples import Example, answer_opening, encode_completion, encode_example, special_tokens, stop_token_ids
 from ..data.hf import is_hf
-from ..data.records import MissingColumn, Record, encode_records, load_records, read_records, report, split_records
+from ..data.records import MissingColumn, Record, load_records, read_records, split_records
 from ..data.row_files import split_file
 from ..data.sources import task_of
 from ..data.tasks import TASKS, Task

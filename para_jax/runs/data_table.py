@@ -6,8 +6,9 @@ from dataclasses import replace
 
 from ..backbone.load import load_model_config
 from ..config import DataSection, RunConfig, printable
+from ..data.encode_records import TooLong, encode_records
 from ..data.packing import RowShape
-from ..data.records import TooLong, encode_records, load_records
+from ..data.records import load_records
 from ..data.training_data import TrainingData, load_training_data
 from ..evaluation.tasks import with_limit
 from ..table import table

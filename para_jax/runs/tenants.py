@@ -15,10 +15,10 @@ from ..adapters.invocation import invocation_tokens, require_invocation
 from ..backbone.load import load_model_config
 from ..config import ModelConfig, RunConfig, expanded, require
 from ..data.batches import Bucket, Plan, example_lengths, for_mixed_rows, plan_buckets_of_sizes
+from ..data.encode_records import TooLong
 from ..data.example_arrays import ExampleArrays
 from ..data.examples import Example
 from ..data.packing import PackingPlan, RowShape, common_shape, plan_packing
-from ..data.records import TooLong
 from ..data.row_files import ENDINGS, PACKED_ENDINGS
 from ..data.schedule import TenantOrder
 from ..data.sources import is_folder, is_held_out, local_place, unread

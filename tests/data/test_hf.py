@@ -10,8 +10,9 @@ from tiny_run import write_rows
 
 from para_jax.config import DataSection, load_config
 from para_jax.data import hf, token_cache
+from para_jax.data.encode_records import encode_records
 from para_jax.data.hf import find_split, parse_hf
-from para_jax.data.records import encode_records, load_records, read_records
+from para_jax.data.records import load_records, read_records
 from para_jax.data.sources import files_of, source_of
 from para_jax.data.training_data import load_training_data
 from para_jax.evaluation.tasks import warn_of_replaced

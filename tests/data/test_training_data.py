@@ -10,9 +10,10 @@ import tiny_tokenizers
 
 from para_jax.atomic import temporary_name
 from para_jax.config import DataSection
-from para_jax.data import records as sources
+from para_jax.data import encode_records as encoding
 from para_jax.data import token_cache, training_data
-from para_jax.data.records import encode_records, load_records
+from para_jax.data.encode_records import encode_records
+from para_jax.data.records import load_records
 from para_jax.data.training_data import describe_lengths, load_training_data
 
 USER, BOT = {"role": "user", "content": "where is my parcel?"}, {"role": "assistant", "content": "shipping"}
@@ -23,7 +24,7 @@ KINDS = ("plain", "with_bos", "own_space")
 def small(monkeypatch, tmp_path):
     """Small parts, and a cache of this test's own that keeps small data too."""
     monkeypatch.setattr(training_data, "ENCODED_AT_ONCE", 7)
-    monkeypatch.setattr(sources, "ENCODED_AT_ONCE", 5)
+    monkeypatch.setattr(encoding, "ENCODED_AT_ONCE", 5)
     monkeypatch.setattr(token_cache, "MIN_BYTES", 0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from tiny_tokenizers import own_space, plain, with_bos
 
 from para_jax.config import DataSection
-from para_jax.data.records import encode_records, read_records
+from para_jax.data.encode_records import encode_records
+from para_jax.data.records import read_records
 
 from . import mutate
 from .cases import Trial, Wrong
