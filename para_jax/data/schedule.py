@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .batch_tenants import next_tenants
 from .batches import Batch, Bucket, Plan, collate
 from .examples import Example
 from .packing import Packed, PackingPlan, RowShape, collate_packed
-from .tenants import next_tenants
 
 
 class TenantOrder(NamedTuple):

@@ -17,12 +17,12 @@ from .. import devices
 from ..adapters.adapter import Adapter
 from ..adapters.bank import weights_hash
 from ..config import RunConfig, expanded
+from ..data.batch_tenants import batch_shares
 from ..data.batches import Batch, Bucket
 from ..data.given import is_given
 from ..data.packing import Packed, RowShape
 from ..data.prefetch import prefetch
 from ..data.schedule import Schedule, StepBatch, Turn, admitted
-from ..data.tenants import weights
 from ..messages import say
 from ..model import init_adapter
 from ..processes import full_arrays, on_first_process
@@ -168,7 +168,7 @@ class Loop(NamedTuple):
 
     def batches(self, standing: Standing):
         """The batches of the steps to come, while no tenant ends before its last step."""
-        shares = weights([len(t.data.examples) for t in self.tenants], self.config.train.sampling)
+        shares = batch_shares([len(t.data.examples) for t in self.tenants], self.config.train.sampling)
         over, layout = standing.over, self.layout
         coming = Schedule(
             [t.order for t in self.tenants], self.buckets, shares,

@@ -5,10 +5,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from para_jax.data.batch_tenants import SLACK, batch_shares
 from para_jax.data.batches import Bucket, Plan, best_lengths, example_lengths, for_mixed_rows, plan_buckets
 from para_jax.data.examples import Example
 from para_jax.data.schedule import Schedule, TenantOrder, admitted, turns
-from para_jax.data.tenants import SLACK, weights
 
 BUCKETS = (Bucket(8, 4), Bucket(16, 4))
 SIZES = (20, 6, 11, 1, 9)
@@ -29,7 +29,7 @@ def orders(sizes=SIZES, epochs=2):
 
 def turns_from(steps, slots, ended, sampling="proportional", made=None):
     made = made or orders()
-    shares = weights([len(order.examples) for order in made], sampling)
+    shares = batch_shares([len(order.examples) for order in made], sampling)
     return Schedule(
         made, BUCKETS, shares, groups=GROUPS, rows=ROWS, passes=PASSES, steps=steps, slots=slots, ended=ended
     )
@@ -126,7 +126,7 @@ def test_rows_of_long_completions_and_of_long_prompts_go_into_one_batch():
     assert planned == (Bucket(16, 12, 8), Bucket(48, 2, 40))
     buckets = for_mixed_rows(planned)
     made = [TenantOrder(each, Plan(example_lengths(each), buckets=buckets, rows=2, seed=0), 2) for each in tenants]
-    shares = weights([4, 4], "uniform")
+    shares = batch_shares([4, 4], "uniform")
     start = dict(steps=[0, 0], slots=[-1, -1], ended=[False, False])
     mixed = Schedule(made, buckets, shares, groups=2, rows=2, passes=1, **start).batch(0)
     assert mixed is not None and mixed.bucket == Bucket(48, 12, 40)
@@ -152,7 +152,7 @@ def of_varied_lengths(sigma, sizes=(EXAMPLES,) * TENANTS):
 
 
 def all_turns(made, buckets, groups):
-    shares = weights([len(order.examples) for order in made], "proportional")
+    shares = batch_shares([len(order.examples) for order in made], "proportional")
     length = lambda tenant, step: buckets[made[tenant].plan.batch_indices(step)[0]].length  # noqa: E731
     count, totals = len(made), [order.total_steps for order in made]
     return shares, list(turns(shares, groups, totals, [0] * count, [-1] * count, [False] * count, length)), length
