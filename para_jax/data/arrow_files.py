@@ -16,7 +16,7 @@ import numpy as np
 from ..config import printable, shorten, without_repeats
 from ..storage.bucket import BucketPath, Place
 from ..untrusted import json_mapping, read_json, require_unicode
-from .tfds import plain
+from .plain_values import plain_value
 
 #: The first bytes of a Parquet file.
 MAGIC = b"PAR1"
@@ -208,7 +208,7 @@ def rows_of_batches(label: str, batches: Iterable[Any]) -> Iterator[tuple[str, d
                 row |= {name: from_json(name, row[name], kind) for name, kind in in_json.items()}
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{place}: {printable(str(error), 200)}") from None
-            yield place, {name: plain(value) for name, value in as_written(row, in_json, short).items()}
+            yield place, {name: plain_value(value) for name, value in as_written(row, in_json, short).items()}
             index += 1
 
 

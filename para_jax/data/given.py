@@ -26,7 +26,7 @@ from .arrow_files import (
     without_media,
     without_nulls,
 )
-from .tfds import plain
+from .plain_values import plain_value
 
 #: data.train of a run whose data came from Python. A tenant's is <python>/NAME.
 PYTHON = "<python>"
@@ -56,7 +56,7 @@ class GivenSplit(NamedTuple):
             if not isinstance(row, Mapping):
                 raise ValueError(f'{place} is a {type(row).__name__}; write a dict, such as {{"prompt": ..., ...}}')
             found = row if in_json is None else as_written(dict(row), in_json, short)
-            values = {str(name): plain(value) for name, value in found.items()}
+            values = {str(name): plain_value(value) for name, value in found.items()}
             if len(values) < len(found):
                 raise ValueError(
                     f"{place}: two of its keys are the same text ({safe_names(map(str, found))}); rename one"
@@ -180,10 +180,10 @@ def cell(value: Any, arrow: bool) -> Any:
             is the program's own.
     """
     if arrow or isinstance(value, np.ndarray):
-        return without_nulls(plain(value))
+        return without_nulls(plain_value(value))
     if isinstance(value, dict):
         return {name: cell(part, arrow) for name, part in value.items()}
-    return [cell(part, arrow) for part in value] if isinstance(value, list | tuple) else plain(value)
+    return [cell(part, arrow) for part in value] if isinstance(value, list | tuple) else plain_value(value)
 
 
 def is_missing(value: Any) -> bool:

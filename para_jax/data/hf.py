@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from ..config import expanded, nearest, printable, shorten
 from ..hub import HUB_ID, inside_folder, is_inside_folder
 from .arrow_files import as_written, float32_columns, hides_labels, json_columns, without_media
-from .tfds import plain, require_forward
+from .plain_values import plain_value
+from .tfds import require_forward
 
 SCHEME = "hf:"
 FORMATS = ("json", "parquet")
@@ -43,7 +44,7 @@ class HfSplit(NamedTuple):
             for values in zip(*columns.values(), strict=True):
                 place = f"{self.label}[{index}]"
                 row = as_written(dict(zip(columns, values, strict=True)), in_json, short)
-                yield place, {name: plain(value) for name, value in row.items()}
+                yield place, {name: plain_value(value) for name, value in row.items()}
                 index += 1
 
     def has_labels(self) -> bool:

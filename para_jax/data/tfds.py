@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ import numpy as np
 from ..config import TFDS as SCHEME
 from ..config import expanded, printable, shorten
 from ..config import is_tfds as is_tfds
+from .plain_values import plain_value
 
 CATALOG = "https://www.tensorflow.org/datasets/catalog"
 READ_AT_ONCE = 1000  # examples
@@ -49,7 +50,7 @@ class TfdsSplit(NamedTuple):
             for index, example in zip(indices, source.__getitems__(indices), strict=True):
                 place = f"{self.label}[{index}]"
                 fields = example | {name: np.float32(example[name]) for name in short}
-                yield place, {name: plain(value) for name, value in fields.items()}
+                yield place, {name: plain_value(value) for name, value in fields.items()}
 
     def has_labels(self) -> bool:
         """Whether the labels are known: -1 means a hidden label."""
@@ -199,41 +200,6 @@ def builder_at(folder: Path) -> Any:
     import tensorflow_datasets as tfds
 
     return tfds.builder_from_directory(str(folder))
-
-
-# ----------------------------------------------------------------------------------------------------------------- rows
-
-
-def plain(value: Any) -> Any:
-    """A field's value without NumPy types, and with bytes as text. Bytes that are no text stay, and are an error where
-    they are used."""
-    if isinstance(value, dict):
-        return {name: plain(part) for name, part in value.items()}
-    if isinstance(value, np.floating) and value.itemsize != 8:
-        return float(str(value))  # the shortest number that rounds to it: 0.1 and not 0.10000000149011612
-    if isinstance(value, np.ndarray) and not value.ndim:
-        return plain(value[()])
-    if isinstance(value, np.datetime64 | np.timedelta64):
-        return plain_time(value)
-    if isinstance(value, np.ndarray | np.generic):
-        each = isinstance(value, np.ndarray) and value.dtype.kind in "fmM"
-        found = list(value) if each else value.tolist()  # pyright: ignore[reportArgumentType]
-        return value if isinstance(found, np.generic) else plain(found)
-    if isinstance(value, list | tuple):
-        return [plain(part) for part in value]
-    if isinstance(value, bytes):
-        with suppress(UnicodeDecodeError):
-            return value.decode()
-    return value
-
-
-def plain_time(value: np.datetime64 | np.timedelta64) -> Any:
-    """A date, time or duration of Python, cut to microseconds; None for NaT. Text if Python has no such value: NumPy
-    would give a number."""
-    if np.datetime_data(value.dtype)[0] in ("ns", "ps", "fs", "as"):
-        value = value.astype(f"{value.dtype.kind}8[us]")
-    found = value.item()
-    return str(value) if isinstance(found, int) else found
 
 
 def prepare_failure(error: BaseException) -> str:

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from datetime import date, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from para_jax.config import DataSection
 from para_jax.data import tfds as prepared
 from para_jax.data.records import load_records, read_records
 from para_jax.data.sources import source_of, task_of
-from para_jax.data.tfds import plain, prepare
+from para_jax.data.tfds import prepare
 from para_jax.evaluation.tasks import task_of_run
 
 TEXT = "Köln was founded in 38 BC,\nas “Ara Ubiorum”. "
@@ -116,28 +115,6 @@ def test_rows_are_the_same_however_many_are_read_at_once(data_dir, monkeypatch):
     whole = load_records(section(data_dir, "tfds:bool_q"), "train")
     monkeypatch.setattr(prepared, "READ_AT_ONCE", 10)
     assert load_records(section(data_dir, "tfds:bool_q"), "train") == whole
-
-
-def test_a_field_is_plain_python():
-    field = {"text": [b"K\xc3\xb6ln", np.bytes_(b"b")], "start": np.array([1, 2], np.int32), "flag": np.bool_(True)}
-    found = plain(field | {"n": np.int64(3), "words": np.array([b"x"], object)})
-    assert found == {"text": ["Köln", "b"], "start": [1, 2], "flag": True, "n": 3, "words": ["x"]}
-    assert type(found["n"]) is int and type(found["flag"]) is bool and type(found["text"][1]) is str
-
-
-def test_times_and_numbers_of_any_size_are_plain_python_too():
-    time = np.datetime64("2020-01-02T03:04:05", "ns")
-    found = plain({"t": time, "none": np.datetime64("NaT", "ns"), "long": np.array([1000], "m8[ns]")})
-    assert found == {"t": datetime(2020, 1, 2, 3, 4, 5), "none": None, "long": [timedelta(microseconds=1)]}
-    assert plain({"day": np.array(time.astype("M8[D]")), "ps": np.timedelta64(10**6, "ps")}) == {
-        "day": date(2020, 1, 2),
-        "ps": timedelta(microseconds=1),
-    }
-    assert plain(np.array(["2020-01", "2021-02"], "M8[M]")) == [date(2020, 1, 1), date(2021, 2, 1)]
-    assert plain([np.datetime64("12000-01-01"), np.timedelta64(3, "M")]) == ["12000-01-01", "3 months"]
-    assert plain(np.clongdouble(1)) == 1
-    found = plain({"x": np.longdouble("0.1"), "xs": np.array([0.5], np.longdouble)})
-    assert found == {"x": 0.1, "xs": [0.5]} and type(found["x"]) is float
 
 
 def test_other_data_sets_are_read_by_the_user_s_templates(tmp_path):
