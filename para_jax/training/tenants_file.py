@@ -43,7 +43,7 @@ def read_entries(folder: Path) -> dict[str, dict[str, Any]]:
             raise damaged(file, f"{shorten(name)}: {wrong} is {shorten(entry.get(wrong))}")
         if not is_records(entry.get("scores", {})):
             raise damaged(file, f"{shorten(name)}: scores is {shorten(entry['scores'])}")
-        if not is_text(entry.get("warning")):  # entries of earlier versions have none
+        if not is_text_or_none(entry.get("warning")):  # entries of earlier versions have none
             raise damaged(file, f"{shorten(name)}: warning is {shorten(entry['warning'])}")
     return entries
 
@@ -66,11 +66,11 @@ def add_entries(folder: Path, new: dict[str, dict[str, Any]], order: Sequence[st
     write_entries(folder, read_entries(folder) | new, order)
 
 
-def is_score(value: Any) -> bool:
+def is_score_or_none(value: Any) -> bool:
     return value is None or is_number(value)
 
 
-def is_text(value: Any) -> bool:
+def is_text_or_none(value: Any) -> bool:
     return value is None or (isinstance(value, str) and value.isprintable())
 
 
@@ -78,10 +78,10 @@ FIELDS = {
     "examples": is_step,
     "steps": is_step,
     "best_step": is_step,
-    "best_score": is_score,
-    "metric": is_text,
-    "test_before": is_score,
-    "test_after": is_score,
+    "best_score": is_score_or_none,
+    "metric": is_text_or_none,
+    "test_before": is_score_or_none,
+    "test_after": is_score_or_none,
     "ended": lambda value: value in ENDINGS,
 }
 
