@@ -102,7 +102,7 @@ def evaluate_to_folder(
         begun = time.time()
         if options.shuffle_prompts:
             about = about | {"shuffle_prompts": True}
-        found = Found({}, [], {})
+        found = PassResults({}, [], {})
         for number, names in enumerate(passes or [()]):
             tenants = [*([None] if base_here and number == 0 else []), *names]
             for tenant, made in answered(answerer, tasks, tenants, asks):
@@ -132,7 +132,7 @@ def require_no_others(output: Path, shard: Shard, files: Sequence[str]) -> None:
         raise ValueError(f"{output} has {other}, which shard {shard} does not have; choose another output")
 
 
-class Found(NamedTuple):
+class PassResults(NamedTuple):
     """What the passes gave."""
 
     records: dict[str, dict]
@@ -158,7 +158,9 @@ def answered(
         yield tenant, made
 
 
-def set_aside(made: dict, name: str, output: Path, sample_files: Mapping[tuple[str, str], str], found: Found) -> None:
+def set_aside(
+    made: dict, name: str, output: Path, sample_files: Mapping[tuple[str, str], str], found: PassResults
+) -> None:
     """Takes what belongs elsewhere out of a record: samples go to files of their own."""
     for task, samples in made.pop("samples", {}).items():
         file = sample_files[name, task]
@@ -172,7 +174,7 @@ def write_results(
     output: Path,
     files: Mapping[str, str],
     earlier: Mapping[str, set[str]],
-    found: Found,
+    found: PassResults,
     tasks: Sequence[TaskQuestions],
     answerer: Answerer,
     options: Options,

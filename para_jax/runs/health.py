@@ -29,11 +29,11 @@ RISE, ERRORS = 0.05, 3.0
 TIMES_START, TIMES_LIMIT = 30.0, 10.0
 #: The share by which a loss on held-out data is above the base model's before that is said.
 ABOVE_BASE = 0.02
-#: The scores on validation data, as records and `Seen.scores` name them.
+#: The scores on validation data, as records and `LoggedValues.scores` name them.
 VALIDATION = ("validation_base", "validation")
 
 
-class Seen(NamedTuple):
+class LoggedValues(NamedTuple):
     """What was logged of one tenant, in the order of its steps."""
 
     losses: array
@@ -54,7 +54,7 @@ class Health:
             quiet: give no warnings.
         """
         self.names, self.configs = names, configs
-        self.seen = [Seen(array("d"), array("d"), {}) for _ in names]
+        self.seen = [LoggedValues(array("d"), array("d"), {}) for _ in names]
         self.said: set[int] = set(range(len(names))) if quiet else set()
 
     def watch(self, tenant: int, step: int, values: Mapping[str, float]) -> None:
@@ -97,7 +97,7 @@ def logged_warning(config: RunConfig, log: Place) -> str | None:
     return health.warning(0)
 
 
-def take(seen: Seen, step: int, values: Mapping[str, float]) -> bool:
+def take(seen: LoggedValues, step: int, values: Mapping[str, float]) -> bool:
     """Adds logged values. The result says whether it is time to look at them."""
     looks = False
     if "loss" in values and "grad_norm" in values:
@@ -117,7 +117,7 @@ def take(seen: Seen, step: int, values: Mapping[str, float]) -> bool:
     return looks
 
 
-def problem(seen: Seen, max_grad_norm: float) -> str | None:
+def problem(seen: LoggedValues, max_grad_norm: float) -> str | None:
     """What is wrong with a tenant, in words."""
     scores = seen.scores
     return (

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 from ..config import printable
 from .answer import Answer
 from .api_keys import Access
-from .body import ClientLeft, Held, HeldBody, json_object, read_body
+from .body import BodyBytes, ClientLeft, HeldBody, json_object, read_body
 from .choices import Choice, choices_of
 from .engine_loop import EngineLoop
 from .engine_requests import engine_requests, refused, require_few
@@ -57,7 +57,7 @@ class Answering:
         models: Models,
         limits: Limits,
         metrics: Metrics,
-        held: Held,
+        held: BodyBytes,
         loading: ThreadPoolExecutor,
         threads: ThreadPoolExecutor,
     ):

@@ -19,7 +19,7 @@ from ..data.examples import turn_stop_ids
 from ..serving.engine import Engine
 from .answering import Answering, Limits
 from .api_keys import ApiKeys, require_unlimited
-from .body import Held
+from .body import BodyBytes
 from .concurrency import ConcurrencyLimit
 from .engine_loop import EngineLoop
 from .errors import ApiError
@@ -60,7 +60,7 @@ def create_app(
     loop = EngineLoop(engine, metrics.count_engine_failure, limits.timeout)
     chats, texts = (ThreadPoolExecutor(THREADS, f"para-jax-{name}") for name in ("chats", "server"))
     loading = ThreadPoolExecutor(1, "para-jax-loading")
-    given = (loop, models, limits, metrics, Held(max(limits.all_bodies, limits.max_body)), loading)
+    given = (loop, models, limits, metrics, BodyBytes(max(limits.all_bodies, limits.max_body)), loading)
 
     @asynccontextmanager
     async def lifespan(app):

@@ -16,7 +16,7 @@ class ClientLeft(Exception):
     """The client closed the connection before its request was complete."""
 
 
-class Held:
+class BodyBytes:
     """Bytes of bodies that are in memory, of all requests together. Used in asyncio's thread alone."""
 
     def __init__(self, most: int):
@@ -26,7 +26,7 @@ class Held:
 class HeldBody:
     """One request's body, and its share of them."""
 
-    def __init__(self, all_bodies: Held):
+    def __init__(self, all_bodies: BodyBytes):
         self._all, self.size, self.body = all_bodies, 0, b""
 
     def grow(self, count: int) -> None:

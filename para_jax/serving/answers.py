@@ -29,7 +29,7 @@ HEAD = b'{"line": '
 MAX_LINE, MAX_ANSWER = 2**24, 2**26
 
 
-class Kept(NamedTuple):
+class KeptAnswer(NamedTuple):
     """The answer to one sample in the file, without its text."""
 
     key: str
@@ -51,7 +51,7 @@ class Answers:
         answers.
         """
         self.file = file
-        self.kept: dict[tuple[int, int], Kept] = {}
+        self.kept: dict[tuple[int, int], KeptAnswer] = {}
         """the answers of earlier runs, by line and sample"""
         self.stale: set[int] = set()
         """rows that `finish` removes"""
@@ -76,7 +76,7 @@ class Answers:
         """The date that the chat template wrote in earlier runs; None if it wrote none."""
         return next((kept.date for kept in self.kept.values() if kept.date is not None), None)
 
-    def beyond(self, line: int) -> dict[tuple[int, int], Kept]:
+    def beyond(self, line: int) -> dict[tuple[int, int], KeptAnswer]:
         """The answers of earlier runs, without errors, to lines after this one that were not asked again."""
         return {place: kept for place, kept in self.kept.items() if place[0] > line and kept.error is None}
 
@@ -141,7 +141,7 @@ class Answers:
         if self._stream and complete < os.fstat(self._stream.fileno()).st_size:
             self._stream.truncate(complete)
 
-    def _keep(self, place: tuple[int, int], kept: Kept) -> None:
+    def _keep(self, place: tuple[int, int], kept: KeptAnswer) -> None:
         """Keeps an answer in place of an error, and an error in place of an earlier one. An answer may occur twice."""
         before = self.kept.get(place)
         if before is None or before.error is not None:
@@ -185,7 +185,7 @@ def locked(file: Path) -> BinaryIO:
         stream.close()
 
 
-def answer_of(line: bytes | None, row: int) -> tuple[tuple[int, int], Kept]:
+def answer_of(line: bytes | None, row: int) -> tuple[tuple[int, int], KeptAnswer]:
     """(line of the input, sample) of a row, and its answer. Raises ValueError for a row that no job wrote."""
     try:
         found = checked_answer(line)
@@ -196,7 +196,7 @@ def answer_of(line: bytes | None, row: int) -> tuple[tuple[int, int], Kept]:
         ) from None
     if len(found["request"]) == 16:
         raise ValueError("is from an older para_jax, which did not record the model. Choose another file.")
-    return (found["line"], found["index"]), Kept(found["request"], found.get("error"), row, found.get("date"))
+    return (found["line"], found["index"]), KeptAnswer(found["request"], found.get("error"), row, found.get("date"))
 
 
 def checked_answer(line: bytes | None) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from ..messages import say, warn
 from ..progress import Progress
 from ..shards import Shard, ShardOutput, job_shard_file, write_part
 from ..storage.bucket import Place
-from .answers import MAX_LINE, Answers, Kept, bounded_lines, check_shard
+from .answers import MAX_LINE, Answers, KeptAnswer, bounded_lines, check_shard
 from .engine import Engine
 from .job_lines import MAX_ERROR, NOT_IN_JOBS, KeyParts, LineSample, error_text, job_settings, key_parts, samples
 from .open_requests import QueueFull
@@ -108,7 +108,7 @@ def answer_left(
     engine: Engine,
     source: Place,
     answers: Answers,
-    left: Iterator[tuple[LineSample, Kept | None]],
+    left: Iterator[tuple[LineSample, KeptAnswer | None]],
     total: int | None,
     seen: InputSeen,
     shard: Shard | None,
@@ -124,7 +124,7 @@ def answer_left(
             them from the others.
         day: that the chat template writes; None if it writes none.
     """
-    waiting: dict[tuple[int, int], tuple[LineSample, Kept | None]] = {}
+    waiting: dict[tuple[int, int], tuple[LineSample, KeptAnswer | None]] = {}
     errors, tokens, begun = Counter(), 0, time.monotonic()
     first: tuple[int, str] | None = None
     try:
@@ -157,7 +157,7 @@ def answer_left(
     return errors
 
 
-def served(engine: Engine, left: Iterator[tuple[LineSample, Kept | None]], waiting: dict) -> Iterator[Completion]:
+def served(engine: Engine, left: Iterator[tuple[LineSample, KeptAnswer | None]], waiting: dict) -> Iterator[Completion]:
     """The completions of samples as they end. Samples join the engine's queue as it empties.
 
     Args:
@@ -212,7 +212,7 @@ def step(engine: Engine) -> list[Completion]:
 
 def unanswered(
     seen: InputSeen, source: Place, answers: Answers, defaults: Request, by: KeyParts, shard: Shard | None
-) -> Iterator[tuple[LineSample, Kept | None]]:
+) -> Iterator[tuple[LineSample, KeptAnswer | None]]:
     """The samples that are left to answer, each with the error that an earlier run answered. Takes each sample's answer
     out of `answers.kept`."""
     lines: dict[bytes, int] | None = {}  # by their id
@@ -266,7 +266,7 @@ def line_samples(
         raise ValueError(f"{source}: no line there; write one request per line")
 
 
-def require_same(sample: LineSample, before: Kept | None, output: Place) -> None:
+def require_same(sample: LineSample, before: KeptAnswer | None, output: Place) -> None:
     if before is not None and before.error is None and before.key != sample.key:
         changed = "the line, an option, its adapter, the backbone or para_jax has changed since"
         raise ValueError(

@@ -4,7 +4,7 @@ import pytest
 from tiny_harness import WRITE
 
 from para_jax import load_tokenizer
-from para_jax.evaluation.folder import Found, set_aside
+from para_jax.evaluation.folder import PassResults, set_aside
 from para_jax.evaluation.harness.tasks import load_tasks, replay
 from para_jax.evaluation.questions import Written
 from para_jax.evaluation.white_space import Stripped, warn_of_white_space
@@ -39,9 +39,9 @@ def test_a_task_of_lm_eval_without_filters_loses_answers(folder, few_files, tmp_
 
 
 def test_what_was_lost_to_white_space_is_collected_from_all_adapters_and_no_part_of_a_record(tmp_path):
-    found, lost = Found({}, [], {}), [Stripped(0.0, 0.25), Stripped(0.0, 0.875)]
+    found, lost = PassResults({}, [], {}), [Stripped(0.0, 0.25), Stripped(0.0, 0.875)]
     for name, one in zip("AB", lost, strict=True):
         made = {"results": {"qtype": {}}, "white_space": {"qtype": one}}
         set_aside(made, name, tmp_path, {}, found)
         assert made == {"results": {"qtype": {}}}
-    assert found == Found({}, [], {"qtype": lost})
+    assert found == PassResults({}, [], {"qtype": lost})

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from para_jax.server.body import ClientLeft, Held, HeldBody, json_object, read_body
+from para_jax.server.body import BodyBytes, ClientLeft, HeldBody, json_object, read_body
 from para_jax.server.errors import ApiError
 
 JSON = [(b"content-type", b"application/json; charset=utf-8")]
@@ -22,7 +22,7 @@ def read(chunks, headers=JSON, most=10, seconds=5.0, held=None):
             return {"type": "http.disconnect"}
         return {"type": "http.request", "body": chunk, "more_body": chunk != b""}
 
-    held = held or HeldBody(Held(100))
+    held = held or HeldBody(BodyBytes(100))
     return asyncio.run(read_body({"headers": headers}, receive, held, most=most, seconds=seconds))
 
 
@@ -45,7 +45,7 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_held():
 
 
 def test_the_bodies_of_all_requests_are_bounded_together():
-    together = Held(12)
+    together = BodyBytes(12)
     first, second = HeldBody(together), HeldBody(together)
     read([b"01234", b"56"], held=first)
     assert status(read, [b"0123", b"45"], held=second) == 503

@@ -35,7 +35,7 @@ from para_jax.backbone import load
 from para_jax.cli import main
 from para_jax.inference.sampling import derived_seed
 from para_jax.serving import decoder, job_lines, jobs, prefills
-from para_jax.serving.answers import HEAD, Answers, Kept, bounded_lines
+from para_jax.serving.answers import HEAD, Answers, KeptAnswer, bounded_lines
 from para_jax.serving.job_lines import KeyParts, LineSample, key_parts, samples, unknown_field
 from para_jax.serving.jobs import run_job
 from para_jax.serving.open_requests import QueueFull
@@ -588,7 +588,7 @@ def test_lines_of_other_servers_are_named(line, said):
 def test_an_answered_line_that_can_no_longer_be_served_says_why():
     gone = LineSample(3, 0, "now", None, None, error="tenant: no tenant 'C'")
     with pytest.raises(ValueError, match="line 3 of the input was answered as another request: tenant: no tenant 'C'"):
-        jobs.require_same(gone, Kept("before", None, 1), "out.jsonl")
+        jobs.require_same(gone, KeptAnswer("before", None, 1), "out.jsonl")
 
 
 def test_a_field_of_another_server_is_named_with_ours():
