@@ -20,12 +20,13 @@ from ..processes import on_first_process, require_same
 from ..roofline import peak_rate
 from ..sharding import even_tenants, replicated_lines, tenant_axes, tenants_shardings
 from ..storage.bucket import Place
-from ..training.checkpoint import changed_data, describe_changes, open_checkpoints, restore_checkpoint
+from ..training.checkpoint import open_checkpoints, restore_checkpoint
 from ..training.log import Log
 from ..training.metrics_file import Reached
 from ..training.passes import Layout
 from ..training.profiler import Profiler
 from ..training.prompt_cache import PromptCache
+from ..training.same_run import changed_data, describe_changes
 from ..training.step import TrainState, init_state
 from ..training.stop import Interrupted, stop_signals
 from .folder import mend_folders, run_digests

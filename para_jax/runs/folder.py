@@ -22,6 +22,7 @@ from ..record_file import lock_output
 from ..storage.bucket import BucketPath, Place
 from ..storage.lock import bucket_lock
 from ..training.metrics_file import Reached, is_log, read_metrics, write_metrics
+from ..training.same_run import CONFIG_OF_RUN
 from ..training.tenants_file import read_entries, write_entries
 from .chosen import TRIALS, chosen_rates, is_auto, resolved, with_rate
 from .tenant_file import AT_ONCE, OWN_FIELDS
@@ -337,8 +338,6 @@ def run_digests(config: RunConfig, backbone: str | None, tenants: Sequence[Tenan
     Args:
         backbone: the model's fingerprint.
     """
-    from ..training.checkpoint import CONFIG_OF_RUN
-
     default = fields_of_run(replace(RunConfig(), adapter=type(config.adapter)()))
     default["train.learning_rate"] = PLAIN_LEARNING_RATE  # whatever the method: it was the default of old runs
     fields = {k: v for k, v in fields_of_run(config).items() if k not in PLACES}

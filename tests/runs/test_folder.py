@@ -23,7 +23,8 @@ from para_jax.runs import folder as folders
 from para_jax.runs import train as runs
 from para_jax.runs.folder import check_folder, claim_folder, differences, locked_folder, rows_before, run_digests
 from para_jax.runs.tenants import Tenant, tenant_configs
-from para_jax.training.checkpoint import CONFIG_OF_RUN, changed_data, check_run, progress_file
+from para_jax.training.checkpoint import progress_file
+from para_jax.training.same_run import CONFIG_OF_RUN, changed_data, check_run
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,6 @@ from para_jax.sharding import make_mesh, place
 from para_jax.training import checkpoint
 from para_jax.training.checkpoint import (
     arrays_by_path,
-    changed_data,
     checkpoint_digest,
     finish_saving,
     open_checkpoints,
@@ -34,6 +33,7 @@ from para_jax.training.checkpoint import (
     restore_checkpoint,
     save_checkpoint,
 )
+from para_jax.training.same_run import changed_data
 
 
 class Progress(NamedTuple):
