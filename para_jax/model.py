@@ -158,7 +158,7 @@ def vectors(
 def adjustments_for(model: Transformer, adapters: Adapter | Rows | None, tokens, prompt_length) -> Adjustments | None:
     """The adjustments that the adapters compute from the prompts, one per row. None without adapters.
 
-    forward, prefill and the others take them instead of adapters, with any tokens: also those of another prompt.
+    forward, prefill and the others take them in place of adapters, also with the tokens of another prompt.
     """
     tokens, prompt_length, _ = checked(model, adapters, tokens, prompt_length, None)
     if adapters is None:

@@ -99,8 +99,8 @@ def on_every_process(make: Callable[[], Any]) -> Any:
 
 
 def all_arrive(where: str, seconds: float) -> bool:
-    """Whether every process calls this within some seconds. If not, the others may wait for this one elsewhere. Each
-    process may call it once for each name `where`."""
+    """Whether every process calls this within these seconds. One that doesn't may be waiting for this one elsewhere.
+    Each process may call it once for each name `where`."""
     from jax._src.distributed import global_state
 
     if jax.process_count() == 1 or global_state.client is None:

@@ -98,8 +98,8 @@ class Progress:
 
     @contextmanager
     def away(self, count: int = 0) -> Iterator[None]:
-        """Leaves the time of the body, such as that of compiling, out of the seconds per unit. So are the `count` units
-        that are done in the body, and counted by `advance` later."""
+        """Leaves the body out of the seconds per unit: its time, such as that of compiling, and the `count` units that
+        are done in it, which `advance` counts later."""
         begun = self._clock()
         yield
         with self._lock:

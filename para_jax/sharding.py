@@ -111,7 +111,7 @@ def on_its_mesh(function: Callable[Given, Made]) -> Callable[Given, Made]:
 
 def traced_on_its_mesh(function: Callable[Given, Made]) -> Callable[Given, Made]:
     """A function of `model` and more, traced for the mesh that the model's weights were loaded over. It makes no arrays
-    of its own on the mesh, and so, unlike one that is `on_its_mesh`, it can also be called inside `jax.grad`."""
+    of its own on the mesh. So it can be called inside `jax.grad`, which a function that is `on_its_mesh` can't."""
 
     @wraps(function)
     def on_mesh(*args: Given.args, **kwargs: Given.kwargs) -> Made:

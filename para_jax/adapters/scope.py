@@ -33,7 +33,7 @@ class Reach:
     before: Any
     """int32 [rows]: they act from prompt_length - before on"""
     after: Any
-    """int32 [rows]: they act up to prompt_length + after, and not there"""
+    """int32 [rows]: they act before prompt_length + after"""
     scopes: tuple[tuple[str, int], ...] = field(metadata={"static": True})
     """the distinct (scope, window) of the adapters that the rows may have"""
 

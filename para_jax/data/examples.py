@@ -22,7 +22,7 @@ from .fewest_tokens import fewest_tokens
 Prompt = str | list[dict]
 #: A prompt that the caller has tokenised.
 Ids = tuple[int, ...]
-#: The characters a token may cover, at least. Some cover more text than they show: an unknown word, a run of spaces.
+#: A token may cover this many characters, even if none in the vocabulary is as long: an unknown word, a run of spaces.
 TOKEN_CHARACTERS = 128
 
 

@@ -21,7 +21,7 @@ SPACE = "▁"
 
 
 def fewest_tokens(tokenizer, text: str) -> int:
-    """The tokens that a text becomes, at least; 0 where nothing is known. The text has no half surrogate pair."""
+    """The fewest tokens that a text can become; 0 where nothing is known. The text has no half surrogate pair."""
     known = getattr(tokenizer, "backend_tokenizer", None) is not None
     weights = character_weights(tokenizer, len(tokenizer)) if known else None
     if weights is None:

@@ -65,7 +65,7 @@ def admitted(slots: Sequence[int], ended: Sequence[bool]) -> list[int]:
 
 
 class Schedule:
-    """The batches of the steps from a given state of the run on, while no tenant ends before its last step."""
+    """The batches of a run's steps, from a given state on. They hold while no tenant ends before its last step."""
 
     def __init__(
         self,

@@ -34,8 +34,8 @@ DEADLINES: dict[BucketPath, float] = {}
 
 
 def clock() -> float:
-    """Seconds, also those in which the host was suspended, where its system counts them. Others may have taken a lock
-    over in that time."""
+    """Seconds, with the time that the host was suspended if its system counts it: another process may have taken a lock
+    over meanwhile."""
     boot = getattr(time, "CLOCK_BOOTTIME", None)
     return time.monotonic() if boot is None else time.clock_gettime(boot)
 

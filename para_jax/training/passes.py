@@ -43,9 +43,9 @@ class Layout(NamedTuple):
 
 
 def lay_out(config: RunConfig, mesh, tenants: int = 1) -> Layout:
-    """The layout of a run on this mesh. A run of one adapter has one group, which takes whole passes. So have the
-    combinations of a sweep, one in a step, unless train.rows_per_tenant or train.batch_size is set: each steps with as
-    many rows as in a run of its own.
+    """The layout of a run on this mesh. A run of one adapter has one group, which takes whole passes. So has a sweep,
+    with one combination in a step, unless train.rows_per_tenant or train.batch_size is set: each combination steps with
+    as many rows as in a run of its own.
 
     With many tenants no batch has more groups than tenants can fill, unless each device needs some rows. With
     train.batch_size, a step has batch_size / rows_per_tenant tenants on any mesh. A pass holds some of them, and all
