@@ -80,11 +80,11 @@ def start(runtime: RuntimeSection) -> None:
         use_cpu = "set runtime.allow_cpu=true (--allow-cpu for a command without a config) to use the CPU"
         if package := installed_backend(extra):
             raise ValueError(
-                f"this machine has a {kind}, but JAX could not start it, although {package} is installed; "
+                f"the {kind} of this machine is not used: JAX could not start it, although {package} is installed; "
                 f"{NOT_STARTED[extra]}. JAX's warnings say more (JAX_PLATFORMS={extra} shows the error). Or {use_cpu}"
             )
         raise ValueError(
-            f"this machine has a {kind}, but the installed JAX runs on the CPU only; run "
+            f"the {kind} of this machine is not used: the installed JAX runs on the CPU only; run "
             f"`pip install 'para_jax[{extra}]'`, or {use_cpu}"
         )
 

@@ -57,7 +57,7 @@ def examples_in_row(config: RunConfig) -> int:
     return max(1, config.data.assumed_length // TOKENS_AN_EXAMPLE) if config.data.packing else 1
 
 
-def kernel_of_run(config: RunConfig, model: ModelConfig) -> tuple[str, str]:
-    """The attention kernel of the rows on a TPU, and the reason for it."""
+def kernel_of_run(config: RunConfig, model: ModelConfig, platform: str = "tpu") -> tuple[str, str]:
+    """The attention kernel of the rows on a TPU, or on another device of this machine, and the reason for it."""
     dtype, choice = config.backbone.dtype or "bfloat16", choice_named(config.backbone.attention)
-    return attention_kernel(model, config.data.assumed_length, dtype, "tpu", choice, packed=config.data.packing)
+    return attention_kernel(model, config.data.assumed_length, dtype, platform, choice, packed=config.data.packing)

@@ -4,6 +4,7 @@ the mesh that this memory requires."""
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from .backbone.load import abstract_backbone, load_model_config
 from .config import SITES, ModelConfig, RunConfig
 from .data.batches import Batch
 from .data.packing import Packed
-from .longest_row import examples_in_row, parts_of_row
+from .longest_row import examples_in_row, kernel_of_run, parts_of_row
 from .messages import say
 from .model import init_adapter
 from .processes import on_every_process, on_first_process
@@ -67,7 +68,7 @@ def run_mesh(config: RunConfig, tenants: int = 1) -> Mesh:
 
     Raises ValueError for sizes that do not fit the devices.
     """
-    several = jax.process_count() > 1
+    several, config = jax.process_count() > 1, with_own_kernel(config)
     room = on_first_process(lambda: device_memory(jax.local_devices()[0]))
     found = on_every_process(lambda: choose_mesh(config, jax.device_count(), room, tenants, all_of_them=several))
     mesh = make_mesh(**found.sizes)
@@ -76,6 +77,15 @@ def run_mesh(config: RunConfig, tenants: int = 1) -> Mesh:
         left = f"{idle} of {jax.device_count()} devices are not used" if idle else ""
         say(". ".join(filter(None, [f"mesh: {describe_mesh(mesh)}", found.why, left])))
     return mesh
+
+
+def with_own_kernel(config: RunConfig) -> RunConfig:
+    """The config, with plain attention where this machine's GPU has no other kernel for the run's rows. Estimates take
+    `auto` for a kernel that stores no scores."""
+    if jax.default_backend() != "gpu" or config.backbone.attention != "auto":
+        return config
+    name, _ = kernel_of_run(config, load_model_config(config.backbone.source), "gpu")
+    return replace(config, backbone=replace(config.backbone, attention="plain")) if name == "plain" else config
 
 
 def choose_mesh(

@@ -161,7 +161,7 @@ def tail_attention(
     """The function that makes a layer's attention of the tails from the keys and values of the prompts."""
     length, packed = tails.tokens.shape[1], tails.segments is not None
     kernel, on = "plain", platform()
-    if on != "gpu":  # tails never attend by cuDNN, and packed ones of odd length would be an error
+    if on != "gpu":  # tails never attend by cuDNN
         kernel, _ = attention_kernel(model.config, length, model.dtype, on, model.attention, packed=packed)
     if not by_splash(kernel, length, window):
         return partial(attend_both, mask=seen_by_tails(prompts, tails, start, window))

@@ -10,8 +10,18 @@ import pytest
 from tiny_run import run_config, run_folder
 
 from para_jax import longest_row
+from para_jax.backbone import kernel_choice
 from para_jax.config import load_config
-from para_jax.memory import GIB, abstract_mesh, choose_mesh, device_memory, estimate_memory, run_bytes, run_mesh
+from para_jax.memory import (
+    GIB,
+    abstract_mesh,
+    choose_mesh,
+    device_memory,
+    estimate_memory,
+    run_bytes,
+    run_mesh,
+    with_own_kernel,
+)
 from para_jax.runs.folder import differences, run_digests
 
 V5E, H100 = 16 * GIB, int(0.75 * 80e9)
@@ -116,6 +126,19 @@ def test_an_unknown_memory_makes_it_one_and_the_run_says_so(tmp_path, capsys):
     assert capsys.readouterr().err == "mesh: data 4, fsdp 2, tensor 1\n"
     run_mesh(replace(config, mesh=replace(config.mesh, data=2, fsdp=2)))
     assert capsys.readouterr().err == "mesh: data 2, fsdp 2, tensor 1. 4 of 8 devices are not used\n"
+
+
+@pytest.mark.parametrize(("capability", "attention"), [((8, 0), "plain"), ((9, 0), "auto")])
+def test_the_estimate_of_a_gpu_stores_scores_where_it_has_no_other_kernel(capability, attention, monkeypatch):
+    """Gemma's heads are too wide for cuDNN on an A100."""
+    config = load_config("configs/gemma-2b-boolq.yaml")
+    assert with_own_kernel(config) is config
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(kernel_choice, "own_capability", lambda: capability)
+    own = with_own_kernel(config)
+    assert own.backbone.attention == attention
+    needs = [estimate_memory(one, abstract_mesh({"data": 8, "fsdp": 1, "tensor": 1})).total for one in (config, own)]
+    assert (needs[1] > needs[0]) is (attention == "plain")
 
 
 def test_the_memory_is_the_devices_own_or_that_of_its_kind():

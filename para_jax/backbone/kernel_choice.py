@@ -56,7 +56,7 @@ def attention_kernel(
     if choice.name == "plain":
         return "plain", choice.why or "backbone.attention=plain"
     problems = {"splash": None if platform == "tpu" else f"it needs a TPU, and this is a {platform.upper()}"}
-    problems["cudnn"] = cudnn_problem(config, length, dtype, platform, packed, capability)
+    problems["cudnn"] = cudnn_problem(config, dtype, platform, capability)
     if choice.name != "auto":
         problem = problems[choice.name]
         if problem:
@@ -71,9 +71,7 @@ def attention_kernel(
     return "plain", f"on a {platform.upper()}"
 
 
-def cudnn_problem(
-    config: ModelConfig, length: int, dtype, platform: str, packed: bool, capability: tuple[int, int] | None
-) -> str | None:
+def cudnn_problem(config: ModelConfig, dtype, platform: str, capability: tuple[int, int] | None) -> str | None:
     """Why cuDNN cannot compute a model's attention. None if it can."""
     if platform != "gpu":
         return f"it needs an NVIDIA GPU, and this is a {platform.upper()}"
@@ -92,8 +90,6 @@ def cudnn_problem(
         return (
             f"cuDNN needs a head width that is a multiple of 8 and at most {widest} on this GPU, not {config.head_dim}"
         )
-    if packed and length % 2:
-        return f"cuDNN needs packed rows of even length, not {length}"
     return None
 
 

@@ -62,18 +62,22 @@ def attend_within(mask: Bool[Array, "#batch length length"]) -> Callable:
 def cudnn(
     length: int, window: int | None, segment: Int[Array, "batch length"] | None, *, implementation: Any = "cudnn"
 ) -> Callable:
-    """Attention by jax.nn.dot_product_attention. Packed rows use a mask [batch, length, length]. Never run on a GPU."""
+    """Attention by jax.nn.dot_product_attention. Packed rows use a mask [batch, length, length]. Never run on a GPU.
+
+    Rows get an even length: JAX refuses the backward pass of others (check_is_flash_attention), and cuDNN one token."""
 
     def rows(q, k, v, segment, scale):
         reach: dict[str, Any] = dict(is_causal=True, local_window_size=None if window is None else (window - 1, 0))
         if segment is not None:
-            reach = dict(mask=(causal_mask(length, window) & same_segment(segment))[:, None])
+            reach = dict(mask=(causal_mask(q.shape[1], window) & same_segment(segment))[:, None])
         return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation=implementation, **reach)
 
     def attend(q, k, v, scale, cap):
         assert cap is None
-        mixed = over_mesh(partial(rows, scale=scale), 2)(q, k, v, segment)
-        return mixed, (k.swapaxes(1, 2), v.swapaxes(1, 2))
+        even = [padded_to(2, x, 1) for x in (q, k, v)]  # padding comes last, where no token sees it
+        segments = None if segment is None else padded_to(2, segment, 1, -1)
+        mixed = over_mesh(partial(rows, scale=scale), 2)(*even, segments)
+        return mixed[:, :length], (k.swapaxes(1, 2), v.swapaxes(1, 2))
 
     return attend
 
@@ -119,7 +123,12 @@ def splash_both(
 
 def padded_to_lanes(x: jax.Array, axis: int, value: int = 0) -> jax.Array:
     """An array with its token axis padded to a multiple of LANES."""
-    missing = [(0, -size % LANES if i == axis else 0) for i, size in enumerate(x.shape)]
+    return padded_to(LANES, x, axis, value)
+
+
+def padded_to(multiple: int, x: jax.Array, axis: int, value: int = 0) -> jax.Array:
+    """An array with its token axis padded to a multiple."""
+    missing = [(0, -size % multiple if i == axis else 0) for i, size in enumerate(x.shape)]
     return jnp.pad(x, missing, constant_values=value)
 
 

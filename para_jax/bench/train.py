@@ -121,7 +121,7 @@ class Step(NamedTuple):
     """static: see train_step"""
     batch: Batch | Packed
     count: float
-    """the steps of the epoch that it stands for"""
+    """the steps of the epoch that are like it"""
 
 
 class Epoch(NamedTuple):

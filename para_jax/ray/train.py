@@ -44,8 +44,9 @@ def train_on_ray(
     Args:
         config: the run. output_dir must be on storage that every worker reaches, or in a bucket; the backbone and the
             data too, unless each host has its own at the same path.
-        scaling: fields of ray.train.ScalingConfig. For CPUs {"num_workers": 2}, for a TPU slice
-            {"num_workers": 4, "use_tpu": True, "topology": "4x4", "accelerator_type": "TPU-V6E"}: one worker per host.
+        scaling: fields of ray.train.ScalingConfig. For CPUs {"num_workers": 2}, for hosts of 8 GPUs {"num_workers": 2,
+            "use_gpu": True, "resources_per_worker": {"GPU": 8}}, for a TPU slice {"num_workers": 4, "use_tpu": True,
+            "topology": "4x4", "accelerator_type": "TPU-V6E"}: one worker per host.
         max_failures: how often the workers are started again at most, not counting hosts that are preempted.
         environment: variables of the workers, such as JAX_COMPILATION_CACHE_DIR.
         storage: a folder for Ray's own notes, which every worker reaches. Default: output_dir with -ray at its end.
@@ -75,8 +76,10 @@ def trainer_of(config: RunConfig, scaling, max_failures: int, environment, stora
         from ray.train.v2.jax.config import JaxConfig
     except ImportError as error:
         raise ImportError(f"train_on_ray: {error.name} is not installed: pip install 'para_jax[ray]'") from None
-    workers = ScalingConfig(**scaling)
-    on_cpus = {} if workers.use_tpu or workers.use_gpu else {"JAX_PLATFORMS": "cpu"}
+    workers, on_cpus = ScalingConfig(**scaling), {}
+    if not (workers.use_tpu or workers.use_gpu):
+        on_cpus = {"JAX_PLATFORMS": "cpu"}
+        config = replace(config, runtime=replace(config.runtime, allow_cpu=True))  # a host may have a GPU too
     return JaxTrainer(
         run_on_worker,
         train_loop_config={"config": config, "folder": os.getcwd()},

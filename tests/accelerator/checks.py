@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from para_jax import (
     ParaConfig,
     Request,
     decode,
+    devices,
     forward,
     init_adapter,
     load_backbone,
@@ -33,6 +35,7 @@ from para_jax import (
     train,
     vectors,
 )
+from para_jax.backbone.kernel_choice import AttentionChoice, attention_kernel
 from para_jax.backbone.kernels import KERNELS
 
 #: The matrix products of a TPU and of a GPU round float32 to fewer bits by default.
@@ -89,15 +92,16 @@ def decode_equals_forward():
 
 def attention_equals_plain():
     """The device's kernel gives the values and gradients of plain attention: head widths, windows, packed rows."""
-    name = {"gpu": "cudnn", "tpu": "splash"}.get(jax.default_backend())
-    if name is None:
-        return
     for width, heads, kv_heads, window, packed in (
         (64, 8, 2, None, False),
         (64, 4, 4, 128, True),
         (128, 8, 8, None, True),
         (128, 8, 1, 200, False),
     ):
+        config = replace(backbone("llama").config, head_dim=width)
+        name, _ = attention_kernel(
+            config, 512, jnp.bfloat16, jax.default_backend(), AttentionChoice(), packed=packed
+        )  # plain on a CPU, and on a GPU that is too old for cuDNN's
         draw = np.random.default_rng(0)
         q, k, v, weight = (
             jnp.asarray(draw.normal(size=(2, 512, n, width)), jnp.bfloat16) for n in (heads, kv_heads, kv_heads, heads)
@@ -240,6 +244,7 @@ def main(names: list[str]) -> None:
     if names[:1] == ["--losses"]:
         print(json.dumps(losses(Path(names[1]), f"output_dir={names[1]}/cpu", "backbone.dtype=float32")))
         return
+    devices.make_deterministic()  # a check of runtime.deterministic needs it, and now no device is in use
     if jax.default_backend() == "cpu" and not os.environ.get("PARA_JAX_CHECKS_ON_CPU"):
         sys.exit("JAX sees no TPU or GPU; install `.[tpu]` or `.[cuda]`, or set PARA_JAX_CHECKS_ON_CPU=1")
     for name in names or CHECKS:

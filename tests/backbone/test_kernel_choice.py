@@ -44,14 +44,6 @@ def test_cudnn_takes_the_heads_that_the_card_allows(head_dim, capability, name):
     assert attention_kernel(config, 128, "bfloat16", "gpu", AttentionChoice(), capability=capability)[0] == name
 
 
-def test_cudnn_takes_packed_rows_of_even_length_only():
-    chosen = partial(
-        attention_kernel, CONFIG, dtype="bfloat16", platform="gpu", choice=AttentionChoice(), capability=H100
-    )
-    assert [chosen(length=length, packed=True)[0] for length in (128, 127)] == ["cudnn", "plain"]
-    assert chosen(length=127)[0] == "cudnn"
-
-
 @pytest.mark.parametrize(("name", "on", "capability", "says"), [
     ("cudnn", "cpu", None, "cudnn.*CPU"), ("cudnn", "gpu", T4, "cudnn.*7.5"), ("splash", "cpu", None, "splash.*CPU"),
     ("splash", "gpu", H100, "splash.*GPU"),

@@ -1,6 +1,7 @@
 """Every attention kernel computes what plain attention does, forward and backward; splash is interpreted here, and
 cuDNN's arguments are given to JAX's own implementation of them."""
 
+import sys
 from functools import partial
 
 import jax
@@ -64,6 +65,20 @@ def test_the_arguments_for_cudnn_mean_what_plain_does(window, packed):
     given = (4, 2, window, None, segments() if packed else None)
     ours = values_and_gradients(partial(cudnn, implementation="xla"), *given)
     assert_close(ours, values_and_gradients(plain, *given))
+
+
+@pytest.mark.parametrize("length", [1, 17])
+def test_cudnn_gets_rows_of_even_length(length, monkeypatch):
+    """JAX refuses the backward pass of others."""
+    monkeypatch.setattr(sys.modules[__name__], "LENGTH", length)
+    lengths, attention = set(), jax.nn.dot_product_attention
+    seen = lambda q, *others, **more: (lengths.add(q.shape[1]), attention(q, *others, **more))[1]  # noqa: E731
+    monkeypatch.setattr(jax.nn, "dot_product_attention", seen)
+    for segment in (None, jnp.arange(2 * length).reshape(2, length) // 5):
+        given = (4, 2, None, None, segment)
+        ours = values_and_gradients(partial(cudnn, implementation="xla"), *given)
+        assert_close(ours, values_and_gradients(plain, *given))
+    assert lengths == {length + 1}
 
 
 @pytest.mark.parametrize(("sizes", "kv_heads"), [((2, 1, 2), 2), ((1, 2, 2), 1)])
