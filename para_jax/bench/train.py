@@ -99,10 +99,7 @@ def bench_packing(
         epochs[name] = padded_epoch(examples, buckets, length * count)
     sides = {name: epoch_rate(model, epoch, remat=remat) for name, epoch in epochs.items()}
     found = measurement("tokens/s", interleaved(sides, rounds))
-    full = {
-        name: epoch.real / sum(one.count * one.batch.tokens.size for one in epoch.steps)
-        for name, epoch in epochs.items()
-    }
+    full = {name: epoch.share_of_real_tokens for name, epoch in epochs.items()}
     ratios = {}
     for name in ("3 buckets", "1 bucket"):
         ratios[f"packed / {name}"] = paired(found["rounds"], "packed", name)
