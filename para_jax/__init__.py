@@ -164,4 +164,7 @@ def __getattr__(name: str):
 
 
 def __dir__():
-    return sorted([*globals(), *_LATER])
+    """Without names of extras that are not installed: help(para_jax) asks for all of them."""
+    missing = {extra for package, extra in _EXTRAS.items() if importlib.util.find_spec(package) is None}
+    needs = {"serve": "serve", "ParaLM": "eval"}
+    return sorted(name for name in {*globals(), *_LATER} if needs.get(name) not in missing)

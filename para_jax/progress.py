@@ -159,7 +159,8 @@ def shows_bars() -> bool:
     """Whether a line that changes can be shown: on a terminal, or in a notebook."""
     if os.environ.get("TQDM_DISABLE", "").lower() not in ("", "0", "false"):
         return False
-    return in_notebook() or (sys.stderr is not None and sys.stderr.isatty() and has_width())
+    is_terminal = getattr(sys.stderr, "isatty", bool)  # a program may have put another object there
+    return in_notebook() or (is_terminal() and has_width())
 
 
 def has_width() -> bool:
@@ -167,7 +168,7 @@ def has_width() -> bool:
     and tqdm then draws nothing."""
     try:
         return os.get_terminal_size(sys.stderr.fileno()).columns > 0
-    except (OSError, ValueError):
+    except (AttributeError, OSError, ValueError):
         return True
 
 

@@ -12,7 +12,7 @@ import para_jax
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     ["storage"],
-    ["atomic", "yaml_text", "table", "messages"],
+    ["atomic", "yaml_text", "table", "messages", "error_frames"],
     ["config", "progress"],
     ["untrusted", "record_file", "shards", "text_part"],
     ["tensor_file", "sharding", "gguf", "hub", "devices", "processes"],

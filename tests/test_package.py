@@ -1,7 +1,7 @@
 """What `import para_jax` offers, to Python and to type checkers."""
 
 import ast
-import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -51,3 +51,9 @@ def test_a_star_import_gives_the_public_names_that_need_no_extra():
     names: dict = {}
     exec("from para_jax import *", names)
     assert set(para_jax._LATER) - set(names) == {"serve", "ParaLM"} and "importlib" not in names
+
+
+def test_help_needs_no_extra(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else find(name))
+    assert "ParaLM" not in dir(para_jax) and {"serve", "train"} <= set(dir(para_jax))

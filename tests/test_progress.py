@@ -227,6 +227,14 @@ def test_a_time_is_said_in_the_unit_that_people_use(seconds, text):
     assert duration(seconds) == text
 
 
+@pytest.mark.parametrize("has", [(), ("isatty",)])
+def test_an_object_in_place_of_stderr_may_only_write(has, monkeypatch):
+    """As programs have it that copy what is shown into a file."""
+    copy = types.SimpleNamespace(write=len, flush=bool, **{name: lambda: True for name in has})
+    monkeypatch.setattr(sys, "stderr", copy)
+    assert progress.shows_bars() == bool(has)
+
+
 @pytest.mark.parametrize(("columns", "bars"), [(80, True), (0, False)])
 def test_a_terminal_without_a_width_gets_lines(columns, bars, monkeypatch, clock):
     """tqdm draws nothing there."""

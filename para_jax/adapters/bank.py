@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import math
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -90,8 +91,7 @@ class AdapterBank:
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"AdapterBank: dtype must be float32 or bfloat16; got {shorten(dtype)}")
         self.model_config, self.capacity, self.max_r, self.dtype = model_config, capacity, max_r, dtype
-        self.model: Any = None
-        """the backbone, once an engine serves the bank: adapters of other weights then give a warning"""
+        self._model: weakref.ref | None = None
         self._entries: dict[str, Entry] = {}
         self._held: Counter[Any] = Counter()
         """how many entries each group has"""
@@ -139,6 +139,16 @@ class AdapterBank:
         )
         bank.expected = configs
         return bank
+
+    @property
+    def model(self) -> Any:
+        """The backbone that the last engine of the bank has: adapters of other weights give a warning. None if there is
+        no engine yet, and once the backbone is deleted: a bank keeps nothing on the devices."""
+        return None if self._model is None else self._model()
+
+    @model.setter
+    def model(self, model: Any) -> None:
+        self._model = None if model is None else weakref.ref(model)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -279,7 +289,7 @@ class AdapterBank:
     def __contains__(self, name: object) -> bool:
         return name in self._entries
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         held = Counter(entry.method for entry in list(self._entries.values()))
         counted = ", ".join(f"{count} {method}" for method, count in held.items()) or "none yet"
         return f"{len(self)} of {self.capacity} tenants ({counted}), {self.nbytes / 1e6:.1f} MB of host memory" + (

@@ -36,7 +36,7 @@ class Ia3(Adapter):
         def ones(site: str) -> AdapterParam:
             width = model.site_input_width(site) if site in inputs else model.site_width(site)
             axis = model.site_input_axis(site) if site in inputs else model.site_axis(site)
-            return AdapterParam(jnp.ones(width), axes=(axis,))
+            return AdapterParam(jnp.ones(width, jnp.float32), axes=(axis,))
 
         self.scale = nnx.Dict({site: ones(site) for site in config.target_modules})
         self.config = config

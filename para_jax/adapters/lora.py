@@ -37,11 +37,12 @@ class Lora(Adapter):
         def a(site: str) -> AdapterParam:
             bound = model.site_input_width(site) ** -0.5
             shape = (model.site_input_width(site), config.r)
-            drawn = jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
+            drawn = jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
             return AdapterParam(drawn, axes=(model.site_input_axis(site), "rank"))
 
         def b(site: str) -> AdapterParam:
-            return AdapterParam(jnp.zeros((config.r, model.site_width(site))), axes=("rank", model.site_axis(site)))
+            zeros = jnp.zeros((config.r, model.site_width(site)), jnp.float32)
+            return AdapterParam(zeros, axes=("rank", model.site_axis(site)))
 
         self.a = nnx.Dict({site: a(site) for site in config.target_modules})
         self.b = nnx.Dict({site: b(site) for site in config.target_modules})

@@ -42,26 +42,26 @@ class Para(Adapter):
     """
 
     def __init__(self, config: ParaConfig, model: ModelConfig, *, rngs: nnx.Rngs):
-        down = jax.random.normal(rngs.params(), (model.width, config.r)) * model.width**-0.5  # [C]
+        down = jax.random.normal(rngs.params(), (model.width, config.r), jnp.float32) * model.width**-0.5  # [C]
         self.down = AdapterParam(down, axes=("width", "rank"))
-        self.up = nnx.Dict(
-            {
-                site: AdapterParam(jnp.zeros((config.r, model.site_width(site))), axes=("rank", model.site_axis(site)))
-                for site in config.target_modules
-            }
-        )
+
+        def up(site: str) -> AdapterParam:
+            zeros = jnp.zeros((config.r, model.site_width(site)), jnp.float32)
+            return AdapterParam(zeros, axes=("rank", model.site_axis(site)))
+
+        self.up = nnx.Dict({site: up(site) for site in config.target_modules})
         if config.up_bias:
             self.up_bias = nnx.Dict(
                 {
-                    site: BiasParam(jnp.zeros(model.site_width(site)), axes=(model.site_axis(site),))
+                    site: BiasParam(jnp.zeros(model.site_width(site), jnp.float32), axes=(model.site_axis(site),))
                     for site in config.target_modules
                 }
             )
         if config.pooler == "constant":
-            self.constant = AdapterParam(jax.random.normal(rngs.params(), (model.width,)), axes=("width",))
+            self.constant = AdapterParam(jax.random.normal(rngs.params(), (model.width,), jnp.float32), axes=("width",))
         if config.summary == "standardised":
-            self.mean = Statistic(jnp.zeros(model.width), axes=("width",))
-            self.scale = Statistic(jnp.ones(1), axes=(None,))
+            self.mean = Statistic(jnp.zeros(model.width, jnp.float32), axes=("width",))
+            self.scale = Statistic(jnp.ones(1, jnp.float32), axes=(None,))
         if config.activation == "rational":
             self.numerator = AdapterParam(jnp.array(GELU_NUMERATOR), axes=(None,))
             self.denominator = AdapterParam(jnp.array(GELU_DENOMINATOR), axes=(None,))

@@ -289,8 +289,8 @@ def check_fits(adapters, model: ModelConfig) -> None:
         return
     if not isinstance(adapters, (Adapter, Rows)):
         raise ValueError(
-            f"adapters: {type(adapters).__name__} is of another type; give None, an adapter, or Rows, which "
-            "pick(stack, indices) makes"
+            f"adapters is a {type(adapters).__name__}; give None, one adapter (load_adapter loads it), or one for each "
+            "row: an AdapterBank with tenants=[...] for generate, elsewhere Rows, which pick(stack, indices) makes"
         )
     if isinstance(adapters, Adapter):
         require_one(adapters)

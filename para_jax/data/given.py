@@ -110,8 +110,8 @@ def given_split(section: DataSection, split: str) -> GivenSplit | None:
     """
     if section.given is None:
         raise ValueError(
-            f"data.{split}: the data of this run came from Python; give it again as train(config, data=...), "
-            f"or name a file: data.{split}=FILE"
+            f"data.{split}: the data of this run came from Python; name a file, data.{split}=FILE, or give it again: "
+            f"train(config, data=...), or task_of_run(config, {split!r}, tokenizer, data=...) for an evaluation"
         )
     return section.given.get(split)
 

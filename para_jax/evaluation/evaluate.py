@@ -33,7 +33,7 @@ class Report(NamedTuple):
     samples: tuple[list[dict], ...] = ()
     """with `log_samples`: for each task, what was answered to each example (samples.py)"""
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return "\n".join(map(str, self.scores))
 
 

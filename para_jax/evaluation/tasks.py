@@ -7,12 +7,13 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from shlex import quote
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..backbone.load import load_model_config
 from ..config import DataSection, ModelConfig, RunConfig, is_tfds, shorten
 from ..data.encode_records import encode_records, report
 from ..data.examples import Example, answer_opening, encode_completion, encode_example
+from ..data.given import with_data
 from ..data.hf import is_hf
 from ..data.records import MissingColumn, Record, load_records, read_records, split_records
 from ..data.row_files import split_file
@@ -166,6 +167,7 @@ def task_of_run(
     tokenizer,
     by: ScoringRule | None = None,
     *,
+    data: Any = None,
     model: ModelConfig | None = None,
     rank_labels: bool = False,
 ) -> EvalTask | None:
@@ -174,9 +176,12 @@ def task_of_run(
 
     Args:
         by: how it is scored; default: what `scoring_rule` finds.
+        data: of a run whose data came from Python, as `train` takes it.
         model: of the backbone; None: it is read.
         rank_labels: macro_f1 and matthews without choices rank the labels, as `file_task` does.
     """
+    if data is not None:
+        config = replace(config, data=with_data(config.data, data))
     records = load_records(config.data, split)
     if records is None:
         return None

@@ -58,7 +58,8 @@ def generate(
     stop: Sequence[str] = (),
 ) -> list[str]:
     """What the model writes after each prompt, in one batch: the text before an end token or a stop text, without the
-    white space at its ends.
+    white space at its ends. Another number of prompts, or a longest one of another length (rounded up to 16 tokens), is
+    compiled again: for many prompts use Engine.
 
     Args:
         prompts: texts, or chat messages for the tokenizer's template.
@@ -78,6 +79,8 @@ def generate(
     require_tokenizer(tokenizer)
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise ValueError(f"prompts is a {type(prompts).__name__}; give a list of texts or of message lists")
+    if not prompts:
+        raise ValueError("prompts is empty; give at least one")
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, stop)
     given, adapters = adapters, rows_of_tenants(adapters, tenants, len(prompts))
     ids = encoded_prompts(tokenizer, prompts)

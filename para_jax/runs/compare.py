@@ -18,6 +18,7 @@ from .. import atomic
 from ..adapters.adapter import count_parameters
 from ..config import ADAPTER_CONFIGS, RunConfig, adapter_method, expanded, load_config, require, with_scope_of
 from ..data.given import with_data
+from ..error_frames import errors_forget
 from ..evaluation.score import with_error
 from ..messages import say, warn
 from ..model import init_adapter
@@ -78,6 +79,7 @@ class MethodsResult(NamedTuple):
     output_dir: Place
 
 
+@errors_forget()
 def compare_methods(config: RunConfig, data: Any = None) -> MethodsResult:
     """Trains each method of sweep.method, or resumes where it stopped. A method whose loss is not finite stops, and the
     others continue. SIGTERM and Ctrl-C save, and ValueErrors are raised, as in `train`.

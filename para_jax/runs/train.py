@@ -25,6 +25,7 @@ from ..config.unused import unused_fields
 from ..data.example_arrays import examples_digest
 from ..data.given import with_data, with_tenants
 from ..data.tenants import OWN_FILE
+from ..error_frames import errors_forget
 from ..evaluation.score import describe_best
 from ..memory import run_mesh
 from ..messages import say, warn
@@ -69,6 +70,9 @@ class TrainResult(NamedTuple):
     warning: str | None = None
     """what went wrong without stopping the run (runs/health.py)"""
 
+    def __repr__(self) -> str:
+        return "\n\n".join(filter(None, (f"{self.output_dir}: {self.best}", self.report())))
+
     @property
     def best(self) -> str:
         """ "best validation accuracy 0.5833 at step 60", or "no validation data"."""
@@ -86,6 +90,9 @@ class TenantsResult(NamedTuple):
     """by name: examples, steps, best_step, best_score, metric, ended, warning (None: nothing went wrong), test_before
     and test_after (None: not measured), and scores, as training/scores_file.py describes them"""
     output_dir: Place
+
+    def __repr__(self) -> str:
+        return f"{self.output_dir}\n{self.report()}"
 
     def report(self) -> str:
         """A table with a line for each tenant: base model and adapter side by side."""
@@ -106,6 +113,7 @@ class Ended(NamedTuple):
     """of the validation data, in a run of one adapter"""
 
 
+@errors_forget()
 def train(config: RunConfig, data: Any = None) -> TrainResult:
     """Trains the adapter of a run, or resumes it where it stopped.
 
@@ -138,6 +146,7 @@ def train(config: RunConfig, data: Any = None) -> TrainResult:
     return TrainResult(best, *of_best, standing.step, folder, metric, records, standing.warning)
 
 
+@errors_forget()
 def train_tenants(config: RunConfig, data: Any = None) -> TenantsResult:
     """Trains the adapters of many tenants (data.tenants, or the combinations of `sweep`) in one run, or resumes
     it where it stopped.

@@ -9,6 +9,7 @@ import traceback
 import uuid
 
 from ..config import printable, shorten
+from ..error_frames import forget_frames
 from ..messages import say, warn
 from .address import names_this_machine
 from .api_keys import ApiKeys
@@ -60,7 +61,7 @@ class Gate:
         except ApiError as error:
             outcome.error = error.code or "invalid_request"
             await send_error(answer, outcome, error)
-            forget_frames(error)
+            forget_frames(error)  # which refer to the error: the circle would keep the request's adapter in memory
         except asyncio.CancelledError:
             outcome.error = "shutting_down"
             raise
@@ -74,14 +75,6 @@ class Gate:
             if outcome.error or outcome.path not in QUIET_PATHS:
                 say(outcome.line())
             self.metrics.observe(outcome)
-
-
-def forget_frames(error: BaseException | None) -> None:
-    """Empties the frames of an error and of those before it. They refer to the error, so they would keep the request's
-    adapter in memory until the garbage collector finds the circle."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__context__
 
 
 async def send_error(send, outcome: Outcome, error: ApiError) -> None:

@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import uvicorn
@@ -72,6 +72,13 @@ def serve(
 
     Raises ValueError for an address that is in use, for wrong keys and folders, and what warming up the engine raised.
     """
+    with suppress(RuntimeError):  # there is none
+        asyncio.get_running_loop()
+        raise ValueError(
+            "serve: this thread runs an event loop, as a notebook does; start it in a thread: "
+            "threading.Thread(target=serve, args=(engine,), kwargs={'stop': stop}, daemon=True).start(), where stop is "
+            "a threading.Event that ends it"
+        )
     stop = stop or threading.Event()
     models = Models(engine.bank, model_name, sources)
     api_keys = read_keys(api_keys) if isinstance(api_keys, (str, Path)) else api_keys

@@ -11,7 +11,7 @@ from long_cases import quick
 from tpu_compiler import tpu_devices
 
 from para_jax import Ia3Config, LoraConfig, ParaConfig, init_adapter, load_backbone, make_mesh, pick, stack_adapters
-from para_jax.adapters.adapter import Factors, scaled, token_at
+from para_jax.adapters.adapter import Factors, named_leaves, scaled, token_at
 from para_jax.adapters.rows import Rows, by_layer
 from para_jax.adapters.segments import adjust_segments
 from para_jax.config import load_config
@@ -184,3 +184,24 @@ def test_the_pooled_tokens_gradient_is_that_of_indexing_bit_for_bit():
         found, expected = (np.asarray(f[1](gradient)[0], np.float32) for f in (ours, plain))
         np.testing.assert_array_equal(found, expected)
     np.testing.assert_array_equal(ours[0], plain[0])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ParaConfig(r=2, summary="standardised", up_bias=True), ParaConfig(r=2, pooler="constant"), LoraConfig(r=2),
+        Ia3Config(),
+    ],
+)  # fmt: skip
+def test_an_adapter_is_the_same_where_jax_has_64_bits(config):
+    """A notebook may have turned them on for something else."""
+    model = backbone("llama").config
+    expected = named_leaves(init_adapter(config, model, seed=3))
+    jax.config.update("jax_enable_x64", True)
+    try:
+        found = named_leaves(init_adapter(config, model, seed=3))
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    for name, leaf in expected.items():
+        assert found[name].dtype == leaf.dtype == jnp.float32
+        np.testing.assert_allclose(found[name], leaf, rtol=1e-6)
