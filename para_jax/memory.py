@@ -80,12 +80,12 @@ def run_mesh(config: RunConfig, tenants: int = 1) -> Mesh:
 
 
 def with_own_kernel(config: RunConfig) -> RunConfig:
-    """The config, with plain attention where this machine's GPU has no other kernel for the run's rows. Estimates take
-    `auto` for a kernel that stores no scores."""
+    """The config, with the kernel of this machine's GPU for the run's rows. Estimates take `auto` for that of a TPU,
+    which also stores no scores where the rows' tails attend (scope response)."""
     if jax.default_backend() != "gpu" or config.backbone.attention != "auto":
         return config
     name, _ = kernel_of_run(config, load_model_config(config.backbone.source), "gpu")
-    return replace(config, backbone=replace(config.backbone, attention="plain")) if name == "plain" else config
+    return replace(config, backbone=replace(config.backbone, attention=name))
 
 
 def choose_mesh(

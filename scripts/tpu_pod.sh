@@ -33,7 +33,8 @@ if pgrep -f "$HOME/para_jax/.venv/bin/[p]ara-jax" > /dev/null; then
 fi'
 
 git ls-files -z --cached --others --exclude-standard | while IFS= read -r -d '' file; do
-  if [ -e "$file" ] || [ -L "$file" ]; then printf '%s\0' "$file"; fi # git still lists a file that was deleted here
+  if [ -d "$file" ] && [ ! -L "$file" ]; then find "./${file%/}" ! -type d -print0 # a repository inside this one
+  elif [ -e "$file" ] || [ -L "$file" ]; then printf '%s\0' "$file"; fi # git still lists a file that was deleted here
 done > "$sent/para_jax.files"
 tar -czf "$sent/para_jax.tar.gz" --null -T "$sent/para_jax.files"
 on_all scp "$sent/para_jax.tar.gz" "$sent/para_jax.files" "$TPU:"
@@ -46,7 +47,7 @@ export PATH="$HOME/.local/bin:$PATH"
 mkdir -p para_jax && cd para_jax
 if [ -f .sent ]; then
   xargs -0 rm -f -- < .sent
-  xargs -0 -n 1 dirname -z -- < .sent | sort -zu | xargs -0 rmdir -p 2> /dev/null || true # only empty folders go
+  xargs -0 dirname -z -- < .sent | sort -zu | xargs -0 rmdir -p 2> /dev/null || true # only empty folders go
 fi
 mv ../para_jax.files .sent && tar -xzf ../para_jax.tar.gz
 command -v uv > /dev/null || python3 -m pip install --quiet --user uv

@@ -11,7 +11,9 @@ from tiny_run import run_config, run_folder
 
 from para_jax import longest_row
 from para_jax.backbone import kernel_choice
+from para_jax.backbone.load import load_model_config
 from para_jax.config import load_config
+from para_jax.longest_row import parts_of_row
 from para_jax.memory import (
     GIB,
     abstract_mesh,
@@ -128,7 +130,7 @@ def test_an_unknown_memory_makes_it_one_and_the_run_says_so(tmp_path, capsys):
     assert capsys.readouterr().err == "mesh: data 2, fsdp 2, tensor 1. 4 of 8 devices are not used\n"
 
 
-@pytest.mark.parametrize(("capability", "attention"), [((8, 0), "plain"), ((9, 0), "auto")])
+@pytest.mark.parametrize(("capability", "attention"), [((8, 0), "plain"), ((9, 0), "cudnn")])
 def test_the_estimate_of_a_gpu_stores_scores_where_it_has_no_other_kernel(capability, attention, monkeypatch):
     """Gemma's heads are too wide for cuDNN on an A100."""
     config = load_config("configs/gemma-2b-boolq.yaml")
@@ -139,6 +141,10 @@ def test_the_estimate_of_a_gpu_stores_scores_where_it_has_no_other_kernel(capabi
     assert own.backbone.attention == attention
     needs = [estimate_memory(one, abstract_mesh({"data": 8, "fsdp": 1, "tensor": 1})).total for one in (config, own)]
     assert (needs[1] > needs[0]) is (attention == "plain")
+    responds = ["adapter.scope=response", "eval.metric=f1", "eval.max_new_tokens=256"]
+    config = load_config("configs/gemma-2b-boolq.yaml", responds)
+    tails = [parts_of_row(one, load_model_config(one.backbone.source))[1] for one in (config, with_own_kernel(config))]
+    assert [tail.kernel for tail in tails] == ["splash", "plain"], "no GPU has a kernel for tails"
 
 
 def test_the_memory_is_the_devices_own_or_that_of_its_kind():

@@ -306,8 +306,9 @@ def drop_unsure(standing: Standing, file: Place) -> None:
 
 def differences(found: RunConfig, wanted: RunConfig) -> list[str]:
     """The fields that make two configs different runs: "train.learning_rate (0.1 there, 0.2 here)"."""
-    there, here = (without_memory(fields_of_run(one)) for one in (found, wanted))
-    names = [name for name in there | here if there.get(name) != here.get(name)]
+    there, here = fields_of_run(found), fields_of_run(wanted)
+    free = {name for fields in (there, here) for name in fields.keys() - without_memory(fields).keys()}
+    names = [name for name in there | here if name not in free and there.get(name) != here.get(name)]
     return [f"{name} ({shorten(there.get(name))} there, {shorten(here.get(name))} here)" for name in names]
 
 

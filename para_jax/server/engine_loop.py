@@ -69,7 +69,7 @@ class EngineLoop:
         if self._stopping.is_set():
             return
         self._stopping.set()
-        self.fail_all(shutting_down())
+        self.fail_all(shutting_down)
         until = time.monotonic() + LAST_ROUND_SECONDS
         while self._thread.is_alive() and time.monotonic() < until:
             await asyncio.sleep(0.01)
@@ -97,7 +97,7 @@ class EngineLoop:
         until = time.monotonic() + seconds
         while self._open and time.monotonic() < until:
             await asyncio.sleep(0.02)
-        self.fail_all(shutting_down())
+        self.fail_all(shutting_down)
 
     # ---------------------------------------------------------------------------------------- calls from any thread
 
@@ -139,10 +139,11 @@ class EngineLoop:
         self._open.pop(answer, None)
         close(answer)
 
-    def fail_all(self, error: ApiError) -> None:
-        """Ends all open requests with an error."""
+    def fail_all(self, error: Callable[[], ApiError]) -> None:
+        """Ends all open requests, each with an error of its own: a request empties its error's frames at its end, which
+        would end another one (gate.forget_frames)."""
         for answer in list(self._open):
-            self._call(answer.fail, error)  # first, so that the pieces of a cancelled stream come too late
+            self._call(answer.fail, error())  # first, so that the pieces of a cancelled stream come too late
             self.close(answer)
 
     # ------------------------------------------------------------------------------------------------- the thread
@@ -154,7 +155,7 @@ class EngineLoop:
             self._make_rounds()
         except BaseException as error:
             self.fatal = error
-            self.fail_all(engine_failed())
+            self.fail_all(engine_failed)
 
     def _make_rounds(self) -> None:
         while not self._stopping.is_set():
@@ -181,7 +182,7 @@ class EngineLoop:
         warn(f"engine: a round failed ({self.failures} in a row): {printable(str(error), 500)}")
         say("\n".join(printable(line, 500) for line in lines))
         if self.failures >= MOST_FAILURES:
-            self.fail_all(engine_failed())
+            self.fail_all(engine_failed)
         self._next_trial = time.monotonic() + TRIAL_SECONDS
         self._stopping.wait(min(0.1 * self.failures, 1))
 

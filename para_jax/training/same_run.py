@@ -17,6 +17,8 @@ class OtherData(ValueError):
 
 #: The digest of the config fields that identify a run. "config", which earlier versions wrote alone, is that of more.
 CONFIG_OF_RUN = "config of the run"
+#: Fields that "config" has besides, and that config.yaml may have lost by now.
+MAY_CHANGE = "mesh, train.remat, eval.batch_size and the passes of train.batch_size"
 
 
 def check_run(about: dict[str, Any], run: dict[str, str] | None, accept_data: bool = False) -> None:
@@ -31,6 +33,8 @@ def check_run(about: dict[str, Any], run: dict[str, str] | None, accept_data: bo
     names = [name for name in common if not is_data(name) and held[name] != run[name]]
     names = sorted("config" if name == CONFIG_OF_RUN else name for name in names)
     other = [f"another {shorten(name)}" for name in names]
+    if names == ["config"] and CONFIG_OF_RUN not in held:
+        other = [f"{other[0]} (an earlier version wrote it: put {MAY_CHANGE} back as they were)"]
     changed = [] if accept_data else changed_data(held, run)
     kind = ValueError if other else OtherData
     if any(name != "config" for name in names):

@@ -167,3 +167,17 @@ def test_without_a_config_it_says_how_it_is_used(pod):
 def test_a_host_that_fails_ends_the_script(pod):
     done, calls, _ = pod(*ARGUMENTS, HOST="/nowhere/at/all", HF_TOKEN=TOKEN)
     assert done.returncode != 0 and len(calls) == 1
+
+
+def test_a_repository_inside_the_checkout_is_sent_again(pod, tmp_path):
+    """git names its folder, not its files."""
+    inner = tmp_path / "checkout" / "lm-evaluation-harness"
+    inner.mkdir()
+    subprocess.run(["git", "init", "-q"], cwd=inner, check=True)
+    for text in ("one", "other"):
+        (inner / "file").write_text(text)
+        done, _, host = pod(*ARGUMENTS)
+        assert done.returncode == 0, done.stderr
+        assert (host / "para_jax" / inner.name / "file").read_text() == text
+    shutil.rmtree(inner)
+    assert pod(*ARGUMENTS)[0].returncode == 0 and not (host / "para_jax" / inner.name).exists()

@@ -667,6 +667,23 @@ def test_rounds_that_fail_three_times_end_open_requests_and_the_engine_heals_wit
     assert http.post("/v1/completions", json=LONG | {"model": "A"}).status_code == 200
 
 
+def test_every_open_request_hears_that_the_engine_failed(server, http, monkeypatch):
+    def fail():
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(engine_loop, "TRIAL_SECONDS", 0.1)
+    body = LONG | {"model": "A"}
+    with ThreadPoolExecutor(4) as pool, monkeypatch.context() as patch:
+        with server.held():
+            whole = [pool.submit(http.post, "/v1/completions", json=body) for _ in range(3)]
+            streamed = pool.submit(http.post, "/v1/completions", json=body | {"stream": True})
+            eventually(lambda: server.engine.open == 4)
+            patch.setattr(server, "_step", fail)
+        assert [error(one.result(), 500)["code"] for one in whole] == ["engine_failed"] * 3
+        assert '"engine_failed"' in streamed.result().text
+    eventually(lambda: http.get("/ready").status_code == 200)
+
+
 def test_a_round_that_fails_twice_changes_no_answer(server, http, monkeypatch):
     expected = http.post("/v1/completions", json=LONG | {"model": "A"}).json()["choices"]
     step, calls = server._step, []
