@@ -33,7 +33,7 @@ def check_run(about: dict[str, Any], run: dict[str, str] | None, accept_data: bo
     names = [name for name in common if not is_data(name) and held[name] != run[name]]
     names = sorted("config" if name == CONFIG_OF_RUN else name for name in names)
     other = [f"another {shorten(name)}" for name in names]
-    if names == ["config"] and CONFIG_OF_RUN not in held:
+    if names == ["config"] and CONFIG_OF_RUN in run.keys() - held.keys():
         other = [f"{other[0]} (an earlier version wrote it: put {MAY_CHANGE} back as they were)"]
     changed = [] if accept_data else changed_data(held, run)
     kind = ValueError if other else OtherData
