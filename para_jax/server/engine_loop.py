@@ -140,8 +140,8 @@ class EngineLoop:
         close(answer)
 
     def fail_all(self, error: Callable[[], ApiError]) -> None:
-        """Ends all open requests, each with an error of its own: a request empties its error's frames at its end, which
-        would end another one (gate.forget_frames)."""
+        """Ends all open requests, each with an error of its own: a request that has ended empties its error's frames,
+        and with a shared error those of requests that have not (error_frames.forget_frames)."""
         for answer in list(self._open):
             self._call(answer.fail, error())  # first, so that the pieces of a cancelled stream come too late
             self.close(answer)

@@ -17,7 +17,7 @@ class OtherData(ValueError):
 
 #: The digest of the config fields that identify a run. "config", which earlier versions wrote alone, is that of more.
 CONFIG_OF_RUN = "config of the run"
-#: Fields that "config" has besides, and that config.yaml may have lost by now.
+#: What "config" also has. The config.yaml next to such a checkpoint may have other values by now.
 MAY_CHANGE = "mesh, train.remat, eval.batch_size and the passes of train.batch_size"
 
 
