@@ -241,7 +241,7 @@ def tenant_axes(tenants: int, mesh_shape) -> tuple[str, ...]:
 
 
 def even_tenants(tenants: int, devices: int) -> str:
-    """What to do where the devices do not divide the number of tenants; empty if there are fewer tenants."""
+    """What to do where the devices do not divide the number of tenants; empty for fewer tenants than devices."""
     most = tenants // devices * devices
     return f"; train.tenants_at_once={most} takes the least memory" if most else ""
 

@@ -39,9 +39,8 @@ def write_tables(output: Path) -> None:
         base = bases.get(task)
         about = base or next(iter(of_task.values()))[0]["test"]
         name = f"{task} ({about['metric']}, {about['count']} rows)"
-        lines.append(
-            f"| {name} | base | 0 | | " + (f"{base['score']:.4f} | {base['loss']:.4f} | | |" if base else "| | | |")
-        )
+        scored = f"{base['score']:.4f} | {base['loss']:.4f}" if base else "|"
+        lines.append(f"| {name} | base | 0 | | {scored} | | |")
         drawn[task] = {"base": [base["score"]]} if base else {}
         for file, seeds in of_task.items():
             found = trained[file]

@@ -77,8 +77,9 @@ def main() -> int:
         for file in files:
             entry = found.setdefault(file.stem, {})
             begun = time.monotonic()
-            sizes = chosen_sizes(load_config(file), chips, room)
-            entry |= {"topology": options.topology, "mesh": sizes, "tenants": tenants_of(load_config(file))}
+            config = load_config(file)
+            sizes = chosen_sizes(config, chips, room)
+            entry |= {"topology": options.topology, "mesh": sizes, "tenants": tenants_of(config)}
             if not options.no_compile and "error" in entry.get("programs", {"error": "none yet"}):
                 entry["programs"] = attempt(compiled, options.topology, file, sizes, room)
             if not options.no_runs and "seconds" not in entry.get("run", {}):
@@ -108,10 +109,9 @@ def chosen_sizes(config: RunConfig, chips: int, room: int) -> dict[str, int]:
 
 
 def tenants_of(config: RunConfig) -> int:
-    try:
-        return inspect.tenants_of(config)
-    except ValueError:  # its data is not here
+    if config.data.tenants and config.train.tenants_at_once is None and not inspect.tenants_are_here(config):
         return TENANTS
+    return inspect.tenants_of(config)
 
 
 def attempt(work: Callable, *arguments) -> dict[str, Any]:

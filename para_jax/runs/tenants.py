@@ -352,10 +352,8 @@ def require_validation(config: RunConfig, validation: Sequence[EvalTask | None])
     if config.eval.patience is None or any(validation):
         return
     missing = "validation data (data.validation, data.validation_split, or validation.jsonl in the folder of the data)"
-    if config.data.validation_split:
-        missing = (
-            f"validation data, and data.validation_split={config.data.validation_split} holds out none of so few rows"
-        )
+    if share := config.data.validation_split:
+        missing = f"validation data (data.validation_split={share} holds out none of so few rows)"
     checkpoints = expanded(config.output_dir) / "checkpoints"
     resumes = checkpoints.is_dir() and bool(steps_in(checkpoints))
     if not resumes:

@@ -70,7 +70,8 @@ def serve(
         on_ready: called with the URL when requests are taken.
         taken: a socket that is bound, in place of host and port.
 
-    Raises ValueError for an address that is in use, for wrong keys and folders, and what warming up the engine raised.
+    Raises ValueError in a thread that runs an event loop, for an address that is in use, and for wrong keys and
+    folders, and what warming up the engine raised.
     """
     with suppress(RuntimeError):  # there is none
         asyncio.get_running_loop()
