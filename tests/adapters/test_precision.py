@@ -177,13 +177,25 @@ def test_on_a_tpu_pooling_is_no_loop_over_the_rows(tpu_text):
 def test_the_pooled_tokens_gradient_is_that_of_indexing_bit_for_bit():
     x, places = rounded((2, 4, 3), 1), jnp.array([1, 3])
     ours, plain = (jax.vjp(jax.vmap(f), x, places) for f in (token_at, lambda x, place: x[place]))
-    for gradient in (
-        rounded((2, 3), 2),
-        jnp.full((2, 3), jnp.nan, jnp.bfloat16),
-    ):  # what is not finite stays in its row
-        found, expected = (np.asarray(f[1](gradient)[0], np.float32) for f in (ours, plain))
-        np.testing.assert_array_equal(found, expected)
+    gradient = rounded((2, 3), 2)
+    found, expected = (np.asarray(f[1](gradient)[0], np.float32) for f in (ours, plain))
+    np.testing.assert_array_equal(found, expected)
     np.testing.assert_array_equal(ours[0], plain[0])
+    unclean = np.asarray(ours[1](gradient.at[1].set(jnp.nan))[0], np.float32)
+    np.testing.assert_array_equal(unclean[0], expected[0])  # what is not finite stays in its row
+
+
+def test_pooling_the_segments_of_a_row_makes_no_array_of_all_tokens_for_each_of_them():
+    """Such an array is the sum that the gradient of `x` is, before it is summed: it took a third of a packed step."""
+    segments, length, width = 5, 11, 7
+    x, places = rounded((length, width), 1), jnp.array([0, 3, 4, 9, 10])
+    pool = jax.vmap(token_at, in_axes=(None, 0))
+    text = jax.jit(jax.grad(lambda x: pool(x, places).astype(jnp.float32).sum())).lower(x).as_text()
+    assert f"tensor<{segments}x{length}x" in text  # zeros and ones
+    assert f"tensor<{segments}x{length}x{width}x" not in text
+    gradient = rounded((segments, width), 2)
+    found, expected = (jax.vjp(f, x)[1](gradient)[0] for f in (lambda x: pool(x, places), lambda x: x[places]))
+    np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(expected, np.float32))
 
 
 @pytest.mark.parametrize(
