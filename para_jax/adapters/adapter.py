@@ -163,17 +163,17 @@ scaled.defvjp(scaled_forwards, scaled_backwards)
 
 @jax.custom_jvp
 def token_at(x: Float[Array, "length width"], place: Int[Array, ""]) -> Float[Array, " width"]:
-    """x[place]. The backward pass is a product with zeros and a one, also where jax.vmap takes a place in each segment of
-    one row: products with a place for each segment add up to one with all of them. That of plain indexing is a scatter,
-    which a TPU runs as a loop over rows in every layer."""
+    """x[place]. The backward pass is a product with zeros and a one. Under jax.vmap over the segments of a packed row it
+    is one product for all of them; a custom_vjp would make [length, width] for each segment and add them up. That of
+    plain indexing is a scatter, which a TPU runs as a loop over rows in every layer."""
     return x[place]
 
 
 @token_at.defjvp
-def token_at_forwards(given, changes):
-    (x, place), (change, _) = given, changes
+def token_at_jvp(primals, tangents):
+    (x, place), (tangent, _) = primals, tangents
     chosen = (jnp.arange(x.shape[0]) == place).astype(x.dtype)
-    return x[place], jnp.matmul(chosen, change, precision=jax.lax.Precision.HIGHEST)
+    return x[place], jnp.matmul(chosen, tangent, precision=jax.lax.Precision.HIGHEST)
 
 
 @jax.tree_util.register_dataclass
