@@ -163,9 +163,9 @@ scaled.defvjp(scaled_forwards, scaled_backwards)
 
 @jax.custom_jvp
 def token_at(x: Float[Array, "length width"], place: Int[Array, ""]) -> Float[Array, " width"]:
-    """x[place]. The backward pass is a product with zeros and a one. Under jax.vmap over the segments of a packed row it
-    is one product for all of them; a custom_vjp would make [length, width] for each segment and add them up. That of
-    plain indexing is a scatter, which a TPU runs as a loop over rows in every layer."""
+    """x[place]. The backward pass is a product with zeros and a one. Under jax.vmap over the segments of a packed row
+    it is one product for all of them, where a custom_vjp would make [length, width] for each one and add them up. That
+    of plain indexing is a scatter, which a TPU runs as a loop over rows in every layer."""
     return x[place]
 
 
