@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from para_jax.serving.queue import FairQueue
+from para_jax.serving.queue import LOOKED_AT, FairQueue
 
 CALLS = st.lists(st.tuples(st.sampled_from(["put", "put", "take", "remove"]), st.integers(0, 3), st.integers(0, 30)))
 
@@ -53,3 +53,11 @@ def test_the_first_items_that_fit_pass_those_that_do_not():
     assert queue.head(odd) == 1 and queue.take("b") == 1
     assert queue.head(odd) == 3 and queue.take("c") == 3
     assert queue.head(odd) is None and queue.head() == 2 and len(queue) == 3
+
+
+def test_however_many_tenants_wait_few_are_looked_at():
+    queue, seen = FairQueue(), []
+    for tenant in range(1000):
+        queue.put(tenant, tenant, tenant)
+    assert queue.head(seen.append) is None and seen == list(range(LOOKED_AT))
+    assert queue.head(lambda item: item == LOOKED_AT - 1) == LOOKED_AT - 1
