@@ -15,6 +15,7 @@ import numpy as np
 
 from ..backbone.load import load_backbone
 from ..data.tokenizer import load_tokenizer
+from ..server.packages import require_packages
 from ..serving.engine import Engine
 from ..serving.request import Request
 from .decode import METHODS, bank_of
@@ -34,6 +35,7 @@ def bench_http(backbone: str, *, rows: tuple[int, ...] = (8,), requests: int = 9
         rows: the engines' slots; one number.
     """
     slots = single(rows)
+    require_packages("bench http")
     model, tokenizer = load_backbone(backbone), load_tokenizer(backbone)
     bank = bank_of(model, replace(METHODS["PARA"], scope="response"), TENANTS)
     engines = [Engine(model, bank, tokenizer, slots=slots, max_length=LONGEST) for _ in range(2)]

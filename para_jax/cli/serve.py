@@ -6,16 +6,13 @@ import argparse
 import json
 import secrets
 import shlex
-from importlib.util import find_spec
 from pathlib import Path
 
 from ..config import expanded
 from ..messages import say
+from ..server.packages import require_packages
 from . import options as shared
 from .names import bank_within_memory, named_adapters
-
-#: Packages of the extra `serve`.
-PACKAGES = ("starlette", "uvicorn", "prometheus_client")
 
 
 def add(commands) -> None:
@@ -200,9 +197,7 @@ def limits_of(options):
 
 def check_options(options) -> None:
     """Raises ValueError for what can be seen before anything is loaded."""
-    missing = [name.replace("_", "-") for name in PACKAGES if find_spec(name) is None]
-    if missing:
-        raise ValueError(f"serve needs {', '.join(missing)}\nrun `pip install 'para_jax[serve]'`")
+    require_packages("serve")
     shared.check_engine_size(options)
     for name in ("max_r", "capacity", "queue_limit", "queue_limit_per_tenant", "max_body"):
         value = getattr(options, name)
