@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..adapters.bank import AdapterBank
-from ..backbone.load import load_backbone
+from ..backbone.load import load_backbone, load_model_config
 from ..data.tokenizer import load_tokenizer
 from ..inference.generate import generate_tokens
 from ..inference.sampling import Sampling
@@ -19,7 +19,7 @@ from ..serving.decoder import STEPS
 from ..serving.engine import Engine
 from ..serving.request import Request
 from .decode import METHODS, bank_of
-from .prefix import SYSTEM, bench_gaps, bench_prefixes, bench_system_prompt
+from .prefix import LONG, SYSTEM, bench_gaps, bench_prefixes, bench_system_prompt
 from .rounds import measurement, paired, single
 
 COMPARED = ("PARA", "(IA)^3", "LoRA r=8")
@@ -70,7 +70,12 @@ def bench_serve(backbone: str, *, rows: tuple[int, ...] = (8,), requests: int = 
     Args:
         rows: the engine's slots; one number.
     """
-    slots = single(rows)
+    slots, longest, room = single(rows), LONG + SYSTEM, load_model_config(backbone).max_positions
+    if room < longest:  # the part that needs them comes last
+        raise ValueError(
+            f"bench serve needs {longest} positions, for a prompt of {LONG} tokens; {backbone} has {room}. Choose "
+            "another --backbone"
+        )
     model, tokenizer = load_backbone(backbone), load_tokenizer(backbone)
     work = ragged(requests, model.config.vocab_size)
     banks: dict[str, AdapterBank | None] = {"base": None} | {m: bank_of(model, METHODS[m], requests) for m in COMPARED}

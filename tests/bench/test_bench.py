@@ -202,6 +202,12 @@ def test_a_run_prints_a_table_and_writes_what_it_returns(monkeypatch, tmp_path, 
     assert "tokens/s" in lines[0]
 
 
+def test_a_backbone_with_too_few_positions_is_told_before_anything_is_served(monkeypatch):
+    monkeypatch.setattr(bench_serve, "load_backbone", lambda source: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match="bench serve needs 2256 positions.*smollm2 has 512"):
+        bench.run("serve", BACKBONE)
+
+
 @pytest.mark.long
 def test_every_request_is_served_to_its_length():
     model = backbone("llama")
