@@ -8,10 +8,10 @@ from typing import Any
 
 from .check import require, shorten, without_repeats
 
-#: What transformers' renderer takes under these names is no variable of the template, or is ours to give.
+#: What transformers' renderer and Jinja take under these names is no variable of the template, or is ours to give.
 TAKEN = {
     "messages", "conversations", "tools", "documents", "chat_template", "add_generation_prompt",
-    "continue_final_message", "return_assistant_tokens_mask",
+    "continue_final_message", "return_assistant_tokens_mask", "self",
 }  # fmt: skip
 MAX_VARIABLES, MAX_TEXT = 20, 1000
 Variables = dict[str, bool | int | float | str | None]

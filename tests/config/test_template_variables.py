@@ -35,6 +35,7 @@ def test_scalars_of_any_kind_are_taken():
         ("{" * 9000, "{{{"),
         ('{"mood": "glad", "mood": "sad"}', "glad.*sad"),
         ({"messages": 1}, "'messages'"),
+        ({"self": 1}, "'self'"),
         ({"tools": None}, "'tools'"),
         ({"add_generation_prompt": False}, "'add_generation_prompt'"),
         ({"a b": 1}, "'a b'"),
