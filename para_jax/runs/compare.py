@@ -26,7 +26,6 @@ from ..processes import on_first_process
 from ..storage.bucket import Place
 from ..table import table
 from ..training.metrics_file import is_log, read_metrics
-from ..training.stop import end_if_told
 from ..training.tenants_file import COMPARISON_FILE, read_entries
 from .folder import claim_folder, locked_folder, rows_before
 from .health import logged_warning
@@ -108,8 +107,6 @@ def compare_methods(config: RunConfig, data: Any = None) -> MethodsResult:
     if not any(own.many for own in methods.values()):
         shared.rows = on_first_process(lambda: next(filter(None, map(rows_before, methods.values())), None))
     for number, (method, own) in enumerate(methods.items(), 1):
-        if number > 1:
-            end_if_told()
         say(f"{method}: method {number} of {len(config.sweep.method)}, in {own.output_dir}")
         standing = train_method(own, shared)
         rows = on_first_process(partial(method_scores, own, shared, parameters_of(own, shared), standing))

@@ -224,6 +224,7 @@ def trained(config: RunConfig, shared: SharedResources | None = None) -> Ended:
         if records:
             on_first_process(lambda: write_scores(expanded(config.output_dir), records))
         metric = tenants[0].validation.metric if not config.many and tenants[0].validation else None
+        end_if_told()
         return Ended(model, mesh, list(own), state, standing, metric)
 
 

@@ -83,7 +83,8 @@ def interruption_point() -> None:
 
 
 def end_if_told() -> None:
-    """Ends what runs one run after another, if the last one received a signal and had ended anyway."""
+    """Ends the program if the last run received a signal when it had done its last step. A program with several runs
+    would otherwise go on with the next one."""
     if StopSignal.left is not None:
         say("stopped, and saved; the same command resumes")
         StopSignal.left.end()

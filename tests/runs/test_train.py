@@ -278,6 +278,17 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_interrupted(at_ste
 
 
 @pytest.mark.parametrize(("number", "raised"), [(signal.SIGTERM, Stopped), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_after_the_last_step_ends_the_program_too(number, raised, whole, config, monkeypatch):
+    """A program that trains one run after another would not end otherwise, until it is killed within the next one."""
+    config = replace(config, output_dir=f"{config.output_dir}-{number}", eval=whole[0].eval)
+    with monkeypatch.context() as patched, pytest.raises(raised):
+        at_call(patched, loop, "finish_saving", 1, lambda *_: os.kill(os.getpid(), number))
+        train(config)
+    assert checkpoints(config)[-1] == 6
+    assert_ends_as(whole, config)
+
+
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGTERM, Stopped), (signal.SIGINT, KeyboardInterrupt)])
 def test_a_signal_lets_the_step_end_and_saves_and_the_same_command_resumes(
     number, raised, whole, config, monkeypatch, capsys
 ):
