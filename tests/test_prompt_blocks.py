@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_models import backbone, strong
-from long_cases import quick
+from long_cases import long, quick, slow
 
 from para_jax import Ia3Config, LoraConfig, ParaConfig, hidden_states, init_adapter, prefill, stack_adapters
 from para_jax.adapters.rows import Rows
@@ -64,7 +64,7 @@ def in_one_go(model, length, fill=0.0):
 
 
 @pytest.mark.parametrize("family", quick(FAMILIES, "gemma3_text", "olmo2"))
-@pytest.mark.parametrize("length", quick([1, 8, 19], 1, 19))
+@pytest.mark.parametrize("length", quick([1, 8, 19], 1, 19, slow=(8,)))
 def test_blocks_give_what_prefill_gives(family, length):
     model = backbone(family)
     pool, blocks, last = in_one_go(model, length)
@@ -110,8 +110,10 @@ def test_both_layouts_give_the_same():
     np.testing.assert_allclose(row_of(found[0][0], found[0][1], 19), row_of(found[1][0], found[1][1], 19), atol=1e-4)
 
 
-@pytest.mark.parametrize("family", quick(FAMILIES[:2], "llama"))
-@pytest.mark.parametrize("length", quick([1, 3, 18], 1, 18, slow=(3,)))
+@pytest.mark.parametrize(
+    ("family", "length"),
+    [("llama", 1), ("llama", 18), long("gemma3_text", 18), slow("llama", 3), slow("gemma3_text", 1)],
+)
 @pytest.mark.parametrize(
     "config",
     [
