@@ -39,10 +39,16 @@ def check_record_file(option: str, file: Path) -> None:
         raise ValueError(f"{option} {file}: it holds no results, and would be overwritten; give another file")
     if isinstance(file, BucketPath) or written_in_place(file):
         return
+    check_writable(option, file, file.parent)
+
+
+def check_writable(option: str, path: Path, folder: Path) -> None:
+    """Raises OSError, which names the path, if nothing can be written to a folder, or where a missing one is made."""
     try:
-        tempfile.TemporaryFile(dir=next(folder for folder in file.absolute().parents if folder.exists())).close()
+        near = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
+        tempfile.TemporaryFile(dir=near).close()
     except OSError as error:
-        raise OSError(f"{option} {file}: {error.strerror}. Give a path that can be written") from None
+        raise OSError(f"{option} {path}: {error.strerror}. Give a path that can be written") from None
 
 
 def is_record(file: Place) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ..config import expanded, load_config
 from ..messages import say, warn
-from ..storage.bucket import BucketPath
+from ..storage.bucket import BucketPath, Place
 from . import options as shared
 from .names import named_adapters
 from .results import write_results
@@ -138,10 +138,11 @@ def run(options) -> None:
 
         check_record_file("--results", options.results)
     check_sources(options, config)
-    if many(options) or options.tasks or options.output or options.log_samples:
-        into_folder(options, config)
-    else:
+    output = output_of(options)
+    if output is None:
         one_score(options, config)
+    else:
+        into_folder(options, config, output)
 
 
 def check_options(options) -> None:
@@ -178,6 +179,12 @@ def many(options) -> bool:
     return bool(options.adapters or options.adapters_from)
 
 
+def output_of(options) -> Place | None:
+    """The folder for the results; None where one score is printed."""
+    needed = many(options) or options.tasks or options.log_samples
+    return options.output or (Path("runs/evaluation") if needed else None)
+
+
 def sources_of(options) -> dict[str, str]:
     """{name: folder or hub id} of all adapters."""
     return named_adapters([options.adapter] if options.adapter else options.adapters, options.adapters_from)
@@ -186,13 +193,15 @@ def sources_of(options) -> dict[str, str]:
 def check_sources(options, config) -> None:
     """Raises ValueError, before JAX is loaded, for a backbone, an adapter or data that is not there."""
     from ..data.sources import source_of
-    from ..record_file import check_results_folder
+    from ..record_file import check_results_folder, check_writable
     from .checks import check_adapters, check_backbone, check_data, check_new_folder, check_tasks, is_elsewhere
 
-    if options.output:
-        check_new_folder("--output", options.output)
-        if not isinstance(options.output, BucketPath):
-            check_results_folder(options.output)
+    output = output_of(options)
+    if output is not None:
+        check_new_folder("--output", output)
+        if not isinstance(output, BucketPath):
+            check_results_folder(output)
+            check_writable("--output", output, output)
     check_backbone(config.backbone.source)
     sources = sources_of(options)
     check_adapters(sources.values())
@@ -312,10 +321,10 @@ def one_score(options, config) -> None:
     print(report)
 
 
-def into_folder(options, config) -> None:
+def into_folder(options, config, output: Place) -> None:
     """Scores adapters on tasks, with answers and results in a folder, and prints the table."""
     begun = time.monotonic()
-    loaded, output = load(options, config), options.output or Path("runs/evaluation")
+    loaded = load(options, config)
     try:
         table, records = evaluate_part(options, config, loaded, options.shard, output)
     except KeyboardInterrupt:

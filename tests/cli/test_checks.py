@@ -65,6 +65,7 @@ MISTAKES = [
     ("evaluate run.yaml --split validation --output run.yaml", "--output run.yaml: run.yaml is a file, not a folder"),
     ("evaluate run.yaml --split validation --output runs/mine", r"--output runs/mine is the folder of a run \(config"),
     ("evaluate run.yaml --split validation --output runs/mine/adapter", "--output runs/mine/adapter .* of an adapter"),
+    ("evaluate --backbone model --tasks data/train.jsonl --output /proc/a", "--output /proc/a: .* that can be written"),
     ("evaluate run.yaml --results data/train.jsonl", "--results data/train.jsonl: .* would be overwritten"),
     ("train run.yaml --results runs/quick/tenants/tenants.json", "--results runs/quick.* would be overwritten"),
     ("generate", "generate takes prompts or a file"),
