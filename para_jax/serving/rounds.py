@@ -149,7 +149,8 @@ class Rounds:
 
     def _next(self, free: bool, busy: bool, passes: int) -> Sample | None:
         """The queued sample that starts next: the one whose turn it is or, if that one can't start yet, the first that
-        can. A long prompt waits for room, but not for ever: at most OVERTAKING others in blocks start before it.
+        can among those that the queue looks at. A long prompt waits for room, but not for ever: at most OVERTAKING
+        others in blocks start before it.
 
         Args:
             free: whether a slot is.
