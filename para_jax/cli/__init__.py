@@ -13,6 +13,7 @@ import io
 import os
 import select
 import shlex
+import signal
 import sys
 import traceback
 
@@ -56,12 +57,18 @@ OTHER_NAMES = {
 
 def program() -> int:
     """Runs `main` and returns its exit code. If `main` raises, prints the traceback and returns 70: with Python's own
-    exit code, 1, a job that broke off would look like one that answered every line."""
+    exit code, 1, a job that broke off would look like one that answered every line. After Ctrl-C, another one ends the
+    process at once, without a traceback of what runs at its end."""
     try:
-        return main()
+        code = main()
+    except KeyboardInterrupt:  # while the first Ctrl-C was handled
+        code = 130
     except Exception:
         traceback.print_exc()
         return 70
+    if code == 130:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return code
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -10,6 +10,7 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from copy import deepcopy
@@ -943,6 +944,16 @@ def test_a_defect_has_a_traceback_and_an_exit_code_of_its_own(monkeypatch, capsy
     assert program() == 70
     said = capsys.readouterr().err
     assert "Traceback" in said and "ZeroDivisionError" in said
+
+
+@pytest.mark.parametrize("main", ["lambda: 130", "lambda: signal.raise_signal(signal.SIGINT)"])
+def test_a_second_interrupt_ends_the_process_without_a_traceback(main):
+    """JAX takes some time to clean up when the process ends."""
+    text = "import atexit, signal, sys\nfrom para_jax import cli\n"
+    text += "atexit.register(signal.raise_signal, signal.SIGINT)\n"
+    text += f"cli.main = {main}\nsys.exit(cli.program())"
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
 def test_another_broken_pipe_is_an_error(capsys, monkeypatch, config):
