@@ -47,7 +47,7 @@ class OpenRequests:
         self.news = threading.Condition(self.lock)
         """notified when a round has ended, and when requests come or are cancelled"""
         self.tickets: OrderedDict[Hashable, Ticket] = OrderedDict()
-        self.queue: FairQueue[Sample] = FairQueue()
+        self.queue = empty_queue()
         self.done: OrderedDict[int, Completion] = OrderedDict()
         """answers that run() has yet to give, by the sample's number"""
         self.dropped: SimpleQueue[Ticket] = SimpleQueue()
@@ -175,7 +175,7 @@ class OpenRequests:
     def requeue(self) -> None:
         """Queues all samples without an answer again, in the order they came. They start from their prompts; sampling
         depends on seed and position only, so their tokens will be the same."""
-        self.queue = FairQueue()
+        self.queue = empty_queue()
         self.settle()
         for ticket in self.tickets.values():
             for sample in ticket.samples:
@@ -207,3 +207,8 @@ class OpenRequests:
         if self.limit_per_tenant is not None and own + new > self.limit_per_tenant:
             message = f"the queue holds {own} of {self.limit_per_tenant} samples of tenant {shorten(tenant)}; "
             raise QueueFull(message + "take answers first", tenant_full=True)
+
+
+def empty_queue() -> FairQueue[Sample]:
+    """A queue that counts the samples that need a slot, and those that need none."""
+    return FairQueue(lambda sample: sample.decodes)

@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from itertools import islice
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-#: Tenants whose first items `head` looks at: a round of thousands that wait for a slot costs no more than one of these.
-LOOKED_AT = 64
-
 
 class FairQueue(Generic[T]):
     """A queue per tenant, served in turn: however long one queue is, the first item of another waits for at most one
-    item of every other tenant. Every operation takes constant time."""
+    item of every other tenant. Every operation takes constant time, but `head` looks at the first item of each tenant
+    until one fits."""
 
-    def __init__(self):
+    def __init__(self, kind: Callable[[T], Hashable] = lambda item: None):
+        """
+        Args:
+            kind: of an item, by which `count` counts. It never changes.
+        """
         self._lines: OrderedDict[Hashable, OrderedDict[int, T]] = OrderedDict()
-        self._count = 0
+        self._kind = kind
+        self._counts: Counter[Hashable] = Counter()
 
     def put(self, tenant: Hashable, number: int, item: T) -> None:
         """Adds an item to the end of its tenant's queue. `number` identifies it."""
         line = self._lines.setdefault(tenant, OrderedDict())
-        self._count += number not in line
+        self._counts[self._kind(item)] += number not in line
         line[number] = item
 
     def head(self, fits: Callable[[T], bool] = lambda item: True) -> T | None:
-        """The first item of the tenant whose turn it is, among tenants whose first item fits. None if none of the next
-        LOOKED_AT tenants has one."""
-        firsts = (next(iter(line.values())) for line in islice(self._lines.values(), LOOKED_AT))
-        return next(filter(fits, firsts), None)
+        """The first item of the tenant whose turn it is, among tenants whose first item fits; None if there is none."""
+        return next((item for line in self._lines.values() if fits(item := next(iter(line.values())))), None)
 
     def take(self, tenant: Hashable) -> T:
         """Removes and returns a tenant's first item. Its next turn comes after all other tenants'."""
@@ -40,15 +40,14 @@ class FairQueue(Generic[T]):
         self._lines.move_to_end(tenant)
         if not line:
             del self._lines[tenant]
-        self._count -= 1
+        self._counts[self._kind(item)] -= 1
         return item
 
     def remove(self, tenant: Hashable, number: int) -> None:
         """Removes an item from anywhere in the queue; does nothing if it is not there."""
         line = self._lines.get(tenant)
         if line is not None and number in line:
-            del line[number]
-            self._count -= 1
+            self._counts[self._kind(line.pop(number))] -= 1
             if not line:
                 del self._lines[tenant]
 
@@ -56,8 +55,12 @@ class FairQueue(Generic[T]):
         """The number of a tenant's items."""
         return len(self._lines.get(tenant, ()))
 
+    def count(self, kind: Hashable) -> int:
+        """The number of items of a kind."""
+        return self._counts[kind]
+
     def __len__(self) -> int:
-        return self._count
+        return self._counts.total()
 
     def __iter__(self) -> Iterator[T]:
         return (item for line in self._lines.values() for item in line.values())

@@ -149,8 +149,8 @@ class Rounds:
 
     def _next(self, free: bool, busy: bool, passes: int) -> Sample | None:
         """The queued sample that starts next: the one whose turn it is or, if that one can't start yet, the first that
-        can among those that the queue looks at. A long prompt waits for room, but not for ever: at most OVERTAKING
-        others in blocks start before it.
+        can. A long prompt waits for room, but not for ever: at most OVERTAKING others in blocks start before it. While
+        no slot is free, a queue of samples that need one is not looked through.
 
         Args:
             free: whether a slot is.
@@ -171,6 +171,8 @@ class Rounds:
             return free and (not busy or passes < PREFILLS)
 
         queue = self._requests.queue
+        if not free and not queue.count(kind=False):
+            return None
         head = queue.head()
         if head is None or can_start(head):
             return head

@@ -36,6 +36,7 @@ from para_jax.serving.capacity import KEPT
 from para_jax.serving.decoder import STEPS
 from para_jax.serving.open_requests import OpenRequests, QueueFull
 from para_jax.serving.prefills import ROWS
+from para_jax.serving.queue import FairQueue
 from para_jax.serving.request import check_request
 from para_jax.serving.rounds import PREFILLS
 from para_jax.serving.ticket import Sample, Ticket
@@ -155,6 +156,21 @@ def test_a_request_may_go_on_past_end_tokens_and_still_ends_at_its_own(model, ba
     grown.chat_template += "{% if not add_generation_prompt %} " + f"w{own}" + "{% endif %}"
     chat = [{"role": "user", "content": prompt(1)}]
     assert turn_stop_ids(grown, chat) == (own,) and answer(chat) == (whole, "length")
+
+
+def test_a_round_without_a_free_slot_looks_through_the_queue_only_for_prompts_to_score(model, bank, monkeypatch):
+    engine, looks, head = engine_of(model, bank, slots=1, max_logprobs=1), [], FairQueue.head
+    monkeypatch.setattr(FairQueue, "head", lambda queue, *fits: looks.append(None) or head(queue, *fits))
+    for name in ("A", "B", "C"):
+        engine.submit(Request(prompt(1), name, 4 * STEPS))
+    engine.step()
+    assert looks and sum(engine.running.values()) == 1
+    looks.clear()
+    engine.step()
+    assert not looks
+    engine.submit(Request(prompt(2), None, 0, id="scored", prompt_logprobs=0))
+    assert [completion.id for completion in engine.step()] == ["scored"] and looks
+    assert len(answers(engine)) == 3
 
 
 # ----------------------------------------------------------------------------------------------------------- isolation
