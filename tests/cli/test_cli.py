@@ -950,6 +950,7 @@ def test_a_defect_has_a_traceback_and_an_exit_code_of_its_own(monkeypatch, capsy
 def test_a_second_interrupt_ends_the_process_without_a_traceback(main):
     """JAX takes some time to clean up when the process ends."""
     text = "import atexit, signal, sys\nfrom para_jax import cli\n"
+    text += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
     text += "atexit.register(signal.raise_signal, signal.SIGINT)\n"
     text += f"cli.main = {main}\nsys.exit(cli.program())"
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
