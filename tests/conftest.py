@@ -28,7 +28,7 @@ hypothesis.settings.register_profile("ours", deadline=None, derandomize=True, da
 hypothesis.settings.load_profile("ours")  # the same examples in every session, however slow the machine is
 
 if "PARA_JAX_TEST_DEVICES" not in os.environ:
-    gc.set_threshold(50_000, 10, 10)  # JAX's traces make many objects; looking for cycles took a sixth of the time
+    gc.set_threshold(50_000, 10, 10)  # JAX's traces make many objects; looking for cycles took a twelfth of the time
     jax.devices()  # XLA has now read its flags; libtpu, which a test may load, reads the same variable
     os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].removesuffix(quick_compiler.OLD_EMITTERS)
     # A folder of its own: JAX's keys hold the variable as it is now, as in a process without the flag.
