@@ -34,6 +34,7 @@ LAYERS = [
     ["bench", "quickstart"],
     ["cli"],
     ["ray"],
+    ["__main__"],
 ]
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
 SIDEWAYS = {("devices", "hub")}

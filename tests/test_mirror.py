@@ -10,6 +10,7 @@ from import_reader import imported, module, sources
 TESTS = Path(__file__).parent
 #: The test file of a module that has none of its own name, and that no test in its folder imports.
 ELSEWHERE = {
+    "__main__": "cli/test_cli.py",
     "adapters.ia3_format": "adapters/test_peft_format.py",
     "adapters.lora_format": "adapters/test_peft_format.py",
     "adapters.method": "adapters/test_adding_a_method.py",
