@@ -77,6 +77,17 @@ def with_date(template: str, day: date) -> str:
     return macro + "{{ '' }}" + template  # as in with_variables
 
 
+def default_template(tokenizer) -> str:
+    """The tokenizer's chat template; of several with names, the one named default. Raises ValueError if none is."""
+    named = tokenizer.chat_template
+    if isinstance(named, dict) and "default" not in named:
+        raise ValueError(
+            f"the tokenizer has chat templates named {shorten(', '.join(named))}, and none is the default\nput the one "
+            "to use into the tokenizer's folder as chat_template.jinja"
+        )
+    return tokenizer.get_chat_template()
+
+
 def writes_date(tokenizer) -> bool:
     """Whether the tokenizer's chat template may write the current date, as those of Llama 3.2 and SmolLM3 do."""
     return "strftime" in str(tokenizer.chat_template)
@@ -86,7 +97,7 @@ def writes_date(tokenizer) -> bool:
 def fixed_date(tokenizer, day: str) -> Iterator[None]:
     """Meanwhile, the tokenizer's chat template writes this day, YYYY-MM-DD, as the date."""
     template = tokenizer.chat_template
-    tokenizer.chat_template = with_date(tokenizer.get_chat_template(), date.fromisoformat(day))
+    tokenizer.chat_template = with_date(default_template(tokenizer), date.fromisoformat(day))
     try:
         yield
     finally:

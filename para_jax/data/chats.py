@@ -9,7 +9,7 @@ from typing import Any
 
 from ..config import shorten
 from ..untrusted import require_unicode
-from .chat_template import TemplateError, render_templates
+from .chat_template import TemplateError, default_template, render_templates
 
 
 def render(tokenizer, messages: list[dict], **options: bool) -> str:
@@ -34,7 +34,7 @@ def render_all(tokenizer, conversations: Sequence[tuple[list[dict], dict[str, An
             "chat_template.jinja into the tokenizer's folder (one in an adapter's folder is not read)"
         )
     tokens = tokenizer.special_tokens_map
-    template = tokenizer.get_chat_template()
+    template = default_template(tokenizer)
     given = [(with_known_roles(template, messages), {**tokens, **options}) for messages, options in conversations]
     try:
         texts = render_templates(template, given)

@@ -12,7 +12,7 @@ from ..gguf.file import GgufFile
 from ..gguf.tokenizer import gguf_tokenizer
 from ..hub import CONFIG_FILES, MAX_TEXT_BYTES, TOKENIZER_FILES, resolve_tokenizer
 from ..untrusted import read_json
-from .chat_template import with_variables
+from .chat_template import default_template, with_variables
 from .examples import failures
 
 #: Classes that put bos and eos around a text as add_bos_token and add_eos_token of tokenizer_config.json say.
@@ -65,7 +65,7 @@ def set_variables(tokenizer, variables: Variables, source: str) -> None:
     token ids, then depends on them too."""
     if not tokenizer.chat_template:
         raise ValueError(f"chat_template_kwargs {shorten(variables)}: the tokenizer of {source} has no chat template")
-    template = tokenizer.get_chat_template()
+    template = default_template(tokenizer)
     for name in variables:
         if not re.search(rf"\b{name}\b", template):
             raise ValueError(f"chat_template_kwargs: the chat template of {source} reads no {name}; leave it out")

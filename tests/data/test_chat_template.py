@@ -252,6 +252,19 @@ def test_the_end_of_turn_follows_the_template():
     assert turn_stop_ids(tokenizer, [USER]) == ()
 
 
+def test_of_several_templates_the_default_one_is_used_and_its_lack_says_what_to_do():
+    tokenizer = tiny_tokenizers.byte_level(["</s>"], eos_token="</s>", chat_template={"rag": "[R]", "default": ECHO})
+    assert render(tokenizer, CHAT) == render_template(ECHO, CHAT)
+    tokenizer.chat_template = {"rag": "[R]", "tools": ECHO}
+    with pytest.raises(ValueError, match="named .?rag, tools.?, and none is the default\nput .*jinja"):
+        render(tokenizer, CHAT)
+    with pytest.raises(ValueError, match="none is the default"):
+        set_variables(tokenizer, {"m": 1}, "folder")
+    with pytest.raises(ValueError, match="none is the default"), fixed_date(tokenizer, "2024-07-26"):
+        pass
+    assert tokenizer.chat_template == {"rag": "[R]", "tools": ECHO}
+
+
 def test_a_process_that_cannot_start_is_not_a_template_error(monkeypatch):
     """A chat would else be answered without its end token."""
     monkeypatch.setattr(chat_template, "template_process", lambda pid: chat_template.TemplateProcess())
