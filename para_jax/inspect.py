@@ -318,7 +318,8 @@ def adapter_report(folder: Path) -> str:
     spread = layers / len(found.method.adapter.layers(found.config, layers))  # a bank holds weights of every layer
     counts = found.counts
     vectors = counts.vectors - counts.joined
-    single, half = (spread * (n * counts.matrices + 4 * vectors) for n in (4, 2))  # its vectors stay float32
+    matrices = spread * counts.matrices if counts.in_bank is None else counts.in_bank
+    single, half = (n * matrices + 4 * spread * vectors for n in (4, 2))  # its vectors stay float32
     return "\n".join(
         [
             f"adapter    {found.method.label}, " + ", ".join(f"{k} {v}" for k, v in fields.items()),

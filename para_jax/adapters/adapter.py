@@ -83,6 +83,16 @@ class Adapter(nnx.Module):
         """The adjustment of one example, from its summary [width]. Runs once per prompt."""
         raise NotImplementedError
 
+    def started(self: Kind) -> Kind:
+        """A fresh adapter of all its layers, from one whose layers were made alike: for layers that differ in more than
+        their random numbers."""
+        return self
+
+    @property
+    def unused(self) -> int:
+        """How many values of the arrays are zero for ever."""
+        return 0
+
     def normal(self, model: ModelConfig) -> Adapter:
         """An adapter that computes the same, in the form that an AdapterBank can stack: its config may differ from that
         of other adapters in the same stack in sites and rank only."""
@@ -202,7 +212,7 @@ def init(kind: type[Kind], config, model: ModelConfig, seed: int | Int[Array, ""
     """A fresh adapter of a method. The leading axis of its arrays is the layers that have weights."""
     layers = np.array(kind.layers(config, model.num_layers))
     keys = jax.random.split(jax.random.key(seed), model.num_layers)[layers]
-    return jax.vmap(lambda key: kind(config, model, rngs=nnx.Rngs(params=key)))(keys)
+    return jax.vmap(lambda key: kind(config, model, rngs=nnx.Rngs(params=key)))(keys).started()
 
 
 def abstract(kind: type[Kind], config, model: ModelConfig) -> Kind:
@@ -213,7 +223,7 @@ def abstract(kind: type[Kind], config, model: ModelConfig) -> Kind:
 def count_parameters(adapter: Adapter) -> int:
     """The number of trained values."""
     variables = jax.tree.leaves(adapter, is_leaf=is_variable)
-    return sum(math.prod(v.shape) for v in variables if isinstance(v, AdapterParam))
+    return sum(math.prod(v.shape) for v in variables if isinstance(v, AdapterParam)) - adapter.unused
 
 
 def require_one(adapter: Adapter) -> None:

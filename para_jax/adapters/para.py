@@ -39,14 +39,17 @@ class Para(Adapter):
     With `up_bias` [C], l = 1 + c + z W_up: a learned constant c, which starts from zero, next to the prompt's part.
 
     With `layers_to_transform` [C] only those layers have a generator; in the others l = 1.
+
+    With `late_r` [C] the last third of the layers has this rank, and the others have r. The arrays have the larger of
+    the two. Past a layer's rank they are zero, and stay so: act(0) = 0, so z has no gradient there, and W_up neither.
     """
 
     def __init__(self, config: ParaConfig, model: ModelConfig, *, rngs: nnx.Rngs):
-        down = jax.random.normal(rngs.params(), (model.width, config.r), jnp.float32) * model.width**-0.5  # [C]
+        down = jax.random.normal(rngs.params(), (model.width, config.array_r), jnp.float32) * model.width**-0.5  # [C]
         self.down = AdapterParam(down, axes=("width", "rank"))
 
         def up(site: str) -> AdapterParam:
-            zeros = jnp.zeros((config.r, model.site_width(site)), jnp.float32)
+            zeros = jnp.zeros((config.array_r, model.site_width(site)), jnp.float32)
             return AdapterParam(zeros, axes=("rank", model.site_axis(site)))
 
         self.up = nnx.Dict({site: up(site) for site in config.target_modules})
@@ -95,12 +98,32 @@ class Para(Adapter):
             distance = {site: self.up_bias[site][...] + of_prompt for site, of_prompt in distance.items()}
         return Factors(distance)
 
-    def normal(self, model: ModelConfig) -> Para:
-        """The same adapter with a generator in every layer."""
-        if self.config.layers_to_transform is None:
+    @property
+    def ranks(self) -> np.ndarray:
+        """The rank of each layer that has a generator."""
+        count = self.backbone.num_layers
+        return np.array([self.config.rank_of(i, count) for i in self.layers(self.config, count)])
+
+    def started(self) -> Para:
+        if self.config.late_r is None:
             return self
-        normal = self.in_all_layers()
-        normal.config = replace(self.config, layers_to_transform=None)
+        within = np.arange(self.config.array_r) < self.ranks[:, None]  # [layers, rank]
+        started = jax.tree.map(lambda leaf: leaf, self)
+        started.down[...] = jnp.where(within[:, None], self.down[...], 0)
+        return started
+
+    @property
+    def unused(self) -> int:
+        widths = dict(self.backbone.site_widths)
+        each = self.backbone.width + sum(widths[site] for site in self.config.target_modules)
+        return int((self.config.array_r - self.ranks).sum()) * each
+
+    def normal(self, model: ModelConfig) -> Para:
+        """The same adapter with a generator of the same rank in every layer."""
+        if self.config.layers_to_transform is None and self.config.late_r is None:
+            return self
+        normal = jax.tree.map(lambda leaf: leaf, self.in_all_layers())
+        normal.config = replace(self.config, layers_to_transform=None, late_r=None, r=self.config.array_r)
         return normal
 
     def in_all_layers(self) -> Para:
@@ -213,8 +236,8 @@ PARA = Method(
     peft_type="PARA",
     config=ParaConfig,
     adapter=Para,
-    rank=lambda config: config.r,
-    group_config=lambda config, sites, max_r: replace(config, target_modules=sites, r=max_r),
+    rank=lambda config: config.array_r,
+    group_config=lambda config, sites, max_r: replace(config, target_modules=sites, r=max_r, late_r=None),
     outline=para_outline,
     to_tensors=para_tensors,
     from_tensors=para_leaves,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..config import ModelConfig, ParaConfig
+from ..config.adapter import late_layers
 from .adapter import Adapter, named_leaves
 from .own_tensors import ValueCounts, join_layers, layer_name
 
@@ -25,11 +26,12 @@ EXTRAS = {
 
 def para_tensors(adapter: Adapter) -> dict[str, jax.Array | np.ndarray]:
     """The tensors by name, [out, in]; the rows of para_up.weight are in the order of the sites."""
-    config, leaves = adapter.config, named_leaves(adapter)
+    config, leaves, count = adapter.config, named_leaves(adapter), adapter.backbone.num_layers
     tensors = {}
-    for place, i in enumerate(adapter.layers(config, adapter.backbone.num_layers)):
-        ups = [leaves[f"up.{site}"][place].T for site in config.target_modules]
-        tensors[layer_name(i, "para_down.weight")] = leaves["down"][place].T
+    for place, i in enumerate(adapter.layers(config, count)):
+        r = config.rank_of(i, count)
+        ups = [leaves[f"up.{site}"][place, :r].T for site in config.target_modules]
+        tensors[layer_name(i, "para_down.weight")] = leaves["down"][place, :, :r].T
         tensors[layer_name(i, "para_up.weight")] = jnp.concatenate(ups)
         if config.up_bias:
             biases = [leaves[f"up_bias.{site}"][place] for site in config.target_modules]
@@ -41,7 +43,7 @@ def para_tensors(adapter: Adapter) -> dict[str, jax.Array | np.ndarray]:
 def para_leaves(
     config: ParaConfig, model: ModelConfig, tensors: dict[str, np.ndarray]
 ) -> tuple[ParaConfig, dict[str, np.ndarray]]:
-    stacked = join_layers(tensors)
+    stacked = join_layers({name: in_array_rank(name, tensor, config.array_r) for name, tensor in tensors.items()})
     ends = np.cumsum([model.site_width(site) for site in config.target_modules])[:-1]
     ups = np.split(stacked["para_up.weight"].swapaxes(1, 2), ends, axis=2)
     leaves = {f"up.{site}": up for site, up in zip(config.target_modules, ups, strict=True)}
@@ -52,10 +54,21 @@ def para_leaves(
     return config, leaves | {key: stacked[name] for key, name in EXTRAS.items() if name in stacked}
 
 
+def in_array_rank(name: str, tensor: np.ndarray, rank: int) -> np.ndarray:
+    """A layer's tensor with zeros up to the rank of the arrays."""
+    axis = {"para_down.weight": 0, "para_up.weight": 1}.get(".".join(name.split(".")[-2:]))
+    if axis is None or tensor.shape[axis] == rank:
+        return tensor
+    room = [(0, rank - size if i == axis else 0) for i, size in enumerate(tensor.shape)]
+    return np.pad(tensor, room)
+
+
 def para_values(config: ParaConfig, backbone: dict, read_shapes: Callable) -> ValueCounts:
     """Counted from the config alone, so that a folder without its weights can be inspected."""
     count, width, carried = backbone["num_layers"], backbone["width"], sum(backbone["site_widths"].values())
-    layers = count if config.layers_to_transform is None else len(config.layers_to_transform)
+    chosen, layers, late = config.layers_to_transform, count, late_layers(count)
+    if chosen is not None:
+        layers, late = len(chosen), sum(layer >= count - late_layers(count) for layer in chosen)
     vectors = carried if config.up_bias else 0
     if config.pooler == "constant":
         vectors += width
@@ -63,13 +76,14 @@ def para_values(config: ParaConfig, backbone: dict, read_shapes: Callable) -> Va
         vectors += width + 1
     if config.activation == "rational":
         vectors += 7 + 5
-    return ValueCounts(
-        matrices=layers * config.r * (width + carried), vectors=layers * vectors, carried=count * carried
-    )
+    ranks = (layers - late) * config.r + late * (config.late_r or config.r)
+    each = width + carried
+    return ValueCounts(ranks * each, layers * vectors, count * carried, in_bank=count * config.array_r * each)
 
 
 def para_outline(config: ParaConfig) -> str:
-    text = f"Rank {config.r} on {', '.join(config.target_modules)}; pooler {config.pooler}, "
+    rank = f"{config.r}, in the last third of the layers {config.late_r}," if config.late_r else str(config.r)
+    text = f"Rank {rank} on {', '.join(config.target_modules)}; pooler {config.pooler}, "
     text += f"summary {config.summary}, activation {config.activation}"
     if config.up_bias:
         text += ", W_up with a bias"

@@ -50,14 +50,28 @@ class ParaConfig(AdapterConfig):
     """the layers that have a generator, counted from 0; None: all layers [our choice]"""
     up_bias: bool = field(default=False, metadata=OPTIONAL)
     """W_up has a bias: a learned constant next to what the prompt makes. It starts from zero [our choice]"""
+    late_r: PositiveInt | None = field(default=None, metadata=OPTIONAL)
+    """the rank in the last third of the layers, where prompts differ most; None: r in all layers [our choice]"""
 
     def __post_init__(self):
         object.__setattr__(self, "target_modules", sites_in_order(self.target_modules))
         super().__post_init__()
+        if self.late_r is not None:  # a zero has to stay zero where a layer's rank ends
+            expected = "another one with late_r; rational maps zero to a learned number"
+            require(self.activation != "rational", "activation", self.activation, expected)
         if (layers := self.layers_to_transform) is not None:
             rise = bool(layers) and layers[0] >= 0 and layers == tuple(sorted(set(layers)))
             expected = "None (all layers) or rising whole numbers of at least 0, such as (20, 21, 22)"
             require(rise, "layers_to_transform", layers, expected)
+
+    @property
+    def array_r(self) -> int:
+        """The rank of the arrays in memory: the largest of the layers."""
+        return max(self.r, self.late_r or 0)
+
+    def rank_of(self, layer: int, num_layers: int) -> int:
+        """The rank of a layer of a backbone, counted from 0."""
+        return self.late_r if self.late_r and layer >= num_layers - late_layers(num_layers) else self.r
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +125,11 @@ class Ia3Config(AdapterConfig):
         require(fits, "feedforward_modules", scaled or self.feedforward_modules, "[down_proj] or empty")
         object.__setattr__(self, "feedforward_modules", tuple(s for s in scaled or () if s in self.target_modules))
         super().__post_init__()
+
+
+def late_layers(num_layers: int) -> int:
+    """How many layers are the last third."""
+    return max(1, num_layers // 3)
 
 
 def with_scope_of(config: Any, kind: type) -> Any:

@@ -34,6 +34,7 @@ VARIANTS = {
         ParaConfig(r=3, pooler="constant", target_modules=("v_proj",)),
         ParaConfig(r=2, summary="standardised", activation="rational", layers_to_transform=(1, 2)),
         ParaConfig(r=2, scope="response", scope_window=2, up_bias=True),
+        ParaConfig(r=2, late_r=3),
     ),
     "lora": (
         LoraConfig(r=4),
@@ -104,15 +105,17 @@ def check_adapter(folder: Path, loaded) -> None:
         raise Wrong(f"scope {loaded.config.scope} {loaded.config.scope_window}, the file says {scope}")
     if list(getattr(loaded.config, "alora_invocation_tokens", None) or []) != tokens:
         raise Wrong(f"alora_invocation_tokens are {loaded.config.alora_invocation_tokens}, the file says {tokens}")
-    for key in ("r", "lora_alpha", "use_rslora", "pooler", "summary", "activation", "up_bias"):
+    for key in ("r", "lora_alpha", "use_rslora", "pooler", "summary", "activation", "up_bias", "late_r"):
         if hasattr(loaded.config, key) and getattr(loaded.config, key) != said.get(key, getattr(loaded.config, key)):
             raise Wrong(f"{key} is {getattr(loaded.config, key)}, the file says {said.get(key)}")
 
 
 def layers(stored: dict[str, np.ndarray], ending: str) -> np.ndarray:
-    """A tensor of every layer that has it, stacked."""
+    """A tensor of every layer that has it, stacked, with zeros up to the largest."""
     numbers = sorted(int(name[len(LAYER) :].split(".")[0]) for name in stored if name.endswith(ending))
-    return np.stack([stored[f"{LAYER}{i}.{ending}"].astype(np.float32) for i in numbers])
+    found = [stored[f"{LAYER}{i}.{ending}"].astype(np.float32) for i in numbers]
+    most = np.max([one.shape for one in found], axis=0)
+    return np.stack([np.pad(one, [(0, m - n) for m, n in zip(most, one.shape, strict=True)]) for one in found])
 
 
 def para_leaves(said: dict, stored: dict) -> dict[str, np.ndarray]:
