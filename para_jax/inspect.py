@@ -318,7 +318,7 @@ def adapter_report(folder: Path) -> str:
     spread = layers / len(found.method.adapter.layers(found.config, layers))  # a bank holds weights of every layer
     counts = found.counts
     vectors = counts.vectors - counts.joined
-    matrices = spread * counts.matrices if counts.in_bank is None else counts.in_bank
+    matrices = counts.in_bank or spread * counts.matrices
     single, half = (n * matrices + 4 * spread * vectors for n in (4, 2))  # its vectors stay float32
     return "\n".join(
         [
