@@ -230,6 +230,21 @@ def rational(
     return jnp.polyval(numerator[::-1], x) / (1 + jnp.abs(x * jnp.polyval(denominator[::-1], x)))
 
 
+#: The largest rate at which the raw summary learnt on a Gemma model, whose hidden states are up to 50 times as large as
+#: SmolLM2's (docs/experiments.md).
+LARGEST_GEMMA_RATE = 1e-4
+
+
+def raw_on_gemma(config: ParaConfig, model: ModelConfig, rate: float) -> str | None:
+    reads = config.summary == "raw" and config.pooler != "constant"
+    if not reads or model.norm_offset != 1 or rate <= LARGEST_GEMMA_RATE:
+        return None
+    return (
+        f"train.learning_rate={rate:g}: the hidden states of Gemma models are large, and with adapter.summary=raw PARA "
+        f"learns little from them at more than {LARGEST_GEMMA_RATE:g}; set adapter.summary=rms train.learning_rate=1e-2"
+    )
+
+
 PARA = Method(
     name="para",
     label="PARA",
@@ -238,6 +253,7 @@ PARA = Method(
     adapter=Para,
     rank=lambda config: config.array_r,
     group_config=lambda config, sites, max_r: replace(config, target_modules=sites, r=max_r, late_r=None),
+    doubt=raw_on_gemma,
     outline=para_outline,
     to_tensors=para_tensors,
     from_tensors=para_leaves,

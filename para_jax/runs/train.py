@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from .. import devices
 from ..adapters.adapter import Adapter
 from ..adapters.bank import weights_hash
+from ..adapters.methods import method_of
 from ..backbone.content import digests_of_run
 from ..backbone.load import load_backbone, load_model_config
-from ..config import RunConfig, config_dict, expanded, shorten
+from ..config import ModelConfig, RunConfig, config_dict, expanded, shorten
 from ..config.unused import unused_fields
 from ..data.example_arrays import examples_digest
 from ..data.given import with_data, with_tenants
@@ -214,6 +215,7 @@ def trained(config: RunConfig, shared: SharedResources | None = None) -> Ended:
         on_first_process(lambda: write_parts(parts))
         on_first_process(lambda: claim_folders(config, tenants))
         model = shared_backbone(config, mesh, shared)
+        say_doubt(list(own.values()), model.config)
         for part, of_part, layout in zip(parts, inputs, layouts, strict=True):
             if part is not parts[0]:
                 end_if_told()
@@ -226,6 +228,19 @@ def trained(config: RunConfig, shared: SharedResources | None = None) -> Ended:
         metric = tenants[0].validation.metric if not config.many and tenants[0].validation else None
         end_if_told()
         return Ended(model, mesh, list(own), state, standing, metric)
+
+
+def say_doubt(own: list[RunConfig], model_config: ModelConfig) -> None:
+    """Warns of a learning rate at which the method is known to learn little on the backbone: of several, if it is so at
+    the lowest. Trials, which train.learning_rate=auto makes, find out by themselves.
+
+    Args:
+        own: the configs of the tenants, or of the one run.
+    """
+    rates = [config.train.peak_learning_rate for config in own if not is_auto(config)]
+    said = method_of(own[0].adapter).doubt(own[0].adapter, model_config, min(rates)) if rates else None
+    if said:
+        warn(said)
 
 
 def start(config: RunConfig) -> None:

@@ -1088,3 +1088,36 @@ def test_statistics_are_measured_for_any_adapter_that_needs_them(config, monkeyp
     monkeypatch.setattr(Para, "with_statistics", lambda self, summaries: shapes.append(summaries.shape) or self)
     train(replace(config, adapter=ParaConfig(r=4), train=replace(config.train, max_steps=1)))
     assert len(shapes) == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "said"),
+    [
+        ("gemma3_text", [], "0.001"), ("gemma2", ["train.learning_rate=3e-4"], "0.0003"), ("llama", [], None),
+        ("gemma", ["train.learning_rate=1e-4"], None), ("gemma", ["train.learning_rate=auto"], None),
+        ("gemma", ["sweep.learning_rate=[1e-3, 1e-4]"], None),
+        ("gemma", ["sweep.learning_rate=[1e-3, 3e-3]"], "0.001"), ("gemma", ["adapter.summary=rms"], None),
+        ("gemma", ["adapter.pooler=constant"], None), ("gemma", ["adapter.method=lora"], None),
+    ],
+)  # fmt: skip
+def test_a_rate_with_which_gemma_learns_little_is_said(folder, capsys, family, overrides, said):
+    config = load_config(None, [f"data.train={folder / 'data'}", *overrides])
+    own = list(runs.tenant_configs(config).values())
+    runs.say_doubt(own, load_model_config(FIXTURES / family))
+    warned = capsys.readouterr().err
+    assert (f"train.learning_rate={said}:" in warned and "adapter.summary=rms" in warned) if said else not warned
+
+
+def test_a_run_says_so_before_it_trains(folder, tmp_path, capsys, monkeypatch):
+    class Begins(Exception):
+        pass
+
+    def begin(*_):
+        raise Begins
+
+    model = SimpleNamespace(config=load_model_config(FIXTURES / "gemma"))
+    monkeypatch.setattr(runs, "shared_backbone", lambda *_: model)
+    monkeypatch.setattr(runs, "train_part", begin)
+    with pytest.raises(Begins):
+        train(run_config(folder, "adapter.summary=raw", "train.learning_rate=1e-3", f"output_dir={tmp_path / 'run'}"))
+    assert "adapter.summary=rms" in capsys.readouterr().err
