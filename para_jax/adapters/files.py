@@ -275,8 +275,7 @@ def read_config(folder: Path, model_type: str = "") -> tuple[Method, Any, dict, 
         else:
             config, backbone = read_own_config(method.config, found)
             method.adapter.layers(config, backbone["num_layers"])  # raises for a layer that the backbone lacks
-        if method.rank(config) > MAX_RANK:
-            raise ValueError(f"r {shorten(method.rank(config))} is too large; a rank is at most {MAX_RANK}")
+        require_rank(method.rank(config))
     except ValueError as error:
         raise ValueError(f"{file}: {str(error)[:500]}") from None
     revision = found.get("revision") if method.in_peft else None
@@ -284,3 +283,9 @@ def read_config(folder: Path, model_type: str = "") -> tuple[Method, Any, dict, 
         if not isinstance(value, (str, NoneType)):
             raise ValueError(f"{file}: {key} must be text or null; got {shorten(value)}")
     return method, config, backbone, one_line("@".join(filter(None, (base_model, base_model and revision))))
+
+
+def require_rank(rank: int) -> None:
+    """Raises ValueError for a rank that no folder may have: arrays of any size could follow from a small file."""
+    if rank > MAX_RANK:
+        raise ValueError(f"r {shorten(rank)} is too large; a rank is at most {MAX_RANK}")

@@ -19,7 +19,7 @@ from ..storage.bucket import BucketPath, Place
 from ..storage.folder import VERSIONS
 from ..untrusted import MAX_JSON_BYTES, json_mapping
 from .adapter import Adapter, init
-from .files import load_adapter, of_folder, read_adapter
+from .files import load_adapter, of_folder, read_adapter, require_rank
 from .folder import CONFIG, WEIGHTS, own_file, refuse_pickles
 from .methods import form_named
 from .own_config import read_own_config, require_same_backbone
@@ -110,6 +110,7 @@ def normal_config(place: Place, data: bytes, model_config: ModelConfig, known: d
     if method is None or method.in_peft:
         return load_adapter(place, model_config).normal(model_config).config
     config, backbone = read_own_config(method.config, found)
+    require_rank(method.rank(config))
     require_same_backbone(backbone, model_config, found.get("base_model_name_or_path"))
     if config not in known:
         adapter = jax.eval_shape(lambda: init(method.adapter, config, model_config, 0).normal(model_config))

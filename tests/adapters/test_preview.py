@@ -1,5 +1,6 @@
 """What is known of an adapter before its weights are loaded."""
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,6 +101,15 @@ def test_a_damaged_adapter_is_named(sources, model, tmp_path):
     (tmp_path / "1" / "adapter_model.safetensors").unlink()
     with pytest.raises(ValueError, match="/1 has no adapter_model.safetensors"):
         preview.previews(sources, model)
+
+
+@pytest.mark.parametrize("field", ["r", "late_r"])
+def test_a_rank_that_no_folder_may_have_is_refused_before_an_array_of_it_is_made(sources, model, field):
+    file = Path(sources[3]) / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {field: 2**26}))
+    for read in (lambda source: preview.previews([source], model), lambda source: load_adapter(source, model)):
+        with pytest.raises(ValueError, match="/3.*r 67108864 is too large"):
+            read(sources[3])
 
 
 def test_a_pickle_and_a_link_are_refused_as_by_load_adapter(sources, model, tmp_path):
