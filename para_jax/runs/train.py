@@ -215,7 +215,7 @@ def trained(config: RunConfig, shared: SharedResources | None = None) -> Ended:
         on_first_process(lambda: write_parts(parts))
         on_first_process(lambda: claim_folders(config, tenants))
         model = shared_backbone(config, mesh, shared)
-        say_doubt(list(own.values()), model.config)
+        say_doubt([one for name, one in own.items() if name not in chosen], model.config)
         for part, of_part, layout in zip(parts, inputs, layouts, strict=True):
             if part is not parts[0]:
                 end_if_told()
@@ -235,7 +235,7 @@ def say_doubt(own: list[RunConfig], model_config: ModelConfig) -> None:
     the lowest. Trials, which train.learning_rate=auto makes, find out by themselves.
 
     Args:
-        own: the configs of the tenants, or of the one run.
+        own: the configs of the tenants, or of the one run, without those whose rates trials have chosen.
     """
     rates = [config.train.peak_learning_rate for config in own if not is_auto(config)]
     said = method_of(own[0].adapter).doubt(own[0].adapter, model_config, min(rates)) if rates else None

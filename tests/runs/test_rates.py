@@ -168,7 +168,9 @@ def test_a_signal_during_the_last_save_of_the_trials_stops_before_the_run(folder
     assert metrics(config)
 
 
-def test_a_run_that_was_killed_before_the_number_was_written_goes_on(folder, tmp_path, short):
+def test_a_run_that_was_killed_before_the_number_was_written_goes_on(folder, tmp_path, short, monkeypatch):
+    doubted = []
+    monkeypatch.setattr(runs, "say_doubt", lambda own, _: doubted.append([one.train.learning_rate for one in own]))
     config = auto_config(folder, tmp_path / "run")
     first = train(config)
     file = tmp_path / "run" / "config.yaml"
@@ -177,6 +179,7 @@ def test_a_run_that_was_killed_before_the_number_was_written_goes_on(folder, tmp
     assert load_config(file).train.learning_rate == "auto"
     assert train(config).best_score == first.best_score
     assert load_config(file).train.learning_rate == rate
+    assert doubted == [["auto"], []]  # a rate that trials chose is not doubted when the run goes on
 
 
 def test_a_trials_loss_is_that_of_its_checkpoint_whatever_its_log_has_lost(folder, tmp_path, short, monkeypatch):
