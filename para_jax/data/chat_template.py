@@ -81,9 +81,10 @@ def default_template(tokenizer) -> str:
     """The tokenizer's chat template; of several with names, the one named default. Raises ValueError if none is."""
     named = tokenizer.chat_template
     if isinstance(named, dict) and "default" not in named:
+        names = shorten(", ".join(map(str, named)))
         raise ValueError(
-            f"the tokenizer has chat templates named {shorten(', '.join(named))}, and none is the default\nput the one "
-            "to use into the tokenizer's folder as chat_template.jinja"
+            f"the tokenizer has chat templates named {names}, and none is the default\nput the one to use into "
+            "the tokenizer's folder as chat_template.jinja"
         )
     return tokenizer.get_chat_template()
 
