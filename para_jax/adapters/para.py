@@ -107,7 +107,7 @@ class Para(Adapter):
     def started(self) -> Para:
         if self.config.late_r is None:
             return self
-        within = np.arange(self.config.array_r) < self.ranks[:, None]  # [layers, rank]
+        within = jnp.arange(self.config.array_r) < self.ranks[:, None]  # [layers, rank]
         started = jax.tree.map(lambda leaf: leaf, self)
         started.down[...] = jnp.where(within[:, None], self.down[...], 0)
         return started

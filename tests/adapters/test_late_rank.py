@@ -60,6 +60,12 @@ def test_a_fresh_one_has_the_ranks_and_no_other_values(options):
     assert count_parameters(adapter) * len(layers) == sum(map(count_parameters, alike))
 
 
+def test_its_shapes_are_known_without_an_array_of_its_rank():
+    model = backbone("llama").config
+    adapter = jax.eval_shape(lambda: init_adapter(ParaConfig(r=4, late_r=2**31 - 1), model))
+    assert adapter.down.shape == (3, 64, 2**31 - 1)
+
+
 @pytest.mark.parametrize("layout", quick(["layers", "stacked"], "stacked"))
 @pytest.mark.parametrize("options", quick(FORMS, FORMS[2]), ids=str)
 def test_it_computes_what_one_rank_in_all_layers_does(options, layout):
