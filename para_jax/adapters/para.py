@@ -240,8 +240,8 @@ def raw_on_gemma(config: ParaConfig, model: ModelConfig, rate: float) -> str | N
     if not reads or model.norm_offset != 1 or rate <= LARGEST_GEMMA_RATE:
         return None
     return (
-        f"train.learning_rate={rate:g}: the hidden states of Gemma models are large, and with adapter.summary=raw PARA "
-        f"learns little from them at more than {LARGEST_GEMMA_RATE:g}; set adapter.summary=rms train.learning_rate=1e-2"
+        f"learning rate {rate:g}: hidden states of Gemma models are large, and with adapter.summary=raw PARA learns "
+        f"little from them at more than {LARGEST_GEMMA_RATE:g}; set adapter.summary=rms and a learning rate of 1e-2"
     )
 
 

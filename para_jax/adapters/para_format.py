@@ -82,7 +82,7 @@ def para_values(config: ParaConfig, backbone: dict, read_shapes: Callable) -> Va
 
 
 def para_outline(config: ParaConfig) -> str:
-    rank = f"{config.r}, in the last third of the layers {config.late_r}," if config.late_r else str(config.r)
+    rank = f"{config.r} ({config.late_r} in the last third of the layers)" if config.late_r else str(config.r)
     text = f"Rank {rank} on {', '.join(config.target_modules)}; pooler {config.pooler}, "
     text += f"summary {config.summary}, activation {config.activation}"
     if config.up_bias:

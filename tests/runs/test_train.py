@@ -1105,7 +1105,7 @@ def test_a_rate_with_which_gemma_learns_little_is_said(folder, capsys, family, o
     own = list(runs.tenant_configs(config).values())
     runs.say_doubt(own, load_model_config(FIXTURES / family))
     warned = capsys.readouterr().err
-    assert (f"train.learning_rate={said}:" in warned and "adapter.summary=rms" in warned) if said else not warned
+    assert (f"rate {said}:" in warned and "adapter.summary=rms" in warned) if said else not warned
 
 
 def test_a_run_says_so_before_it_trains(folder, tmp_path, capsys, monkeypatch):
