@@ -84,8 +84,8 @@ class Adapter(nnx.Module):
         raise NotImplementedError
 
     def started(self: Kind) -> Kind:
-        """A fresh adapter of all its layers, from one whose layers were made alike: for layers that differ in more than
-        their random numbers."""
+        """The fresh adapter, from one in which all layers were made alike. For methods with layers that differ in more
+        than their random numbers."""
         return self
 
     @property

@@ -230,8 +230,8 @@ def rational(
     return jnp.polyval(numerator[::-1], x) / (1 + jnp.abs(x * jnp.polyval(denominator[::-1], x)))
 
 
-#: The largest rate at which the raw summary learnt on a Gemma model, whose hidden states are up to 50 times as large as
-#: SmolLM2's (docs/experiments.md).
+#: The largest rate at which the raw summary learnt on a Gemma model. Gemma's hidden states are up to 50 times as large
+#: as SmolLM2's (docs/experiments.md).
 LARGEST_GEMMA_RATE = 1e-4
 
 
