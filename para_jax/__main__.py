@@ -4,5 +4,4 @@ import sys
 
 from .cli import program
 
-if __name__ == "__main__":  # not in a process that imports this module again, as multiprocessing does
-    sys.exit(program())
+sys.exit(program())

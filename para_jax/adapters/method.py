@@ -49,7 +49,7 @@ class Method:
     """what decode carries for each row: "factors" if condition() returns Factors, else any noun, such as "matrices" """
 
     doubt: Callable[[Any, ModelConfig, float], str | None] = lambda config, model, rate: None
-    """(config, backbone, learning rate) -> why such a run is known to learn little, and what to set instead"""
+    """(config, backbone, learning rate) -> why such a run may learn little, and what to set instead"""
 
     # In an AdapterBank, adapters are padded to the bank's rank and sites, so that they stack.
     rank: Callable[[Any], int] = lambda config: 1

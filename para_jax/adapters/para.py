@@ -114,9 +114,10 @@ class Para(Adapter):
 
     @property
     def unused(self) -> int:
-        widths = dict(self.backbone.site_widths)
+        count, widths = self.backbone.num_layers, dict(self.backbone.site_widths)
         each = self.backbone.width + sum(widths[site] for site in self.config.target_modules)
-        return int((self.config.array_r - self.ranks).sum()) * each
+        layers = len(self.layers(self.config, count))
+        return (layers * self.config.array_r - self.config.total_rank(count)) * each
 
     def normal(self, model: ModelConfig) -> Para:
         """The same adapter with a generator of the same rank in every layer."""
@@ -230,18 +231,18 @@ def rational(
     return jnp.polyval(numerator[::-1], x) / (1 + jnp.abs(x * jnp.polyval(denominator[::-1], x)))
 
 
-#: The largest rate at which the raw summary learnt on a Gemma model. Gemma's hidden states are up to 50 times as large
-#: as SmolLM2's (docs/experiments.md).
+#: The rate at which the raw summary learnt best on a Gemma model, on three tasks (docs/experiments.md).
 LARGEST_GEMMA_RATE = 1e-4
 
 
 def raw_on_gemma(config: ParaConfig, model: ModelConfig, rate: float) -> str | None:
+    """PARA's `Method.doubt`."""
     reads = config.summary == "raw" and config.pooler != "constant"
     if not reads or model.norm_offset != 1 or rate <= LARGEST_GEMMA_RATE:
         return None
     return (
-        f"learning rate {rate:g}: hidden states of Gemma models are large, and with adapter.summary=raw PARA learns "
-        f"little from them at more than {LARGEST_GEMMA_RATE:g}; set adapter.summary=rms and a learning rate of 1e-2"
+        f"learning rate {rate:g}: hidden states of Gemma models are large, and with adapter.summary=raw PARA may learn "
+        f"little at more than {LARGEST_GEMMA_RATE:g}; set adapter.summary=rms with a learning rate of 1e-2 or auto"
     )
 
 

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..config import ModelConfig, ParaConfig
-from ..config.adapter import late_layers
 from .adapter import Adapter, named_leaves
 from .own_tensors import ValueCounts, join_layers, layer_name
 
@@ -66,9 +65,7 @@ def in_array_rank(name: str, tensor: np.ndarray, rank: int) -> np.ndarray:
 def para_values(config: ParaConfig, backbone: dict, read_shapes: Callable) -> ValueCounts:
     """Counted from the config alone, so that a folder without its weights can be inspected."""
     count, width, carried = backbone["num_layers"], backbone["width"], sum(backbone["site_widths"].values())
-    chosen, layers, late = config.layers_to_transform, count, late_layers(count)
-    if chosen is not None:
-        layers, late = len(chosen), sum(layer >= count - late_layers(count) for layer in chosen)
+    layers = count if config.layers_to_transform is None else len(config.layers_to_transform)
     vectors = carried if config.up_bias else 0
     if config.pooler == "constant":
         vectors += width
@@ -76,9 +73,13 @@ def para_values(config: ParaConfig, backbone: dict, read_shapes: Callable) -> Va
         vectors += width + 1
     if config.activation == "rational":
         vectors += 7 + 5
-    ranks = (layers - late) * config.r + late * (config.late_r or config.r)
-    each = width + carried
-    return ValueCounts(ranks * each, layers * vectors, count * carried, in_bank=count * config.array_r * each)
+    each = width + carried  # numbers per rank of a layer
+    return ValueCounts(
+        matrices=config.total_rank(count) * each,
+        vectors=layers * vectors,
+        carried=count * carried,
+        in_bank=count * config.array_r * each,
+    )
 
 
 def para_outline(config: ParaConfig) -> str:

@@ -73,6 +73,14 @@ class ParaConfig(AdapterConfig):
         """The rank of a layer of a backbone, counted from 0."""
         return self.late_r if self.late_r and layer >= num_layers - late_layers(num_layers) else self.r
 
+    def total_rank(self, num_layers: int) -> int:
+        """The sum of the ranks of the layers that have a generator. A file may name any number of layers, so they are
+        not counted one by one."""
+        if self.layers_to_transform is not None:
+            return sum(self.rank_of(layer, num_layers) for layer in self.layers_to_transform)
+        late = late_layers(num_layers)
+        return (num_layers - late) * self.r + late * (self.late_r or self.r)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig(AdapterConfig):

@@ -215,7 +215,7 @@ def trained(config: RunConfig, shared: SharedResources | None = None) -> Ended:
         on_first_process(lambda: write_parts(parts))
         on_first_process(lambda: claim_folders(config, tenants))
         model = shared_backbone(config, mesh, shared)
-        say_doubt([one for name, one in own.items() if name not in chosen], model.config)
+        say_doubt(config, [one for name, one in own.items() if name not in chosen], model.config)
         for part, of_part, layout in zip(parts, inputs, layouts, strict=True):
             if part is not parts[0]:
                 end_if_told()
@@ -230,15 +230,16 @@ def trained(config: RunConfig, shared: SharedResources | None = None) -> Ended:
         return Ended(model, mesh, list(own), state, standing, metric)
 
 
-def say_doubt(own: list[RunConfig], model_config: ModelConfig) -> None:
-    """Warns of a learning rate at which the method is known to learn little on the backbone: of several, if it is so at
-    the lowest. Trials, which train.learning_rate=auto makes, find out by themselves.
+def say_doubt(config: RunConfig, own: list[RunConfig], model_config: ModelConfig) -> None:
+    """Warns of a learning rate at which the method may learn little on the backbone. The lowest rate of a
+    sweep counts, and the highest of the tenants. train.learning_rate=auto finds out by itself.
 
     Args:
-        own: the configs of the tenants, or of the one run, without those whose rates trials have chosen.
+        own: the configs of the tenants, or of the one run. Rates that trials have chosen are left out.
     """
-    rates = [config.train.peak_learning_rate for config in own if not is_auto(config)]
-    said = method_of(own[0].adapter).doubt(own[0].adapter, model_config, min(rates)) if rates else None
+    rates = [one.train.peak_learning_rate for one in own if not is_auto(one)]
+    worst = min if config.sweep else max
+    said = method_of(config.adapter).doubt(config.adapter, model_config, worst(rates)) if rates else None
     if said:
         warn(said)
 

@@ -1,4 +1,4 @@
-"""`late_r`: PARA with another rank in the last third of the layers is PARA of the larger rank whose rest is zero."""
+"""`late_r`: PARA with another rank in the last third of the layers is a PARA of the larger rank with zeros in it."""
 
 import json
 from dataclasses import replace
@@ -27,7 +27,7 @@ FORMS = [
 
 
 def late(**options):
-    """A strong adapter for three layers, of which the last has another rank."""
+    """A strong adapter for three layers. The last one has another rank."""
     adapter = strong(init_adapter(ParaConfig(**options), backbone("llama").config))
     within = np.arange(adapter.config.array_r) < adapter.ranks[:, None]
 

@@ -506,7 +506,7 @@ def test_help_imports_no_slow_package():
 
 @pytest.mark.parametrize("module", ["para_jax", "para_jax.cli"])
 def test_the_command_line_runs_where_its_script_is_not_on_the_path(module):
-    """As after `pip install --user`, whose folder of scripts is not on the PATH of every machine."""
+    """As after `pip install --user` on many machines."""
     run = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True)
     assert run.stdout.split()[-1] == para_jax.__version__
     wrong = subprocess.run([sys.executable, "-m", module, "inspect", "no/such"], capture_output=True, text=True)

@@ -263,7 +263,7 @@ def test_of_several_templates_the_default_one_is_used_and_its_lack_says_what_to_
     with pytest.raises(ValueError, match="none is the default"), fixed_date(tokenizer, "2024-07-26"):
         pass
     assert tokenizer.chat_template == {"rag": "[R]", "tools": ECHO}
-    tokenizer.chat_template = {7: ECHO, None: ECHO}  # as of a tokenizer_config.json whose list of templates says so
+    tokenizer.chat_template = {7: ECHO, None: ECHO}  # a tokenizer_config.json can have such names
     with pytest.raises(ValueError, match="named .?7, None.?, and none is the default"):
         render(tokenizer, CHAT)
 

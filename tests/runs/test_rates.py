@@ -170,7 +170,7 @@ def test_a_signal_during_the_last_save_of_the_trials_stops_before_the_run(folder
 
 def test_a_run_that_was_killed_before_the_number_was_written_goes_on(folder, tmp_path, short, monkeypatch):
     doubted = []
-    monkeypatch.setattr(runs, "say_doubt", lambda own, _: doubted.append([one.train.learning_rate for one in own]))
+    monkeypatch.setattr(runs, "say_doubt", lambda _, own, __: doubted.append([one.train.learning_rate for one in own]))
     config = auto_config(folder, tmp_path / "run")
     first = train(config)
     file = tmp_path / "run" / "config.yaml"

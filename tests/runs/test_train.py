@@ -1103,9 +1103,15 @@ def test_statistics_are_measured_for_any_adapter_that_needs_them(config, monkeyp
 def test_a_rate_with_which_gemma_learns_little_is_said(folder, capsys, family, overrides, said):
     config = load_config(None, [f"data.train={folder / 'data'}", *overrides])
     own = list(runs.tenant_configs(config).values())
-    runs.say_doubt(own, load_model_config(FIXTURES / family))
+    runs.say_doubt(config, own, load_model_config(FIXTURES / family))
     warned = capsys.readouterr().err
     assert (f"rate {said}:" in warned and "adapter.summary=rms" in warned) if said else not warned
+
+
+def test_of_the_tenants_rates_the_highest_is_doubted(capsys):
+    own = [load_config(None, [f"train.learning_rate={rate}"]) for rate in (1e-4, 3e-4)]
+    runs.say_doubt(load_config(None, ["data.tenants=folder"]), own, load_model_config(FIXTURES / "gemma"))
+    assert "rate 0.0003:" in capsys.readouterr().err
 
 
 def test_a_run_says_so_before_it_trains(folder, tmp_path, capsys, monkeypatch):
