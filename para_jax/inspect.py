@@ -54,6 +54,7 @@ from .runs.initial import check_initial
 from .runs.rates import FIRST, as_trials
 from .runs.report import sample_lines, score_table, tenants_table
 from .runs.tenants import plan_batches, tenant_configs
+from .runs.train import say_doubt
 from .training.metrics_file import is_log, read_metrics
 from .training.passes import lay_out
 from .training.scores_file import read_scores
@@ -73,7 +74,8 @@ def dry_run(config: RunConfig, topology: str | None = None) -> str:
         return "\n\n".join(f"{name}\n{dry_run(own, topology)}" for name, own in method_configs(config).items())
     if topology:
         jax.config.update("jax_platforms", "cpu")  # a compiler is needed, not the TPU that this machine may have
-    model = load_model_config(config.backbone.source)
+    model, own = load_model_config(config.backbone.source), configs_here(config)
+    say_doubt(config, own, model)
     adapter = jax.eval_shape(lambda: init_adapter(config.adapter, model, seed=config.seed))
     state = jax.eval_shape(lambda: state_of_one(init_adapter(config.adapter, model), config.train))
     backbone, trained = sum(map(math.prod, parameter_shapes(model).values())), count_parameters(adapter)
@@ -88,17 +90,20 @@ def dry_run(config: RunConfig, topology: str | None = None) -> str:
         f"{scope_outline(config.adapter)}",
         f"memory     weights {size(weights)} ({kept}), adapter {size(tree_size(adapter))}, "
         f"optimiser {size(tree_size(state.optimizer))}" + " of each tenant" * config.many,
-        *(topology_lines(config, topology) if topology else [step_line(config)]),
+        *(topology_lines(config, own, topology) if topology else [step_line(config)]),
     ]
-    return "\n".join(lines + data_lines(config) + start_lines(config, model))
+    return "\n".join(lines + data_lines(config, own) + start_lines(config, own, model))
 
 
-def topology_lines(config: RunConfig, topology: str) -> list[str]:
+def configs_here(config: RunConfig) -> list[RunConfig]:
+    """The config of each tenant; the run's alone if its tenants are not here yet."""
+    return list(tenant_configs(config).values()) if tenants_are_here(config) else [config]
+
+
+def topology_lines(config: RunConfig, own: list[RunConfig], topology: str) -> list[str]:
     """The report for a slice, of the trials if train.learning_rate=auto: they run first and at once, so they need more
     than the training after them."""
-    tenants, own = tenants_of(config), [config]
-    if config.data.tenants is None or tenants_are_here(config):
-        own = list(tenant_configs(config).values())
+    tenants = tenants_of(config)
     if not any(map(is_auto, own)):
         return [topology_report(config, topology, tenants)]
     trials = config if config.many else as_trials(config)
@@ -121,8 +126,11 @@ def tenants_of(config: RunConfig) -> int:
 
 
 def tenants_are_here(config: RunConfig) -> bool:
+    """Whether the names of all tenants are known: those of a folder that exists, or of a run without data.tenants."""
     folder = config.data.tenants
-    return config.data.given is not None if is_given(folder) else expanded(str(folder)).is_dir()
+    if folder is None:
+        return True
+    return config.data.given is not None if is_given(folder) else expanded(str(folder)).exists()
 
 
 def step_line(config: RunConfig) -> str:
@@ -146,12 +154,12 @@ def step_rows(config: RunConfig) -> int:
     return train.batch_size or rows_over(config) * train.per_device_batch_size * train.gradient_accumulation_steps
 
 
-def data_lines(config: RunConfig) -> list[str]:
+def data_lines(config: RunConfig, own: list[RunConfig]) -> list[str]:
     """The data, as far as it is known without a tokenizer. Files that do not exist yet are named; they are no error."""
     if config.data.task is not None and config.data.task not in TASKS:
         raise ValueError(f"data.task {config.data.task!r} is not a task; use {one_of(TASKS)}")
     if config.data.tenants is not None:
-        return tenant_lines(config)
+        return tenant_lines(config, own)
     if config.data.train is None:
         return ["data       data.train is not set"]
     if is_given(config.data.train):
@@ -167,26 +175,26 @@ def data_lines(config: RunConfig) -> list[str]:
     return [f"data       {split}: {len(records)} records" for split, records in found.items() if records]
 
 
-def tenant_lines(config: RunConfig) -> list[str]:
+def tenant_lines(config: RunConfig, own: list[RunConfig]) -> list[str]:
     folder = config.data.tenants
     if is_given(folder):
         return ["data       of many tenants, from Python"]
     if not expanded(str(folder)).exists():
         return [f"data       {folder}: not there yet"]
-    counts = [len(load_records(own.data, "train") or []) for own in tenant_configs(config).values()]
+    counts = [len(load_records(one.data, "train") or []) for one in own]
     return [f"data       {len(counts)} tenants with {min(counts)} to {max(counts)} records, {sum(counts)} in all"]
 
 
-def start_lines(config: RunConfig, model: ModelConfig) -> list[str]:
+def start_lines(config: RunConfig, own: list[RunConfig], model: ModelConfig) -> list[str]:
     """The adapters of train.init_from that are here. Raises ValueError for one that the run would refuse."""
     source = config.train.init_from
-    if not source or (config.data.tenants is not None and not tenants_are_here(config)):
+    if not source or not tenants_are_here(config):
         return []
-    own = {one.train.init_from: one for one in tenant_configs(config).values()}  # one adapter, or each tenant's
-    here = [one for place, one in own.items() if (expanded(str(place)) / CONFIG).is_file()]
+    starts = {one.train.init_from: one for one in own}  # one adapter, or each tenant's
+    here = [one for place, one in starts.items() if (expanded(str(place)) / CONFIG).is_file()]
     check_initial(here, model)
-    others = f"; {len(own) - len(here)} not checked: no folder here has them" * (len(here) < len(own))
-    return [f"start      {source}: {len(here)} of {len(own)} adapters can be read{others}"]
+    others = f"; {len(starts) - len(here)} not checked: no folder here has them" * (len(here) < len(starts))
+    return [f"start      {source}: {len(here)} of {len(starts)} adapters can be read{others}"]
 
 
 def mesh_here(config: RunConfig) -> dict[str, int]:
@@ -315,11 +323,10 @@ def adapter_report(folder: Path) -> str:
             f"{printable(str(found.backbone['model_type']), 80)}, {shape}, width {found.backbone['width']}; {widths}"
         )
     layers = found.backbone["num_layers"]
-    spread = layers / len(found.method.adapter.layers(found.config, layers))  # a bank holds weights of every layer
+    spread = layers / len(found.method.adapter.layers(found.config, layers))  # a bank holds vectors of every layer
     counts = found.counts
-    vectors = counts.vectors - counts.joined
-    matrices = counts.in_bank or spread * counts.matrices
-    single, half = (n * matrices + 4 * spread * vectors for n in (4, 2))  # its vectors stay float32
+    vectors = spread * (counts.vectors - counts.joined)
+    single, half = (n * counts.matrices + 4 * vectors for n in (4, 2))  # its vectors stay float32
     return "\n".join(
         [
             f"adapter    {found.method.label}, " + ", ".join(f"{k} {v}" for k, v in fields.items()),

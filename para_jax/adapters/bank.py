@@ -1,9 +1,9 @@
 """AdapterBank: the named store of all tenants' adapters. It lives in host memory. At prefill only the adapters of a
 batch's rows go to the device.
 
-Adapters that differ in rank and sites only are padded to one shape and form a group (padding.py). Rows hold one stack
-per group, each with as many places as the batch has rows. The compiled programs therefore depend on the size of the
-batch and the groups alone: tenants come, go and mix without a new one.
+Adapters that differ in rank and sites only form a group: they are padded to one shape as they are stacked (padding.py).
+Rows hold one stack per group, each with as many places as the batch has rows. The compiled programs therefore depend on
+the size of the batch and the groups alone: tenants come, go and mix without a new one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .adapter import Adapter, named_leaves, require_model_config
 from .files import load_adapter
 from .folder import require_finite
 from .methods import METHODS, method_of
-from .padding import group_template, host_leaves, padded_leaves, stacked
+from .padding import Held, group_template, held_leaves, host_leaves, stacked
 from .rows import Rows, Stack, check_fits
 from .scope import scope_of
 from .unknown_tenant import unknown
@@ -53,8 +53,8 @@ class Entry(NamedTuple):
     """sha256 of the config and the weights, the same for equal adapters only"""
     group: Any
     """the config that it is padded to"""
-    weights: dict[str, np.ndarray]
-    """by name, [layers, ...], padded; never changed in place"""
+    weights: dict[str, Held]
+    """its arrays by name; never changed in place"""
 
 
 class AdapterBank:
@@ -75,7 +75,7 @@ class AdapterBank:
 
         Args:
             capacity: the largest number of tenants.
-            max_r: the largest rank; smaller ones are padded to it with zeros.
+            max_r: the largest rank. Smaller ones are padded to it with zeros in a batch's rows, and not in memory.
             methods: the methods that may join. With lora, every row carries matrices of rank max_r into decode and pays
                 two small matrix products per site and token, whatever its own method.
             sites: the sites that an adapter may change. An (IA)^3 factor on down_proj's input counts as up_proj.
@@ -175,7 +175,7 @@ class AdapterBank:
 
     @property
     def largest(self) -> int:
-        """Bytes of the largest adapter that is held or expected."""
+        """The most bytes that an adapter of those held or expected can take: padded, as in the rows of a batch."""
         shapes = [named_leaves(self._template(group)).values() for group in self._known_groups()]
         return max((sum(math.prod(one.shape) * one.dtype.itemsize for one in of_one) for of_one in shapes), default=0)
 
@@ -250,7 +250,7 @@ class AdapterBank:
 
         def blank(group: Any) -> Entry:
             shapes = named_leaves(self._template(group))
-            weights = {name: np.zeros(shape.shape, shape.dtype) for name, shape in shapes.items()}
+            weights = {name: Held(shape.shape, shape.dtype) for name, shape in shapes.items()}
             return Entry(method_of(group).name, group, 0, "", group, weights)
 
         return [blank(group) for group in sorted(self._known_groups(), key=repr)]
@@ -333,7 +333,7 @@ class AdapterBank:
                 self._templates.pop(group, None)
 
     def _new_entry(self, name: str, adapter: Adapter | str | Path | BucketPath) -> Entry:
-        """The entry of an adapter, padded and not yet numbered."""
+        """The entry of an adapter, not yet numbered."""
         if not isinstance(adapter, Adapter):
             adapter = load_adapter(adapter, self.model_config, model=self.model)
         check_fits(adapter, self.model_config)
@@ -357,7 +357,7 @@ class AdapterBank:
             raise ValueError(f"bank: {name}: r {r} is too large; this bank was made with max_r={self.max_r}")
         require_finite(f"bank: {name}", host_leaves(normal))
         group = self._group(normal.config)
-        weights = padded_leaves(normal, self._template(group))
+        weights = held_leaves(normal, self._template(group))
         return Entry(method.name, adapter.config, 0, content_hash(adapter), group, weights)
 
     def _group(self, config: Any) -> Any:

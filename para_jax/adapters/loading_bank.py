@@ -7,11 +7,10 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from weakref import WeakValueDictionary
 
-import numpy as np
-
 from ..config import ModelConfig
 from .adapter import Adapter
 from .bank import AdapterBank, Entry
+from .padding import Held
 from .preview import Preview
 
 #: Adapters that open requests may hold, however small the memory is.
@@ -24,7 +23,7 @@ class LoadingBank(AdapterBank):
 
     most: int
     """adapters that are held at once"""
-    _alive: WeakValueDictionary[int, np.ndarray]
+    _alive: WeakValueDictionary[int, Held]
     """an array of each adapter that the bank or an open request holds, by its version"""
     _contents: dict[str, str]
     """a hash of each adapter that was loaded so far"""

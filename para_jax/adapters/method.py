@@ -51,7 +51,7 @@ class Method:
     doubt: Callable[[Any, ModelConfig, float], str | None] = lambda config, model, rate: None
     """(config, backbone, learning rate) -> why such a run may learn little, and what to set instead"""
 
-    # In an AdapterBank, adapters are padded to the bank's rank and sites, so that they stack.
+    # In the rows of an AdapterBank, adapters are padded to the bank's rank and sites, so that they stack.
     rank: Callable[[Any], int] = lambda config: 1
     """(config) -> the rank; 1 for a method without one"""
     group_config: Callable[[Any, tuple[str, ...], int], Any] = at_sites

@@ -50,8 +50,6 @@ class ValueCounts(NamedTuple):
     """that decode carries for each row"""
     joined: int = 0
     """vectors that become one with others, in a bank and in what decode carries"""
-    in_bank: int = 0
-    """in its matrices in a bank, where they are padded to more; 0: as many for each layer of the backbone"""
 
 
 def count_by_shape(config: Any, backbone: dict, read_shapes: Callable[[], dict[str, tuple[int, ...]]]) -> ValueCounts:

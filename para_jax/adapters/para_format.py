@@ -74,12 +74,7 @@ def para_values(config: ParaConfig, backbone: dict, read_shapes: Callable) -> Va
     if config.activation == "rational":
         vectors += 7 + 5
     each = width + carried  # numbers per rank of a layer
-    return ValueCounts(
-        matrices=config.total_rank(count) * each,
-        vectors=layers * vectors,
-        carried=count * carried,
-        in_bank=count * config.array_r * each,
-    )
+    return ValueCounts(matrices=config.total_rank(count) * each, vectors=layers * vectors, carried=count * carried)
 
 
 def para_outline(config: ParaConfig) -> str:

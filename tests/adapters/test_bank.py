@@ -26,6 +26,7 @@ from para_jax import (
     vectors,
 )
 from para_jax.adapters import padding
+from para_jax.adapters.adapter import named_leaves
 from para_jax.adapters.unknown_tenant import unknown
 from para_jax.config import SITES
 
@@ -445,6 +446,48 @@ def test_a_config_may_be_dropped_by_another_thread_at_any_moment(model, tenants)
     bank = filled(model, tenants, ["para"], methods=("para",))
     bank._templates = Dropped(bank._templates)
     assert bank.rows(["para"]).batch == 1
+
+
+@pytest.mark.parametrize("config", [
+    ParaConfig(r=2),
+    ParaConfig(r=4, target_modules=("q_proj",), up_bias=True),
+    ParaConfig(r=2, late_r=7),
+    ParaConfig(r=4, layers_to_transform=(0, 2)),
+    Ia3Config(target_modules=("q_proj",)),
+    LoraConfig(r=3, target_modules=("q_proj",)),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapter_takes_its_own_rank_and_sites_in_memory_and_the_banks_in_rows(model, config, dtype):
+    adapter = strong(init_adapter(config, model.config), 1)
+    large = AdapterBank(model.config, max_r=8, methods=("para", "ia3", "lora"), sites=SITES, dtype=dtype)
+    small = AdapterBank.holding({"a": adapter}, model.config, dtype=dtype)
+    large.add("a", adapter)
+    assert large.nbytes == small.nbytes <= 4 * sum(leaf.size for leaf in named_leaves(adapter).values())
+    for names in (["a"], ["a", None, "a"]):
+        found, own = (bank.rows(names) for bank in (large, small))
+        shapes = {leaf.shape for stack in found.stacks for leaf in jax.tree.leaves(stack.adapters)}
+        assert {shape[0] for shape in shapes} == {len(names)}
+        tokens = prompts(model, len(names))
+        one, other = (multi_tenant_forward(model, rows, tokens, 8) for rows in (found, own))
+        np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def test_parts_of_an_array_are_written_back_as_they_were():
+    rng = np.random.default_rng(0)
+    for axis in (1, 2):
+        leaf = rng.standard_normal((5, 4, 4)).astype(np.float32)
+        for layer, rank in enumerate((0, 2, 2, 4, 1)):
+            np.moveaxis(leaf, axis, 1)[layer, rank:] = 0
+        parts = padding.without_zeros(leaf, axis)
+        assert [len(part) for part in parts] == [1, 2, 1, 1]
+        assert sum(part.size for part in parts) == 4 * (0 + 2 + 2 + 4 + 1)
+        held = padding.Held((5, 6, 6), np.dtype("float32"), tuple(parts))
+        np.testing.assert_array_equal(
+            held.whole(np.full((5, 6, 6), 7, np.float32)), np.pad(leaf, ((0, 0), (0, 2), (0, 2)))
+        )
+    whole = padding.Held(leaf.shape, leaf.dtype, (leaf,))
+    np.testing.assert_array_equal(whole.whole(), leaf)
+    assert (padding.Held((2, 3), np.dtype("float32"), fill=1.0).whole() == 1).all()
 
 
 def test_each_distinct_tenant_is_sent_to_the_device_once(model, monkeypatch):

@@ -239,4 +239,4 @@ def test_an_unreachable_hub_is_one_line_and_a_revision_is_passed_on(monkeypatch)
 def test_a_dry_run_downloads_nothing(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset_builder", None)
     config = load_config(None, ["data.train=hf:user/name"])
-    assert "hf:user/name" in data_lines(config)[0]
+    assert "hf:user/name" in data_lines(config, [config])[0]

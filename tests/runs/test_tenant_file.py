@@ -15,7 +15,7 @@ from para_jax.cli import main, parse
 from para_jax.cli.evaluate import config_of, own_configs
 from para_jax.config import RunConfig, load_config
 from para_jax.evaluation.tasks import task_of_run
-from para_jax.inspect import tenant_lines
+from para_jax.inspect import configs_here, tenant_lines
 from para_jax.runs import tenants as of_runs
 from para_jax.runs import train as train_module
 from para_jax.runs.parts import Part
@@ -62,9 +62,8 @@ def metrics(folder):
 def test_a_dry_run_reads_rows_by_a_tenants_own_templates(tmp_path):
     write_rows(tmp_path / "acme" / "train.jsonl", [{"text": "w20", "label": "w9"}] * 2)
     (tmp_path / "acme" / "tenant.yaml").write_text("data: {prompt: '{text}', completion: '{label}'}\n")
-    assert tenant_lines(load_config(None, [f"data.tenants={tmp_path}"])) == [
-        "data       1 tenants with 2 to 2 records, 2 in all"
-    ]
+    config = load_config(None, [f"data.tenants={tmp_path}"])
+    assert tenant_lines(config, configs_here(config)) == ["data       1 tenants with 2 to 2 records, 2 in all"]
 
 
 @pytest.mark.long

@@ -57,7 +57,7 @@ from para_jax.evaluation.evaluate import Tasks
 from para_jax.evaluation.score import Score
 from para_jax.evaluation.tasks import task_of_run
 from para_jax.inference import generate as generation
-from para_jax.inspect import folder_report
+from para_jax.inspect import dry_run, folder_report
 from para_jax.roofline import matrix_weights
 from para_jax.runs import loop
 from para_jax.runs import train as runs
@@ -1112,6 +1112,23 @@ def test_of_the_tenants_rates_the_highest_is_doubted(capsys):
     own = [load_config(None, [f"train.learning_rate={rate}"]) for rate in (1e-4, 3e-4)]
     runs.say_doubt(load_config(None, ["data.tenants=folder"]), own, load_model_config(FIXTURES / "gemma"))
     assert "rate 0.0003:" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_so_too(folder, tmp_path, capsys):
+    config = load_config(None, [f"data.train={folder / 'data'}", f"backbone.source={FIXTURES / 'gemma'}"])
+    assert dry_run(config) and "rate 0.001:" in capsys.readouterr().err
+    for name, rate in (("acme", "1e-4"), ("globex", "3e-4")):
+        shutil.copytree(folder / "data", tmp_path / "tenants" / name)
+        (tmp_path / "tenants" / name / "tenant.yaml").write_text(f"train: {{learning_rate: {rate}}}\n")
+    many = replace(config, data=replace(config.data, train=None, tenants=str(tmp_path / "tenants")))
+    assert "2 tenants" in dry_run(many) and "rate 0.0003:" in capsys.readouterr().err
+
+
+def test_a_dry_run_refuses_tenants_that_are_no_folder(tmp_path):
+    (tmp_path / "tenants").write_text("")
+    config = load_config(None, [f"data.tenants={tmp_path / 'tenants'}", f"backbone.source={FIXTURES / 'llama'}"])
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "tenants"))):
+        dry_run(config)
 
 
 def test_a_run_says_so_before_it_trains(folder, tmp_path, capsys, monkeypatch):
