@@ -478,6 +478,7 @@ def test_parts_of_an_array_are_written_back_as_they_were():
         leaf = rng.standard_normal((5, 4, 4)).astype(np.float32)
         for layer, rank in enumerate((0, 2, 2, 4, 1)):
             np.moveaxis(leaf, axis, 1)[layer, rank:] = 0
+        np.moveaxis(leaf, axis, 1)[3, 1] = 0  # zeros inside are kept
         parts = padding.without_zeros(leaf, axis)
         assert [len(part) for part in parts] == [1, 2, 1, 1]
         assert sum(part.size for part in parts) == 4 * (0 + 2 + 2 + 4 + 1)
