@@ -49,7 +49,9 @@ class Held:
         return sum(part.nbytes for part in self.parts)
 
     def whole(self, out: np.ndarray | None = None) -> np.ndarray:
-        """The padded array; written to `out`, where that is given."""
+        """The padded array; written to `out`, where that is given. Without `out` it may be the held one: no copy."""
+        if out is None and [part.shape for part in self.parts] == [self.shape]:
+            return self.parts[0]
         out = np.empty(self.shape, self.dtype) if out is None else out
         if [part.shape for part in self.parts] != [self.shape]:
             out[:] = self.fill
