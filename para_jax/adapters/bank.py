@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import math
 import threading
 import weakref
 from collections import Counter
@@ -55,6 +54,10 @@ class Entry(NamedTuple):
     """the config that it is padded to"""
     weights: dict[str, Held]
     """its arrays by name; never changed in place"""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(held.nbytes for held in self.weights.values())
 
 
 class AdapterBank:
@@ -167,17 +170,11 @@ class AdapterBank:
     @property
     def nbytes(self) -> int:
         """Host memory of all weights, in bytes."""
-        return sum(weights.nbytes for entry in list(self._entries.values()) for weights in entry.weights.values())
+        return sum(entry.nbytes for entry in self.entries)
 
     def identities(self) -> list[tuple[str, str]]:
         """Each tenant's name, and a hash that tells its adapter from others."""
         return [(name, self.digests.get(name, entry.content)) for name, entry in list(self._entries.items())]
-
-    @property
-    def largest(self) -> int:
-        """The most bytes that an adapter of those held or expected can take: padded, as in the rows of a batch."""
-        shapes = [named_leaves(self._template(group)).values() for group in self._known_groups()]
-        return max((sum(math.prod(one.shape) * one.dtype.itemsize for one in of_one) for of_one in shapes), default=0)
 
     def holds(self, name: str) -> bool:
         """Whether the adapter of a name is in host memory."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary
 
 from ..config import ModelConfig
 from .adapter import Adapter
@@ -21,10 +21,14 @@ class LoadingBank(AdapterBank):
     """An AdapterBank that seems to hold all its tenants. What an entry computes does not depend on which are loaded.
     Its tenants can't be replaced: the new adapter would be lost once it was dropped from memory."""
 
-    most: int
-    """adapters that are held at once"""
-    _alive: WeakValueDictionary[int, Held]
-    """an array of each adapter that the bank or an open request holds, by its version"""
+    memory: int
+    """bytes for the adapters that are held, of which there is always one"""
+    largest: int
+    """bytes of the largest adapter"""
+    _loaded: int
+    """bytes of those that are held now"""
+    _alive: WeakKeyDictionary[Held, int]
+    """the bytes of each adapter that the bank or an open request holds, by one of its arrays"""
     _contents: dict[str, str]
     """a hash of each adapter that was loaded so far"""
     _found: dict[str, Preview]
@@ -44,8 +48,9 @@ class LoadingBank(AdapterBank):
         """
         bank = cls.fitting([one.config for one in found.values()], model_config, capacity=len(found))
         bank._found, bank._load, bank._loading = dict(found), load, threading.Lock()
-        bank._alive, bank._contents = WeakValueDictionary(), {}
-        bank.most = max(1, memory // max(1, bank.largest))
+        bank._alive, bank._contents = WeakKeyDictionary(), {}
+        bank.memory, bank._loaded = memory, 0
+        bank.largest = max((one.nbytes for one in found.values()), default=0)
         return bank
 
     @property
@@ -61,15 +66,13 @@ class LoadingBank(AdapterBank):
             with self._loading:  # those who ask for an adapter that is held need not wait
                 entry = self._used(name)
                 if entry is None:
-                    adapter = self._load(name)
-                    while len(self._entries) >= self.most:
-                        with self._lock:
-                            oldest = next(iter(self._entries))
-                        super().remove(oldest)
-                    super().add(name, adapter)
+                    super().add(name, self._load(name))
                     entry = self._used(name)
                     assert entry is not None
-                    self._alive[entry.version] = next(iter(entry.weights.values()))
+                    with self._lock:
+                        self._alive[next(iter(entry.weights.values()))] = entry.nbytes
+                    self._loaded += entry.nbytes
+                    self._drop_others()
         found = super().entry(name) if entry is None else entry
         self._contents[name] = found.content
         return found
@@ -81,9 +84,19 @@ class LoadingBank(AdapterBank):
 
     @property
     def crowded(self) -> bool:
-        """Whether open requests hold too many adapters for one more: with it there would be more than twice what the
-        memory is for."""
-        return len(self._alive) >= max(2 * self.most, FEWEST)
+        """Whether open requests hold too many adapters for one more: with the largest there would be more than twice
+        what the memory is for."""
+        with self._lock:
+            alive = list(self._alive.values())
+        return len(alive) >= FEWEST and sum(alive) + self.largest > 2 * self.memory
+
+    def _drop_others(self) -> None:
+        """Drops the least recently used adapters until the memory has room for the others."""
+        while self._loaded > self.memory and len(self._entries) > 1:
+            with self._lock:
+                oldest, entry = next(iter(self._entries.items()))
+            super().remove(oldest)
+            self._loaded -= entry.nbytes
 
     def _used(self, name: str) -> Entry | None:
         """The entry of an adapter that is held, which is now the most recently used."""
@@ -108,8 +121,11 @@ class LoadingBank(AdapterBank):
         return name in self._found
 
     def __str__(self) -> str:
-        text = f"{len(self._found)} tenants, at most {self.most} of them in host memory"
-        text += f" ({self.most * self.largest / 1e6:.1f} MB), loaded when they are asked for"
+        needed = sum(one.nbytes for one in self._found.values())
+        text = (
+            f"{len(self._found)} tenants, {needed / 1e6:.1f} MB, of which {self.memory / 1e6:.1f} MB are in host memory"
+        )
+        text += " at a time, loaded when they are asked for"
         return f"{text}; {self.carried}" if self.carried else text
 
 
@@ -118,7 +134,7 @@ def bank_of(
 ) -> AdapterBank:
     """A bank of these adapters, all loaded if the memory has room for them."""
     loading = LoadingBank.of(found, model_config, load, memory)
-    if len(found) > loading.most:
+    if sum(one.nbytes for one in found.values()) > memory:
         return loading
     bank = AdapterBank.fitting(loading.expected, model_config, capacity=len(found))
     for name in found:

@@ -7,6 +7,7 @@ held by nobody: it is written where adapters are stacked.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +33,7 @@ def group_template(group: Any, model: ModelConfig, dtype: str) -> Adapter:
     return jax.tree.map(in_dtype, abstract(method_of(group).adapter, group, model), is_leaf=is_variable)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Held:
     """One array of an adapter, padded to [layers, ...], without what fills it up."""
 
@@ -75,6 +76,20 @@ def held_leaves(adapter: Adapter, template: Adapter) -> dict[str, Held]:
         return Held(shape, dtype, tuple(part.astype(dtype) for part in without_zeros(leaves[name], axis)))
 
     return {name: held(name, variable) for name, variable in zip(shapes, variables, strict=True)}
+
+
+def held_bytes(adapter: Adapter, normal: Adapter) -> int:
+    """Bytes of an adapter in a float32 bank, at most; both may be abstract.
+
+    Args:
+        normal: what Adapter.normal gives for it.
+    """
+
+    def values(of: Adapter, matrices: bool) -> int:
+        variables = jax.tree.leaves(of, is_leaf=is_variable)
+        return sum(math.prod(one.shape) for one in variables if ("rank" in one.axes) == matrices)
+
+    return 4 * (values(adapter, matrices=True) - adapter.unused + values(normal, matrices=False))
 
 
 def without_zeros(leaf: np.ndarray, axis: int | None) -> list[np.ndarray]:

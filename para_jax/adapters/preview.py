@@ -18,11 +18,12 @@ from ..hub import resolve_adapter
 from ..storage.bucket import BucketPath, Place
 from ..storage.folder import VERSIONS
 from ..untrusted import MAX_JSON_BYTES, json_mapping
-from .adapter import Adapter, init
+from .adapter import Adapter, abstract
 from .files import load_adapter, of_folder, read_adapter, require_rank
 from .folder import CONFIG, WEIGHTS, own_file, refuse_pickles
 from .methods import form_named
 from .own_config import read_own_config, require_same_backbone
+from .padding import held_bytes
 
 #: Bytes at each end of the weights that the hash covers.
 END = 2**15
@@ -35,6 +36,8 @@ class Preview(NamedTuple):
     """its folder, on this host or in a bucket"""
     config: Any
     """of the adapter in the form that a bank stacks (Adapter.normal)"""
+    nbytes: int
+    """of host memory that it takes in a float32 bank, at most"""
     digest: str
     """sha256 of adapter_config.json, and of the size and both ends of the weights: the same for equal files. Weights
     that para_jax saved begin with a hash of the whole (folder.safetensors_bytes)"""
@@ -49,11 +52,11 @@ def previews(sources: Iterable[str], model_config: ModelConfig) -> list[Preview]
     sources = list(sources)
     with ThreadPoolExecutor(CONCURRENCY) as pool:
         files = list(pool.map(read_ends, sources))
-    normal: dict[Any, Any] = {}  # most adapters share their config
+    known: dict[Any, tuple[Any, int]] = {}  # most adapters share their config
     found = []
     for source, (place, config, digest) in zip(sources, files, strict=True):
         try:
-            found.append(Preview(place, normal_config(place, config, model_config, normal), digest))
+            found.append(Preview(place, *in_bank(place, config, model_config, known), digest))
         except ValueError as error:
             raise error if str(source) in str(error) else ValueError(f"{source}: {error}") from None
     return found
@@ -103,16 +106,19 @@ def ends(file: Place, count: int) -> tuple[bytes, int]:
     return found, size
 
 
-def normal_config(place: Place, data: bytes, model_config: ModelConfig, known: dict[Any, Any]) -> Any:
-    """The config that a bank stacks the adapter under."""
+def in_bank(place: Place, data: bytes, model_config: ModelConfig, known: dict[Any, tuple[Any, int]]) -> tuple[Any, int]:
+    """The config that a bank stacks the adapter under, and the bytes of host memory that it takes there."""
     found = json_mapping(data)
     method = form_named(found.get("peft_type"))
     if method is None or method.in_peft:
-        return load_adapter(place, model_config).normal(model_config).config
+        adapter = load_adapter(place, model_config)
+        normal = adapter.normal(model_config)
+        return normal.config, held_bytes(adapter, normal)
     config, backbone = read_own_config(method.config, found)
     require_rank(method.rank(config))
     require_same_backbone(backbone, model_config, found.get("base_model_name_or_path"))
     if config not in known:
-        adapter = jax.eval_shape(lambda: init(method.adapter, config, model_config, 0).normal(model_config))
-        known[config] = adapter.config
+        adapter = abstract(method.adapter, config, model_config)
+        normal = jax.eval_shape(lambda one: one.normal(model_config), adapter)
+        known[config] = normal.config, held_bytes(adapter, normal)
     return known[config]

@@ -406,8 +406,9 @@ def evaluate_part(options, config, loaded: Loaded, shard, output) -> tuple[str, 
     if sources:
         configs = [preview.config for preview in found.values()]
         bank = AdapterBank.fitting(configs, model.config, capacity=2 * len(sources))
-        most = adapters_at_once(bank, int(options.adapter_memory * 1e9))
-        say((f"shard {shard}: " if part else "") + described_passes(bank, names, len(sources), most))
+        largest = max(preview.nbytes for preview in found.values())
+        most = adapters_at_once(largest, int(options.adapter_memory * 1e9))
+        say((f"shard {shard}: " if part else "") + described_passes(bank, names, len(sources), most, largest))
 
         def load_one(name: str):
             return load_previewed(found[name], model.config, model=model)

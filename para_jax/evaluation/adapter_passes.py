@@ -10,16 +10,16 @@ from ..adapters.adapter import Adapter
 from ..adapters.bank import AdapterBank
 
 
-def adapters_at_once(bank: AdapterBank, memory: int) -> int:
-    """How many adapters a pass may have if the bank may take this many bytes. It holds those of two passes: one that is
-    answered, and one that is loaded."""
-    return max(1, memory // (2 * max(1, bank.largest)))
+def adapters_at_once(largest: int, memory: int) -> int:
+    """How many adapters of at most `largest` bytes a pass may have if a bank may take `memory` bytes. It holds those of
+    two passes: one that is answered, and one that is loaded."""
+    return max(1, memory // (2 * max(1, largest)))
 
 
-def described_passes(bank: AdapterBank, names: Sequence[str], of: int, most: int) -> str:
+def described_passes(bank: AdapterBank, names: Sequence[str], of: int, most: int, largest: int) -> str:
     """How many adapters there are here, of how many altogether, in how many passes, for a message."""
     passes = -(-len(names) // most)
-    held = min(len(names), 2 * most) * bank.largest
+    held = min(len(names), 2 * most) * largest
     text = (str(of) if len(names) == of else f"{len(names)} of {of}") + (" adapter" if of == 1 else " adapters")
     text += f" in {passes} passes" if passes > 1 else ""
     text += f", {held / 1e6:.1f} MB of host memory"

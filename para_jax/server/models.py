@@ -83,7 +83,7 @@ class Models:
         tenant = self.tenant(name, access)
         if tenant is None or self.bank is None:
             return None, None
-        if isinstance(self.bank, LoadingBank) and self.bank.crowded and not self.bank.holds(tenant):
+        if isinstance(self.bank, LoadingBank) and not self.bank.holds(tenant) and self.bank.crowded:
             message = "open requests hold as many adapters as the memory has room for; try again"
             raise retry_later(429, 1, message, "rate_limit_exceeded")
         try:

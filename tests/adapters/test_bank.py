@@ -92,7 +92,6 @@ def test_a_fitting_bank_has_the_programs_of_all_its_adapters_whichever_it_holds(
         assert jax.tree.structure(found) == jax.tree.structure(rows)
         for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(rows), strict=True):
             np.testing.assert_array_equal(one, other)
-        assert bank.largest == whole.largest >= max(sum(a.nbytes for a in e.weights.values()) for e in bank.entries)
         assert bank.carried == whole.carried and "rank 8" in bank.carried
 
 

@@ -31,24 +31,34 @@ def found(config, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def alike(config, tmp_path_factory):
+    """Adapters of one size."""
+    folder = tmp_path_factory.mktemp("alike")
+    for i, name in enumerate(NAMES):
+        save_adapter(strong(init_adapter(ParaConfig(r=2, late_r=5), config), i, 0.3), folder / name)
+    return dict(zip(NAMES, previews([str(folder / name) for name in NAMES], config), strict=True))
+
+
+@pytest.fixture(scope="module")
 def config():
     return load_model_config(FIXTURES / "llama")
 
 
 def loading(found, config, most):
-    """A bank with room for `most` adapters, and the names that it loads."""
-    loads, largest = [], LoadingBank.of(found, config, str, 0).largest
+    """A bank with room for the `most` largest adapters, and the names that it loads."""
+    loads, sizes = [], sorted((one.nbytes for one in found.values()), reverse=True)
 
     def load(name):
         loads.append(name)
         return load_adapter(found[name].place, config)
 
-    return bank_of(found, config, load, most * largest), loads
+    return bank_of(found, config, load, sum(sizes[:most])), loads
 
 
 def test_a_small_bank_is_an_ordinary_one(found, config):
     bank, loads = loading(found, config, 4)
     assert type(bank) is AdapterBank and loads == NAMES and bank.names == tuple(NAMES)
+    assert [entry.nbytes for entry in bank.entries] == [one.nbytes for one in found.values()]
     assert bank.identities() == loading(found, config, 1)[0].identities()
     bank.replace("a", load_adapter(found["d"].place, config))
     assert bank.identities()[0] == ("a", bank.entry("a").content)
@@ -57,17 +67,32 @@ def test_a_small_bank_is_an_ordinary_one(found, config):
     assert bank.identities()[-1] == ("b", bank.entry("b").content)
 
 
+def test_small_adapters_stay_where_a_large_one_must_leave(config, tmp_path):
+    ranks = {"large": 32, "a": 1, "b": 1, "c": 1}
+    for name, r in ranks.items():
+        save_adapter(strong(init_adapter(ParaConfig(r=r), config), 0, 0.3), tmp_path / name)
+    found = dict(zip(ranks, previews([str(tmp_path / name) for name in ranks], config), strict=True))
+    assert found["large"].nbytes == 32 * found["a"].nbytes
+    bank = LoadingBank.of(found, config, lambda name: load_adapter(tmp_path / name, config), found["large"].nbytes)
+    for name in ("large", "a", "b", "c", "a"):
+        bank.entry(name)
+    assert list(bank._entries) == ["b", "c", "a"] and bank.nbytes == 3 * found["a"].nbytes
+    bank.entry("large")
+    assert list(bank._entries) == ["large"]
+
+
 @pytest.mark.parametrize("most", [1, 2, 3])
-def test_an_adapter_is_loaded_when_it_is_asked_for_and_the_least_recently_used_leave(found, config, most):
-    bank, loads = loading(found, config, most)
+def test_an_adapter_is_loaded_when_it_is_asked_for_and_the_least_recently_used_leave(alike, config, most):
+    bank, loads = loading(alike, config, most)
+    size = alike["a"].nbytes
     assert loads == [] and bank.names == tuple(NAMES) and "d" in bank and "e" not in bank
-    assert f"4 tenants, at most {most} of them in host memory" in str(bank)
+    assert f"4 tenants, {4 * size / 1e6:.1f} MB, of which {most * size / 1e6:.1f} MB" in str(bank)
     bank.entry("a")
     kept = bank.entry("a")
     assert loads == ["a"]
     for name in "bcad":
         entry = bank.entry(name)
-        assert len(bank) <= most and bank.entry(name).version == entry.version
+        assert len(bank) <= most and bank.nbytes <= most * size and bank.entry(name).version == entry.version
     assert bank.entry("a").content == kept.content
     assert loads == {1: [*"abcada"], 2: [*"abcad"], 3: [*"abcd"]}[most]  # with 3, the first to come was used since
     with pytest.raises(ValueError, match="'e'.*a, b, c"):
@@ -121,7 +146,7 @@ def test_a_request_to_an_adapter_that_is_held_does_not_wait_for_one_that_is_load
             assert go_on.wait(60)
         return load_adapter(found[name].place, config)
 
-    bank = LoadingBank.of(found, config, load, 2 * LoadingBank.of(found, config, str, 0).largest)
+    bank = LoadingBank.of(found, config, load, found["b"].nbytes + max(found["a"].nbytes, found["c"].nbytes))
     held = bank.entry("a")
     with ThreadPoolExecutor(2) as pool:
         try:
@@ -136,16 +161,19 @@ def test_a_request_to_an_adapter_that_is_held_does_not_wait_for_one_that_is_load
     assert list(bank._entries) == ["b", "c"]
 
 
-def test_a_bank_is_crowded_while_requests_hold_many_adapters_of_it(found, config, monkeypatch):
+def test_a_bank_is_crowded_while_requests_hold_many_adapters_of_it(alike, config, monkeypatch):
     """They may wait for long, so without a limit a burst over many tenants would fill the memory."""
     monkeypatch.setattr(loading_bank, "FEWEST", 2)
-    bank, _ = loading(found, config, 1)
+    bank, _ = loading(alike, config, 1)
     held = [bank.entry(name) for name in "ab"]
     assert bank.crowded and len(bank) == 1
     del held[0]
     assert not bank.crowded
     held.append(bank.entry("c"))
     assert bank.crowded
+    bank.memory = 2 * bank.largest  # room for four, and two are held
+    assert not bank.crowded
+    bank.memory = bank.largest
     models = Models(bank, "base", [])
     with pytest.raises(ApiError) as refused:
         models.resolve("d", Access())

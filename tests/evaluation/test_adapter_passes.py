@@ -12,7 +12,7 @@ NAMES = [f"t{i}" for i in range(7)]
 class Bank:
     """The part of an AdapterBank that passes use."""
 
-    largest, carried = 100, ""
+    carried = ""
 
     def __init__(self):
         self.held, self.most, self.changed = {}, 0, threading.Condition()
@@ -68,7 +68,7 @@ def test_a_caller_that_stops_leaves_no_thread():
 
 
 def test_the_memory_holds_two_passes():
-    assert adapters_at_once(Bank(), 1000) == 5 and adapters_at_once(Bank(), 1) == 1
-    assert described_passes(Bank(), NAMES, 7, 3) == "7 adapters in 3 passes, 0.0 MB of host memory"
-    assert described_passes(Bank(), ["t0"], 1, 7).startswith("1 adapter,")
-    assert described_passes(Bank(), NAMES, 9, 7) == "7 of 9 adapters, 0.0 MB of host memory"
+    assert adapters_at_once(100, 1000) == 5 and adapters_at_once(100, 1) == 1
+    assert described_passes(Bank(), NAMES, 7, 3, 100) == "7 adapters in 3 passes, 0.0 MB of host memory"
+    assert described_passes(Bank(), ["t0"], 1, 7, 100).startswith("1 adapter,")
+    assert described_passes(Bank(), NAMES, 9, 7, 100) == "7 of 9 adapters, 0.0 MB of host memory"

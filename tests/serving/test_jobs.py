@@ -124,7 +124,7 @@ def test_lines_that_are_answered_already_need_no_adapter_again(folder, whole, tm
         found = dict(zip("AB", previews([str(folder / name) for name in "AB"], model.config), strict=True))
         bank = LoadingBank.of(found, model.config, load, 1)
         engine = Engine(model, bank, load_tokenizer(folder / "backbone"), slots=3, max_length=32)
-        assert bank.most == 1 and not run_job(engine, folder / "in.jsonl", tmp_path / "out.jsonl", Request(""))
+        assert len(bank) == 0 and not run_job(engine, folder / "in.jsonl", tmp_path / "out.jsonl", Request(""))
 
     job()
     assert by_sample(tmp_path / "out.jsonl") == whole
