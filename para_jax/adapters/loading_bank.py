@@ -22,7 +22,7 @@ class LoadingBank(AdapterBank):
     Its tenants can't be replaced: the new adapter would be lost once it was dropped from memory."""
 
     memory: int
-    """bytes for the adapters that are held, of which there is always one"""
+    """bytes for the adapters that are held. There is always one"""
     largest: int
     """bytes of the largest adapter"""
     _loaded: int
@@ -121,11 +121,9 @@ class LoadingBank(AdapterBank):
         return name in self._found
 
     def __str__(self) -> str:
-        needed = sum(one.nbytes for one in self._found.values())
-        text = (
-            f"{len(self._found)} tenants, {needed / 1e6:.1f} MB, of which {self.memory / 1e6:.1f} MB are in host memory"
-        )
-        text += " at a time, loaded when they are asked for"
+        needed, held = (count / 1e6 for count in (sum(one.nbytes for one in self._found.values()), self.memory))
+        text = f"{len(self._found)} tenants, {needed:.1f} MB, loaded when they are asked for; "
+        text += f"{held:.1f} MB of them are in host memory at a time"
         return f"{text}; {self.carried}" if self.carried else text
 
 

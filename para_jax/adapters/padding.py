@@ -1,8 +1,8 @@
 """Adapters of different ranks and sites in one shape, so that an AdapterBank can stack them.
 
 A group is the config that all its adapters are padded to: the bank's rank and sites, and what is left of their own
-config. Zeros fill up a matrix; the method's neutral weight fills a site that an adapter lacks. What was filled up is
-held by nobody: it is written where adapters are stacked.
+config. Zeros fill up a matrix; the method's neutral weight fills a site that an adapter lacks. A bank holds neither:
+they are written where adapters are stacked.
 """
 
 from __future__ import annotations
@@ -51,10 +51,11 @@ class Held:
 
     def whole(self, out: np.ndarray | None = None) -> np.ndarray:
         """The padded array; written to `out`, where that is given. Without `out` it may be the held one: no copy."""
-        if out is None and [part.shape for part in self.parts] == [self.shape]:
+        complete = [part.shape for part in self.parts] == [self.shape]
+        if out is None and complete:
             return self.parts[0]
         out = np.empty(self.shape, self.dtype) if out is None else out
-        if [part.shape for part in self.parts] != [self.shape]:
+        if not complete:
             out[:] = self.fill
         first = 0
         for part in self.parts:
