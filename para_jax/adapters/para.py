@@ -242,7 +242,8 @@ def raw_on_gemma(config: ParaConfig, model: ModelConfig, rate: float) -> str | N
         return None
     return (
         f"learning rate {rate:g}: hidden states of Gemma models are large, and with adapter.summary=raw PARA may learn "
-        f"little at more than {LARGEST_GEMMA_RATE:g}; set adapter.summary=rms with a learning rate of 1e-2 or auto"
+        f"little at more than {LARGEST_GEMMA_RATE:g}; set train.learning_rate={LARGEST_GEMMA_RATE:g} or auto, or "
+        "adapter.summary=rms with a rate of 1e-2"
     )
 
 
