@@ -1,12 +1,13 @@
 """Every file in configs/ passes its dry run, without network and data, and says in a comment how it is run."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from para_jax.cli import main
-from para_jax.config import load_config
+from para_jax.config import ParaConfig, load_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 #: Parameters of each backbone and of its adapter: the published counts, and those that method.md derives for r = 12.
@@ -18,6 +19,7 @@ SIZES = {
     "smollm2": ("smollm2-135m", 134_515_008, 1_036_800),
     "quickstart": ("smollm2-135m", 134_515_008, 1_036_800),
     "own-data": ("smollm2-135m", 134_515_008, 1_036_800),
+    "many-answers": ("smollm2-135m", 134_515_008, 2_154_240),
 }
 #: The sibling papers' settings: AdamW at 1e-4, linear decay, 6 % warm-up, 10 epochs, evaluation every 200 steps.
 SIBLINGS = {"learning_rate": 1e-4, "schedule": "linear", "warmup_ratio": 0.06, "num_epochs": 10}
@@ -47,7 +49,8 @@ def test_a_dry_run_prints_the_sizes_and_needs_nothing(file, nowhere, capsys):
     shown = capsys.readouterr().out
     source, frozen, trained = next(sizes for start, sizes in SIZES.items() if file.stem.startswith(start))
     assert shown.startswith(f"backbone   {source}: ") and f"{frozen:,} frozen, {trained:,} trained" in shown
-    assert f"({trained / (frozen + trained):.3%}); para on q_proj, v_proj, up_proj" in shown
+    sites = ", ".join(load_config(file).adapter.target_modules)
+    assert f"({trained / (frozen + trained):.3%}); para on {sites}" in shown
     assert "not there yet" in shown and list(nowhere.iterdir()) == []
 
 
@@ -58,6 +61,14 @@ def test_the_comment_at_the_top_gives_the_command_and_what_to_expect(file):
     assert re.search(rf"^#   para-jax train configs/{re.escape(file.name)}(?: --results results/{file.stem}\.json)?$",
                      comment, re.MULTILINE)  # fmt: skip
     assert "Expected: " in comment or "Not run" in comment
+
+
+def test_many_answers_is_own_data_with_the_form_that_was_measured():
+    many, own = (load_config(file) for file in CONFIGS if file.stem in ("many-answers", "own-data"))
+    six = ("q_proj", "v_proj", "up_proj", "o_proj", "gate_proj", "down_proj")
+    assert many.adapter == ParaConfig(r=4, late_r=28, up_bias=True, target_modules=six)
+    assert many.train == replace(own.train, learning_rate=3e-4) and many.train.bias_lr_ratio == 30
+    assert (many.data, many.eval, many.backbone) == (own.data, own.eval, own.backbone)
 
 
 def test_each_run_has_an_output_folder_of_its_own():

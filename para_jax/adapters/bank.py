@@ -334,28 +334,34 @@ class AdapterBank:
         if not isinstance(adapter, Adapter):
             adapter = load_adapter(adapter, self.model_config, model=self.model)
         check_fits(adapter, self.model_config)
-        method = method_of(adapter.config)
-        if method.name not in self.methods:
-            wanted = tuple(one.name for one in METHODS if one.name in (*self.methods, method.name))
-            raise ValueError(
-                f"bank: {name}: this bank takes {' and '.join(self.methods)}; make it with methods={wanted} "
-                f"(para-jax serve --allow-adapter-updates --methods {','.join(wanted)}) to let {method.label} in"
-            )
-        normal = adapter.normal(self.model_config)
-        other = [site for site in normal.config.target_modules if site not in self.sites]
-        if other:
-            wanted = ",".join(site for site in SITES if site in (*self.sites, *other))
-            raise ValueError(
-                f"bank: {name}: sites {other} are not among the bank's, which are {', '.join(self.sites)}; "
-                f"AdapterBank.holding takes those of its adapters (para-jax serve: --sites {wanted})"
-            )
-        r = method.rank(normal.config)
-        if r > self.max_r:
-            raise ValueError(f"bank: {name}: r {r} is too large; this bank was made with max_r={self.max_r}")
+        method, normal = method_of(adapter.config), adapter.normal(self.model_config)
+        self._require_room_for(name, method, normal.config)
         require_finite(f"bank: {name}", host_leaves(normal))
         group = self._group(normal.config)
         weights = held_leaves(normal, self._template(group))
         return Entry(method.name, adapter.config, 0, content_hash(adapter), group, weights)
+
+    def _require_room_for(self, name: str, method: Any, config: Any) -> None:
+        """Raises ValueError, with all that the bank must be made with, for a method, sites or a rank that it lacks."""
+        r, needed = method.rank(config), {}
+        if method.name not in self.methods:
+            needed["methods"] = tuple(one.name for one in METHODS if one.name in (*self.methods, method.name))
+        if not set(config.target_modules) <= set(self.sites):
+            needed["sites"] = tuple(site for site in SITES if site in (*self.sites, *config.target_modules))
+        if r > self.max_r:
+            needed["max_r"] = r
+        if needed:
+            arguments = ", ".join(f"{key}={value!r}" for key, value in needed.items())
+            options = " ".join(
+                f"--{key.replace('_', '-')} {','.join(value) if isinstance(value, tuple) else value}"
+                for key, value in needed.items()
+            )
+            raise ValueError(
+                f"bank: {name}: {method.label} of r {r} on {', '.join(config.target_modules)} does not fit this bank "
+                f"of {' and '.join(self.methods)} of r {self.max_r} on {', '.join(self.sites)}; make it with "
+                f"AdapterBank(..., {arguments}), or for given adapters with AdapterBank.holding (para-jax serve "
+                f"--allow-adapter-updates {options})"
+            )
 
     def _group(self, config: Any) -> Any:
         return method_of(config).group_config(config, self.sites, self.max_r)

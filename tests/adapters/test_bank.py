@@ -266,10 +266,14 @@ def test_an_adapter_comes_from_a_folder(model, tenants, tmp_path):
     [
         ("para", "ia3", "'para' is held already"),
         ("", "ia3", "name"),
-        ("x", "wrong site", "x: sites .*gate_proj.*q_proj, v_proj, up_proj"),
-        ("x", "wrong site", "AdapterBank.holding.*--sites q_proj,v_proj,gate_proj,up_proj"),
-        ("x", "too wide", "x: r 9 .*max_r=8"),
-        ("x", "lora", "x: this bank takes para and ia3; make it with methods=.*'lora'.* to let LoRA in"),
+        (
+            "x",
+            "wrong site",
+            "gate_proj.*sites=.'q_proj', 'v_proj', 'gate_proj', 'up_proj'.*--sites q_proj,v_proj,g",
+        ),
+        ("x", "too wide", "x: PARA of r 9 .* r 8 .*max_r=9.*--max-r 9"),
+        ("x", "lora", "x: LoRA of r 4 .*para and ia3.*methods=.*'lora'.*--methods para,"),
+        ("x", "late", "r 28 .*sites=.*'o_proj'.*, max_r=28.*--max-r 28"),
         ("x", "other backbone", "another backbone"),
         ("x", "not finite", "bank: x: .*NaN.*up.v_proj"),
         ("x", "/nowhere", "nowhere"),
@@ -282,6 +286,8 @@ def test_what_does_not_fit_is_refused_by_name_and_nothing_changes(model, tenants
         adapter = init_adapter(ParaConfig(target_modules=("q_proj", "gate_proj")), model.config)
     elif adapter == "too wide":
         adapter = init_adapter(ParaConfig(r=9), model.config)
+    elif adapter == "late":
+        adapter = init_adapter(ParaConfig(r=4, late_r=28, target_modules=("q_proj", "o_proj")), model.config)
     elif adapter == "other backbone":
         adapter = init_adapter(ParaConfig(r=2), backbone("gemma").config)
     elif adapter == "not finite":
