@@ -22,9 +22,10 @@ from bench_ragged import LORA, PARA, ROWS, summed_by_rows, summed_ragged
 from jax.sharding import NamedSharding, PartitionSpec
 from ragged_lora import ragged_adjustments
 
-from para_jax import Rows, Stack, init_adapter, load_model_config, make_mesh, pick, prefill, stack_adapters
+from para_jax import ParaConfig, Rows, Stack, init_adapter, load_model_config, make_mesh, pick, prefill, stack_adapters
 from para_jax.adapters.rows import layers_first
 from para_jax.backbone.load import abstract_backbone
+from para_jax.config import SITES
 from para_jax.data.batches import Batch
 from para_jax.dry_run.hlo_counts import describe_program
 from para_jax.dry_run.topology import topology_devices
@@ -32,6 +33,7 @@ from para_jax.model import decode_step
 
 SOURCE, LAYERS = "meta-llama/Llama-2-7b-hf", 1
 CACHE = 512  # tokens
+SIX_SITES = ParaConfig(target_modules=tuple(site for site in SITES if site != "k_proj"))  # decodes alike for every r
 TENANTS, EACH, PROMPT, COMPLETION = 16, 2, 58, 6  # of a training batch: 16 tenants with 2 rows of 64 tokens
 PLATFORMS = {"cpu": jnp.float32, "tpu v5e": jnp.bfloat16}
 
@@ -75,7 +77,8 @@ def decode_programs(model) -> dict[str, tuple]:
         made = jax.eval_shape(lambda w: ragged_adjustments(w, index % count, model.dtype), weights)
         return state(None, 0)._replace(adjustments=made)
 
-    states = {"base": state(None, 0), "PARA, any tenants": state(PARA, ROWS), "LoRA, any tenants": state(LORA, ROWS)}
+    of_rows = {"PARA": PARA, "PARA on six sites": SIX_SITES, "LoRA": LORA}
+    states = {"base": state(None, 0)} | {f"{name}, any tenants": state(of, ROWS) for name, of in of_rows.items()}
     states |= {f"ragged LoRA, {count} tenants": ragged(count) for count in (1, 8, ROWS)}
     return {f"decode, {ROWS} rows: {name}": (decode_step, model, state, token) for name, state in states.items()}
 
