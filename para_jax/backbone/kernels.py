@@ -15,6 +15,7 @@ from ..config import ModelConfig
 from ..sharding import partition
 from .attention import causal_mask, mixed_values
 from .kernel_choice import LANES, AttentionChoice, attention_kernel
+from .layers import scaled
 
 BLOCK = 512  # largest block of splash attention, in tokens
 
@@ -86,7 +87,7 @@ def splash(length: int, window: int | None, segment: Int[Array, "batch length"] 
     """Attention by jax.experimental.pallas.ops.tpu.splash_attention. Without a TPU it is interpreted, which is slow."""
 
     def attend(q, k, v, scale, cap):
-        q, k, v = (x.swapaxes(1, 2) for x in (q * scale, k, v))
+        q, k, v = (x.swapaxes(1, 2) for x in (scaled(q, scale), k, v))
         longer = [padded_to_lanes(x, 2) for x in (q, k, v)]  # padding comes last, where no token sees it
         segments = None if segment is None else (padded_to_lanes(segment, 1, -1),) * 2
         mixed = over_mesh(partial(splash_rows, window=window, cap=cap), 1)(*longer, segments)
@@ -108,7 +109,7 @@ def splash_both(
     """
 
     def attend(q, k, v, scale, cap):
-        q, k, v = (x.swapaxes(1, 2) for x in (q * scale, k, v))
+        q, k, v = (x.swapaxes(1, 2) for x in (scaled(q, scale), k, v))
         keys, values = (
             jnp.concatenate([padded_to_lanes(x, 2) for x in both], axis=2) for both in zip(prompt, (k, v), strict=True)
         )

@@ -63,6 +63,12 @@ ACTIVATIONS = {
 }
 
 
+def scaled(x: Float[Array, "*axes"], factor: float) -> Float[Array, "*axes"]:
+    """x times the factor, rounded once. In bfloat16 Granite's 0.22 alone would be 0.12 % too small in every layer, and
+    1 / 12, which scales the scores of Gemma 2 27B, 0.2 % too large."""
+    return x if factor == 1 else (x.astype(jnp.float32) * factor).astype(x.dtype)
+
+
 def softcap(x: jax.Array, cap: float | None) -> jax.Array:
     """cap * tanh(x / cap), which keeps x within ±cap (Gemma 2, arXiv:2408.00118). None leaves x unchanged."""
     return x if cap is None else cap * jnp.tanh(x / cap)
