@@ -15,6 +15,7 @@ from golden_models import FIXTURES, backbone, prompts, strong
 from jax.sharding import NamedSharding, PartitionSpec
 from long_cases import slow
 from one_adapter import fresh_state, trained_step
+from stopped_run import assert_same_arrays, train_interrupted
 from tiny_run import ADAPTER, COMPLETION, LENGTH, ROWS, STEPS, TRAIN, run_config, run_folder
 from tpu_compiler import tpu_devices
 
@@ -28,7 +29,6 @@ from para_jax.dry_run.hlo_loops import instructions_run
 from para_jax.dry_run.hlo_parser import parse_hlo
 from para_jax.inference.generate import generate_tokens
 from para_jax.inference.sampling import Sampling
-from para_jax.runs import loop as runs
 from para_jax.sharding import place, shard_rows
 from para_jax.training.loss import completion_nll
 
@@ -241,25 +241,14 @@ def test_scales_are_cut_as_the_outputs_of_their_linears():
 
 
 @pytest.mark.long
-def test_a_run_on_int8_learns_resumes_and_says_so_in_its_card(tmp_path, monkeypatch):
+def test_a_run_on_int8_learns_resumes_and_says_so_in_its_card(tmp_path):
     folder = run_folder(tmp_path)
     config = run_config(folder, "backbone.quantize=int8", f"output_dir={tmp_path / 'whole'}")
     whole = train(config)
     assert whole.best_score is not None
-    real = runs.train_step
-
-    def stopping(state, *arguments, **settings):
-        if int(state.step[0]) == 4:
-            raise KeyboardInterrupt
-        return real(state, *arguments, **settings)
-
     cut = replace(config, output_dir=str(tmp_path / "cut"))
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(runs, "train_step", stopping)
-        train(cut)
-    resumed = train(cut)
-    for mine, other in zip(jax.tree.leaves(resumed.adapter), jax.tree.leaves(whole.adapter), strict=True):
-        np.testing.assert_array_equal(mine, other)
+    train_interrupted(cut, at_step=5)
+    assert_same_arrays(train(cut).adapter, whole.adapter)
     assert "int8 during training" in (Path(cut.output_dir) / "adapter" / "README.md").read_text()
     with pytest.raises(ValueError, match="backbone.quantize .'int8' there, None here"):
         train(replace(cut, backbone=replace(cut.backbone, quantize=None)))

@@ -2,8 +2,17 @@
 
 import jax
 import numpy as np
+import pytest
 
+from para_jax import train
 from para_jax.runs import loop
+
+
+def train_interrupted(config, *, at_step):
+    """A run that Ctrl-C stops in the step with this number (from 1)."""
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        interrupt(patched, at_step=at_step)
+        train(config)
 
 
 def interrupt(monkeypatch, *, at_step):

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from long_cases import quick
-from stopped_run import assert_same_arrays, interrupt
+from stopped_run import assert_same_arrays, train_interrupted
 from tiny_run import losses, metrics, rows_of_text, run_config, run_folder, write_rows
 
 from para_jax import LoraConfig, compare_methods, train, train_tenants
@@ -135,13 +135,11 @@ def test_only_the_prompts_of_the_steps_are_computed_and_none_for_a_finished_run(
 
 @pytest.mark.long
 @pytest.mark.parametrize("where", ["memory", "disk"])
-def test_a_stopped_run_ends_with_the_bits_of_one_that_was_never_stopped(folder, tmp_path, monkeypatch, where):
+def test_a_stopped_run_ends_with_the_bits_of_one_that_was_never_stopped(folder, tmp_path, where):
     options = (f"train.cache_prompts={where}", "train.max_steps=8", "train.per_device_batch_size=3", "eval.every=2")
     whole, cut = (config_of(folder, tmp_path / name, *options) for name in ("whole", "cut"))
     expected = train(whole)
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        interrupt(patched, at_step=6)
-        train(cut)
+    train_interrupted(cut, at_step=6)
     if where == "disk":
         next(prompt_file.folder().iterdir()).unlink()
     assert_same_arrays(train(cut).adapter, expected.adapter)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from stopped_run import assert_same_arrays, interrupt
+from stopped_run import assert_same_arrays, train_interrupted
 from tiny_run import losses, run_config, run_folder
 
 from para_jax import init_adapter, load_backbone, make_mesh, train
@@ -46,13 +46,11 @@ def test_a_packed_step_has_the_mean_loss_of_its_examples_completion_tokens(whole
     assert losses(config, "tokens")[0] == count.sum()
 
 
-def test_a_packed_run_learns_and_resumes_with_the_same_bits(whole, tmp_path, monkeypatch, capsys):
+def test_a_packed_run_learns_and_resumes_with_the_same_bits(whole, tmp_path, capsys):
     config, result = whole
     assert losses(config, "validation_loss")[1] < losses(config, "validation_loss")[0]
     cut = replace(config, output_dir=str(tmp_path / "cut"))
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        interrupt(patched, at_step=5)
-        train(cut)
+    train_interrupted(cut, at_step=5)
     capsys.readouterr()
     assert_same_arrays(train(cut).adapter, result.adapter)
     assert capsys.readouterr().err.count("attention: plain (on a CPU)") == 1

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from stopped_run import assert_same_arrays, interrupt
+from stopped_run import assert_same_arrays, train_interrupted
 from tiny_run import losses, run_config, run_folder
 
 from para_jax import load_adapter, load_backbone, train, train_tenants
@@ -27,13 +27,11 @@ def whole(folder):
     return config, train(config)
 
 
-def test_it_learns_resumes_with_the_same_bits_and_is_what_it_says_when_loaded(whole, tmp_path, monkeypatch):
+def test_it_learns_resumes_with_the_same_bits_and_is_what_it_says_when_loaded(whole, tmp_path):
     config, result = whole
     assert losses(config, "validation_loss")[1] < losses(config, "validation_loss")[0]
     cut = replace(config, output_dir=str(tmp_path / "cut"))
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        interrupt(patched, at_step=5)
-        train(cut)
+    train_interrupted(cut, at_step=5)
     assert_same_arrays(train(cut).adapter, result.adapter)
     assert losses(cut) == losses(config)
 

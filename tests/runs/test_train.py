@@ -24,7 +24,7 @@ from golden_models import FIXTURES, backbone
 from long_cases import long, slow
 from lowering import lowered
 from safetensors.numpy import load_file, save_file
-from stopped_run import assert_same_arrays, interrupt
+from stopped_run import assert_same_arrays, interrupt, train_interrupted
 from tensorflow_datasets.core.features import Text
 from tiny_run import STEPS, metrics, rows_of_text, run_config, run_folder, tokenizer, write_rows
 from tiny_tfds import built
@@ -213,16 +213,14 @@ def test_tensorboard_has_the_training_and_validation_values(whole):
 @pytest.mark.parametrize(
     "adapter", [LoraConfig(r=4, lora_alpha=16, target_modules=("q_proj", "down_proj")), Ia3Config()]
 )
-def test_other_methods_learn_and_resume_by_the_same_command(adapter, config, tmp_path, monkeypatch):
+def test_other_methods_learn_and_resume_by_the_same_command(adapter, config, tmp_path):
     config = replace(config, adapter=adapter)
     result = train(config)
     losses = [row["validation_loss"] for row in metrics(config) if "validation_loss" in row]
     assert losses[-1] < losses[0]
     assert_same_arrays(kept_adapter(config), result.adapter)
     cut = replace(config, output_dir=str(tmp_path / "cut"))
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        interrupt(patched, at_step=5)
-        train(cut)
+    train_interrupted(cut, at_step=5)
     assert_same_arrays(train(cut).adapter, result.adapter)
 
 
@@ -264,9 +262,7 @@ def test_a_run_on_prepared_data_is_the_run_on_the_same_rows_as_json_lines(config
 @pytest.mark.parametrize("at_step", [2, 6])
 def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_interrupted(at_step, whole, config, monkeypatch):
     config = replace(config, eval=whole[0].eval)
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        interrupt(patched, at_step=at_step)
-        train(config)
+    train_interrupted(config, at_step=at_step)
     with (Path(config.output_dir) / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # the process died while it wrote
     calls = interrupt(monkeypatch, at_step=0)
@@ -482,7 +478,7 @@ def assert_ends_as(whole, config):
 
 
 @pytest.mark.long
-def test_a_run_over_a_mesh_resumes_and_equals_one_device(whole, folder, tmp_path, monkeypatch):
+def test_a_run_over_a_mesh_resumes_and_equals_one_device(whole, folder, tmp_path):
     config = run_config(
         folder,
         f"output_dir={tmp_path / 'run'}",
@@ -491,9 +487,7 @@ def test_a_run_over_a_mesh_resumes_and_equals_one_device(whole, folder, tmp_path
         "mesh.tensor=2",
         "train.per_device_batch_size=2",
     )
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        interrupt(patched, at_step=5)
-        train(config)
+    train_interrupted(config, at_step=5)
     train(config)
     for name in ("loss", "validation_loss"):
         ours, theirs = ([row[name] for row in metrics(c) if name in row] for c in (config, whole[0]))
@@ -740,10 +734,8 @@ def test_a_folder_with_another_run_is_refused_and_left_as_it_is(override, shown,
     assert contents(whole[0].output_dir) == before
 
 
-def test_a_run_that_goes_on_refuses_a_log_that_it_did_not_write_by_file_and_line(config, monkeypatch):
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        interrupt(patched, at_step=5)
-        train(config)
+def test_a_run_that_goes_on_refuses_a_log_that_it_did_not_write_by_file_and_line(config):
+    train_interrupted(config, at_step=5)
     log = Path(config.output_dir) / "metrics.jsonl"
     text = log.read_text()
     log.write_text("5\n" + text)
@@ -779,14 +771,12 @@ def other_last_layer(backbone):
 @pytest.mark.parametrize(
     ("change", "named"), [long(other_theta, "backbone config"), (other_last_layer, "backbone in float32")]
 )
-def test_a_run_does_not_go_on_with_another_backbone(change, named, config, tmp_path, monkeypatch):
+def test_a_run_does_not_go_on_with_another_backbone(change, named, config, tmp_path):
     """Also where its first layer is the same."""
     own = config.backbone.source
     backbone = shutil.copytree(own, tmp_path / "backbone")
     config = replace(config, backbone=replace(config.backbone, source=str(backbone)))
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        interrupt(patched, at_step=5)
-        train(config)
+    train_interrupted(config, at_step=5)
     change(backbone)
     with pytest.raises(ValueError, match=f"{config.output_dir}/checkpoints/3: it is of another run: another '{named}'"):
         train(config)
@@ -794,13 +784,11 @@ def test_a_run_does_not_go_on_with_another_backbone(change, named, config, tmp_p
     assert train(config).step == 6
 
 
-def with_data_of_its_own(config, folder, at_step, monkeypatch):
+def with_data_of_its_own(config, folder, at_step):
     """The run on a copy of its data, interrupted at a step."""
     config = replace(config, data=replace(config.data, train=str(folder / "data")))
     shutil.copytree(Path(config.backbone.source).parent / "data", folder / "data")
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        interrupt(patched, at_step=at_step)
-        train(config)
+    train_interrupted(config, at_step=at_step)
     return config, replace(config, data=replace(config.data, changed="accept"))
 
 
@@ -809,11 +797,9 @@ def with_data_of_its_own(config, folder, at_step, monkeypatch):
     ("validation", 9, "validation data .8 examples there, 9 here"),
     ("test", 0, "test data .5 examples there, 0 here"),
 ])  # fmt: skip
-def test_a_run_goes_on_with_other_data_than_it_began_with_only_if_told_to(
-    split, size, named, config, tmp_path, monkeypatch, capsys
-):
+def test_a_run_goes_on_with_other_data_than_it_began_with_only_if_told_to(split, size, named, config, tmp_path, capsys):
     config = replace(config, eval=replace(config.eval, test=split == "test"))
-    config, accepting = with_data_of_its_own(config, tmp_path, 5, monkeypatch)
+    config, accepting = with_data_of_its_own(config, tmp_path, 5)
     file = tmp_path / "data" / f"{split}.jsonl"
     held = file.read_text()
     write_rows(file, rows_of_text(size, seed=7)) if size else file.unlink()
@@ -831,7 +817,7 @@ def test_a_run_goes_on_with_other_data_than_it_began_with_only_if_told_to(
 def test_scores_of_two_validation_sets_are_never_compared(again, best, config, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         scripted(patched, 0.9)
-        _, accepting = with_data_of_its_own(config, tmp_path, 5, monkeypatch)
+        _, accepting = with_data_of_its_own(config, tmp_path, 5)
     kept = kept_adapter(accepting)
     write_rows(tmp_path / "data" / "validation.jsonl", rows_of_text(8, seed=7))
     scored = scripted(monkeypatch, again, 0.3)
@@ -920,9 +906,7 @@ def test_an_evaluation_that_a_stop_interrupted_is_saved_once_it_is_done(config, 
 
     monkeypatch.setattr(Scoring, "evaluate", counted)
     for _ in range(2):
-        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            interrupt(patched, at_step=5)
-            train(config)
+        train_interrupted(config, at_step=5)
     assert evaluated == [3]
 
 
