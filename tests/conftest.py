@@ -12,8 +12,8 @@ if "PARA_JAX_TEST_DEVICES" not in os.environ:  # tests/accelerator: the machine'
     os.environ["XLA_FLAGS"] = " ".join(flags) + quick_compiler.OLD_EMITTERS
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers and the processes that tests start inherit it
-        compiled = tempfile.TemporaryDirectory(prefix="para_jax_compiled_", ignore_cleanup_errors=True)
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+        programs = tempfile.TemporaryDirectory(prefix="para_jax_compiled_", ignore_cleanup_errors=True)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = programs.name
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 from itertools import count
@@ -42,6 +42,20 @@ def messages():
     from para_jax import log_to_stderr
 
     log_to_stderr()
+
+
+@pytest.fixture
+def compiled():
+    """The names of the programs that XLA has compiled since the test began."""
+    found = []
+
+    def note(event, seconds, fun_name="", **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(note)
 
 
 @pytest.fixture(scope="session")

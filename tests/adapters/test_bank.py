@@ -169,12 +169,8 @@ def test_vectors_of_a_bank_are_those_of_each_tenant(model, tenants, bank):
 
 
 @pytest.mark.long
-def test_no_compilation_while_tenants_come_go_and_mix(model, tenants, bank):
+def test_no_compilation_while_tenants_come_go_and_mix(model, tenants, bank, compiled):
     """Counted by JAX's own events; the count rises on a batch of another size."""
-    compiled = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
-    )
     bank = filled(model, tenants, ["para", "ia3"], capacity=300)
     tokens = prompts(model, 4)
 

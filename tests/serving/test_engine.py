@@ -545,11 +545,7 @@ def test_ids_are_given_or_numbered_and_an_open_one_is_refused(model, bank):
 
 
 @pytest.mark.long
-def test_nothing_is_compiled_after_warm_up(model, tenants):
-    compiled = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
-    )
+def test_nothing_is_compiled_after_warm_up(model, tenants, compiled):
     bank = bank_of(model, tenants)
     engine = Engine(model, bank, tokenizer(), slots=4, max_length=72)
     engine.warm_up()

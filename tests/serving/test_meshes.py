@@ -93,11 +93,7 @@ def on_one():
     pytest.param((1, 1, 4), marks=pytest.mark.slow),
     pytest.param((2, 2, 2), marks=pytest.mark.slow),
 ])  # fmt: skip
-def test_an_engine_over_a_mesh_answers_as_one_device_does_and_compiles_nothing_after_warm_up(sizes, on_one):
-    compiled = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
-    )
+def test_an_engine_over_a_mesh_answers_as_one_device_does_and_compiles_nothing_after_warm_up(sizes, on_one, compiled):
     found, later, engine = served(make_mesh(*sizes), compiled)
     assert compiled and later == 0
     assert {key: plain(one) for key, one in found.items()} == {key: plain(one) for key, one in on_one.items()}

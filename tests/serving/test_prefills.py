@@ -412,11 +412,7 @@ def test_prompts_that_come_together_compute_what_they_share_once(model, bank, mo
 
 
 @pytest.mark.long
-def test_nothing_is_compiled_after_warm_up(model, tenants):
-    compiled = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
-    )
+def test_nothing_is_compiled_after_warm_up(model, tenants, compiled):
     bank = bank_of(model, tenants, CONFIGS)
     engine = engine_of(model, bank, 7, slots=4, max_length=68)
     engine.warm_up()

@@ -52,12 +52,8 @@ def scored(tokens, tenant, context, top=0, new=0, **options):
 
 
 @pytest.mark.long
-def test_nothing_is_compiled_after_warm_up(engine):
+def test_nothing_is_compiled_after_warm_up(engine, compiled):
     """The first test here, before others could compile what warm_up forgot."""
-    compiled = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
-    )
     engine.warm_up()
     before = len(compiled)
     assert before
