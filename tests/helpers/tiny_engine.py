@@ -46,12 +46,35 @@ def prompt(seed, length=6):
 
 
 def answers(engine):
-    found = {}
-    for completion in engine.run():
-        key = (completion.id, completion.index)
-        assert key not in found, "answered twice"
-        found[key] = completion
-    return found
+    return answers_despite(engine, error=())[0]
+
+
+def fail_after(monkeypatch, owner, name, numbers, error=KeyboardInterrupt):
+    """Makes these calls (from 1) of a function raise after their work, when what they donate is gone."""
+    real, calls = getattr(owner, name), []
+
+    def failing(*arguments, **options):
+        calls.append(1)
+        made = real(*arguments, **options)
+        if len(calls) in numbers:
+            raise error
+        return made
+
+    monkeypatch.setattr(owner, name, failing)
+
+
+def answers_despite(engine, error=KeyboardInterrupt):
+    """The answers of an engine with rounds that raise this error, and how often it was raised."""
+    found, raised = {}, 0
+    while engine.open:
+        try:
+            for completion in engine.run():
+                key = (completion.id, completion.index)
+                assert key not in found, "answered twice"
+                found[key] = completion
+        except error:
+            raised += 1
+    return found, raised
 
 
 def plain(completion):

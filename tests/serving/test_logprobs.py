@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 from logprob_engine import NAMES, TOP, assert_records, expected, made_bank, made_engine
-from tiny_engine import answers, plain, prompt
+from tiny_engine import answers, answers_despite, fail_after, plain, prompt
 from tiny_run import tokenizer
 
 from para_jax import Request
@@ -88,26 +88,11 @@ def test_only_rounds_that_need_them_compute_them(engine, monkeypatch):
 @pytest.mark.parametrize("place", ["steps", "first_logprobs"])
 def test_an_interrupted_round_gives_the_same_values_again(engine, monkeypatch, place):
     asked = requests()[:4]
-    expected, real, calls = ask(engine, asked), getattr(decoder, place), []
-
-    def failing(*arguments):
-        calls.append(1)
-        made = real(*arguments)
-        if len(calls) in (2, 4):
-            raise KeyboardInterrupt
-        return made
-
-    monkeypatch.setattr(decoder, place, failing)
+    expected = ask(engine, asked)
+    fail_after(monkeypatch, decoder, place, (2, 4))
     for request in asked:
         engine.submit(request)
-    found, interrupts = {}, 0
-    while engine.open:
-        try:
-            for completion in engine.run():
-                found[completion.id, completion.index] = completion
-        except KeyboardInterrupt:
-            interrupts += 1
-    assert interrupts == 2 and found == expected
+    assert answers_despite(engine) == (expected, 2)
 
 
 def test_more_than_the_engine_gives_are_refused(engine, bank):

@@ -9,7 +9,7 @@ import pytest
 from golden_models import backbone, strong
 from long_cases import long, quick, slow
 from running_server import new_engine
-from tiny_engine import BLOCK, answers, block_bytes, plain, tenants_of
+from tiny_engine import BLOCK, answers, answers_despite, block_bytes, fail_after, plain, tenants_of
 from tiny_run import tokenizer, words
 
 from para_jax import AdapterBank, Engine, Ia3Config, LoraConfig, ParaConfig, Request, generate, init_adapter
@@ -504,27 +504,14 @@ def test_as_many_short_prompts_start_at_once_as_a_chunk_has_blocks(model, bank):
 @pytest.mark.parametrize("program", ["prefill_chunk", "make_adjustments", "run_windows"])
 @pytest.mark.parametrize("call", [1, 2, 4])
 def test_an_interrupt_between_chunks_loses_nothing_and_pins_come_back(model, bank, monkeypatch, program, call):
-    engine, real, calls = engine_of(model, bank), getattr(prefills, program), []
+    engine = engine_of(model, bank)
     prompts = [ids_of(20, 16) + ids_of(i, 3 * i) for i in range(6)]
     expected = [answer(engine_of(model, bank, 0), prompt, "w4") for prompt in prompts]
-
-    def interrupted(*arguments):
-        calls.append(1)
-        made = real(*arguments)
-        if len(calls) == call:
-            raise KeyboardInterrupt
-        return made
-
-    monkeypatch.setattr(prefills, program, interrupted)
+    fail_after(monkeypatch, prefills, program, [call])
     engine.pin(ids_of(20, 16))
-    ids, given = [engine.submit(Request(prompt, "w4", 6)) for prompt in prompts], {}
-    while engine.open:
-        try:
-            for completion in engine.run():
-                given[completion.id] = plain(completion)
-        except KeyboardInterrupt:
-            calls.append(100)
-    assert 100 in calls and [given[id] for id in ids] == expected
+    ids = [engine.submit(Request(prompt, "w4", 6)) for prompt in prompts]
+    given, interrupts = answers_despite(engine)
+    assert interrupts and [plain(given[id, 0]) for id in ids] == expected
     assert engine.prefix_cache.pinned_bytes == 4 * block_bytes(model)
     require_idle(engine)
 

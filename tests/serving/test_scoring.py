@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from golden_models import backbone
 from logprob_engine import CONFIGS, LENGTH, NAMES, TOP, assert_records, expected, made_bank, made_engine
-from tiny_engine import answers, plain, prompt
+from tiny_engine import answers, answers_despite, fail_after, plain, prompt
 from tiny_run import tokenizer
 
 from para_jax import Request
@@ -191,26 +191,13 @@ def test_a_scored_prompt_needs_no_slot(engine):
 def test_an_interrupted_round_gives_the_same_values_again(engine, monkeypatch, error):
     asked = [scored(ids(i), "para", 5, top=2, new=i % 2, id=i) for i in range(4)]
     asked += [scored(ids(9), "para", 12, top=1, new=5, id=9)]
-    expected, real, calls = ask(engine, asked), decoder.score_prompt, []
-
-    def failing(*arguments):
-        calls.append(1)
-        made = real(*arguments)
-        if len(calls) in (2, 5):
-            raise error
-        return made
-
-    monkeypatch.setattr(decoder, "score_prompt", failing)
+    expected = ask(engine, asked)
+    fail_after(monkeypatch, decoder, "score_prompt", (2, 5), error)
     for request in asked:
         engine.submit(request)
-    found, raised = {}, 0
-    while engine.open:
-        try:
-            for completion in engine.run():
-                found[completion.id] = completion
-        except error:
-            raised += 1
-    assert raised == (2 if error is KeyboardInterrupt else 0) and found == expected
+    found, raised = answers_despite(engine, error)
+    assert raised == (2 if error is KeyboardInterrupt else 0)
+    assert {id: completion for (id, _), completion in found.items()} == expected
 
 
 def test_a_stream_keeps_the_scores_it_may_be_about_to_show_when_rounds_fail(engine, monkeypatch):

@@ -13,7 +13,20 @@ import jax
 import numpy as np
 import pytest
 from golden_models import backbone, strong
-from tiny_engine import CONFIGS, LENGTH, SITES, SLOTS, answers, bank_of, engine_of, plain, prompt, tenants_of
+from tiny_engine import (
+    CONFIGS,
+    LENGTH,
+    SITES,
+    SLOTS,
+    answers,
+    answers_despite,
+    bank_of,
+    engine_of,
+    fail_after,
+    plain,
+    prompt,
+    tenants_of,
+)
 from tiny_run import tokenizer
 
 from para_jax import AdapterBank, Engine, ParaConfig, Request, init_adapter
@@ -243,24 +256,8 @@ def test_an_exception_anywhere_in_a_round_loses_nothing_and_changes_nothing(
         engine.submit(Request(**{**vars(request), "id": i}))
     owner = PLACES.get(place) or {"device_get": jax, "text": AnswerText}[place]
     name = {"text": "add"}.get(place, place)
-    real, calls = getattr(owner, name), []
-
-    def failing(*arguments, **options):
-        calls.append(1)
-        made = real(*arguments, **options)  # what is donated is gone
-        if len(calls) in (1, 3):
-            raise error("now and then")
-        return made
-
-    monkeypatch.setattr(owner, name, failing)
-    found, raised = {}, 0
-    while engine.open:
-        try:
-            for completion in engine.run():
-                assert (completion.id, completion.index) not in found
-                found[completion.id, completion.index] = completion
-        except error:
-            raised += 1
+    fail_after(monkeypatch, owner, name, (1, 3), error)
+    found, raised = answers_despite(engine, error)
     ended = [key for key, completion in found.items() if completion.finish_reason == "error"]
     of_one_request = place in ("text", "prefill") and error is not KeyboardInterrupt
     assert (raised, len(ended)) == (0 if of_one_request else 2, 2 if of_one_request and place == "text" else 0)
@@ -465,16 +462,8 @@ def test_closing_a_stream_cancels_its_request(model, bank):
 
 
 def test_a_stream_that_a_round_interrupts_leaves_its_request_open(model, bank, alone, monkeypatch):
-    engine, asked, real, calls = engine_of(model, bank), requests(), decoder.steps, []
-
-    def failing(*arguments):
-        calls.append(1)
-        made = real(*arguments)
-        if len(calls) in (2, 4):
-            raise KeyboardInterrupt
-        return made
-
-    monkeypatch.setattr(decoder, "steps", failing)
+    engine, asked = engine_of(model, bank), requests()
+    fail_after(monkeypatch, decoder, "steps", (2, 4))
     id = engine.submit(asked[11])
     with pytest.raises(KeyboardInterrupt):
         list(engine.stream(id))
