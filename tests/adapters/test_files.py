@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from adapter_folder import CONFIG, LAYER, WEIGHTS, assert_same, change_config, change_tensors, saved_config
 from golden_models import FIXTURES, backbone, golden, golden_tenants, prompts, strong
 from safetensors.numpy import load_file, save_file
 from tiny_run import tokenizer
@@ -35,9 +36,7 @@ from para_jax.adapters.preview import previews
 from para_jax.config import allowed_values
 from para_jax.hub import backbone_of
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DEEP, TWICE = b'{"peft_type": ' + b"[" * 900 + b"]" * 900 + b"}", b'{"peft_type": "PARA", "r": 4, "r": 4}'
-LAYER = "base_model.model.model.layers."
 EVERYTHING = {"pooler": "constant", "summary": "standardised", "activation": "rational", "up_bias": True}
 
 
@@ -61,17 +60,6 @@ def load(folder, **options):
     return load_adapter(folder, backbone("llama").config, **options)
 
 
-def change_config(folder, **changes):
-    config = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps({k: v for k, v in (config | changes).items() if v != "left out"}))
-
-
-def change_tensors(folder, change):
-    tensors = load_file(folder / WEIGHTS)
-    change(tensors)
-    save_file(tensors, folder / WEIGHTS)
-
-
 # ---------------------------------------------------------------------------------------------------- saved and loaded
 
 
@@ -82,12 +70,7 @@ def change_tensors(folder, change):
 def test_a_loaded_adapter_is_the_saved_one_bit_for_bit(tmp_path, pooler, summary, activation):
     adapter = trained(pooler=pooler, summary=summary, activation=activation, up_bias=activation == "gelu")
     save_adapter(adapter, tmp_path / "adapter")
-    loaded = load(tmp_path / "adapter")
-    assert jax.tree.structure(loaded) == jax.tree.structure(adapter)
-    assert (loaded.config, loaded.backbone) == (adapter.config, adapter.backbone)
-    for saved, found in zip(jax.tree.leaves(adapter), jax.tree.leaves(loaded), strict=True):
-        assert found.dtype == jnp.float32
-        np.testing.assert_array_equal(saved, found)
+    assert_same(load(tmp_path / "adapter"), adapter)
 
 
 @pytest.mark.parametrize("config", [ParaConfig(r=4), LoraConfig(r=2), Ia3Config()], ids=lambda one: type(one).__name__)
@@ -172,7 +155,7 @@ def test_the_file_holds_the_documented_names_and_shapes(tmp_path):
 def test_the_bias_of_w_up_is_that_of_a_linear_layer_over_all_sites(tmp_path):
     adapter = trained(up_bias=True)
     save_adapter(adapter, tmp_path / "adapter")
-    assert json.loads((tmp_path / "adapter" / CONFIG).read_text())["up_bias"] is True
+    assert saved_config(tmp_path / "adapter")["up_bias"] is True
     assert "W_up with a bias" in (tmp_path / "adapter" / "README.md").read_text()
     held = load_file(tmp_path / "adapter" / WEIGHTS)
     for i in range(3):
@@ -189,7 +172,7 @@ def test_a_bias_that_the_config_or_the_file_lacks_is_refused_by_name(tmp_path, c
 
 
 def test_a_folder_without_a_bias_does_not_name_it(folder):
-    assert "up_bias" not in json.loads((folder / CONFIG).read_text())
+    assert "up_bias" not in saved_config(folder)
 
 
 def test_the_config_tells_method_and_backbone_without_the_weights(tmp_path):
@@ -202,7 +185,7 @@ def test_the_config_tells_method_and_backbone_without_the_weights(tmp_path):
     assert shape["site_widths"] == {"q_proj": 64, "v_proj": 32, "up_proj": 128}
     assert shape["fingerprint"] == model.fingerprint and len(model.fingerprint) == 64
     assert found.base_model == "me/model"
-    assert json.loads((tmp_path / "adapter" / CONFIG).read_text())["task_type"] == "CAUSAL_LM"
+    assert saved_config(tmp_path / "adapter")["task_type"] == "CAUSAL_LM"
 
 
 @pytest.mark.parametrize("options", [{}, EVERYTHING, EVERYTHING | {"layers_to_transform": (0, 2)}])
@@ -412,7 +395,7 @@ def test_other_weights_of_the_same_shape_give_a_warning(folder, recwarn):
     save_adapter(trained(), folder, model=model)
     load(folder, model=model)
     assert not recwarn.list
-    shape = json.loads((folder / CONFIG).read_text())["backbone"]
+    shape = saved_config(folder)["backbone"]
     change_config(folder, backbone=shape | {"fingerprint": "f" * 64})
     with pytest.warns(UserWarning, match="fingerprint .*ffff"):
         load(folder, model=model)

@@ -1,12 +1,12 @@
 """`late_r`: PARA with another rank in the last third of the layers is a PARA of the larger rank with zeros in it."""
 
-import json
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from adapter_folder import assert_same, change_config
 from golden_models import backbone, prompts, strong
 from long_cases import quick
 from one_adapter import fresh_state, only, trained_step
@@ -88,10 +88,7 @@ def test_saved_and_loaded_is_the_same_and_the_folder_has_each_layers_rank(tmp_pa
     ranks = [len(held[f"base_model.model.model.layers.{i}.para_down.weight"]) for i in layers]
     assert ranks == adapter.ranks.tolist()
     assert str(options["late_r"]) in (tmp_path / "adapter" / "README.md").read_text()
-    loaded = load_adapter(tmp_path / "adapter", backbone("llama").config)
-    assert loaded.config == adapter.config
-    for name, leaf in named_leaves(adapter).items():
-        np.testing.assert_array_equal(named_leaves(loaded)[name], leaf, err_msg=name)
+    assert_same(load_adapter(tmp_path / "adapter", backbone("llama").config), adapter)
     said = folder_report(tmp_path / "adapter")
     statistics = 0 if options.get("summary") != "standardised" else len(layers) * (adapter.backbone.width + 1)
     assert f"{count_parameters(adapter) + statistics:,} values" in said
@@ -101,8 +98,7 @@ def test_saved_and_loaded_is_the_same_and_the_folder_has_each_layers_rank(tmp_pa
 
 def test_a_folder_whose_layers_have_other_ranks_is_refused(tmp_path):
     save_adapter(late(r=2, late_r=5), tmp_path / "adapter")
-    file = tmp_path / "adapter" / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"late_r": 4}))
+    change_config(tmp_path / "adapter", late_r=4)
     with pytest.raises(ValueError, match=r"layers.2.para_.*\b5\b"):
         load_adapter(tmp_path / "adapter", backbone("llama").config)
 

@@ -1,6 +1,5 @@
 """LoRA and (IA)^3 in PEFT's format: its folders load, ours are the same again, and what we do not compute is named."""
 
-import json
 import shutil
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from adapter_folder import LAYER, WEIGHTS, assert_same, change_config, change_tensors, saved_config
 from golden_models import FIXTURES, backbone, prompts, strong
 from safetensors.numpy import load_file, save_file
 
@@ -17,8 +17,7 @@ from para_jax.adapters.files import copy_for_peft, read_adapter_config
 from para_jax.config import SITES
 from para_jax.inspect import folder_report, size
 
-CONFIG, WEIGHTS, PEFT = "adapter_config.json", "adapter_model.safetensors", FIXTURES / "peft"
-LAYER = "base_model.model.model.layers."
+PEFT = FIXTURES / "peft"
 
 
 def made(config, family="llama", seed=1):
@@ -39,28 +38,6 @@ def ia3(tmp_path):
 
 def load(folder, family="llama"):
     return load_adapter(folder, backbone(family).config)
-
-
-def saved_config(folder):
-    return json.loads((folder / CONFIG).read_text())
-
-
-def change_config(folder, **changes):
-    (folder / CONFIG).write_text(json.dumps({k: v for k, v in (saved_config(folder) | changes).items() if v != "out"}))
-
-
-def change_tensors(folder, change):
-    tensors = load_file(folder / WEIGHTS)
-    change(tensors)
-    save_file(tensors, folder / WEIGHTS)
-
-
-def assert_same(found, adapter):
-    assert (found.config, found.backbone) == (adapter.config, adapter.backbone)
-    assert jax.tree.structure(found) == jax.tree.structure(adapter)
-    for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(adapter), strict=True):
-        assert mine.dtype == jnp.float32
-        np.testing.assert_array_equal(mine, theirs)
 
 
 # ---------------------------------------------------------------------------------------------------- saved and loaded
@@ -317,7 +294,13 @@ def test_feedforward_modules_may_be_suffixes_or_a_pattern(ia3, inputs):
         {"a_key_of_2027": None, "another": False, "a_third": {}, "a_fourth": [], "a_fifth": "none"},
         {"lora_dropout": 0.1, "revision": "main", "auto_mapping": {"base_model_class": "X"}, "inference_mode": False},
         {"init_lora_weights": "gaussian", "eva_config": {"rho": 2}, "megatron_core": "m", "task_type": None},
-        {"use_dora": "out", "bias": "out", "lora_bias": "out", "use_rslora": "out", "init_lora_weights": False},
+        {
+            "use_dora": "left out",
+            "bias": "left out",
+            "lora_bias": "left out",
+            "use_rslora": "left out",
+            "init_lora_weights": False,
+        },
     ],
 )
 def test_keys_that_change_nothing_pass(lora, changes):
@@ -386,7 +369,7 @@ def test_an_adapter_of_another_architecture_is_refused(lora):
         ({"r": 0}, "r must be .*0"),
         ({"r": True}, "r must be .*True"),
         ({"r": 10**12}, "r 1000000000000 .*65536"),
-        ({"r": "out"}, "r must be .*None"),
+        ({"r": "left out"}, "r must be .*None"),
         ({"r": 8}, r"misshapen: .*q_proj.lora_A.weight \[4, 64\] \(expected \[8, 64\]\)"),
         ({"lora_alpha": "8"}, "lora_alpha .*'8'"),
         ({"lora_alpha": float("nan")}, "lora_alpha .*nan"),

@@ -1,11 +1,11 @@
 """What is known of an adapter before its weights are loaded."""
 
-import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from adapter_folder import change_config
 from golden_models import FIXTURES, strong
 
 from para_jax import Ia3Config, LoraConfig, ParaConfig, init_adapter, load_adapter, save_adapter
@@ -105,8 +105,7 @@ def test_a_damaged_adapter_is_named(sources, model, tmp_path):
 
 @pytest.mark.parametrize("field", ["r", "late_r"])
 def test_a_rank_that_no_folder_may_have_is_refused_before_an_array_of_it_is_made(sources, model, field):
-    file = Path(sources[3]) / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {field: 2**26}))
+    change_config(Path(sources[3]), **{field: 2**26})
     for read in (lambda source: preview.previews([source], model), lambda source: load_adapter(source, model)):
         with pytest.raises(ValueError, match="/3.*r 67108864 is too large"):
             read(sources[3])

@@ -1,13 +1,13 @@
 """An adapter's scope in its folder: kept bit for bit, refused where it is wrong, and never lost in PEFT's format."""
 
 import hashlib
-import json
 import shutil
 from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
+from adapter_folder import WEIGHTS, assert_same, change_config, saved_config
 from golden_models import FIXTURES, backbone, prompts, strong
 from safetensors.numpy import load_file
 from tiny_run import run_config, run_folder
@@ -29,7 +29,6 @@ from para_jax.adapters.methods import METHODS, method_of
 from para_jax.config import SITES
 from para_jax.inspect import folder_report
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ALORA = LoraConfig(scope="response", scope_window=3, alora_invocation_tokens=(7, 9, 7))
 #: Each form of a scope, with the peft_type of its folder.
 SCOPED = {
@@ -50,20 +49,6 @@ def made(config, family="llama"):
 
 def load(folder, family="llama"):
     return load_adapter(folder, backbone(family).config)
-
-
-def saved_config(folder):
-    return json.loads((folder / CONFIG).read_text())
-
-
-def change_config(folder, **changes):
-    (folder / CONFIG).write_text(json.dumps(saved_config(folder) | changes))
-
-
-def assert_same(found, adapter):
-    assert (found.config, found.backbone) == (adapter.config, adapter.backbone)
-    for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(adapter), strict=True):
-        np.testing.assert_array_equal(mine, theirs)
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])

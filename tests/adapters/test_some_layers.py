@@ -1,12 +1,12 @@
 """`layers_to_transform`: PARA with generators in some layers is PARA whose other layers make factors of one."""
 
-import json
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from adapter_folder import assert_same, change_config, saved_config
 from golden_models import backbone, prompts, strong
 from long_cases import quick
 from one_adapter import fresh_state, only, trained_step
@@ -95,15 +95,11 @@ def test_statistics_are_those_of_its_layers():
 def test_its_folder_names_its_layers_and_holds_no_others(tmp_path):
     some, _ = some_and_all(summary="standardised")
     save_adapter(some, tmp_path / "adapter")
-    said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert said["layers_to_transform"] == [0, 2]
+    assert saved_config(tmp_path / "adapter")["layers_to_transform"] == [0, 2]
     held = {name.split(".")[4] for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors")}
     assert held == {"0", "2"}
     assert "layers 0, 2" in (tmp_path / "adapter" / "README.md").read_text()
-    loaded = load_adapter(tmp_path / "adapter", backbone("llama").config)
-    assert loaded.config == some.config
-    for saved, found in zip(jax.tree.leaves(some), jax.tree.leaves(loaded), strict=True):
-        np.testing.assert_array_equal(saved, found)
+    assert_same(load_adapter(tmp_path / "adapter", backbone("llama").config), some)
 
 
 def test_other_layers_make_another_adapter_of_the_same_weights():
@@ -143,8 +139,7 @@ def test_a_layer_that_the_backbone_does_not_have_is_refused():
 )
 def test_a_folder_that_names_other_layers_than_it_holds_is_refused(tmp_path, layers, message):
     save_adapter(some_and_all()[0], tmp_path / "adapter")
-    file = tmp_path / "adapter" / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"layers_to_transform": layers}))
+    change_config(tmp_path / "adapter", layers_to_transform=layers)
     with pytest.raises(ValueError, match=message):
         load_adapter(tmp_path / "adapter", backbone("llama").config)
 

@@ -18,8 +18,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from adapter_folder import LAYER, WEIGHTS, change_config, change_tensors, saved_config
 from golden_models import FIXTURES, strong
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from tiny_gguf import write_gguf
 from tiny_run import backbone_folder, tokenizer, write_rows
 from tokenizers.pre_tokenizers import ByteLevel
@@ -42,7 +43,6 @@ from para_jax.bench.record import report
 from para_jax.cli import main, parse, parser, plot, program, serve
 from para_jax.data.examples import encode_prompt
 
-WEIGHTS = "adapter_model.safetensors"
 CONFIG = """
 backbone: {{source: {folder}/backbone}}
 adapter: {{method: para, r: 4}}
@@ -685,9 +685,7 @@ def spoil_truncated(adapter):
 
 
 def spoil_not_finite(adapter):
-    tensors = load_file(adapter / WEIGHTS)
-    tensors["base_model.model.model.layers.1.para_up.weight"][3, 2] = np.nan
-    save_file(tensors, adapter / WEIGHTS)
+    change_tensors(adapter, lambda tensors: tensors[f"{LAYER}1.para_up.weight"].__setitem__((3, 2), np.nan))
 
 
 def spoil_pickle_only(adapter):
@@ -695,9 +693,7 @@ def spoil_pickle_only(adapter):
 
 
 def spoil_other_backbone(adapter):
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    config["backbone"]["num_layers"] = 4
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    change_config(adapter, backbone=saved_config(adapter)["backbone"] | {"num_layers": 4})
 
 
 @pytest.mark.parametrize(

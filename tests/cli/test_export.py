@@ -1,11 +1,11 @@
 """`para-jax export`: what PEFT can load of each method."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import yaml
+from adapter_folder import change_config, saved_config
 from golden_models import backbone, golden_tenants, strong
 from tiny_run import backbone_folder
 
@@ -30,27 +30,23 @@ def front_of(folder):
     return yaml.safe_load(front), body
 
 
-def config_of(folder):
-    return json.loads((folder / "adapter_config.json").read_text())
-
-
 @pytest.mark.parametrize("config", [LoraConfig(r=2), Ia3Config()], ids=["lora", "ia3"])
 def test_a_method_of_peft_is_copied_with_the_hub_id_of_its_base(tmp_path, export, config):
     """A folder of an earlier version names the built-in backbone, which is no hub id."""
     adapter = strong(init_adapter(config, backbone("llama").config), 1, 0.5)
     save_adapter(adapter, tmp_path / "adapter", card=TRAINED)
-    old = config_of(tmp_path / "adapter") | {"base_model_name_or_path": "smollm2-135m"}
-    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(old))
+    change_config(tmp_path / "adapter", base_model_name_or_path="smollm2-135m")
+    old = saved_config(tmp_path / "adapter")
     assert export()[0] == 0
     out = tmp_path / "out"
-    assert config_of(out) == old | {"base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+    assert saved_config(out) == old | {"base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct"}
     files = [folder / "adapter_model.safetensors" for folder in (tmp_path / "adapter", out)]
     assert files[0].read_bytes() == files[1].read_bytes()
     front, body = front_of(out)
     assert front["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct" and "Q4_1" in body
     assert "\n".join(TRAINED) in body and "AutoPeftModelForCausalLM" in body
     assert export("--base-model", "me/other@v1")[0] == 0
-    assert (config_of(out)["base_model_name_or_path"], config_of(out)["revision"]) == ("me/other", "v1")
+    assert (saved_config(out)["base_model_name_or_path"], saved_config(out)["revision"]) == ("me/other", "v1")
     assert front_of(out)[0]["base_model"] == "me/other"
     code, said = export("--prompt", "w5")
     assert code == 2 and "the same for every prompt" in said and "leave --prompt out" in said
@@ -83,7 +79,7 @@ def test_activated_lora_is_copied_and_other_scopes_are_refused_by_name(tmp_path,
     alora = LoraConfig(r=2, scope="response", scope_window=2, alora_invocation_tokens=(7, 9))
     save_adapter(init_adapter(alora, model), tmp_path / "adapter", base_model="me/llama")
     assert export()[0] == 0
-    assert config_of(tmp_path / "out")["alora_invocation_tokens"] == [7, 9]
+    assert saved_config(tmp_path / "out")["alora_invocation_tokens"] == [7, 9]
     code, said = export("--prompt", "w5")
     assert code == 2 and "leave --prompt out" in said
     (tmp_path / "out").rename(tmp_path / "before")

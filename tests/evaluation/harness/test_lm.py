@@ -7,6 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from adapter_folder import change_config
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from tiny_harness import command, lines, results
@@ -128,9 +129,7 @@ def test_para_lm_is_made_of_lm_evals_arguments(folder, tmp_path):
     assert isinstance(made, ParaLM) and (made.engine.slots, made.engine.max_length) == (3, 48)
     assert made.tenant == str(folder / "A" / "adapter") and (tmp_path / "answers.jsonl").exists()
     naming = shutil.copytree(folder / "A" / "adapter", tmp_path / "naming")
-    held = json.loads((naming / "adapter_config.json").read_text())
-    held["base_model_name_or_path"] = str(folder / "backbone")
-    (naming / "adapter_config.json").write_text(json.dumps(held))
+    change_config(naming, base_model_name_or_path=str(folder / "backbone"))
     named = get_model("para").create_from_arg_obj({"adapter": naming, "allow_cpu": True})
     assert named.engine.model.config == made.engine.model.config, "without backbone=, the adapter names it"
     with pytest.raises(ValueError, match="model_args: bakbone .* backbone, adapter, dtype"):
