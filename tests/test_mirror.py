@@ -19,6 +19,7 @@ ELSEWHERE = {
     "adapters.para_format": "adapters/test_files.py",
     "adapters.peft_config": "adapters/test_peft_format.py",
     "adapters.peft_linears": "adapters/test_peft_format.py",
+    "backbone.attention": "backbone/test_cache.py",
     "backbone.config_values": "backbone/test_families.py",
     "backbone.feedforward": "test_model.py",
     "backbone.known_configs": "test_model.py",

@@ -69,8 +69,7 @@ def query_key_norm(config: ModelConfig, size: int, axis: str) -> nnx.Module:
 
 def mixed_values(
     q: Float[Array, "b t h e"],
-    k: Float[Array, "b k s e"],
-    v: Float[Array, "b k s e"],
+    parts: Sequence[tuple[Float[Array, "b k _ e"], Float[Array, "b k _ e"]]],
     mask: Bool[Array, "#b #t s"],
     scale: float,
     cap: float | None,
@@ -78,19 +77,9 @@ def mixed_values(
     """softmax(q k^T) v. Scores and softmax are float32. Query head h uses kv head h // (heads / kv_heads).
 
     Args:
+        parts: keys and values, in one or several parts along s. A part that needs no gradient costs none.
         mask: broadcasts to [b, t, s].
     """
-    return mixed_values_of(q, [(k, v)], mask, scale, cap)
-
-
-def mixed_values_of(
-    q: Float[Array, "b t h e"],
-    parts: Sequence[tuple[Float[Array, "b k _ e"], Float[Array, "b k _ e"]]],
-    mask: Bool[Array, "#b #t s"],
-    scale: float,
-    cap: float | None,
-) -> Float[Array, "b t h e"]:
-    """`mixed_values` of keys and values in several parts along s. A part that needs no gradient costs none."""
     b, t, h, e = q.shape
     grouped = q.reshape(b, t, parts[0][0].shape[1], -1, e)
     scores = [jnp.einsum("btkge,bkse->bkgts", grouped, k, preferred_element_type=jnp.float32) for k, _ in parts]

@@ -109,7 +109,7 @@ def attend_window(
         here = length[:, None] - q.shape[1] + jnp.arange(q.shape[1])
         distance = here[:, :, None] - jnp.arange(keys.shape[2])
         mask = (distance >= 0) & within(distance, window)
-        return mixed_values(q, keys, values, mask, scale, cap), new
+        return mixed_values(q, [(keys, values)], mask, scale, cap), new
 
     return attend
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ..sharding import constrain, zeros
-from .attention import mixed_values, mixed_values_of, within
+from .attention import mixed_values, within
 from .cache_blocks import has_blocks, values_in_blocks
 
 #: Names of the axes of keys or values, [rows or blocks, kv_heads, tokens, head_dim]: a mesh splits the heads.
@@ -67,7 +67,7 @@ def whole_values(
         keys, values = keys[layer], values[layer]
     distance = length[:, None] - jnp.arange(keys.shape[2])
     mask = ((distance >= 0) & within(distance, window))[:, None, :]
-    return mixed_values(q, keys, values, mask, scale, cap)
+    return mixed_values(q, [(keys, values)], mask, scale, cap)
 
 
 def attend_prefix(
@@ -86,7 +86,7 @@ def attend_prefix(
         keys, values = (
             jnp.concatenate([old, new.swapaxes(1, 2)], axis=2) for old, new in zip(cache, (k, v), strict=True)
         )
-        return mixed_values(q, keys, values, mask, scale, cap), None
+        return mixed_values(q, [(keys, values)], mask, scale, cap), None
 
     return attend
 
@@ -100,7 +100,7 @@ def attend_both(prompt: tuple[Float[Array, "b k p e"], Float[Array, "b k p e"]],
 
     def attend(q, k, v, scale, cap):
         new = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        return mixed_values_of(q, [prompt, new], mask, scale, cap), new
+        return mixed_values(q, [prompt, new], mask, scale, cap), new
 
     return attend
 

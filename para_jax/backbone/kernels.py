@@ -47,15 +47,10 @@ def platform() -> str:
 
 def plain(length: int, window: int | None, segment: Int[Array, "batch length"] | None) -> Callable:
     mask = causal_mask(length, window)[None] if segment is None else causal_mask(length, window) & same_segment(segment)
-    return attend_within(mask)
-
-
-def attend_within(mask: Bool[Array, "#batch length length"]) -> Callable:
-    """Plain attention under a mask."""
 
     def attend(q, k, v, scale, cap):
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        return mixed_values(q, k, v, mask, scale, cap), (k, v)
+        return mixed_values(q, [(k, v)], mask, scale, cap), (k, v)
 
     return attend
 
