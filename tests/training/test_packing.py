@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 from golden_models import FIXTURES, backbone, golden_tenants, strong
 from long_cases import long, slow
+from one_adapter import examples_of
 
 from para_jax import Ia3Config, LoraConfig, ParaConfig, init_adapter, load_backbone, pick, stack_adapters
 from para_jax.adapters.segments import Segments
 from para_jax.data.batches import Batch, Bucket, collate
-from para_jax.data.examples import Example
 from para_jax.data.packing import RowShape, collate_packed
 from para_jax.training.loss import completion_nll
 
 #: (prompt, completion) tokens; some are longer than the families' windows, rows are packed full and half empty
 SIZES = [(9, 4), (3, 1), (12, 2), (1, 3), (5, 6), (2, 2), (8, 1)]
+EXAMPLES = examples_of(SIZES)
 ROWS = [[0, 1, 3], [4, 6], [2, 5]]
 SHAPE = RowShape(24, 9, 4)
 # Windows: a layer's (mistral), some layers' (gemma 2 and 3; qwen2's variant); soft caps: gemma 2
@@ -35,19 +36,13 @@ CASES = [
 ]
 
 
-@cache
-def examples():
-    draw = np.random.default_rng(0)
-    return [Example(*(draw.integers(3, 200, n).tolist() for n in size)) for size in SIZES]
-
-
 def packed(rows=ROWS, shape=SHAPE):
-    made = collate_packed([[examples()[i] for i in row] for row in rows], shape, len(rows))
+    made = collate_packed([[EXAMPLES[i] for i in row] for row in rows], shape, len(rows))
     return jax.tree.map(jnp.asarray, made)
 
 
 def alone():
-    return jax.tree.map(jnp.asarray, collate(examples(), Bucket(16, 6), len(SIZES)))
+    return jax.tree.map(jnp.asarray, collate(EXAMPLES, Bucket(16, 6), len(SIZES)))
 
 
 @cache

@@ -1,13 +1,12 @@
 """Prompts that are computed once: the same loss and gradients as where the step computes them, and each prompt once."""
 
-from functools import cache
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_models import FIXTURES, strong
+from golden_models import FIXTURES, backbone, strong
 from long_cases import long, slow
+from one_adapter import examples_of, value_and_gradient
 
 from para_jax import Ia3Config, LoraConfig, ParaConfig, init_adapter, load_backbone, make_mesh
 from para_jax.adapters.para import Para
@@ -22,6 +21,7 @@ from para_jax.training.prompt_states import pooler_of
 
 #: (prompt, completion) tokens: shorter and longer than the windows, and two different prompts of one length
 SIZES = [(9, 4), (3, 1), (12, 2), (1, 3), (5, 6), (3, 2), (8, 1)]
+EXAMPLES = examples_of(SIZES)
 ROWS = [[0, 1, 3], [4, 6], [2, 5]]
 BUCKET, ROW_SHAPE = Bucket(24, 6, 16), RowShape(24, 9, 4, 16)
 CASES = [
@@ -39,20 +39,10 @@ def user_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
-@cache
-def model_of(family):
-    return load_backbone(FIXTURES / family, layout="stacked")
-
-
-def examples():
-    draw = np.random.default_rng(0)
-    return [Example(*(draw.integers(3, 200, n).tolist() for n in size)) for size in SIZES]
-
-
 def batches():
     """A padded and a packed batch of all examples, in one pass, with their shapes."""
-    padded = collate(examples(), BUCKET, 8)
-    packed = collate_packed([[examples()[i] for i in row] for row in ROWS], ROW_SHAPE, 4)
+    padded = collate(EXAMPLES, BUCKET, 8)
+    packed = collate_packed([[EXAMPLES[i] for i in row] for row in ROWS], ROW_SHAPE, 4)
     return [(jax.tree.map(lambda a: a[None], batch), shape) for batch, shape in ((padded, BUCKET), (packed, ROW_SHAPE))]
 
 
@@ -62,19 +52,14 @@ def order_of(made, steps=100, seed=0, rows=2) -> TenantOrder:
 
 def cached(config, model=None, where="memory", held=None, made=None):
     """The cache of all examples' prompts, which are computed four at a time."""
-    given = where, model or model_of("llama"), config, [order_of(made or examples())], (BUCKET, ROW_SHAPE)
+    given = where, model or backbone("llama", "stacked"), config, [order_of(made or EXAMPLES)], (BUCKET, ROW_SHAPE)
     with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
         return cached_prompts(*given, step_rows=8, rows=4, held={} if held is None else held)
 
 
-def value_and_gradient(of, adapter):
-    value, gradient = jax.jit(jax.value_and_grad(of))(adapter)
-    return float(value), gradient
-
-
 @pytest.mark.parametrize(("family", "config"), CASES, ids=str)
 def test_given_prompts_have_the_loss_and_gradients_of_computed_ones(family, config):
-    model = model_of(family)
+    model = backbone(family, "stacked")
     adapter, prompts = strong(init_adapter(config, model.config)), cached(config, model)
     for batch, shape in batches():
         part, states = (jax.tree.map(lambda a: jnp.asarray(a[0]), tree) for tree in (batch, prompts.states(batch, 16)))
@@ -92,7 +77,7 @@ def test_given_prompts_have_the_loss_and_gradients_of_computed_ones(family, conf
 
 
 def test_each_distinct_prompt_that_the_steps_read_is_kept_once():
-    made = examples()
+    made = EXAMPLES
     again = [Example(prompt, [5]) for prompt, _ in made[:4]]
     distinct = distinct_prompts([order_of(made), order_of(made, seed=1), order_of(again)])
     shortest_first = [list(one.prompt_ids) for one in distinct]
@@ -106,15 +91,15 @@ def test_each_distinct_prompt_that_the_steps_read_is_kept_once():
 
 @pytest.mark.long
 def test_the_states_of_a_row_are_those_of_its_prompts_alone():
-    model, prompts = model_of("llama"), cached(ParaConfig(scope="response"))
+    model, prompts = backbone("llama", "stacked"), cached(ParaConfig(scope="response"))
     (padded, _), (packed, _) = batches()
     padded, packed = prompts.states(padded, 16), prompts.states(packed, 16)
-    for row, made in enumerate(examples()):
+    for row, made in enumerate(EXAMPLES):
         size = len(made.prompt_ids)
         tokens = jnp.asarray([made.prompt_ids])
         alone = prompt_states.prompt_states(model, pooler_of(ParaConfig(), model.config), tokens, jnp.array([size]))
         place, segment = next((i, one.index(row)) for i, one in enumerate(ROWS) if row in one)
-        before = sum(len(examples()[i].prompt_ids) for i in ROWS[place][:segment])
+        before = sum(len(EXAMPLES[i].prompt_ids) for i in ROWS[place][:segment])
         for ours, in_packed, theirs in zip(padded[:2], packed[:2], alone[:2], strict=True):
             np.testing.assert_allclose(ours[0, :, row, :, :size], theirs[:, 0], atol=1e-4)
             np.testing.assert_array_equal(ours[0, :, row, :, :size], in_packed[0, :, place, :, before : before + size])
@@ -141,7 +126,7 @@ def test_runs_of_one_command_share_the_cache_of_the_same_summaries_alone():
     held = {}
     first = cached(ParaConfig(scope="response"), held=held)
     assert cached(LoraConfig(scope="response", scope_window=2), held=held) is first
-    fewer = cached(ParaConfig(scope="response"), held=held, made=examples()[:3])
+    fewer = cached(ParaConfig(scope="response"), held=held, made=EXAMPLES[:3])
     assert fewer is not first and len(fewer.data) < len(first.data)
     first = cached(ParaConfig(scope="response"), held=held)
     other = cached(ParaConfig(scope="response", pooler="mean"), held=held)
@@ -175,17 +160,17 @@ def test_a_file_that_is_not_whole_is_never_read(monkeypatch, capsys):
 
 def test_a_file_is_of_one_backbone_pooler_and_set_of_prompts():
     def name(pooler="last", made=None, rows=4, change=lambda weights: weights, **config):
-        model = model_of("llama")
+        model = backbone("llama", "stacked")
         changed = jax.tree.map(lambda leaf: leaf, model)
         kernel = changed.layers[0][0].feedforward.down_proj.kernel  # the fingerprint reads q_proj alone
         kernel[...] = change(kernel[...])
-        prompts = distinct_prompts([order_of(made or examples())])
+        prompts = distinct_prompts([order_of(made or EXAMPLES)])
         with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
             return prompt_file.file_of(
                 changed, pooler_of(ParaConfig(pooler=pooler, **config), model.config), prompts, rows
             )
 
-    others = [name("mean"), name("max"), name(made=examples()[1:]), name(rows=8)]
+    others = [name("mean"), name("max"), name(made=EXAMPLES[1:]), name(rows=8)]
     others += [name(change=lambda weights: weights * 1.001), name(change=lambda weights: weights[..., ::-1])]
     with jax.default_matmul_precision("bfloat16"):
         others.append(name())
@@ -199,7 +184,7 @@ def test_poolers_that_differ_for_long_prompts_alone_have_files_of_their_own(monk
         kept = (after >= jnp.maximum(length - 20, 0)) & (after < length)
         return jnp.sum(jnp.where(kept[:, None], x, 0), axis=0) / jnp.minimum(length, 20)
 
-    pooler = pooler_of(ParaConfig(scope="response", pooler="mean"), model_of("llama").config)
+    pooler = pooler_of(ParaConfig(scope="response", pooler="mean"), backbone("llama", "stacked").config)
     mean = prompt_states.pooler_digest(pooler)
     assert mean == prompt_states.pooler_digest(pooler)
     monkeypatch.setattr(Para, "pool", of_last_20)
@@ -261,4 +246,4 @@ def test_summaries_that_are_not_the_backbones_alone_are_refused(monkeypatch, nam
     }
     monkeypatch.setattr(Para, "pool", pools[name])
     with pytest.raises(ValueError, match="Para .*cache_prompts=off"):
-        pooler_of(ParaConfig(scope="response"), model_of("llama").config)
+        pooler_of(ParaConfig(scope="response"), backbone("llama", "stacked").config)

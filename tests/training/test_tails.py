@@ -1,13 +1,12 @@
 """Scope `response` trains on tails after plain prompts: the same loss and gradients as the whole pass gives."""
 
-from functools import cache
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_models import FIXTURES, strong
+from golden_models import backbone, strong
 from long_cases import long, slow
+from one_adapter import examples_of, value_and_gradient
 
 from para_jax import (
     Ia3Config,
@@ -15,7 +14,6 @@ from para_jax import (
     ParaConfig,
     forward,
     init_adapter,
-    load_backbone,
     pick,
     stack_adapters,
     tail,
@@ -23,7 +21,6 @@ from para_jax import (
 from para_jax.adapters.para import POOLERS
 from para_jax.config import TrainSection
 from para_jax.data.batches import Bucket, collate
-from para_jax.data.examples import Example
 from para_jax.data.packing import RowShape, collate_packed
 from para_jax.training.loss import completion_nll, negative_log_likelihood
 from para_jax.training.step import eval_nll, state_of_one, step_of_one
@@ -31,6 +28,7 @@ from para_jax.training.tails import cut_packed
 
 #: (prompt, completion) tokens: shorter and longer than the windows
 SIZES = [(9, 4), (3, 1), (12, 2), (1, 3), (5, 6), (2, 2), (8, 1)]
+EXAMPLES = examples_of(SIZES)
 ROWS = [[0, 1, 3], [4, 6], [2, 5]]
 PROMPT, COMPLETION = 12, 6
 CASES = [
@@ -42,24 +40,13 @@ CASES = [
 ]
 
 
-@cache
-def model_of(family):
-    return load_backbone(FIXTURES / family, layout="stacked")
-
-
-@cache
-def examples():
-    draw = np.random.default_rng(0)
-    return [Example(*(draw.integers(3, 200, n).tolist() for n in size)) for size in SIZES]
-
-
 def padded():
-    return jax.tree.map(jnp.asarray, collate(examples(), Bucket(16, COMPLETION), len(SIZES)))
+    return jax.tree.map(jnp.asarray, collate(EXAMPLES, Bucket(16, COMPLETION), len(SIZES)))
 
 
 def packed():
     shape = RowShape(24, 9, 4)
-    return jax.tree.map(jnp.asarray, collate_packed([[examples()[i] for i in row] for row in ROWS], shape, len(ROWS)))
+    return jax.tree.map(jnp.asarray, collate_packed([[EXAMPLES[i] for i in row] for row in ROWS], shape, len(ROWS)))
 
 
 def of_whole_pass(model, adapter, batch):
@@ -71,11 +58,6 @@ def of_whole_pass(model, adapter, batch):
     return jnp.where(real, nll, 0).sum()
 
 
-def value_and_gradient(of, adapter):
-    value, gradient = jax.jit(jax.value_and_grad(of))(adapter)
-    return float(value), gradient
-
-
 def assert_same(ours, theirs):
     np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5)
     for mine, other in zip(jax.tree.leaves(ours[1]), jax.tree.leaves(theirs[1]), strict=True):
@@ -85,7 +67,7 @@ def assert_same(ours, theirs):
 @pytest.mark.long
 @pytest.mark.parametrize(("family", "config"), CASES, ids=str)
 def test_padded_and_packed_tails_equal_the_whole_pass(family, config):
-    model = model_of(family)
+    model = backbone(family, "stacked")
     adapter = strong(init_adapter(config, model.config))
     expected = value_and_gradient(lambda a: of_whole_pass(model, a, padded()), adapter)
     assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(expected[1]))
@@ -99,7 +81,7 @@ def test_padded_and_packed_tails_equal_the_whole_pass(family, config):
 
 @pytest.mark.long
 def test_the_tails_attend_by_splash_as_by_plain_attention(monkeypatch):
-    model, config = model_of("llama"), ParaConfig(r=4, scope="response", scope_window=3)
+    model, config = backbone("llama", "stacked"), ParaConfig(r=4, scope="response", scope_window=3)
     adapter = strong(init_adapter(config, model.config))
     batches = [(padded(), dict(completion=COMPLETION, prompt=PROMPT)), (packed(), dict(completion=9, prompt=14))]
     of = [
@@ -118,7 +100,7 @@ def test_the_tails_attend_by_splash_as_by_plain_attention(monkeypatch):
 
 @pytest.mark.long
 def test_a_window_beyond_every_prompt_is_a_window_of_the_whole_prompt():
-    model, sizes = model_of("llama"), []
+    model, sizes = backbone("llama", "stacked"), []
     for window in (12, 2**20):
         adapter = strong(init_adapter(ParaConfig(r=4, scope="response", scope_window=window), model.config))
         for batch, shape in ((padded(), (COMPLETION, PROMPT)), (packed(), (9, 14))):
@@ -139,7 +121,7 @@ def test_summaries_of_padding_segments_are_finite_in_rows_that_prompts_fill():
 
 @pytest.mark.long
 def test_a_mixed_batch_of_tenants_trains_as_each_alone():
-    model, config = model_of("llama"), ParaConfig(r=4, scope="response", scope_window=2)
+    model, config = backbone("llama", "stacked"), ParaConfig(r=4, scope="response", scope_window=2)
     tenants = [strong(init_adapter(config, model.config, seed=seed), seed) for seed in (0, 1)]
     rows = pick(stack_adapters(tenants), np.array([0, 1, -1, 0, 1, 1, -1]))
     mixed, _, _ = eval_nll(model, rows, padded(), completion=COMPLETION, prompt=PROMPT)
@@ -151,7 +133,7 @@ def test_a_mixed_batch_of_tenants_trains_as_each_alone():
 @pytest.mark.long
 @pytest.mark.parametrize("config", [ParaConfig(r=4, scope="response"), LoraConfig(r=4, scope="prompt")], ids=str)
 def test_training_lowers_the_loss(config):
-    model, train = model_of("llama"), TrainSection(learning_rate=1e-2, warmup_ratio=0.0)
+    model, train = backbone("llama", "stacked"), TrainSection(learning_rate=1e-2, warmup_ratio=0.0)
     state = state_of_one(init_adapter(config, model.config), train)
     batch, losses = jax.tree.map(lambda a: a[None], padded()), []
     for _ in range(12):
