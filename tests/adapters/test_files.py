@@ -236,7 +236,11 @@ def test_a_full_disk_leaves_the_previous_adapter_whole(folder):
 
 @pytest.mark.parametrize(
     ("at", "error", "said"),
-    [(1, KeyboardInterrupt(), ""), (2, KeyboardInterrupt(), ""), (2, OSError(5, "Input/output error"), "not saved")],
+    [
+        (1, KeyboardInterrupt(), None),
+        (2, KeyboardInterrupt(), None),
+        (2, OSError(5, "Input/output error"), "not saved"),
+    ],
 )
 def test_a_swap_that_fails_puts_the_previous_adapter_back(folder, monkeypatch, at, error, said):
     rename, calls = os.rename, []
