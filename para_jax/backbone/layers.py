@@ -58,7 +58,12 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float) -> jax.Array:
 def in_float32(activation: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
     """The activation, computed in float32 and rounded once, as in transformers. JAX would round each step to x's dtype,
     and in bfloat16 the `1 + tanh` of Gemma's GELU then has few digits left: at -3 it would be 60 % too large."""
-    return lambda x: activation(x.astype(jnp.float32)).astype(x.dtype)
+
+    @partial(jax.checkpoint, prevent_cse=False)  # the backward pass keeps x itself, and no float32 values of its size
+    def rounded_once(x):
+        return activation(x.astype(jnp.float32)).astype(x.dtype)
+
+    return lambda x: activation(x) if x.dtype == jnp.float32 else rounded_once(x)
 
 
 #: The values of ModelConfig.activation.
