@@ -356,8 +356,9 @@ class AdapterBank:
                 f"--{key.replace('_', '-')} {','.join(value) if isinstance(value, tuple) else value}"
                 for key, value in needed.items()
             )
+            rank = f" of r {r}" if hasattr(config, "r") else ""
             raise ValueError(
-                f"bank: {name}: {method.label} of r {r} on {', '.join(config.target_modules)} does not fit this bank "
+                f"bank: {name}: {method.label}{rank} on {', '.join(config.target_modules)} does not fit this bank "
                 f"of {' and '.join(self.methods)} of r {self.max_r} on {', '.join(self.sites)}; make it with "
                 f"AdapterBank(..., {arguments}), or for given adapters with AdapterBank.holding (para-jax serve "
                 f"--allow-adapter-updates {options})"

@@ -265,8 +265,9 @@ def test_an_adapter_comes_from_a_folder(model, tenants, tmp_path):
         (
             "x",
             "wrong site",
-            "gate_proj.*sites=.'q_proj', 'v_proj', 'gate_proj', 'up_proj'.*--sites q_proj,v_proj,g",
+            "x: .*gate_proj.*sites=.'q_proj', 'v_proj', 'gate_proj', 'up_proj'.*AdapterBank.holding.*--sites q_proj,v",
         ),
+        ("x", "ia3 on keys", r"x: \(IA\)\^3 on k_proj, .*sites=.'q_proj', 'k_proj', "),
         ("x", "too wide", "x: PARA of r 9 .* r 8 .*max_r=9.*--max-r 9"),
         ("x", "lora", "x: LoRA of r 4 .*para and ia3.*methods=.*'lora'.*--methods para,"),
         ("x", "late", "r 28 .*sites=.*'o_proj'.*, max_r=28.*--max-r 28"),
@@ -282,6 +283,8 @@ def test_what_does_not_fit_is_refused_by_name_and_nothing_changes(model, tenants
         adapter = init_adapter(ParaConfig(target_modules=("q_proj", "gate_proj")), model.config)
     elif adapter == "too wide":
         adapter = init_adapter(ParaConfig(r=9), model.config)
+    elif adapter == "ia3 on keys":
+        adapter = init_adapter(Ia3Config(target_modules=("k_proj", "v_proj"), feedforward_modules=()), model.config)
     elif adapter == "late":
         adapter = init_adapter(ParaConfig(r=4, late_r=28, target_modules=("q_proj", "o_proj")), model.config)
     elif adapter == "other backbone":
