@@ -71,7 +71,7 @@ ACTIVATIONS = {
     "silu": in_float32(jax.nn.silu),
     "gelu": in_float32(partial(jax.nn.gelu, approximate=False)),
     "gelu_tanh": in_float32(partial(jax.nn.gelu, approximate=True)),
-    "relu": jax.nn.relu,
+    "relu": jax.nn.relu,  # exact in every dtype
 }
 
 
