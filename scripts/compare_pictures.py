@@ -97,6 +97,43 @@ def side_by_side(points: Sequence[Point]) -> list[Point]:
     return spread
 
 
+def draw_scopes(tasks: dict[str, dict[str, list[Point]]]):
+    """What other scopes score less than `all`, by task and method: y of a point is the difference."""
+    places, names, y = [], [], 0.0
+    for task, methods in tasks.items():
+        names.append((y, task))
+        y += 1
+        for method, points in methods.items():
+            names.append((y + 0.25 * (len(points) - 1), method))
+            for point in points:
+                places.append((y, point))
+                y += 0.5
+            y += 0.4
+    figure = new_figure(7, 1 + 0.18 * y)
+    axes = figure.subplots()
+    axes.axvline(0, color="black", linewidth=0.8)
+    for height, point in places:
+        shape = dict(color=colour(point.name), marker=marker(point.name), markersize=4.5, capsize=2, linewidth=1)
+        shape |= dict(markerfacecolor="white") if " w=" in point.name else {}
+        axes.errorbar([point.y], [height], xerr=[[point.y - point.low], [point.high - point.y]], **shape)
+    axes.set_yticks([height for height, _ in names], [escaped(name) for _, name in names], fontsize=7)
+    for (_, name), label in zip(names, axes.get_yticklabels(), strict=True):
+        label.set_fontweight("bold" if name in tasks else "normal")
+    axes.set_ylim(y, -0.7)
+    low, high = min(point.y for _, point in places), max(point.y for _, point in places)
+    axes.set_xlim(low - 0.08, high + 0.08)
+    axes.tick_params(axis="x", labelsize=7)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.set_xlabel("score less that of scope all", fontsize=8)
+    said = (
+        "Left of 0: the scope costs. Squares act on the response, hollow ones also on a window before it, triangles on "
+    )
+    explain(figure, said + "the prompt only. Whiskers are 95 % intervals over test rows and seeds.")
+    return figure
+
+
 def draw_examples(panels: dict[str, list[Point]]):
     """Scores against training examples, a line for each method."""
     figure, axes_of = panel_grid(panels)

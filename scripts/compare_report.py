@@ -5,14 +5,14 @@ Computes no model. Statistics are in compare_statistics.py, pictures in compare_
 
 from collections import Counter
 from collections.abc import Sequence
-from itertools import combinations, permutations
+from itertools import combinations
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
 import numpy as np
 from compare_cells import label, read, task_of, unpacked
-from compare_pictures import Point, draw_bytes, draw_examples, draw_ranks
+from compare_pictures import MARKERS, Point, draw_bytes, draw_examples, draw_ranks, draw_scopes, marker
 from compare_statistics import (
     FEWEST_ROWS,
     Difference,
@@ -35,8 +35,8 @@ REFERENCES = (("PARA r=12", "PARA r=12, response"), ("LoRA r=# on q, v, up", "Lo
 SHUFFLED = ", prompts shuffled"
 #: With fewer seeds nothing is claimed.
 FEWEST_SEEDS = 3
-#: The end of the names of methods with that scope.
-RESPONSE = ", response"
+#: What follows a method's name where it has another scope than `all`.
+SCOPES = ("response", "prompt")
 
 
 class Cell(NamedTuple):
@@ -89,7 +89,7 @@ def write_report(output: Path) -> str:
     for cells in groups.values():
         for task in dict.fromkeys(cell.task for cell in cells):
             lines += task_lines([cell for cell in cells if cell.task == task])
-    lines += scope_lines([cell for cells in groups.values() for cell in cells])
+    lines += scope_lines(output, [cell for cells in groups.values() for cell in cells])
     for folder, cells in groups.items():
         lines += rank_lines(output, folder, cells)
     lines += picture_lines(output, groups)
@@ -323,22 +323,39 @@ def pair_lines(cells: Sequence[Cell], compared: Sequence[Cell]) -> list[str]:
     return ["The other methods, each from each, with intervals and without verdicts:", "", *lines, ""] if lines else []
 
 
-def scope_lines(cells: Sequence[Cell]) -> list[str]:
-    """What scope `response` costs the methods that were scored with both scopes."""
-    heads = ["task", "method", "all", "response", "response less all"]
-    lines = []
-    for one, other in permutations(cells, 2):
-        same_run = (one.folder, one.task) == (other.folder, other.task)
-        if same_run and other.name in (one.name + RESPONSE, one.name.partition(" on q")[0] + RESPONSE):
-            apart, _ = difference(other, one)
-            where = f"{one.task} ({one.folder})" if one.folder else one.task
-            scores = (spread(cell.scores, 3, mean) for cell in (one, other))
-            lines.append(
-                row([where, one.name, *scores, interval(apart) + marks(apart, one, other, seeds_overlap(one, other))])
-            )
-    if not lines:
+def scope_lines(output: Path, cells: Sequence[Cell]) -> list[str]:
+    """What the other scopes cost the methods that were also scored with `all`, with a picture."""
+    held = [(one, others) for one in cells if (others := of_other_scopes(one, cells))]
+    file = output / "scores_by_scope.png"
+    if not held:
+        file.unlink(missing_ok=True)
         return []
-    return ["## What scope `response` costs", "", row(heads), "|" + "---|" * len(heads), *lines, ""]
+    heads = ["task", "method", "`all`", "scope", "its score", "less `all`"]
+    lines, tasks = [], {}
+    for one, others in held:
+        where = f"{one.task} ({one.folder})" if one.folder else one.task
+        points = tasks.setdefault(where, {}).setdefault(one.name, [])
+        for other in others:
+            apart, _ = difference(other, one)
+            points.append(Point(other.name, 0, apart.value, apart.low, apart.high))
+            said = interval(apart) + marks(apart, one, other, seeds_overlap(one, other))
+            scores = (spread(cell.scores, 3, mean) for cell in (one, other))
+            lines.append(row([where, one.name, next(scores), other.name.removeprefix(f"{stem(one)}, "), *scores, said]))
+    save(draw_scopes(tasks), file)
+    picture = f"![scores by scope]({file.name})"
+    return ["## What another scope costs", "", row(heads), "|" + "---|" * len(heads), *lines, "", picture, ""]
+
+
+def of_other_scopes(one: Cell, cells: Sequence[Cell]) -> list[Cell]:
+    """The same method on the same task with the scope `response`, its windows and `prompt`."""
+    starts = tuple(f"{stem(one)}, {scope}" for scope in SCOPES)
+    of_task = [cell for cell in cells if (cell.folder, cell.task) == (one.folder, one.task) and cell.is_method]
+    return [cell for cell in of_task if cell.name.startswith(starts)]
+
+
+def stem(cell: Cell) -> str:
+    """What the names of a method's other scopes begin with: "LoRA r=9 on q, v, up" has "LoRA r=9, response"."""
+    return cell.name.partition(" on q")[0]
 
 
 def row(values: Sequence[str]) -> str:
@@ -380,7 +397,7 @@ def picture_lines(output: Path, groups: dict[str, list[Cell]]) -> list[str]:
     lines = ["## Pictures", ""]
     for folder, cells in groups.items():
         file = output / folder / "scores_by_bytes.png"
-        save(draw_bytes(points_by_task(cells, lambda cell: cell.bytes[0])), file)
+        save(draw_bytes(points_by_task(of_scope_all(cells), lambda cell: cell.bytes[0])), file)
         lines += [f"![scores against bytes per tenant]({file.relative_to(output)})", ""]
     for backbone in dict.fromkeys(cell.backbone for cells in groups.values() for cell in cells):
         every = [cell for cells in groups.values() for cell in cells if cell.backbone == backbone]
@@ -390,6 +407,12 @@ def picture_lines(output: Path, groups: dict[str, list[Cell]]) -> list[str]:
             save(draw_examples(panels), file)
             lines += [f"![scores against training examples]({file.name})", ""]
     return lines
+
+
+def of_scope_all(cells: Sequence[Cell]) -> list[Cell]:
+    """Without the other scopes, which have a picture of their own, on tasks that have methods with `all`."""
+    plain = {cell.task for cell in cells if cell.is_method and marker(cell.name) == MARKERS[""]}
+    return [cell for cell in cells if marker(cell.name) == MARKERS[""] or cell.task not in plain]
 
 
 def of_several_sizes(cells: Sequence[Cell]) -> list[Cell]:

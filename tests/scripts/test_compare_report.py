@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import compare_pictures  # noqa: E402
 import compare_report  # noqa: E402
 from compare_cells import label, packed, write  # noqa: E402
+from compare_pictures import draw_bytes, draw_scopes  # noqa: E402
 from compare_tables import write_tables  # noqa: E402
 
 ROWS = 60
@@ -51,17 +52,44 @@ def row_of(text: str, method: str, task: str = "sst2") -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_what_the_scope_costs_is_shown_for_each_method_with_both(tmp_path):
+def test_what_another_scope_costs_is_shown_for_each_method_with_several(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(compare_report, "draw_scopes", lambda tasks: drawn.append(tasks) or draw_scopes(tasks))
     methods = METHODS | {"PARA r=12, response": (1000, 30), "LoRA r=9, response": (1100, 40), "Bias, response": (9, 9)}
+    methods |= {"PARA r=12, response w=4": (1000, 35), "LoRA r=9, prompt": (1100, 20)}
     text = compare_report.write_report(results(tmp_path, ("sst2", "boolq"), methods=methods))
-    part = text.partition("## What scope `response` costs\n")[2].partition("\n## ")[0]
+    part = text.partition("## What another scope costs\n")[2].partition("\n## ")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines()[3:] if line]
-    assert [row[:2] for row in rows] == [
-        [task, name] for task in ("boolq", "sst2") for name in ("LoRA r=9 on q, v, up", "PARA r=12")
+    of_task = [
+        ["LoRA r=9 on q, v, up", "prompt", "-0.333"],
+        ["LoRA r=9 on q, v, up", "response", "+0.000"],
+        ["PARA r=12", "response", "-0.167"],
+        ["PARA r=12", "response w=4", "-0.083"],
     ]
-    assert [row[4].split()[0] for row in rows] == ["+0.000", "-0.167"] * 2
-    assert rows[1][2].startswith("0.667 ") and rows[1][3].startswith("0.500 ")
-    assert "scope" not in compare_report.write_report(results(tmp_path / "one"))
+    assert [[row[0], row[1], row[3], row[5].split()[0]] for row in rows if len(row) == 6] == [
+        [task, *found] for task in ("boolq", "sst2") for found in of_task
+    ]
+    assert rows[2][2].startswith("0.667 ") and rows[2][4].startswith("0.500 ")
+    (tasks,) = drawn
+    points = tasks["sst2"]["PARA r=12"]
+    assert [point.name for point in points] == ["PARA r=12, response", "PARA r=12, response w=4"]
+    assert points[0].low < points[0].y < points[0].high and round(points[0].y, 3) == -0.167
+    assert (tmp_path / "scores_by_scope.png").exists()
+    for file in tmp_path.glob("*--response*"):
+        file.unlink()
+    for file in tmp_path.glob("*--prompt*"):
+        file.unlink()
+    assert "scope" not in compare_report.write_report(tmp_path) and not (tmp_path / "scores_by_scope.png").exists()
+
+
+def test_scores_by_bytes_have_other_scopes_only_where_no_method_has_all(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(compare_report, "draw_bytes", lambda panels: drawn.append(panels) or draw_bytes(panels))
+    results(tmp_path, methods={"PARA r=12": (1000, 40), "PARA r=12, response": (1000, 30)})
+    results(tmp_path, ("boolq",), methods={"PARA r=12, response": (1000, 30)})
+    compare_report.write_report(tmp_path)
+    names = {task: [point.name for point in points if point.x] for task, points in drawn[0].items()}
+    assert names == {"sst2 (accuracy)": ["PARA r=12"], "boolq (accuracy)": ["PARA r=12, response"]}
 
 
 def test_other_prompts_are_compared_with_the_seeds_that_were_scored_with_them(tmp_path):
