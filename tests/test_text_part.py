@@ -39,7 +39,9 @@ def whole(folder: Path, family: str = "gemma3_text", model_type: str = "gemma3",
 
 
 @pytest.mark.parametrize("naming", NAMINGS)
-@pytest.mark.parametrize(("family", "model_type"), [("gemma3_text", "gemma3"), ("mistral", "mistral3")])
+@pytest.mark.parametrize(
+    ("family", "model_type"), [("gemma3_text", "gemma3"), ("mistral", "mistral3"), ("ministral3", "mistral3")]
+)
 def test_it_computes_what_the_text_model_computes(tmp_path, family, model_type, naming):
     text, model = backbone(family), load_backbone(whole(tmp_path / "whole", family, model_type, naming))
     assert model.fingerprint == text.fingerprint

@@ -17,6 +17,7 @@ from .config_values import (
     config_activation,
     config_bool,
     config_int,
+    config_mapping,
     config_number,
     config_softcap,
     config_token_ids,
@@ -119,6 +120,16 @@ def granite_hybrid(c: dict) -> dict:
     return granite(c) | {"hidden_width": config_int(c, "shared_intermediate_size")}
 
 
+def ministral3(c: dict) -> dict:
+    """Beyond the original length Ministral 3 scales queries by their position (llama_4_scaling_beta). Here that length
+    is the model's longest, as in longrope."""
+    rope = config_mapping(c, "rope_scaling") | config_mapping(c, "rope_parameters")
+    for key in ("llama_4_scaling_beta", "original_max_position_embeddings"):
+        required(rope, key)
+    longest = config_int(c, "max_position_embeddings")
+    return {"max_positions": min(longest, config_int(rope, "original_max_position_embeddings"))}
+
+
 def windowed(c: dict, layer: int) -> bool:
     return c["sliding_window"] is not None
 
@@ -160,6 +171,10 @@ GEMMA3 = GEMMA2 | {
 MISTRAL = {
     "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096, "layer_types": None,
 }  # fmt: skip
+MINISTRAL3 = {
+    "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 262144, "rms_norm_eps": 1e-5,
+    "pad_token_id": 11,
+}  # fmt: skip
 PHI3 = {
     "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "partial_rotary_factor": 1.0,
     "original_max_position_embeddings": 4096,
@@ -185,6 +200,7 @@ FAMILIES: dict[str, Family] = {
     "llama": Family(),
     "mistral": Family(MISTRAL, sliding=windowed),
     "ministral": Family(MISTRAL, sliding=windowed),  # as transformers 5 saves a mistral with layer_types
+    "ministral3": Family(MINISTRAL3, ministral3, windowed),
     "qwen2": Family(QWEN, lambda c: {"qkv_bias": True, "output_bias": False}, qwen_windowed),
     "qwen3": Family(QWEN | {"head_dim": 128}, lambda c: {"qk_norm": "head"}, qwen_windowed),
     "gemma": Family(GEMMA | {"num_key_value_heads": 16}, gemma),

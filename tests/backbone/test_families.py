@@ -98,6 +98,15 @@ def test_longrope_ends_at_the_original_length():
     assert llama.kinds[0].rotary.attention_factor == pytest.approx((1 + 1 / 6) ** 0.5)  # log 2 / log 64
 
 
+def test_ministral_3_ends_where_its_queries_would_be_scaled():
+    """transformers multiplies them by 1 + 0.1 log(1 + floor(position / 64))."""
+    config = read("ministral3/config.json")
+    assert model_config(config).max_positions == 64 and model_config(config).kinds[0].rotary.attention_factor == 1.0
+    assert model_config(config | {"max_position_embeddings": 32}).max_positions == 32
+    whole = {"model_type": "mistral3", "text_config": config}
+    assert model_config(whole).max_positions == 64 and model_config(whole).tied_embeddings
+
+
 @pytest.mark.parametrize("name", ["llama", "olmo3"])
 @pytest.mark.parametrize(("given", "longest"), [(64, 160), (128, 160), (512, 512)])
 def test_yarn_makes_the_original_length_longer(name, given, longest):
@@ -272,6 +281,7 @@ def test_a_missing_size_is_named(key):
         model_config({k: v for k, v in minimal("llama").items() if k != key})
 
 
+MINISTRAL3 = {"model_type": "ministral3", "rope_parameters": {"rope_theta": 1e4, "llama_4_scaling_beta": 0.1}}
 GRANITE4 = {"model_type": "granitemoehybrid", "num_local_experts": 0, "layer_types": ["attention"] * 13}
 
 
@@ -293,6 +303,9 @@ GRANITE4 = {"model_type": "granitemoehybrid", "num_local_experts": 0, "layer_typ
         ({"model_type": "qwen3_moe", "num_experts": 8}, "mixture of experts"),
         ({"num_local_experts": 8}, "mixture of experts"),
         ({"model_type": "granitemoehybrid"}, "no layer_types"),
+        ({"model_type": "ministral3"}, "no llama_4_scaling_beta"),
+        (MINISTRAL3, "no original_max_position_embeddings"),
+        (MINISTRAL3 | {"is_causal": False}, "is_causal false"),
         (GRANITE4 | {"num_local_experts": 8}, "num_local_experts is 8.*mixture of experts"),
         (GRANITE4 | {"num_local_experts": None}, "num_local_experts is 8.*mixture of experts"),
         (GRANITE4 | {"layer_types": ["mamba"] * 13}, "layer_types is 'mamba'"),

@@ -15,7 +15,7 @@ from para_jax.backbone.families import model_config
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 FAMILIES = tuple(
-    "llama llama3 mistral ministral qwen2 qwen3 gemma gemma2 gemma3_text phi3 "
+    "llama llama3 mistral ministral ministral3 qwen2 qwen3 gemma gemma2 gemma3_text phi3 "
     "smollm2 smollm3 olmo2 olmo3 granite granitemoehybrid".split()
 )
 
