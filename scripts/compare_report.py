@@ -91,7 +91,7 @@ def write_report(output: Path) -> str:
             lines += task_lines([cell for cell in cells if cell.task == task])
     lines += scope_lines(output, [cell for cells in groups.values() for cell in cells])
     for folder, cells in groups.items():
-        lines += rank_lines(output, folder, cells)
+        lines += rank_lines(output, folder, of_scope_all(cells))
     lines += picture_lines(output, groups)
     text = "\n".join(lines).rstrip() + "\n"
     (output / "report.md").write_text(text)

@@ -152,12 +152,12 @@ def ranking(scores: dict[str, Sequence[float]]) -> Ranking:
 
 
 def complete_block(scores: dict[str, dict[str, float]]) -> tuple[list[str], list[str]]:
-    """The (tasks, methods) that have every score, from scores[task][method]: those with the most scores together, of at
-    least 3 tasks and 3 methods; empty where there are none."""
+    """The (tasks, methods) that have every score, from scores[task][method]: the most tasks that share at least 3
+    methods, and of these the most methods. Empty where no 3 tasks do."""
     best: tuple[list[str], list[str]] = ([], [])
     for count in range(3, len(scores) + 1):
         for tasks in combinations(scores, count):
             methods = [name for name in scores[tasks[0]] if all(name in scores[task] for task in tasks)]
-            if len(methods) >= 3 and len(tasks) * len(methods) > len(best[0]) * len(best[1]):
+            if len(methods) >= 3 and (len(tasks), len(methods)) > (len(best[0]), len(best[1])):
                 best = list(tasks), methods
     return best
