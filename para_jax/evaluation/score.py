@@ -152,18 +152,14 @@ def samples_of(task: EvalTask, texts: Sequence[str]) -> tuple[AnsweredExample, .
 
 def sample_of(prompt: Prompt, expected: str, given: str) -> AnsweredExample:
     text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    end = one_line(text[-2 * SAMPLE_CHARACTERS :])
+    end = one_line(text[-2 * SAMPLE_CHARACTERS :], 10 * SAMPLE_CHARACTERS)
     end = end if len(end) <= SAMPLE_CHARACTERS else "..." + end[3 - SAMPLE_CHARACTERS :]
-    return AnsweredExample(end, *(shorten_end(one_line(one)) for one in (expected, given)))
+    return AnsweredExample(end, *(one_line(one, SAMPLE_CHARACTERS) for one in (expected, given)))
 
 
-def one_line(text: str) -> str:
-    """A text with its white space as single spaces, and without characters that a terminal would obey."""
-    return printable(" ".join(text.split()), 10 * SAMPLE_CHARACTERS)
-
-
-def shorten_end(text: str) -> str:
-    return text if len(text) <= SAMPLE_CHARACTERS else text[: SAMPLE_CHARACTERS - 3] + "..."
+def one_line(text: str, width: int) -> str:
+    """A text with its white space as single spaces, without characters that a terminal would obey, cut to `width`."""
+    return printable(" ".join(text.split()), width)
 
 
 def likeliest(task: EvalTask, nats: np.ndarray) -> list[str]:
