@@ -99,8 +99,5 @@ def metrics_of(record: dict[str, Any]) -> list[str]:
 
 def number(record: dict[str, Any] | None, metric: str | None, *, error: bool = True) -> str:
     """ "0.8833 ± 0.0402"; "-" if it was not measured."""
-    value = (record or {"values": {}})["values"].get(metric)
-    if record is None or value is None:
-        return "-"
-    stderr = record["values"].get(f"{metric}_stderr") if error else None
-    return with_error(value, stderr)
+    values = record["values"] if record else {}
+    return with_error(values.get(metric), values.get(f"{metric}_stderr") if error else None)
