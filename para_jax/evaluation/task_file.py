@@ -45,7 +45,7 @@ def named_file(text: str, split: str) -> NamedFile | None:
     if file is None or not file.is_file():
         file = file or path / f"{split}.jsonl"
         raise ValueError(f"--tasks {text!r}: {file} is not a file; give a data file, or a folder with {split}.jsonl")
-    known = tuple(dict.fromkeys(("loss", *METRICS, *LABEL_METRICS)))
+    known = ("loss", *METRICS, *LABEL_METRICS)
     if metric is not None and metric not in known:
         raise ValueError(f"--tasks {text!r}: metric {shorten(metric)} is unknown; choose {one_of(known)}")
     return NamedFile(name, path, file, metric)
