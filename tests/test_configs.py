@@ -91,7 +91,7 @@ def test_the_papers_backbones_and_tasks_have_the_sibling_papers_settings(backbon
 def test_the_run_beside_pefts_method_comparison_has_its_settings(tmp_path):
     """The defaults of huggingface/peft, method_comparison/MetaMathQA: default_training_params.json and utils.py."""
     from para_jax.data.records import load_records
-    from para_jax.evaluation.metrics import score
+    from para_jax.evaluation.metrics import measure
 
     file = next(file for file in CONFIGS if file.stem == "llama3.2-3b-metamathqa")
     config = load_config(file, [f"data.train={tmp_path}"])
@@ -105,4 +105,4 @@ def test_the_run_beside_pefts_method_comparison_has_its_settings(tmp_path):
     record = (load_records(config.data, "train") or [])[0]
     assert record.prompt == "Question: Two and {three}? Think step by step.\nAnswer:"
     assert record.completion == "2+3=5\n#### 5"
-    assert score(config.eval.metric, ["It is 5. The answer is: 5"], [record.references]) == 1
+    assert measure(config.eval.metric, ["It is 5. The answer is: 5"], [record.references])[0] == 1

@@ -89,14 +89,9 @@ LABEL_METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], float]] = {
 }
 
 
-def score(metric: str, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """The metric over the predictions, `references` holding each one's accepted answers: of METRICS the mean, 0 to 1,
-    of LABEL_METRICS what they say."""
-    return measure(metric, predictions, references)[0]
-
-
 def measure(metric: str, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, float | None]:
-    """The score, and its standard error over the draw of the examples; None for one example.
+    """The metric over the predictions, `references` holding each one's accepted answers: of METRICS the mean, 0 to 1,
+    of LABEL_METRICS what they say. Also its standard error over the draw of the examples; None for one example.
 
     The error of a mean is the standard deviation of its values over the root of their number. That of a label metric is
     jackknifed, which would be the same number for a mean.

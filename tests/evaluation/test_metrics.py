@@ -12,7 +12,6 @@ from para_jax.evaluation.metrics import (
     final_number,
     jackknife,
     measure,
-    score,
     sql_match,
     squad,
     squad_exact,
@@ -120,7 +119,7 @@ PREDICTED = ["yes"] * 4 + ["no"] * 2 + ["yes"] + ["no"] * 3
 
 
 def labelled(metric, predicted, expected):
-    return score(metric, predicted, [[label] for label in expected])
+    return measure(metric, predicted, [[label] for label in expected])[0]
 
 
 def test_macro_f1_is_the_mean_of_each_label_s_f1():
@@ -195,13 +194,13 @@ def test_the_config_knows_the_metrics_that_there_are():
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_score_is_the_mean_over_the_predictions(metric):
-    assert score(metric, ["yes", "no", "yes", "x"], [["yes"], ["no", "nope"], ["no"], ["y"]]) == 0.5
+    assert measure(metric, ["yes", "no", "yes", "x"], [["yes"], ["no", "nope"], ["no"], ["y"]])[0] == 0.5
 
 
 def test_what_can_not_be_scored_is_an_error():
     with pytest.raises(ValueError, match="metric 'bleu' .* exact_match"):
-        score("bleu", ["a"], [["a"]])
+        measure("bleu", ["a"], [["a"]])
     with pytest.raises(ValueError, match="no predictions"):
-        score("f1", [], [])
+        measure("f1", [], [])
     with pytest.raises(ValueError):
-        score("f1", ["a", "b"], [["a"]])
+        measure("f1", ["a", "b"], [["a"]])
