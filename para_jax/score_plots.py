@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from .config import BASE, expanded
-from .evaluation.results import LARGEST, file_names, metrics_of
+from .evaluation.results import LARGEST, error_of, file_names, metrics_of
 from .figures import drawable, escaped, explain, new_figure, run_names
 from .messages import warn
 from .training.metrics_file import is_log, is_number, read_metrics
@@ -390,8 +390,7 @@ def first_metrics(record: dict) -> list[tuple[str, str]]:
 
 def result_bar(record: dict, task: str, metric: str) -> Bar | None:
     values = record["results"].get(task, {})
-    name, _, kept = metric.partition(",")
-    value, error = values.get(metric), values.get(f"{name}_stderr,{kept}")
+    value, error = values.get(metric), error_of(values, metric)
     if not is_number(value):
         return None
     samples = record.get("n-samples")

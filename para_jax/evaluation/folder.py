@@ -23,7 +23,7 @@ from ..messages import say
 from ..shards import SHARD_FILE, Shard, ShardOutput, begin_part, write_part
 from .answers import Answerer, tokens_to_write
 from .journal import Journal
-from .questions import Answer, Generation, Question
+from .questions import Generation
 from .results import (
     ANSWERS_FILE,
     check_results,
@@ -153,7 +153,7 @@ def answered(
         made: dict[str, dict] = {}
         for one in tasks:
             if asks(one, tenant):
-                for section, values in one.results(partial(answer_of, answers, tenant)).items():
+                for section, values in one.results(lambda question, who=tenant: answers.get((who, question))).items():
                     made.setdefault(section, {}).update(values)
         yield tenant, made
 
@@ -245,7 +245,3 @@ def is_asked(task: TaskQuestions, tenant: str | None, *, here: Collection[str], 
     if task.owner is None:
         return tenant is not None or not alone
     return task.owner == tenant or (tenant is None and task.owner in here)
-
-
-def answer_of(answers: dict, tenant: str | None, question: Question) -> Answer | None:
-    return answers.get((tenant, question))

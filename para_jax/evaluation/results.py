@@ -186,21 +186,24 @@ def csv_table(by_tenant: Mapping[str, dict]) -> str:
     rows.writerow(["adapter", "task", "metric", "value", "stderr", "examples"])
     for name, task, metric in scores_of(by_tenant):
         made = by_tenant[name]
-        kind, _, kept = metric.partition(",")
         values = made["results"][task]
-        error = values.get(f"{kind}_stderr,{kept}")
-        error = error if isinstance(error, (int, float)) else None
         shown = (on_one_line(name), on_one_line(task), metric.removesuffix(",none"))
-        rows.writerow([*shown, values[metric], error, examples(made, task)])
+        rows.writerow([*shown, values[metric], error_of(values, metric), examples(made, task)])
     return text.getvalue()
 
 
 def value_cell(values: dict, metric: str) -> str:
-    name, _, kept = metric.partition(",")
-    value, error = values.get(metric), values.get(f"{name}_stderr,{kept}")
+    value = values.get(metric)
     if not isinstance(value, (int, float)):
         return cell(str(value if value is not None else ""))
-    return with_error(value, error if isinstance(error, (int, float)) else None)
+    return with_error(value, error_of(values, metric))
+
+
+def error_of(values: Mapping, metric: str) -> float | None:
+    """The standard error of a metric such as "accuracy,none"; None if it has none."""
+    name, _, kept = metric.partition(",")
+    error = values.get(f"{name}_stderr,{kept}")
+    return error if isinstance(error, (int, float)) else None
 
 
 def cell(text: str) -> str:
