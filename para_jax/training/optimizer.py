@@ -75,8 +75,12 @@ class LearningRates(NamedTuple):
     """int32 [tenants]"""
 
     def at(self, step, schedule: str) -> jax.Array:
-        """Each tenant's learning rate for the step after `step` steps, float32 [tenants]."""
-        return learning_rate_at(step, schedule, self.peak, self.warmup_steps, self.total_steps)
+        """Each tenant's learning rate for the step after `step` steps, float32 [tenants]: a linear warm-up to the peak,
+        then constant, linear or cosine to zero. The first step is not lost: it has 1 / warmup of the peak."""
+        warmup, total = self.warmup_steps, self.total_steps
+        after = jnp.clip((step - warmup) / jnp.maximum(1, total - warmup), 0, 1)
+        fall = {"constant": 1.0, "linear": 1 - after, "cosine": (1 + jnp.cos(jnp.pi * after)) / 2}
+        return jnp.where(step < warmup, (step + 1) / jnp.maximum(1, warmup), fall[schedule]) * self.peak
 
 
 def learning_rates(sections: Sequence[TrainSection], total_steps: Sequence[int]) -> LearningRates:
@@ -86,21 +90,10 @@ def learning_rates(sections: Sequence[TrainSection], total_steps: Sequence[int])
     return LearningRates(np.array(peaks, np.float32), np.array(warmup, np.int32), np.array(total_steps, np.int32))
 
 
-def learning_rate_at(step, schedule: str, peak, warmup, total) -> jax.Array:
-    """The learning rate of the step after `step` steps: a linear warm-up to the peak, then constant, linear or cosine
-    to zero. Takes numbers, or arrays of one shape.
-
-    The first step is not lost: it has 1 / warmup of the peak.
-    """
-    after = jnp.clip((step - warmup) / jnp.maximum(1, total - warmup), 0, 1)
-    fall = {"constant": lambda: 1.0, "linear": lambda: 1 - after, "cosine": lambda: (1 + jnp.cos(jnp.pi * after)) / 2}
-    return peak * jnp.where(step < warmup, (step + 1) / jnp.maximum(1, warmup), fall[schedule]())
-
-
 def decayed(adapter):
     """A tree like the adapter that says which arrays have weight decay: those that are trained, except biases."""
 
-    def has_decay(variable) -> bool:
-        return isinstance(variable, AdapterParam) and not isinstance(variable, BiasParam)
+    def marked(variable):
+        return variable.replace(isinstance(variable, AdapterParam) and not isinstance(variable, BiasParam))
 
-    return jax.tree.map(lambda v: v.replace(has_decay(v)), adapter, is_leaf=is_variable)
+    return jax.tree.map(marked, adapter, is_leaf=is_variable)
