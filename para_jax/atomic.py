@@ -79,6 +79,11 @@ def append(stream: IO[bytes], data: bytes) -> None:
         raise
 
 
+def is_torn(line: bytes, head: bytes) -> bool:
+    """Whether a kill cut off this line of a file to which `append` adds lines that begin with `head`."""
+    return not line.endswith(b"\n") and (line.startswith(head) or head.startswith(line))
+
+
 def files_left(file: Path) -> list[Path]:
     """Temporary files that killed replacements of the file left next to it; none in a bucket."""
     if isinstance(file, BucketPath):

@@ -155,7 +155,7 @@ def journal_lines(file: Place) -> Iterator[tuple[bytes, str, Answer]]:
         return
     with open_pieces(file) as lines:
         for number, line in enumerate(iter(lambda: lines.readline(LONGEST), b""), 1):
-            if not line.endswith(b"\n") and (line.startswith(HEAD) or HEAD.startswith(line)) and len(line) < LONGEST:
+            if atomic.is_torn(line, HEAD) and len(line) < LONGEST:
                 break
             try:
                 key, answer = answer_of(json.loads(line))

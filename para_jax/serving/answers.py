@@ -13,7 +13,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
-from ..atomic import append, replacing
+from ..atomic import append, is_torn, replacing
 from ..config import shorten
 from ..messages import say
 from ..record_file import lock_output
@@ -130,7 +130,9 @@ class Answers:
         with open_pieces(self.file) as lines:
             for row, line in enumerate(bounded_lines(lines, MAX_ANSWER), 1):
                 try:
-                    if line is not None and cut_off(line, HEAD):
+                    if line is not None and not line.endswith(b"\n"):
+                        if not is_torn(line, HEAD):
+                            raise ValueError("is not an answer. Choose another file.")
                         if self._lines:  # no kill did this, and pieces can't be cut
                             raise ValueError("was cut off. Remove it from the file, and run the command again.")
                         break
@@ -242,13 +244,3 @@ def bounded_lines(stream: Lines, most: int) -> Iterator[bytes | None]:
         while line and not line.endswith(b"\n"):
             line = stream.readline(2**20)
         yield None
-
-
-def cut_off(line: bytes, head: bytes) -> bool:
-    """Whether a line that begins with `head` was cut off by a kill. Raises ValueError for any other line without an
-    end."""
-    if line.endswith(b"\n"):
-        return False
-    if not (line.startswith(head) or head.startswith(line)):
-        raise ValueError("is not an answer. Choose another file.")
-    return True

@@ -42,7 +42,7 @@ def read_metrics(file: Path) -> Iterator[dict[str, float]]:
             row = row_of(line)
             if row is not None:
                 yield row
-            elif line.endswith(b"\n") or not (line.startswith(HEAD) or HEAD.startswith(line)):
+            elif not atomic.is_torn(line, HEAD):
                 text = shorten(line[:200].decode(errors="replace").rstrip("\n"))
                 raise ValueError(f"{file}:{number}: {text} is not a line of a run's log; delete the line")
 
