@@ -3,7 +3,6 @@ on."""
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import hashlib
 import json
@@ -84,9 +83,8 @@ def job_settings(engine: Engine, defaults: Request) -> dict:
     are short, the others are hashed."""
     tokenizer, bank = engine.tokenizer, engine.bank
     roles = roles_in_template(tokenizer)
-    asked = {field.name: getattr(defaults, field.name) for field in dataclasses.fields(defaults)}
-    for name in ("prompt", "id", "alone", *NOT_IN_JOBS):
-        del asked[name]
+    left_out = ("prompt", "id", "alone", *NOT_IN_JOBS)
+    asked = {name: value for name, value in vars(defaults).items() if name not in left_out}
     held = sorted(bank.identities()) if bank is not None else []
     return {
         "version": [__version__, ANSWERS_VERSION],
@@ -134,9 +132,8 @@ def line_key(by: KeyParts, id: object, request: Request, content: str | None) ->
     Args:
         content: a hash of the adapter; None for the base model.
     """
-    asked = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
-    for name in ("n", "seed", *NOT_IN_JOBS, *(["alone"] if request.strip else [])):
-        del asked[name]
+    left_out = ("n", "seed", *NOT_IN_JOBS, *(["alone"] if request.strip else []))
+    asked = {name: value for name, value in vars(request).items() if name not in left_out}
     asked |= {"id": id, "stop": sorted(set(request.stop_texts))}
     asked |= {"temperature": float(request.temperature), "top_p": float(request.top_p)}
     if request.temperature == 0:
