@@ -103,7 +103,7 @@ def step_passes(config: TrainSection, mesh) -> Passes:
         return Passes(config.per_device_batch_size * devices, config.gradient_accumulation_steps)
     require_divides(config, devices)
     of_device = config.batch_size // devices
-    count = passes_allowed(config, (n for n in range(1, of_device + 1) if of_device % n == 0), of_device)
+    count = passes_allowed(config, sorted(divisors(of_device)), of_device)
     return Passes(config.batch_size // count, count)
 
 
