@@ -14,7 +14,7 @@ from ..cli import evaluate, generate
 from ..config import expanded
 from ..evaluation.merge import merge_folders
 from ..serving.job_merge import merge_jobs
-from ..storage.bucket import BucketPath, Place
+from ..storage.bucket import Place
 from .claim import claimed
 from .command import arguments, parsed
 from .pool import ray_data, run_shards
@@ -50,7 +50,7 @@ def evaluate_on_ray(
     """
     ray_data()
     at_least_one(shards=shards, workers=workers)
-    place, reserved = absolute(output), {"num_cpus": num_cpus, "num_gpus": num_gpus, "resources": resources}
+    place, reserved = expanded(output).absolute(), {"num_cpus": num_cpus, "num_gpus": num_gpus, "resources": resources}
     given = arguments("evaluate", [config] if config else [], overrides, options)
     first = parsed([*given, f"--shard=0/{shards}", f"--output={place}"])
     evaluate.check_options(first)
@@ -88,7 +88,7 @@ def generate_on_ray(
     """
     ray_data()
     at_least_one(shards=shards, workers=workers)
-    place, reserved = absolute(output), {"num_cpus": num_cpus, "num_gpus": num_gpus, "resources": resources}
+    place, reserved = expanded(output).absolute(), {"num_cpus": num_cpus, "num_gpus": num_gpus, "resources": resources}
     given = arguments("generate", [], [], {"input": input, **options})
     generate.checked(parsed([*given, f"--shard=0/{shards}", f"--output={place}"]))
     if place.exists():
@@ -97,12 +97,6 @@ def generate_on_ray(
     with claimed(place, shards_of(place), given, shards):
         run_shards(GenerationWorker, given, files, "answering", workers, reserved)
         return merge_jobs(files, place)
-
-
-def absolute(output: str | Path) -> Place:
-    """The output's path, whatever folder a worker runs in."""
-    place = expanded(output)
-    return place if isinstance(place, BucketPath) else place.absolute()
 
 
 def shards_of(output: Place) -> Place:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config import RunConfig, expanded
-from ..storage.bucket import BucketPath
 
 #: Seconds that a worker with an error waits for the others to meet it too.
 ARRIVAL_SECONDS = 60
@@ -53,8 +52,7 @@ def train_on_ray(
 
     Raises ValueError for what `train` refuses, and ray.train.TrainingFailedError after too many failures.
     """
-    folder = expanded(config.output_dir)
-    output_dir = str(folder if isinstance(folder, BucketPath) else folder.resolve())
+    output_dir = str(expanded(config.output_dir).resolve())
     config = replace(config, output_dir=output_dir, runtime=replace(config.runtime, distributed="given"))
     trainer = trainer_of(config, scaling, max_failures, environment, str(storage or f"{output_dir}-ray"))
     ended: Any = trainer.fit().return_value
