@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -57,7 +58,7 @@ class Metrics:
         self.first_token, self.token = Histogram(FIRST_TOKEN_SECONDS), Histogram(TOKEN_SECONDS)
         self.request, self.queue, self.prefill, self.decode = (Histogram(REQUEST_SECONDS) for _ in range(4))
         self.prompt_tokens, self.new_tokens = Histogram(TOKENS), Histogram(TOKENS)
-        self._finished: dict[str, int] = dict.fromkeys(FINISH_REASONS, 0)
+        self._finished: Counter[str] = Counter(dict.fromkeys(FINISH_REASONS, 0))
         self._statuses: Counter[str] = Counter()
         self._engine_failures = 0
         self._lock = threading.Lock()
@@ -73,8 +74,7 @@ class Metrics:
         with self._lock:
             self._statuses["none" if outcome.status is None else str(outcome.status)] += 1
             if outcome.served:
-                for reason in finished_reasons(outcome):
-                    self._finished[reason] = self._finished.get(reason, 0) + 1
+                self._finished.update(finished_reasons(outcome))
         if not outcome.served:
             return
         self.traffic.end(outcome)
@@ -202,7 +202,7 @@ class Histogram:
         with self._lock:
             counts, summed = self._counts.copy(), self._sum
         bounds = [*map(str, self._bounds), "+Inf"]
-        return [(bound, sum(counts[: i + 1])) for i, bound in enumerate(bounds)], summed
+        return list(zip(bounds, accumulate(counts), strict=True)), summed
 
 
 def finished_reasons(outcome: Outcome) -> list[str]:
