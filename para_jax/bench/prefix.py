@@ -16,7 +16,7 @@ from ..adapters.bank import AdapterBank
 from ..serving.engine import Engine
 from ..serving.request import Request
 from .decode import METHODS, bank_of
-from .rounds import interleaved, measurement, paired
+from .rounds import in_turns, interleaved, measurement, paired
 
 PREFIX, QUESTION, TURNS = 192, 16, 6  # tokens of a shared prefix and of a question after it; turns of a chat
 SYSTEM, TENANTS = 256, 32  # tokens of a system prompt, and tenants that share it
@@ -106,7 +106,7 @@ def bench_system_prompt(
 
     made = engines(model, tokenizer, slots, 2 * SYSTEM)
     sides = {name: lambda e=engine: served(e) for name, engine in made.items()}
-    found = measurement("tokens/s", [{name: measure() for name, measure in sides.items()} for _ in range(rounds)])
+    found = measurement("tokens/s", in_turns(sides, rounds))
     others = [name for name in SIDES if name != "PARA, response"]
     ratios = {f"PARA, response / {name}": paired(found["rounds"], "PARA, response", name) for name in others}
     return found | {"ratios": ratios}

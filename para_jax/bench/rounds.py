@@ -24,8 +24,12 @@ def milliseconds(call: Callable[[], Any]) -> Callable[[], float]:
 
 def interleaved(sides: dict[str, Callable[[], float]], rounds: int) -> list[dict[str, float]]:
     """What each side measures, round by round. First each side runs once to compile."""
-    for measure in sides.values():
-        measure()
+    in_turns(sides, 1)
+    return in_turns(sides, rounds)
+
+
+def in_turns(sides: dict[str, Callable[[], float]], rounds: int) -> list[dict[str, float]]:
+    """What each side measures, round by round."""
     return [{name: measure() for name, measure in sides.items()} for _ in range(rounds)]
 
 

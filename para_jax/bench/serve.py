@@ -20,7 +20,7 @@ from ..serving.engine import Engine
 from ..serving.request import Request
 from .decode import METHODS, bank_of
 from .prefix import LONG, SYSTEM, bench_gaps, bench_prefixes, bench_system_prompt
-from .rounds import measurement, paired, single
+from .rounds import in_turns, measurement, paired, single
 
 COMPARED = ("PARA", "(IA)^3", "LoRA r=8")
 LONGEST = 256  # tokens per row, prompt and answer
@@ -92,7 +92,7 @@ def bench_serve(backbone: str, *, rows: tuple[int, ...] = (8,), requests: int = 
         static(model, bank, work, slots, ended=lambda rows: [True] * len(rows))  # compiles
         sides[f"{method}, engine"] = lambda m=method, e=engine: by_engine(m, e)
         sides[f"{method}, static batches"] = lambda b=bank: static(model, b, work, slots)
-    found = measurement("tokens/s", [{name: measure() for name, measure in sides.items()} for _ in range(rounds)])
+    found = measurement("tokens/s", in_turns(sides, rounds))
     ratios = {f"{m}: engine / static": paired(found["rounds"], f"{m}, engine", f"{m}, static batches") for m in banks}
     ratios |= {f"{m} / base, engine": paired(found["rounds"], f"{m}, engine", "base, engine") for m in COMPARED}
     parts = {
