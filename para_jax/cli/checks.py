@@ -153,8 +153,8 @@ def check_runs(folders: Iterable[Place]) -> None:
             raise ValueError(f"{folder}: no run is there{advice}")
 
 
-def check_file(option: str, file: Place) -> None:
-    """Raises ValueError for a file that is not there."""
+def check_data_file(file: Place) -> None:
+    """Raises ValueError for a --data that is not there."""
     if not isinstance(file, BucketPath) and not file.is_file():
         problem = "is a folder; give a .jsonl file" if file.is_dir() else f"does not exist{nearest(file)}"
-        raise ValueError(f"{option} {file} {problem}")
+        raise ValueError(f"--data {file} {problem}")

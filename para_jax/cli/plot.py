@@ -49,7 +49,7 @@ def add(commands) -> None:
 
 
 def run(options) -> None:
-    from .checks import check_adapters, check_file, check_runs, chosen_backbone
+    from .checks import check_adapters, check_data_file, check_runs, chosen_backbone
 
     if options.output.suffix not in FORMATS:
         raise ValueError(f"--output {options.output} is no picture\ngive a file that ends in {' or '.join(FORMATS)}")
@@ -75,7 +75,7 @@ def run(options) -> None:
         )
     check_runs([*options.runs, *options.scores])
     if options.data:
-        check_file("--data", options.data)
+        check_data_file(options.data)
     check_adapters(options.adapter)
     require_factors(options.adapter)
     if options.adapter:
