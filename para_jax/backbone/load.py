@@ -178,4 +178,4 @@ def folder_config(folder: Path) -> dict:
 
 def parameter_name(path) -> str:
     """A parameter's name, such as layers.0.attention.q_proj.kernel, from its JAX key path."""
-    return ".".join(str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", None)))) for key in path[:-1])
+    return jax.tree_util.keystr(path[:-1], simple=True, separator=".")
