@@ -11,8 +11,8 @@ THREADS = 2
 AHEAD = 4  # batches that are ready or being prepared
 
 
-def prefetch(batch: Callable[[int], Item], start: int, total: int) -> Generator[Item, None, None]:
-    """Yields batch(start), ..., batch(total - 1), each prepared before it is needed. Any start costs the same.
+def prefetch(batch: Callable[[int], Item], total: int) -> Generator[Item, None, None]:
+    """Yields batch(0), ..., batch(total - 1), each prepared before it is needed.
 
     An error in `batch` is raised when its result is due. Close the iterator to stop the threads early
     (`contextlib.closing`).
@@ -23,7 +23,7 @@ def prefetch(batch: Callable[[int], Item], start: int, total: int) -> Generator[
     import grain
 
     options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD)
-    batches = iter(grain.MapDataset.range(start, total).map(batch).to_iter_dataset(options))
+    batches = iter(grain.MapDataset.range(total).map(batch).to_iter_dataset(options))
     try:
         yield from batches
     finally:

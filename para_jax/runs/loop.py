@@ -184,7 +184,7 @@ class Loop(NamedTuple):
             batch, _ = in_passes(made, self.layout)
             return made, self.prompts.states(batch, made.bucket.prompt or made.bucket.length)
 
-        return prefetch(prepared, 0, left)
+        return prefetch(prepared, left)
 
     def step(
         self,

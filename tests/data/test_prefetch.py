@@ -1,4 +1,4 @@
-"""Prefetched batches: the same ones in the same order, from any step, and no thread is left behind."""
+"""Prefetched batches: the same ones in the same order, and no thread is left behind."""
 
 import threading
 import time
@@ -48,30 +48,17 @@ def wait_until(holds):
 def test_prefetching_keeps_batches_and_order():
     make, epoch = maker()
     total = 3 * epoch  # the threads read over the ends of epochs
-    assert_same(prefetch(make, 0, total), [maker()[0](i) for i in range(total)])
-
-
-@pytest.mark.parametrize("start", [1, 7, 19, 20])
-def test_starting_at_a_step_prepares_nothing_before_it(start):
-    make, _ = maker()
-    whole, asked = list(prefetch(make, 0, 20)), []
-
-    def noted(step):
-        asked.append(step)
-        return make(step)
-
-    assert_same(prefetch(noted, start, 20), whole[start:])
-    assert sorted(asked) == list(range(start, 20))
+    assert_same(prefetch(make, total), [maker()[0](i) for i in range(total)])
 
 
 def test_an_epoch_covers_every_example_once():
     make, epoch = maker()
-    assert sorted(i for chosen, _ in prefetch(make, epoch, 2 * epoch) for i in chosen) == list(range(30))
+    assert sorted(i for chosen, _ in list(prefetch(make, 2 * epoch))[epoch:] for i in chosen) == list(range(30))
 
 
 def test_batches_are_prepared_ahead_but_not_all_at_once():
     made = []
-    with closing(prefetch(lambda step: made.append(step) or step, 0, 100)) as batches:
+    with closing(prefetch(lambda step: made.append(step) or step, 100)) as batches:
         for step in range(3):
             assert next(batches) == step
             wait_until(lambda step=step: len(made) == step + 1 + AHEAD)  # while the step runs
@@ -87,7 +74,7 @@ def test_an_error_is_raised_when_its_batch_is_due(bad):
 
     seen = []
     with pytest.raises(ValueError) as error:
-        for step in prefetch(make, 0, 9):
+        for step in prefetch(make, 9):
             seen.append(step)
     assert str(error.value) == f"data.jsonl:{bad}: wrong"
     assert seen == list(range(bad))
@@ -103,7 +90,7 @@ def test_closing_early_stops_the_threads(taken):
         made.append(step)
         return step
 
-    with closing(prefetch(slow, 0, 1000)) as batches:
+    with closing(prefetch(slow, 1000)) as batches:
         assert [next(batches) for _ in range(taken)] == list(range(taken))
         assert bool(grain_threads()) == (taken > 0)
     wait_until(lambda: not grain_threads())
