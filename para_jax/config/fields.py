@@ -14,9 +14,8 @@ from .unknown_field import unknown_field
 
 #: Truth values that a file may give as quoted text.
 TRUTH: dict[str, bool] = {
-    **{"true": True, "yes": True, "on": True, "1": True},
-    **{"false": False, "no": False, "off": False, "0": False},
-}
+    "true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False,
+}  # fmt: skip
 
 
 def typed_fields(values: Any, template: Any, section: str = "", root: Any = None) -> dict[str, Any]:
