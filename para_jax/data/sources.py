@@ -202,7 +202,7 @@ def class_labels_of(source: Source) -> dict[str, list[str]]:
         return source.class_labels()
     if isinstance(source, HfSplit):
         return class_labels(source.dataset)
-    return class_labels(source.given) if isinstance(source, GivenSplit) else {}
+    return class_labels(source.given)
 
 
 def task_of(section: DataSection) -> str | None:
