@@ -154,7 +154,7 @@ def partition(axes: tuple[str | None, ...], counts: tuple[int, ...], mesh_shape)
         wanted = RULES.get(name) if name else None
         if wanted is None:
             return None
-        size = int(np.prod([mesh_shape[axis] for axis in ((wanted,) if isinstance(wanted, str) else wanted)]))
+        size = math.prod(mesh_shape[axis] for axis in ((wanted,) if isinstance(wanted, str) else wanted))
         return wanted if count % size == 0 else None
 
     return PartitionSpec(*map(mesh_axes, axes, counts))

@@ -5,6 +5,7 @@ Command: `python scripts/rehearse.py v5e:4x4 configs/llama2-7b-boolq.yaml --no-c
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -14,8 +15,6 @@ import time
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
-
-import numpy as np
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "helpers"))
@@ -81,7 +80,7 @@ def rehearse(config_file: Path, sizes: dict[str, int], processes: int, folder: P
     """
     config = load_config(config_file)
     overrides = tiny_overrides(config, folder, sizes)
-    devices = int(np.prod(list(sizes.values())))
+    devices = math.prod(sizes.values())
     name = config_file.stem
     begun = time.monotonic()
     alone = [Started(config_file, [*overrides, f"output_dir={output}/{name}-one"], devices, folder / "home-one")]
