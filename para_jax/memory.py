@@ -30,15 +30,8 @@ from .training.step import TrainState, init_state
 #: Memory of a chip in GiB (cloud.google.com/tpu/docs, the pages of the versions). The compiler reserves some of it.
 CHIP_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
 #: The same by device_kind, for a device that does not report its memory.
-KIND_GIB = {
-    "TPU v4": 32,
-    "TPU v5 lite": 16,
-    "TPU v5e": 16,
-    "TPU v5": 95,
-    "TPU v5p": 95,
-    "TPU v6 lite": 32,
-    "TPU v6e": 32,
-}
+KIND_GIB = {f"TPU {kind}": gib for kind, gib in CHIP_GIB.items()}
+KIND_GIB |= {"TPU v5 lite": CHIP_GIB["v5e"], "TPU v5": CHIP_GIB["v5p"], "TPU v6 lite": CHIP_GIB["v6e"]}
 GIB = 2**30
 #: The share of a device's memory that an estimate may take.
 USABLE = 0.9
