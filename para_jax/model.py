@@ -355,11 +355,6 @@ def token_of(x, position):
     return jnp.take_along_axis(x, position[:, None, None], axis=1)[:, 0]
 
 
-@partial(jax.jit, donate_argnums=1)
-def _decode(model, state, tokens):
-    return decode_step(model, state, tokens)
-
-
 @jax.jit
 def stacked_state(state: DecodeState) -> StackedState:
     adjustments = stack_trees(state.adjustments) if state.adjustments else None
@@ -400,6 +395,9 @@ def decode_step(
     full = state.length >= max_length
     logits = jnp.where(full[:, None], jnp.nan, logits)
     return logits, state._replace(cache=cache, length=jnp.where(full, state.length, state.length + 1))
+
+
+_decode = jax.jit(decode_step, donate_argnums=1)
 
 
 def continue_rows(
