@@ -147,8 +147,8 @@ class Decoder:
         Args:
             logprobs: whether any slot needs them.
         """
-        live, top = np.array([row is not None for row in rows]), [self.top] if logprobs else []
-        self._state, decoded = steps(self._treedef, self._leaves, self._state, row_sampling(rows), live, STEPS, *top)
+        live, top = np.array([row is not None for row in rows]), self.top if logprobs else None
+        self._state, decoded = steps(self._treedef, self._leaves, self._state, row_sampling(rows), live, STEPS, top)
         return decoded
 
     def score(self, sample: Sample) -> ScoredPrompt:

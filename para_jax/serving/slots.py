@@ -116,7 +116,7 @@ def first_logprobs(logits, row, token, top: int) -> Logprobs:
 
 @partial(jax.jit, static_argnums=(0, 5, 6), donate_argnums=2)
 def steps(
-    treedef, leaves, slots: Slots, sampling: RowSampling, live, count: int, top: int | None = None
+    treedef, leaves, slots: Slots, sampling: RowSampling, live, count: int, top: int | None
 ) -> tuple[Slots, tuple[jax.Array, Logprobs | None]]:
     """Decodes `count` tokens in every slot, in one dispatch. Returns the slots, and the tokens [count, slots] with
     their log-probabilities. The model is passed flat; the given slots are donated.
