@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from statistics import median
 
@@ -78,25 +79,13 @@ def child(begun: float, result: Path, sections: list[list[str]]) -> None:
     devices.compiling = compiling
     timed(runs, "load_backbone", "load")
     timed(runs, "fit", "steps")
-    runs.load_backbone = once(runs.load_backbone)
+    runs.load_backbone = lru_cache(runs.load_backbone)
     for section in sections:
         config = load_config(None, section)
         (runs.train_tenants if config.many else runs.train)(config)
     spent["steps"] -= spent["compile"]
     spent["all"] = time.time() - begun
     result.write_text(json.dumps(spent))
-
-
-def once(load):
-    """A function that gives the same answer as the first time."""
-    held = []
-
-    def again(*arguments, **settings):
-        if not held:
-            held.append(load(*arguments, **settings))
-        return held[0]
-
-    return again
 
 
 def timed_process(result: Path, sections: list[list[str]], cache: Path) -> dict[str, float]:
