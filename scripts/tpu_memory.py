@@ -53,26 +53,24 @@ def main():
     parser.add_argument("--print", action="store_true", help="compile nothing")
     args = parser.parse_args()
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+    def compile_once(name: str, about: dict, *given) -> None:
+        if name not in found and not args.print:
+            found[name] = about | compiled_entry(*given)
+            print(name, found[name], file=sys.stderr, flush=True)
+            RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+
     for rows, kernel, remat in CASES:
-        name = f"{rows}, {kernel}, {remat}"
-        if name not in found and not args.print:
-            found[name] = {"rows": rows, "kernel": kernel, "remat": remat} | compiled_entry(ROWS[rows], kernel, remat)
-            print(name, found[name], file=sys.stderr, flush=True)
-            RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+        about = {"rows": rows, "kernel": kernel, "remat": remat}
+        compile_once(f"{rows}, {kernel}, {remat}", about, ROWS[rows], kernel, remat)
     for remat, (scope, prompt, completion) in product(("dots", "block"), SPLITS):
-        name = split_name(scope, prompt, completion, remat)
-        if name not in found and not args.print:
-            about = {"scope": scope, "prompt": prompt, "completion": completion, "remat": remat}
-            given = (*ROWS["4 x 2048"], f"adapter.scope={scope}")
-            found[name] = about | compiled_entry(given, "splash", remat, (prompt, completion))
-            print(name, found[name], file=sys.stderr, flush=True)
-            RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+        about = {"scope": scope, "prompt": prompt, "completion": completion, "remat": remat}
+        given = (*ROWS["4 x 2048"], f"adapter.scope={scope}")
+        compile_once(split_name(scope, prompt, completion, remat), about, given, "splash", remat, (prompt, completion))
     for remat in ("dots", "none"):
+        about = {"scope": "all", "prompt": 1536, "completion": 512, "remat": remat}
         name = f"4 x 2048, LoRA r=8 on all linears, {remat}"
-        if name not in found and not args.print:
-            about = {"scope": "all", "prompt": 1536, "completion": 512, "remat": remat}
-            found[name] = about | compiled_entry((*ROWS["4 x 2048"], *LORA), "splash", remat, (1536, 512))
-            RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+        compile_once(name, about, (*ROWS["4 x 2048"], *LORA), "splash", remat, (1536, 512))
     lines = [line(found[name]) for name in map(", ".join, CASES) if name in found]
     print("\n".join(["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|", *lines]))
     print(
