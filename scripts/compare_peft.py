@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,12 +51,9 @@ from para_jax.training.step import state_of_one, step_of_one
 
 STEPS, ROWS, TESTED, LENGTH = 60, 8, 500, 96
 WORKER = Path(__file__).with_name("compare_peft_worker.py")
+LORA = LoraConfig(r=9, lora_alpha=9, target_modules=("q_proj", "v_proj", "up_proj"))
 #: The learning rates are those that compare_methods.py chose for SST-2.
-CASES = {
-    "LoRA": (LoraConfig(r=9, lora_alpha=9, target_modules=("q_proj", "v_proj", "up_proj")), 3e-3),
-    "(IA)^3": (Ia3Config(), 1e-2),
-    "activated LoRA": (LoraConfig(r=9, lora_alpha=9, target_modules=("q_proj", "v_proj", "up_proj")), 3e-3),
-}
+CASES = {"LoRA": (LORA, 3e-3), "(IA)^3": (Ia3Config(), 1e-2), "activated LoRA": (LORA, 3e-3)}
 
 
 class Data(NamedTuple):
@@ -143,9 +141,8 @@ def with_invocation(config: LoraConfig, rate: float, data: Data) -> tuple[LoraCo
         window += 1
     if not window:
         sys.exit("compare_peft: the prompts end differently, and activated LoRA needs one end; leave it out of --cases")
-    ends = {"scope": "response", "scope_window": window, "alora_invocation_tokens": tuple(prompts[0][-window:])}
-    fields = {name: getattr(config, name) for name in ("r", "lora_alpha", "target_modules")}
-    return LoraConfig(**fields, **ends), rate
+    invocation = tuple(prompts[0][-window:])
+    return replace(config, scope="response", scope_window=window, alora_invocation_tokens=invocation), rate
 
 
 def hand_over(folder: Path, adapter, data: Data, section: TrainSection) -> None:
