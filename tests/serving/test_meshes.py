@@ -166,7 +166,7 @@ def test_on_a_tpu_decode_splits_the_cache_and_reduces_twice_per_layer(on_tpu):
     factors = Factors({site: everywhere((ROWS, width), jnp.bfloat16) for site, width in widths.items()})
     count = everywhere((ROWS,), jnp.int32)
     state = DecodeState(held(mesh, ROWS, LENGTH), (factors,) * CONFIG.num_layers, count)
-    given = Slots(state, count, count), row_sampling([None] * ROWS), np.ones(ROWS, bool), 1
+    given = Slots(state, count, count), row_sampling([None] * ROWS), np.ones(ROWS, bool), 1, None
     with jax.set_mesh(mesh):
         compiled = steps.lower(treedef, leaves, *given).compile()
     program, moved = describe_program(compiled), collective_bytes(compiled.as_text())
