@@ -127,10 +127,8 @@ def draw_scopes(tasks: dict[str, dict[str, list[Point]]]):
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.set_xlabel("score less that of scope all", fontsize=8)
-    said = (
-        "Left of 0: the scope costs. Squares act on the response, hollow ones also on a window before it, triangles on "
-    )
-    explain(figure, said + "the prompt only. Whiskers are 95 % intervals over test rows and seeds.")
+    shapes = "Squares act on the response only (hollow: also on a window before it), triangles on the prompt only."
+    explain(figure, f"Left of 0: the scope costs. {shapes} Whiskers are 95 % intervals over test rows and seeds.")
     return figure
 
 

@@ -35,8 +35,6 @@ REFERENCES = (("PARA r=12", "PARA r=12, response"), ("LoRA r=# on q, v, up", "Lo
 SHUFFLED = ", prompts shuffled"
 #: With fewer seeds nothing is claimed.
 FEWEST_SEEDS = 3
-#: What follows a method's name where it has another scope than `all`.
-SCOPES = ("response", "prompt")
 
 
 class Cell(NamedTuple):
@@ -348,7 +346,7 @@ def scope_lines(output: Path, cells: Sequence[Cell]) -> list[str]:
 
 def of_other_scopes(one: Cell, cells: Sequence[Cell]) -> list[Cell]:
     """The same method on the same task with the scope `response`, its windows and `prompt`."""
-    starts = tuple(f"{stem(one)}, {scope}" for scope in SCOPES)
+    starts = tuple(f"{stem(one)}, {scope}" for scope in MARKERS if scope)
     of_task = [cell for cell in cells if (cell.folder, cell.task) == (one.folder, one.task) and cell.is_method]
     return [cell for cell in of_task if cell.name.startswith(starts)]
 
@@ -411,8 +409,12 @@ def picture_lines(output: Path, groups: dict[str, list[Cell]]) -> list[str]:
 
 def of_scope_all(cells: Sequence[Cell]) -> list[Cell]:
     """Without the other scopes, which have a picture of their own, on tasks that have methods with `all`."""
-    plain = {cell.task for cell in cells if cell.is_method and marker(cell.name) == MARKERS[""]}
-    return [cell for cell in cells if marker(cell.name) == MARKERS[""] or cell.task not in plain]
+
+    def acts_everywhere(cell: Cell) -> bool:
+        return marker(cell.name) == MARKERS[""]
+
+    tasks = {cell.task for cell in cells if cell.is_method and acts_everywhere(cell)}
+    return [cell for cell in cells if acts_everywhere(cell) or cell.task not in tasks]
 
 
 def of_several_sizes(cells: Sequence[Cell]) -> list[Cell]:
