@@ -105,6 +105,12 @@ class Decoder:
             return self.prefills.has_finished(sample.key)
         return sample.key in self._kept
 
+    def whole_tokens(self, sample: Sample) -> int:
+        """Tokens, with padding, that have to be computed of a sample's prompt in one piece: to score it, and to prefill
+        it if its adapter changes the prompt's own states."""
+        whole = sample.decodes and not self.prefills.takes(sample.entry) and sample.key not in self._kept
+        return (sample.unscored + whole) * self._padded_length(sample.ids)
+
     def prefilled(self, sample: Sample) -> tuple | ChunkedPrompt:
         """A sample's prefilled prompt, kept for samples with the same adapter and the same whole prompt: (logits, row),
         or a ChunkedPrompt that is finished."""
@@ -167,7 +173,10 @@ class Decoder:
 
     def _whole(self, ids: list[int]) -> np.ndarray:
         """A prompt as int32 [1, T], padded to a length that has a program."""
-        return right_padded([ids], 1, next(length for length in self._buckets if length >= len(ids)))[0]
+        return right_padded([ids], 1, self._padded_length(ids))[0]
+
+    def _padded_length(self, ids: list[int]) -> int:
+        return next(length for length in self._buckets if length >= len(ids))
 
     def _adapters(self, entry: Entry | None) -> Rows | None:
         return None if self.bank is None else self.bank.rows_of([entry])

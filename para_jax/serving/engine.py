@@ -36,8 +36,10 @@ from .rounds import Rounds
 from .stream import Stream, pieces_of_ended
 from .ticket import Sample, Ticket, is_request_error
 
-#: Tokens of prompts that are computed in chunks between two dispatches. A CPU computes few tokens as fast per token.
+#: Tokens of prompts in blocks that one program computes. A CPU computes few tokens as fast per token.
 CHUNK, CPU_CHUNK = 256, 64
+#: Tokens of prompts that are computed between two dispatches.
+PREFILL_TOKENS, CPU_PREFILL_TOKENS = 4096, 1024
 
 
 class Engine:
@@ -63,6 +65,7 @@ class Engine:
         stop_ids: Sequence[int] | None = None,
         prefix_cache_bytes: int | None = None,
         prefill_chunk: int | None = None,
+        max_prefill_tokens: int | None = None,
         block_size: int = 16,
         max_logprobs: int = 0,
     ):
@@ -80,8 +83,10 @@ class Engine:
             prefix_cache_bytes: memory for the beginnings of prompts, which later prompts of the base model and of
                 adapters with scope `response` share. None: half of what the slots' caches take. 0: no blocks are
                 shared.
-            prefill_chunk: tokens of such prompts that are computed per round, at most. Rows that decode wait for no
-                more. None: 64 on a CPU, else 256.
+            prefill_chunk: tokens of such prompts that one program computes. None: 64 on a CPU, else 256.
+            max_prefill_tokens: tokens of prompts, with padding, that are computed in a round, at most: rows that decode
+                wait for no more. More fill empty slots sooner. One chunk and one prompt that can't be cut (of scope
+                `all`, or one to score) may run in each round, whatever their lengths. None: 1024 on a CPU, else 4096.
             block_size: tokens per block. Prompts share complete blocks.
             max_logprobs: alternatives per token that a request may ask for. Above 0, warm_up compiles a second decode
                 program, for rounds in which a row asks for log-probabilities, and those that score prompts. 0: such
@@ -92,10 +97,12 @@ class Engine:
         require_backbone(model)
         require_bank(bank)
         require_tokenizer(tokenizer)
-        chunk = prefill_chunk
-        if chunk is None:
-            chunk = CPU_CHUNK if jax.default_backend() == "cpu" else CHUNK
+        cpu = jax.default_backend() == "cpu"
+        chunk, limit = prefill_chunk, max_prefill_tokens
+        chunk = (CPU_CHUNK if cpu else CHUNK) if chunk is None else chunk
+        limit = (CPU_PREFILL_TOKENS if cpu else PREFILL_TOKENS) if limit is None else limit
         sizes = {"slots": slots, "max_length": max_length, "prefill_chunk": chunk, "block_size": block_size}
+        sizes["max_prefill_tokens"] = limit
         limits = {"queue_limit": queue_limit, "queue_limit_per_tenant": queue_limit_per_tenant}
         counts = {"prefix_cache_bytes": prefix_cache_bytes, "max_logprobs": max_logprobs}
         check_sizes(sizes, limits, counts, model.config)
@@ -132,7 +139,7 @@ class Engine:
 
         self._requests = OpenRequests(tokenizer, seed, queue_limit, queue_limit_per_tenant)
         self._pins = Pins(self._prefills.cache, self._prefills.cached)
-        self._rounds = Rounds(self._decoder, self._requests, self._pins, frozenset(ends))
+        self._rounds = Rounds(self._decoder, self._requests, self._pins, frozenset(ends), limit)
         self._driver: threading.Thread | None = None
         """the thread of run() or step()"""
         self._paused = False
@@ -152,6 +159,11 @@ class Engine:
     def running(self) -> dict[str | None, int]:
         """How many samples hold a slot, by tenant."""
         return per_tenant(self._requests.running)
+
+    @property
+    def decoding(self) -> int:
+        """How many slots decoded in the last round."""
+        return self._rounds.decoding
 
     @property
     def waiting(self) -> dict[str | None, int]:

@@ -23,7 +23,7 @@ from ..backbone.transformer import Transformer
 from ..model import DecodeState
 from ..prompt_blocks import Lanes, LastToken, Windows, adapt_window, adjustments_of, prefill_blocks
 from ..sharding import constrain, replicate
-from .prefix_cache import PrefixCache
+from .prefix_cache import PrefixCache, prompt_key
 from .slots import PrefilledPrompt, zeros_of
 
 #: Prompts of the longest length that the pool has blocks for, and how many are kept for the next request of the same
@@ -34,9 +34,9 @@ ROWS = 4
 class PromptFailed(Exception):
     """A prompt could not be prefilled twice, each time alone."""
 
-    def __init__(self, key: tuple, error: Exception):
+    def __init__(self, prompt: ChunkedPrompt, error: Exception):
         super().__init__(str(error))
-        self.key = key
+        self.key, self.ids = prompt.key, prompt.ids
 
 
 class ChunkedPrompt:
@@ -145,28 +145,34 @@ class Prefills:
     def keep(self, wanted: Collection[tuple]) -> None:
         """Drops prompts that are not finished, unless they have one of these keys or are pinned, and finished ones but
         the last ROWS. Starts pinned ones that lack a block."""
-        pinned = {(None, ids, None) for ids in self.pins}
+        pinned = {prompt_key(None, ids): ids for ids in self.pins}
         for prompt in list(self._prompts.values()):
             if prompt.made is None and prompt.key not in wanted and prompt.key not in pinned:
                 self._drop(prompt)
         for prompt in [prompt for prompt in self._prompts.values() if prompt.made is not None][:-ROWS]:
             self._drop(prompt)
-        for ids, keys in self.pins.items():
-            if not all(map(self.cache.knows, keys)) and self.has_room((None, ids, None), ids):
-                held = self.finished((None, ids, None))
+        for key, ids in pinned.items():
+            if not all(map(self.cache.knows, self.pins[ids])) and self.has_room(key, ids):
+                held = self.finished(key)
                 if held is not None:  # it was finished before it was pinned, and its blocks were given up since
                     self._drop(held)
-                self.start((None, ids, None), ids, None)
+                self.start(key, ids, None)
 
-    def advance(self) -> None:
-        """Computes the next blocks of the prompts, in one program, and adapts those that are then complete.
+    @property
+    def chunk(self) -> int:
+        """Tokens that one program computes, with padding."""
+        return self.lanes * self.size
+
+    def advance(self) -> int:
+        """Computes the next blocks of the prompts, in one program, and adapts those that are then complete. Returns the
+        tokens that this took, with padding.
 
         Raises PromptFailed, or what the program raised. Only `reset` may follow.
         """
         working = [prompt for prompt in self._prompts.values() if prompt.made is None]
         working = [prompt for prompt in working if prompt.key in self._suspects][:1] or working
         if not working:
-            return
+            return 0
         try:
             self._compute(working)
         except Exception as error:
@@ -176,6 +182,7 @@ class Prefills:
         for prompt in working:
             if prompt.made is not None:
                 self._suspects.pop(prompt.key, None)
+        return self.chunk
 
     def for_slot(self, prompt: ChunkedPrompt) -> PrefilledPrompt:
         """A finished prompt, to be inserted into a slot."""
@@ -320,7 +327,7 @@ class Prefills:
             self._suspects[prompt.key] = self._suspects.get(prompt.key, 0) + alone
             if self._suspects[prompt.key] == 2:
                 del self._suspects[prompt.key]
-                raise PromptFailed(prompt.key, error)
+                raise PromptFailed(prompt, error)
 
     def _grow_window(self, configs: Iterable[Any]) -> None:
         """Makes room for the windows of adapters of these configs."""

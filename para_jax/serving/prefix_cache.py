@@ -29,6 +29,17 @@ class PrefixCacheStats(NamedTuple):
     """of those that are pinned"""
 
 
+def prompt_key(adapter: str | None, ids: Sequence[int], salt: str | None = None) -> tuple:
+    """What a prefilled prompt depends on: PARA's factors come from all of it. An adapter's name is not enough, because
+    it may be replaced. A prefix is not enough, because its last token differs. The salt keeps those apart who may not
+    share. Ids enter as a hash: a tuple of them would be hashed at every look.
+
+    Args:
+        adapter: the hash of its content.
+    """
+    return adapter, hashlib.sha256(np.array(ids, np.int32).tobytes()).digest(), salt
+
+
 class PrefixCache:
     """The blocks of a pool. Used by one thread at a time."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator
+from itertools import islice
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -11,7 +12,7 @@ T = TypeVar("T")
 
 class FairQueue(Generic[T]):
     """A queue per tenant, served in turn: however long one queue is, the first item of another waits for at most one
-    item of every other tenant. Every operation takes constant time, but `head` looks at the first item of each tenant
+    item of every other tenant. Every operation takes constant time, but `head` looks at the first items of some tenants
     until one fits."""
 
     def __init__(self, kind: Callable[[T], Hashable] = lambda item: None):
@@ -29,9 +30,14 @@ class FairQueue(Generic[T]):
         self._counts[self._kind(item)] += number not in line
         line[number] = item
 
-    def head(self, fits: Callable[[T], bool] = lambda item: True) -> T | None:
-        """The first item of the tenant whose turn it is, among tenants whose first item fits; None if there is none."""
-        return next((item for line in self._lines.values() if fits(item := next(iter(line.values())))), None)
+    def head(self, fits: Callable[[T], bool] = lambda item: True, among: int | None = None) -> T | None:
+        """The first item of the tenant whose turn it is, or of the next one whose first item fits; None if none does.
+
+        Args:
+            among: tenants whose first items are looked at, at most; None: all.
+        """
+        lines = islice(self._lines.values(), among)
+        return next((item for line in lines if fits(item := next(iter(line.values())))), None)
 
     def take(self, tenant: Hashable) -> T:
         """Removes and returns a tenant's first item. Its next turn comes after all other tenants'."""

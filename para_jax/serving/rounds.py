@@ -1,4 +1,4 @@
-"""One round of the engine: free slots are filled, prompts advance by a chunk, and all rows decode a few tokens.
+"""One round of the engine: free slots are filled, prompts are computed up to a bound, and all rows decode a few tokens.
 
 If an exception or an interrupt ends a round halfway, the next one starts again from the open requests.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import jax
 
@@ -21,25 +22,52 @@ from .decoder import Decoder
 from .open_requests import OpenRequests
 from .pins import Pins
 from .prefills import ChunkedPrompt, PromptFailed
+from .prefix_cache import prompt_key
 from .scoring import ScoredPrompt
 from .ticket import Sample, is_request_error
 
-#: Prompts that are prefilled whole or scored between two dispatches, at most, while rows decode.
-PREFILLS = 2
 #: Prompts in blocks that may start before one for which there is no room yet, at most.
 OVERTAKING = 32
+#: Tenants among which a sample that can start is looked for, at most. A look costs the same however many wait.
+LOOKED_AT = 32
+
+
+@dataclass
+class Started:
+    """What a round starts and computes of prompts before its rows decode."""
+
+    limit: int
+    """tokens of prompts that it may compute; one whole prompt and one chunk may always run"""
+    tokens: int = 0
+    """those that it has computed, with padding"""
+    wholes: int = 0
+    """prompts that were prefilled whole or scored"""
+    chunks: int = 0
+    free: list[int] = field(default_factory=list)
+    """slots that neither a row nor a prompt has"""
+    first: dict[int, tuple] = field(default_factory=dict)
+    """by slot: the first token [1] of its row and its log-probabilities"""
+    scored: list[tuple[Sample, ScoredPrompt]] = field(default_factory=list)
+    failed: dict[Sample, Exception] = field(default_factory=dict)
+    """samples with whole prompts that raised for the first time"""
+
+    def has_room(self, tokens: int) -> bool:
+        return self.tokens + tokens <= self.limit
 
 
 class Rounds:
     """What the rounds of one engine share. One thread at a time makes a round."""
 
-    def __init__(self, decoder: Decoder, requests: OpenRequests, pins: Pins, stops: frozenset[int]):
+    def __init__(self, decoder: Decoder, requests: OpenRequests, pins: Pins, stops: frozenset[int], limit: int):
         """
         Args:
             stops: token ids that end every answer.
+            limit: the engine's max_prefill_tokens.
         """
         self._decoder, self._prefills, self._requests = decoder, decoder.prefills, requests
-        self._pins, self._stops = pins, stops
+        self._pins, self._stops, self._limit = pins, stops, limit
+        self.decoding = 0
+        """rows that decoded in the last round"""
         self._driving = threading.Lock()
         """held during a round; guards the decoder and what follows"""
         self._rows: list[Sample | None] = [None] * decoder.slots
@@ -73,14 +101,15 @@ class Rounds:
         with self._driving, using(self._decoder.mesh):
             self._begin()
             self._prefills.pin(self._pins.kept)
-            first, scored, failure = self._fill()
-            if not self._advance_prompts(first):
+            started, self.decoding = Started(self._limit), 0
+            if not self._fill(started):
                 return
             active = [(slot, sample) for slot, sample in enumerate(self._rows) if sample and not sample.completion]
-            decoded = self._decode(active) if active else None
+            decoded, scored = self._decode(active) if active else None, started.scored
+            self.decoding = len(active)
             if scored or active:
                 prompts = [prompt for _, prompt in scored]
-                prompts, first, decoded = jax.device_get((prompts, first, decoded))
+                prompts, first, decoded = jax.device_get((prompts, started.first, decoded))
                 for (sample, _), prompt in zip(scored, prompts, strict=True):
                     self._give_scores(sample, prompt)
                 for slot, sample in active:
@@ -89,8 +118,8 @@ class Rounds:
                 self._rows = [sample if sample and not sample.completion else None for sample in self._rows]
                 self.broken = False
                 self._requests.news.notify_all()
-            if failure is not None and not (active or scored or self._waiting):
-                raise failure
+            if started.failed and not (active or scored or self._waiting):
+                raise next(iter(started.failed.values()))
 
     def _begin(self) -> None:
         """Notes that a round has begun. If the last one did not end, empties the slots and queues its samples again."""
@@ -102,35 +131,49 @@ class Rounds:
             self._requests.cancel_dropped()
             self.broken = True
 
-    def _fill(self) -> tuple[dict[int, tuple], list[tuple[Sample, ScoredPrompt]], Exception | None]:
-        """Moves queued samples into free slots. Returns the first token [1] of each and its log-probabilities, by slot.
-        Where a prompt is prefilled in chunks, it starts, and the sample keeps the slot for it. Also returns the samples
-        with prompts to score, and the scores; and an error of a prompt, if one waits for its second try."""
-        first, scored, passes, failed = {}, [], 0, {}
+    def _fill(self, started: Started) -> bool:
+        """Moves queued samples into free slots until no slot is free, no sample can start, or the round has computed as
+        many tokens of prompts as it may: rows that decode wait meanwhile. Returns False if a prompt failed, which ends
+        the round."""
         self._waiting = {slot: sample for slot, sample in self._waiting.items() if not sample.completion}
         self._prefills.keep({sample.key for sample in self._waiting.values()})
         empty = [slot for slot, sample in enumerate(self._rows) if sample is None or sample.completion]
-        busy, free = len(empty) < len(self._rows), [slot for slot in empty if slot not in self._waiting]
-        while True:
+        started.free = [slot for slot in empty if slot not in self._waiting]
+        while True:  # whole prompts and chunks take turns, so that neither uses up the tokens of the other
+            before = started.tokens
+            self._start_samples(started)
+            if not self._advance_prompts(started):
+                return False
+            if started.tokens == before:
+                break
+        self._put_back(started.failed)
+        return True
+
+    def _start_samples(self, started: Started) -> None:
+        """Moves queued samples into free slots, up to the first with a prompt that has to be prefilled whole or scored.
+        Where a prompt is prefilled in chunks, it starts, and the sample keeps the slot for it."""
+        tokens = 0
+        while not tokens:
             with self._requests.lock:
-                head = self._next(bool(free), busy, passes)
-                if head is None:
-                    break
-                sample = self._requests.queue.take(head.request.tenant)
+                sample = self._next(started)
+                if sample is None:
+                    return
+                self._requests.queue.take(sample.request.tenant)
                 known = sample.decodes and self._decoder.keeps(sample)
                 in_chunks = sample.decodes and self._prefills.takes(sample.entry)
+                tokens = self._decoder.whole_tokens(sample)
                 sample.ticket.start(len(sample.ids) if known else None if in_chunks else 0)
+            started.tokens += tokens
+            started.wholes += tokens > 0
             try:
                 if sample.unscored:
-                    passes += 1
-                    scored.append((sample, self._decoder.score(sample)))
+                    started.scored.append((sample, self._decoder.score(sample)))
                 if not sample.decodes:
                     continue
                 if in_chunks and not known:
                     self._prefills.start(sample.key, sample.ids, sample.entry)
-                    self._waiting[free.pop(0)] = sample
+                    self._waiting[started.free.pop(0)] = sample
                     continue
-                passes += not known
                 prefilled = self._decoder.prefilled(sample)
             except Exception as error:
                 if isinstance(error, SystemError):  # C code turns an interrupt into a SystemError
@@ -141,37 +184,27 @@ class Rounds:
                 elif in_chunks:  # the prompts may be in disorder
                     raise
                 else:  # nothing that others use has changed
-                    failed[sample] = error
+                    started.failed[sample] = error
                 continue
-            self._insert(free.pop(0), sample, prefilled, first)
-        self._put_back(failed)
-        return first, scored, next(iter(failed.values()), None)
+            self._insert(started.free.pop(0), sample, prefilled, started)
 
-    def _next(self, free: bool, busy: bool, passes: int) -> Sample | None:
+    def _next(self, started: Started) -> Sample | None:
         """The queued sample that starts next: the one whose turn it is or, if that one can't start yet, the first that
         can. A long prompt waits for room, but not for ever: at most OVERTAKING others in blocks start before it. While
-        no slot is free, a queue of samples that need one is not looked through.
-
-        Args:
-            free: whether a slot is.
-            busy: whether rows decode.
-            passes: prompts that were prefilled whole or scored in this round.
-        """
+        no slot is free, a queue of samples that need one is not looked through."""
 
         def in_blocks(sample: Sample) -> bool:
             return sample.decodes and self._prefills.takes(sample.entry)
 
         def can_start(sample: Sample) -> bool:
-            if sample.unscored and passes >= PREFILLS:
+            if sample.decodes and not started.free:
                 return False
-            if not sample.decodes or (free and self._decoder.keeps(sample)):
-                return True
-            if in_blocks(sample):
-                return free and self._prefills.has_room(sample.key, sample.ids)
-            return free and (not busy or passes < PREFILLS)
+            if in_blocks(sample) and not self._prefills.has_room(sample.key, sample.ids):
+                return False
+            return not started.wholes or started.has_room(self._decoder.whole_tokens(sample))
 
         queue = self._requests.queue
-        if not free and not queue.count(kind=False):
+        if not started.free and not queue.count(kind=False):
             return None
         head = queue.head()
         if head is None or can_start(head):
@@ -179,9 +212,9 @@ class Rounds:
         if head.number != self._late:
             self._late, self._overtaken = head.number, 0
         closed = in_blocks(head) and self._overtaken >= OVERTAKING
-        found = queue.head(lambda sample: can_start(sample) and not (closed and in_blocks(sample)))
-        self._overtaken += found is not None and in_blocks(found)
-        return found
+        other = queue.head(lambda sample: can_start(sample) and not (closed and in_blocks(sample)), LOOKED_AT)
+        self._overtaken += other is not None and in_blocks(other)
+        return other
 
     def _put_back(self, samples: Iterable[Sample]) -> None:
         """Queues samples again, for a second try in the next round."""
@@ -190,36 +223,39 @@ class Rounds:
                 if sample.completion is None:
                     self._requests.queue.put(sample.request.tenant, sample.number, sample)
 
-    def _advance_prompts(self, first: dict[int, tuple]) -> bool:
-        """Computes a chunk of the prompts that samples wait for. Samples with a complete one move into their slots, and
-        their first tokens into `first`. Returns False if a prompt failed, which ends the round."""
+    def _advance_prompts(self, started: Started) -> bool:
+        """Computes a chunk of the prompts that samples wait for, if the round may. Samples with a complete one move
+        into their slots. Returns False if a prompt failed, which ends the round."""
+        if started.chunks and not started.has_room(self._prefills.chunk):
+            return True
         try:
-            self._prefills.advance()
+            computed = self._prefills.advance()
         except PromptFailed as failed:
             for sample in [sample for sample in self._waiting.values() if sample.key == failed.key]:
                 self._fail(sample, failed)
             with self._requests.lock:
-                adapter, ids, salt = failed.key
-                dropped = adapter is None and salt is None and self._pins.drop(ids)
+                dropped = failed.key == prompt_key(None, failed.ids) and self._pins.drop(tuple(failed.ids))
                 self._requests.news.notify_all()
             if dropped:  # said without the lock: a stream that is collected while logging closes itself under it
                 warn(f"engine: a pinned prefix could not be prefilled, and is no longer pinned: {failed}")
             return False
+        started.tokens += computed
+        started.chunks += computed > 0
         for slot, sample in list(self._waiting.items()):
             if self._decoder.keeps(sample):
                 prompt = self._decoder.prefilled(sample)
                 assert isinstance(prompt, ChunkedPrompt)
                 if sample.ticket.cached_tokens is None:
                     sample.ticket.cached_tokens = prompt.found
-                self._insert(slot, sample, prompt, first)
+                self._insert(slot, sample, prompt, started)
                 del self._waiting[slot]
         return True
 
-    def _insert(self, slot: int, sample: Sample, prefilled: tuple | ChunkedPrompt, first: dict[int, tuple]) -> None:
+    def _insert(self, slot: int, sample: Sample, prefilled: tuple | ChunkedPrompt, started: Started) -> None:
         asked = sample.request.logprobs is not None
         found = self._decoder.insert(slot, prefilled, sample.sampling, logprobs=asked)
         if found is not None:
-            first[slot] = found
+            started.first[slot] = found
         self._rows[slot] = sample
 
     def _decode(self, active: list[tuple[int, Sample]]) -> tuple[jax.Array, Logprobs | None]:

@@ -10,6 +10,7 @@ from ..adapters.bank import Entry
 from ..inference.answer_text import AnswerText, text_of, word_tokens
 from ..inference.logprobs import TokenLogprob
 from ..inference.sampling import Sampling
+from .prefix_cache import prompt_key
 from .request import Completion, Piece, Request
 
 
@@ -61,10 +62,7 @@ class Sample:
         self.number = -1
         """the order of arrival, set when it is queued"""
         self.stops = frozenset(stops)
-        self.key = (entry.content if entry else None, tuple(ids), ticket.request.cache_salt)
-        """What a prefilled prompt depends on: PARA's factors come from all of it. A name is not enough, because its
-        adapter may be replaced. A prefix is not enough, because its last token differs. The salt keeps those apart
-        who may not share"""
+        self.key = prompt_key(entry.content if entry else None, ids, ticket.request.cache_salt)
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         """of each of `tokens`, if the request asks for them"""

@@ -17,6 +17,7 @@ from para_jax.adapters import padding
 from para_jax.backbone.block_pool import rows_of_blocks
 from para_jax.serving import decoder, prefills, rounds
 from para_jax.serving.prefills import ROWS
+from para_jax.serving.prefix_cache import prompt_key
 
 SITES = ("q_proj", "k_proj", "v_proj", "up_proj")
 CHUNK = 8
@@ -57,6 +58,7 @@ def bank_of(model, tenants, names):
 
 def engine_of(model, bank, blocks=30, **options):
     sizes = {"slots": 3, "max_length": 64, "prefill_chunk": CHUNK, "block_size": BLOCK, "stop_ids": ()}
+    sizes["max_prefill_tokens"] = options.get("prefill_chunk", CHUNK)  # a chunk per round
     return Engine(model, bank, tokenizer(), prefix_cache_bytes=blocks * block_bytes(model), **(sizes | options))
 
 
@@ -160,7 +162,7 @@ def test_a_cached_prefix_gives_the_same_bits_as_a_fresh_one(model, bank, tenant)
     before = cached.prefix_cache.hits
     assert answer(fresh, prompt, tenant) == answer(cached, prompt, tenant)
     assert cached.prefix_cache.hits == before + len(prefix) // BLOCK * BLOCK and fresh.prefix_cache.hits == 0
-    key = (None if tenant is None else bank.entry(tenant).content, prompt, None)
+    key = prompt_key(None if tenant is None else bank.entry(tenant).content, prompt)
     for mine, theirs in zip(rows_and_logits(fresh, key), rows_and_logits(cached, key), strict=True):
         np.testing.assert_array_equal(mine, theirs)
 

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from para_jax.serving.prefix_cache import PrefixCache
+from para_jax.serving.prefix_cache import PrefixCache, prompt_key
 
 SIZE = 4
 
@@ -141,3 +141,10 @@ def test_any_use_keeps_every_block_in_one_place_and_every_key_true(steps):
         pinned = [block for block, key in cache._key_of.items() if key in cache.pinned and block not in used]
         places = sorted([*cache._free, *cache._idle, *set(used), *pinned])
         assert places == list(range(20))
+
+
+def test_a_prompts_key_holds_everything_that_its_prefill_depends_on_and_no_ids():
+    ids = list(range(5000))
+    keys = [prompt_key(*of) for of in ((None, ids), ("a", ids), (None, ids, "s"), (None, ids[:-1]), (None, ids[::-1]))]
+    assert len(set(keys)) == 5 and keys[0] == prompt_key(None, tuple(ids))
+    assert all(len(repr(key)) < 200 for key in keys), "a look at a waiting prompt hashes none of its ids again"

@@ -17,7 +17,6 @@ from para_jax.evaluation.answers import Answerer
 from para_jax.evaluation.questions import Likelihood
 from para_jax.inference.draw import row_sampling
 from para_jax.serving import decoder
-from para_jax.serving.rounds import PREFILLS
 from para_jax.serving.scoring import score_prompt
 from para_jax.training import loss
 
@@ -162,7 +161,8 @@ def test_wrong_fields_are_refused_by_name(engine, wrong, message):
         engine.open_stream(replace(scored(ids(2), None, 12), **wrong))
 
 
-def test_rows_that_decode_wait_for_few_prompts(engine, monkeypatch):
+def test_rows_that_decode_wait_for_few_prompts(bank, monkeypatch):
+    engine = made_engine(bank, slots=SLOTS, max_prefill_tokens=2 * 16)  # two prompts in the shortest padded length
     calls, real = [], decoder.score_prompt
     monkeypatch.setattr(decoder, "score_prompt", lambda *arguments: calls.append(1) or real(*arguments))
     engine.submit(Request(prompt(0), "para", 25))
@@ -174,7 +174,7 @@ def test_rows_that_decode_wait_for_few_prompts(engine, monkeypatch):
         before = len(calls)
         engine.step()
         rounds.append(len(calls) - before)
-    assert sum(rounds) == 9 and max(rounds) == PREFILLS
+    assert sum(rounds) == 9 and max(rounds) == 2
 
 
 def test_a_scored_prompt_needs_no_slot(engine):

@@ -1,0 +1,101 @@
+"""The schedule: empty slots are filled at once, within the bound on the prompts that decoding rows wait for."""
+
+from collections import Counter
+from statistics import mean
+
+import numpy as np
+import pytest
+from golden_models import backbone
+from tiny_engine import bank_of, engine_of, tenants_of
+
+from para_jax import Request
+from para_jax.serving import decoder, prefills
+from para_jax.serving.rounds import LOOKED_AT
+
+PADDED = 16
+"""the shortest padded length of a prompt that is prefilled whole"""
+
+
+@pytest.fixture(scope="module")
+def model():
+    return backbone("llama")
+
+
+@pytest.fixture(scope="module")
+def bank(model):
+    return bank_of(model, tenants_of(model))
+
+
+def prompts(count, length=12):
+    return [tuple(row) for row in np.random.default_rng(0).integers(20, 250, (count, length)).tolist()]
+
+
+def submit_all(engine, count, tenants, new_tokens):
+    for i, ids in enumerate(prompts(count)):
+        name, new = tenants[i % len(tenants)], new_tokens[i % len(new_tokens)]
+        engine.submit(Request(ids, name, new, ignore_eos=True))
+
+
+def computed(monkeypatch):
+    """Tokens of each program that reads prompts, with padding."""
+    found = Counter()
+
+    def counted(kind, real, tokens):
+        def count(*arguments, **options):
+            found[kind] += tokens(arguments).size
+            return real(*arguments, **options)
+
+        return count
+
+    monkeypatch.setattr(decoder, "prefill", counted("whole", decoder.prefill, lambda a: a[2]))
+    monkeypatch.setattr(prefills, "prefill_chunk", counted("chunk", prefills.prefill_chunk, lambda a: a[3].tokens))
+    return found
+
+
+@pytest.mark.parametrize("new_tokens", [(8, 12), (1, 2, 3), (4, 25)])
+@pytest.mark.parametrize("tenants", [("A", "B"), (None, "R"), ("A", None, "R", "C")])
+@pytest.mark.parametrize("slots", [1, 8, 32])
+def test_slots_stay_full_while_requests_wait(model, bank, slots, tenants, new_tokens):
+    engine = engine_of(model, bank, slots=slots, prefill_chunk=64, block_size=16)
+    submit_all(engine, 4 * slots + 12, tenants, new_tokens)
+    live = []
+    while engine.open:
+        engine.step()
+        if engine.waiting:
+            live.append(engine.decoding / slots)
+    assert len(live) > 1 and mean(live) >= 0.9
+
+
+@pytest.mark.parametrize("tenants", [("A", "B"), (None, "R"), ("A", None, "R", "C")])
+def test_a_round_computes_no_more_tokens_of_prompts_than_the_bound(model, bank, monkeypatch, tenants):
+    engine = engine_of(model, bank, slots=8, prefill_chunk=16, max_prefill_tokens=4 * PADDED)
+    submit_all(engine, 40, tenants, (3, 9))
+    tokens, before, rounds = computed(monkeypatch), Counter(), []
+    while engine.open:
+        engine.step()
+        rounds.append(tokens - before)
+        before = tokens.copy()
+    totals = [each.total() for each in rounds]
+    assert max(totals) == 4 * PADDED and totals.count(max(totals)) > 2
+    if len(tenants) == 4:
+        assert any(each["whole"] and each["chunk"] for each in rounds), "both kinds take turns"
+
+
+def test_a_prompt_above_the_bound_is_computed_all_the_same(model, bank):
+    engine = engine_of(model, bank, max_prefill_tokens=1)
+    submit_all(engine, 8, ("A", None, "R"), (3,))
+    assert all(answer.error is None for answer in engine.run())
+
+
+def test_a_look_through_the_queue_does_not_depend_on_how_many_tenants_wait(model, bank, monkeypatch):
+    """Of scope `all`, one prompt fits into a round, so the queue is looked through for others."""
+    looks = {}
+    for tenants in (LOOKED_AT, 10 * LOOKED_AT):
+        engine = engine_of(model, bank, slots=4, max_prefill_tokens=PADDED)
+        entry, asked, real = bank.entry("A"), [], engine._decoder.whole_tokens
+        monkeypatch.setattr(engine._decoder, "whole_tokens", lambda sample, r=real, a=asked: a.append(1) or r(sample))
+        for i, ids in enumerate(prompts(tenants)):
+            engine.submit(Request(ids, f"tenant {i}", 9), entry=entry)
+        engine.step()
+        looks[tenants] = len(asked)
+    assert LOOKED_AT <= looks[LOOKED_AT] <= looks[10 * LOOKED_AT] <= LOOKED_AT + 9
