@@ -28,6 +28,8 @@ def table_rows(measured: dict) -> list[tuple[str, str]]:
     rows += [(f"{name}: equal texts", f"{value:.3f}") for name, value in measured.get("equal_texts", {}).items()]
     for method, values in measured.get("latencies_ms", {}).items():
         rows += [(f"{method}: {name}", f"{value:.0f} ms") for name, value in values.items()]
+    for method, share in measured.get("live_slots", {}).items():
+        rows.append((f"{method}: live slots while requests wait", f"{share:.2f} of all"))
     for name, part in measured.get("parts", {}).items():
         rows += [(f"{name}: {of_part}", value) for of_part, value in table_rows(part)]
     for name, value in measured.get("share_of_read", {}).items():

@@ -44,13 +44,23 @@ class ServingTimes(NamedTuple):
     """the end of each round, in seconds since the requests came"""
     ended: list[tuple[int, int]]
     """per request: the round in which it ended, and its tokens"""
+    live: list[int]
+    """per round: slots that decoded"""
+    waiting: list[bool]
+    """per round: whether requests waited at its end"""
 
     @property
     def tokens_per_second(self) -> float:
         return sum(count for _, count in self.ended) / self.rounds[-1]
 
+    @property
+    def live_while_waiting(self) -> float:
+        """The mean number of slots that decoded while requests waited."""
+        return float(np.mean([live for live, waits in zip(self.live, self.waiting, strict=True) if waits]))
+
     def latencies(self) -> dict[str, float]:
-        """Milliseconds to the first token, since the requests came, and per token after it."""
+        """Milliseconds to the first token, since the requests came, and per token after it; and the longest gap of a
+        row that decodes, between the ends of consecutive rounds."""
         first, each = [], []
         for end, count in self.ended:
             begin = self.rounds[end - max(1, -(-(count - 1) // STEPS)) + 1]  # a first token, then STEPS per round
@@ -60,7 +70,8 @@ class ServingTimes(NamedTuple):
         found = {}
         for name, values in (("first token", first), ("a token", each)):
             found |= {f"{name} p{q}": float(np.percentile(values, q)) for q in (50, 95)}
-        return found
+        decoding = np.minimum(self.live[1:], self.live[:-1]) > 0
+        return found | {"longest gap": 1e3 * float(np.max(np.diff(self.rounds) * decoding, initial=0.0))}
 
 
 def bench_serve(backbone: str, *, rows: tuple[int, ...] = (8,), requests: int = 96, rounds: int = 2) -> dict:
@@ -103,6 +114,7 @@ def bench_serve(backbone: str, *, rows: tuple[int, ...] = (8,), requests: int = 
     return found | {
         "ratios": ratios,
         "latencies_ms": {method: served[method].latencies() for method in banks},
+        "live_slots": {method: served[method].live_while_waiting / slots for method in banks},
         "parts": parts,
         "slots": slots,
         "requests": requests,
@@ -122,13 +134,15 @@ def ragged(requests: int, vocab_size: int) -> Workload:
 def serve(engine: Engine, work: Workload) -> ServingTimes:
     """Serves all requests, submitted at once, each for the next tenant. They decode past end tokens, up to their
     lengths."""
-    begun, served = time.perf_counter(), ServingTimes([], [])
+    begun, served = time.perf_counter(), ServingTimes([], [], [], [])
     names = itertools.cycle([None] if engine.bank is None else engine.bank.names)
     for ids, new, name in zip(work.prompts, work.new_tokens, names, strict=False):
         engine.submit(Request(tuple(ids), name, new, ignore_eos=True))
     while engine.open:
         answers = engine.step()
         served.rounds.append(time.perf_counter() - begun)
+        served.live.append(engine.decoding)
+        served.waiting.append(bool(engine.waiting))
         served.ended.extend((len(served.rounds) - 1, len(answer.tokens)) for answer in answers)
     assert sum(count for _, count in served.ended) == work.tokens
     return served

@@ -97,6 +97,7 @@ def scored() -> shared.Parser:
     shared.add_chat_template_kwargs(data)
     data.add_argument("--limit", type=int, metavar="N", help="score the first N examples of each task; default: all")
     data.add_argument("--rows", type=int, metavar="N", help="rows per batch; default: eval.batch_size of CONFIG, or 16")
+    shared.add_prefill_tokens(data)
     data.add_argument(
         "--seed", type=int, help="for sampled answers and shuffled prompts; default: the seed of CONFIG, or 0"
     )
@@ -370,6 +371,7 @@ def load(options, config) -> Loaded:
     how = Options(
         limit=options.limit,
         rows=config.eval.batch_size,
+        prefill_tokens=options.max_prefill_tokens,
         seed=config.seed,
         include_path=options.include_path,
         fewshot=options.num_fewshot,

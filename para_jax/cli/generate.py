@@ -214,5 +214,12 @@ def engine_of(options, model, tokenizer, bank, tenants) -> tuple:
     from ..serving.engine import Engine
     from ..serving.request import Request
 
-    engine = Engine(model, bank, tokenizer, slots=options.slots, max_length=options.max_length)
+    engine = Engine(
+        model,
+        bank,
+        tokenizer,
+        slots=options.slots,
+        max_length=options.max_length,
+        max_prefill_tokens=options.max_prefill_tokens,
+    )
     return engine, Request("", tenants[0] if tenants else None, **sampling_of(options))

@@ -128,13 +128,25 @@ def add_chat_template_kwargs(group) -> None:
 
 
 def add_engine_size(group) -> None:
-    """The options --slots and --max-length."""
+    """The options --slots, --max-length and --max-prefill-tokens."""
     group.add_argument("--slots", type=int, default=SLOTS, help="rows that decode together (default: %(default)s)")
     group.add_argument(
         "--max-length",
         type=int,
         metavar="N",
         help=f"tokens per row, prompt and answer (default: {MAX_LENGTH}, or the model's positions if it has fewer)",
+    )
+    add_prefill_tokens(group)
+
+
+def add_prefill_tokens(group) -> None:
+    """The option --max-prefill-tokens."""
+    group.add_argument(
+        "--max-prefill-tokens",
+        type=count,
+        metavar="N",
+        help="tokens of new prompts that are computed between steps of answers: more fill empty slots sooner, fewer "
+        "keep the gaps in answers short (default: 1024 on a CPU, else 4096)",
     )
 
 

@@ -180,6 +180,7 @@ def engine_of(options, sources: dict[str, str]):
         load_tokenizer(options.backbone, options.chat_template_kwargs),
         slots=options.slots,
         max_length=options.max_length,
+        max_prefill_tokens=options.max_prefill_tokens,
         queue_limit=options.queue_limit,
         queue_limit_per_tenant=options.queue_limit_per_tenant,
         seed=secrets.randbits(32),

@@ -43,6 +43,7 @@ class Answerer:
         tokenizer,
         *,
         rows: int = 16,
+        prefill_tokens: int | None = None,
         shapes: PlannedShapes | None = None,
         engine: Engine | None = None,
         journal: Journal | None = None,
@@ -53,6 +54,7 @@ class Answerer:
         Args:
             bank: an AdapterBank, or a StackBank; None: the base model alone.
             rows: of a batch, and the slots of the engine that this makes when there is something to write.
+            prefill_tokens: max_prefill_tokens of that engine.
             shapes: planned for the questions, which are then written in batches. This works in both layouts and on
                 several hosts. None: the shapes depend on each question's length alone, and an engine writes.
             engine: used instead of an engine of our own. It must have room for the questions and no other requests.
@@ -61,6 +63,7 @@ class Answerer:
             longest: tokens that the engine we make has room for, at least. Calls with this in common get the same bits.
         """
         self.model, self.bank, self.tokenizer, self.rows = model, bank, tokenizer, rows
+        self.prefill_tokens = prefill_tokens
         self.engine, self.journal, self.backbone, self.longest = engine, journal, backbone, longest
         self.shapes = shapes or OpenShapes(model.config.max_positions)
         self.tokens = 0
@@ -187,7 +190,8 @@ class Answerer:
     def _own_engine(self, questions: list[Generation]) -> Engine:
         longest = rounded_up(max(self.longest, *map(tokens_to_write, questions)), 32)
         longest = min(longest, self.model.config.max_positions)
-        return Engine(self.model, self.bank, self.tokenizer, slots=self.rows, max_length=longest)  # pyright: ignore
+        sizes = {"slots": self.rows, "max_length": longest, "max_prefill_tokens": self.prefill_tokens}
+        return Engine(self.model, self.bank, self.tokenizer, **sizes)  # pyright: ignore
 
     def _entry(self, tenant: Any) -> Any:
         if tenant is None:

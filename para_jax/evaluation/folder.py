@@ -94,7 +94,12 @@ def evaluate_to_folder(
     if part is not None:
         require_no_others(output, part.shard, [file for name, file in named.items() if name not in files])
     with closing(Journal(output / ANSWERS_FILE)) as journal:
-        given = {"rows": options.rows, "journal": journal, "backbone": content}
+        given = {
+            "rows": options.rows,
+            "prefill_tokens": options.prefill_tokens,
+            "journal": journal,
+            "backbone": content,
+        }
         answerer = Answerer(model, bank, tokenizer, **given, longest=longest_answer(tasks))
         libraries, limits = versions(), {"limit": options.limit, "rows": options.rows, "seed": options.seed}
         how = limits | {"shuffle_prompts": options.shuffle_prompts, "samples": options.log_samples, "base": base}

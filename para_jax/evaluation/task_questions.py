@@ -37,6 +37,8 @@ class Options(NamedTuple):
     """ask at most this many examples of each task, from its start"""
     rows: int = 16
     """of a batch"""
+    prefill_tokens: int | None = None
+    """max_prefill_tokens of the engine that writes answers"""
     seed: int = 0
     """of sampled answers, and of shuffled prompts"""
     include_path: Path | None = None

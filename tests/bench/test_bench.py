@@ -218,7 +218,8 @@ def test_every_request_is_served_to_its_length():
     assert served.tokens_per_second == work.tokens / served.rounds[-1]
     latencies = served.latencies()
     assert 0 < latencies["first token p50"] <= latencies["first token p95"] <= 1e3 * served.rounds[-1]
-    assert latencies["a token p50"] > 0
+    assert latencies["a token p50"] > 0 and latencies["longest gap"] > 0
+    assert len(served.live) == len(served.waiting) == len(served.rounds) and served.live_while_waiting == 2
 
 
 @pytest.mark.slow
@@ -253,9 +254,13 @@ def test_http_is_measured_against_the_engine_with_every_token_of_the_same_work(m
 
 def test_a_first_token_comes_with_the_round_that_takes_its_request():
     ended = [(0, 5), (3, 13), (3, 1)]  # the second has 5, 4 and 4 tokens in the rounds 1 to 3
-    latencies = bench_serve.ServingTimes([1.0, 2.0, 4.0, 8.0], ended).latencies()
+    served = bench_serve.ServingTimes([1.0, 2.0, 4.0, 8.0], ended, [2, 1, 1, 2], [True, True, False, False])
+    latencies = served.latencies()
     assert latencies["first token p50"] == 2000.0
     assert latencies["a token p50"] == pytest.approx(1000 * 6 / 12)
+    assert latencies["longest gap"] == 4000.0 and served.live_while_waiting == 1.5
+    idle = served._replace(live=[2, 2, 0, 2])  # nothing decodes when the third round ends
+    assert idle.latencies()["longest gap"] == 1000.0
 
 
 def test_sampling_is_measured_for_greedy_and_sampled_rows():
