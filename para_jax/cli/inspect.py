@@ -10,7 +10,7 @@ LONGEST_LINE = 4000  # characters of a report's line
 
 def add(commands) -> None:
     text = "show an adapter folder, a run folder, or a config's data as tokens"
-    example = "runs/mine\n  para-jax inspect configs/own-data.yaml --data data.train=data/mine"
+    example = "runs/mine\n  para-jax inspect own-data --data data.train=data/mine"
     parser = shared.add_command(commands, "inspect", text, example)
     parser.add_argument("target", type=shared.place, metavar="TARGET", help="a folder, or with --data a config")
     shared.add_overrides(parser)

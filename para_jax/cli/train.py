@@ -11,9 +11,9 @@ from .results import write_results
 
 def add(commands) -> None:
     text = "train the adapter of a config; the same command resumes"
-    example = "configs/own-data.yaml data.train=data/mine output_dir=runs/mine"
+    example = "own-data data.train=data/mine output_dir=runs/mine"
     parser = shared.add_command(commands, "train", text, example)
-    parser.add_argument("config", type=shared.place, metavar="CONFIG", help="the .yaml file of a run")
+    parser.add_argument("config", type=shared.place, metavar="CONFIG", help="a .yaml file, or the name of a shipped one")
     shared.add_overrides(parser)
     parser.add_argument(
         "--dry-run", action="store_true", help="check the config and print its sizes; nothing is written"

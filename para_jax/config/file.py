@@ -20,10 +20,10 @@ TEXT_FIELDS = ("data.prompt", "data.completion")
 
 
 def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
-    """A RunConfig from a YAML file (None: the defaults) and overrides such as "train.learning_rate=3e-3". An override
-    that changes adapter.method drops the adapter fields of the file, except scope and scope_window. A
-    train.learning_rate of the file stays. An override of train.num_epochs drops the file's train.max_steps, which would
-    win over it, and the other way round.
+    """A RunConfig from a YAML file, or from a shipped config by its name, such as own-data (None: the defaults), and
+    overrides such as "train.learning_rate=3e-3". An override that changes adapter.method drops the adapter fields of
+    the file, except scope and scope_window. A train.learning_rate of the file stays. An override of train.num_epochs
+    drops the file's train.max_steps, which would win over it, and the other way round.
 
     Raises ValueError, naming the field and the nearest known one, for an unknown key, a wrong type or a bad value.
     """
@@ -33,7 +33,7 @@ def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str
         raise ValueError(f"overrides is a {kind}; give a list of texts: {shorten(texts)}")
     if not isinstance(overrides, list | tuple) or not all(isinstance(text, str) for text in overrides):
         raise ValueError(f"overrides is {shorten(overrides)}; give a list of texts, such as ['train.max_steps=3']")
-    in_file = {} if file is None else read_yaml(expanded(file))
+    in_file = {} if file is None else read_yaml(config_file(file))
     changes: dict[str, Any] = {}
     for text in overrides:
         changes = merged(changes, parse_override(text))
@@ -142,7 +142,20 @@ def adapter_method(config: Any) -> str:
 
 
 def data_advice(path: Path) -> str:
-    return f"give a config, and this as its data: para-jax train configs/own-data.yaml data.train={quote(str(path))}"
+    return f"give a config, and this as its data: para-jax train own-data data.train={quote(str(path))}"
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The configs that come with para_jax, by name. They are in the installed package, and in a checkout next to it."""
+    package = Path(__file__).parents[1]
+    folder = package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def config_file(file: str | Path) -> Path:
+    """The path of a config. A file in the working directory comes before a shipped config of the same name."""
+    path, shipped = expanded(file), shipped_configs().get(str(file))
+    return shipped if shipped and not path.exists() else path
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
@@ -154,7 +167,10 @@ def read_yaml(file: Path) -> dict[str, Any]:
             advice = f"it holds data\n{data_advice(file)}"
         raise ValueError(f"config {file} is a folder; {f'did you mean {inside}?' if inside.is_file() else advice}")
     if not file.is_file():
-        raise ValueError(f"config {file}: no such file{nearest(file) or '; give the path of a .yaml file'}")
+        shipped = shipped_configs()
+        names = ", ".join([file.stem] if file.stem in shipped else shipped)
+        advice = nearest(file) or f"; give the path of a .yaml file, or the name of a shipped config: {names}"
+        raise ValueError(f"config {file}: no such file{advice}")
     if file.suffix in DATA:
         raise ValueError(f"config {file} is a file of data\n{data_advice(file)}")
     try:

@@ -174,7 +174,7 @@ def train_tenants(config: RunConfig, data: Any = None) -> TenantsResult:
 def require_config(config: Any) -> None:
     """Raises ValueError for anything but a RunConfig."""
     if not isinstance(config, RunConfig):
-        raise ValueError(f"config is {shorten(config)}; give a RunConfig, such as load_config('configs/own-data.yaml')")
+        raise ValueError(f"config is {shorten(config)}; give a RunConfig, such as load_config('own-data')")
 
 
 def refuse_methods(config: RunConfig) -> None:

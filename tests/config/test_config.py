@@ -27,6 +27,8 @@ from para_jax.config.bounds import Bounds, check_fields
 from para_jax.config.check import require
 from para_jax.config.fields import typed_value
 
+SHIPPED = Path(__file__).parents[2] / "configs"
+
 
 def error(*overrides, file=None):
     with pytest.raises(ValueError) as raised:
@@ -375,12 +377,29 @@ def test_files_that_are_no_config_are_named(tmp_path):
     assert "run.yaml" in error(file=written(tmp_path, "train: 3\n"))
 
 
+def test_a_shipped_config_is_found_by_its_name_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = sorted(SHIPPED.glob("*.yaml"))
+    assert "own-data" in [file.stem for file in files]
+    for file in files:
+        assert load_config(file.stem) == load_config(Path(file.stem)) == load_config(file)
+    said = error(file="own-dat")
+    assert "own-dat: no such file" in said and ", ".join(file.stem for file in files) in said
+    assert error(file="configs/own-data.yaml").endswith(": own-data")
+
+
+def test_a_file_here_comes_before_a_shipped_config_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("own-data").write_text("output_dir: runs/of-this-file\n")
+    assert load_config("own-data").output_dir == "runs/of-this-file"
+
+
 def test_data_in_place_of_a_config_is_given_to_one(tmp_path):
     file = tmp_path / "train.jsonl"
     file.write_text('{"prompt": "a", "completion": "b"}\n')
     for given in (file, tmp_path):
         said = error(file=given)
-        assert str(given) in said and f"para-jax train configs/own-data.yaml data.train={given}" in said
+        assert str(given) in said and f"para-jax train own-data data.train={given}" in said
 
 
 def test_a_template_without_quotes_is_named(tmp_path):

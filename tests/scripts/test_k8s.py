@@ -311,7 +311,10 @@ def test_the_server_s_slots_fit_its_chip():
 def test_the_image_has_what_the_commands_need():
     text = (FOLDER / "Dockerfile").read_text()
     extras = re.search(r'/src\[([\w,]+)\]"', text)
-    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    known = project["project"]["optional-dependencies"]
+    for folder in project["tool"]["hatch"]["build"]["targets"]["wheel"]["only-include"]:
+        assert f"COPY {folder} /src/{folder}\n" in text
     assert extras and {"tpu", "gcs", "serve"} == set(extras[1].split(",")) <= set(known)
     assert 'ENTRYPOINT ["para-jax"]' in text
 
