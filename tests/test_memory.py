@@ -27,7 +27,7 @@ from para_jax.memory import (
 from para_jax.runs.folder import differences, run_digests
 
 V5E, H100 = 16 * GIB, int(0.75 * 80e9)
-BOOLQ = "configs/llama2-7b-boolq.yaml"
+ON_7B = "configs/llama2-7b-squad.yaml"
 
 
 def chosen(config, devices, room, **options):
@@ -36,7 +36,8 @@ def chosen(config, devices, room, **options):
 
 
 @pytest.mark.parametrize(("name", "devices", "room", "sizes"), [
-    ("llama2-7b-boolq", 16, V5E, (8, 2, 1)),
+    ("llama2-7b-squad", 16, V5E, (8, 2, 1)),
+    ("llama2-7b-boolq", 16, V5E, (16, 1, 1)),
     ("llama2-7b-boolq", 1, H100, (1, 1, 1)),
     ("llama2-13b-squad", 16, V5E, (4, 4, 1)),
     ("llama2-13b-squad", 1, H100, (1, 1, 1)),
@@ -48,7 +49,7 @@ def test_the_papers_configs_fit_as_they_stand(name, devices, room, sizes):
 
 @pytest.mark.long
 def test_the_smallest_fsdp_that_fits_is_taken():
-    config = load_config(BOOLQ)
+    config = load_config(ON_7B)
     for room in range(3 * GIB, 24 * GIB, 3 * GIB):
         found = choose_mesh(config, 16, room)
         needs = {}
@@ -67,15 +68,15 @@ def abstract(*sizes):
 
 
 def test_other_sizes_that_are_given_stay_and_all_devices_are_used():
-    config = load_config(BOOLQ, ["mesh.tensor=4"])
+    config = load_config(ON_7B, ["mesh.tensor=4"])
     assert chosen(config, 16, 5 * GIB)[0] == (1, 4, 4)
-    assert chosen(load_config(BOOLQ, ["mesh.data=1"]), 16, V5E)[0] == (1, 16, 1)
-    assert chosen(load_config(BOOLQ, ["mesh.data=1"]), 16, 80 * GIB, all_of_them=False)[0] == (1, 1, 1)
+    assert chosen(load_config(ON_7B, ["mesh.data=1"]), 16, V5E)[0] == (1, 16, 1)
+    assert chosen(load_config(ON_7B, ["mesh.data=1"]), 16, 80 * GIB, all_of_them=False)[0] == (1, 1, 1)
 
 
 def test_a_step_of_many_tenants_counts_all_their_states():
     own = ["data.tenants=x", "train.rows_per_tenant=4", "train.tenants_at_once=512"]
-    config = load_config(BOOLQ, own)
+    config = load_config(ON_7B, own)
     few, many = (estimate_memory(config, abstract(8, 2, 1), tenants).arguments for tenants in (16, 512))
     assert many - few == pytest.approx(496 * 107.3e6 / 16, rel=0.01)
     assert choose_mesh(config, 16, V5E, 512).sizes["fsdp"] > choose_mesh(config, 16, V5E, 16).sizes["fsdp"]
@@ -93,7 +94,7 @@ def compiled_temporaries():
 @pytest.mark.parametrize(("given", "split", "temporaries"), list(compiled_temporaries()))
 def test_the_estimate_of_each_scope_is_near_what_the_compiler_needs(given, split, temporaries, monkeypatch):
     monkeypatch.setattr(longest_row, "longest_split", lambda config: split)
-    found = estimate_memory(load_config(BOOLQ, given), abstract(1, 16, 1)).temporaries
+    found = estimate_memory(load_config(ON_7B, given), abstract(1, 16, 1)).temporaries
     assert temporaries == pytest.approx(found, rel=0.2)
 
 
@@ -101,7 +102,7 @@ def test_of_many_tenants_loras_products_are_not_kept():
     """They have batch dimensions, and train.remat=dots keeps no products with those."""
     many = "data.tenants=x", "train.rows_per_tenant=4", "train.tenants_at_once=16", "train.remat=dots"
     lora, para = (
-        estimate_memory(load_config(BOOLQ, [*many, f"adapter.method={method}"]), abstract(1, 16, 1), 16).temporaries
+        estimate_memory(load_config(ON_7B, [*many, f"adapter.method={method}"]), abstract(1, 16, 1), 16).temporaries
         for method in ("lora", "para")
     )
     assert lora == pytest.approx(para, rel=0.1)
@@ -109,7 +110,7 @@ def test_of_many_tenants_loras_products_are_not_kept():
 
 def test_with_scope_response_the_memory_depends_on_how_long_completions_may_be():
     def needs(*given):
-        config = load_config(BOOLQ, ["mesh.data=1", "data.max_seq_length=2048", "train.remat=dots", *given])
+        config = load_config(ON_7B, ["mesh.data=1", "data.max_seq_length=2048", "train.remat=dots", *given])
         return estimate_memory(config, abstract(1, 16, 1)).temporaries
 
     everywhere, unknown = needs(), needs("adapter.scope=response", "eval.max_new_tokens=null")
@@ -157,6 +158,6 @@ def test_the_memory_is_the_devices_own_or_that_of_its_kind():
 
 
 def test_a_run_from_before_mesh_fsdp_was_chosen_is_the_same_run():
-    config = load_config(BOOLQ)
+    config = load_config(ON_7B)
     old = replace(config, mesh=replace(config.mesh, fsdp=1))
     assert differences(old, config) == [] and run_digests(old, "", []) == run_digests(config, "", [])

@@ -13,7 +13,7 @@ def add(commands) -> None:
     text = "train the adapter of a config; the same command resumes"
     example = "own-data data.train=data/mine output_dir=runs/mine"
     parser = shared.add_command(commands, "train", text, example)
-    parser.add_argument("config", type=shared.place, metavar="CONFIG", help="a .yaml file, or the name of a shipped one")
+    parser.add_argument("config", type=shared.place, metavar="CONFIG", help="a .yaml file, or a shipped config's name")
     shared.add_overrides(parser)
     parser.add_argument(
         "--dry-run", action="store_true", help="check the config and print its sizes; nothing is written"

@@ -36,7 +36,7 @@ from para_jax.runs.fit import empty_state
 from para_jax.sharding import shard_rows
 from para_jax.training.passes import lay_out
 
-ON_7B = ("configs/llama2-7b-boolq.yaml", ["mesh.data=1", "mesh.fsdp=16", "train.gradient_accumulation_steps=1"])
+ON_7B = ("configs/llama2-7b-squad.yaml", ["mesh.data=1", "mesh.fsdp=16", "train.gradient_accumulation_steps=1"])
 
 
 @pytest.fixture
