@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import pytest
@@ -42,8 +43,11 @@ EDITS = {
 }
 
 
+each_notebook = pytest.mark.parametrize("name", EDITS)
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("name", EDITS)
+@each_notebook
 def test_every_cell_of_a_notebook_runs(name, folder, capsys):
     matplotlib.use("agg")
     space: dict = {}
@@ -70,7 +74,50 @@ def test_every_cell_of_a_notebook_runs(name, folder, capsys):
     assert Path("out/adapter.zip" if name == "finetune" else "out-adapters.zip").is_file()
 
 
-@pytest.mark.parametrize("name", EDITS)
+@pytest.fixture
+def install(monkeypatch):
+    """Runs the first cell of a notebook as Jupyter does. Returns what it did: pip's arguments, and "restart"."""
+    from IPython.core.inputtransformer2 import TransformerManager
+
+    did = []
+    monkeypatch.setattr("os.kill", lambda process, signal: did.append("restart"))
+    pip = SimpleNamespace(run_line_magic=lambda name, line: did.append(line))
+
+    def run(name, source):
+        (cell,) = [text for text, tags in cells(name) if "install" in tags]
+        cell, count = re.subn(r"^SOURCE = \S+", f"SOURCE = {source!r}", cell, flags=re.MULTILINE)
+        assert count == 1
+        space = {"get_ipython": lambda: pip}
+        exec(TransformerManager().transform_cell(cell), space)
+        return [line.format_map(space) for line in did]
+
+    return run
+
+
+@each_notebook
+def test_run_all_neither_installs_nor_restarts_where_para_jax_is_there(name, install):
+    assert install(name, "/nowhere") == []
+
+
+@each_notebook
+@pytest.mark.parametrize("spec", [None, SimpleNamespace(origin=None)], ids=["nothing", "a folder of this name"])
+@pytest.mark.parametrize(
+    ("source", "installs"),
+    [
+        (str(FOLDER.parent), rf'install -q "{FOLDER.parent}\[\w+,plot,hf\]"'),
+        ("git+https://host/para_jax", r'install -q "para_jax\[\w+,plot,hf\] @ git\+https://host/para_jax"'),
+    ],
+    ids=["a checkout", "git"],
+)
+def test_without_para_jax_the_first_cell_installs_it_and_restarts(name, spec, source, installs, install, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
+    pip, restart = install(name, source)
+    assert re.fullmatch(installs, pip) and restart == "restart"
+    with pytest.raises(FileNotFoundError, match="/nowhere: .*SOURCE"):
+        install(name, "/nowhere")
+
+
+@each_notebook
 def test_a_notebook_uses_only_public_names_and_keeps_no_output(name):
     for source, tags in cells(name):
         for names in re.findall(r"from para_jax import ([\w, ]+)", source):
