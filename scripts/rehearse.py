@@ -1,6 +1,6 @@
 """Rehearses a run on a TPU slice or a GPU without the hardware.
 
-    pip install -e '.[aot,gcs,test]'
+    pip install '.[aot,gcs,test]'
     python scripts/rehearse.py v5e:4x4                                        # all of configs/
     python scripts/rehearse.py v5e:4x4 configs/llama2-7b-boolq.yaml --processes 4
     python scripts/rehearse.py h100 --no-runs                                 # one GPU's memory, by an estimate

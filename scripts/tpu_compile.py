@@ -1,6 +1,6 @@
 """Compiles the decode step of real models for a TPU, without a TPU: programs, memory and collectives.
 
-    pip install -e '.[aot]'
+    pip install '.[aot]'
     python scripts/tpu_compile.py --largest [--only 'Gemma 2B'] [--print]
 
 Nothing runs and no weights are made: abstract bfloat16 arguments go through `para_jax.model.decode_step`, with the

@@ -1,7 +1,7 @@
 """Counts what a decode step reads on a TPU, by the TPU's compiler, without a TPU: two layers of LLaMA-2 7B, 8 rows, a
 cache of 4096 tokens on one v5e.
 
-    pip install -e '.[aot]'
+    pip install '.[aot]'
     python scripts/tpu_decode_cache.py
     python scripts/tpu_decode_cache.py --layouts [--chips 4]
 

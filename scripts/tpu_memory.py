@@ -1,6 +1,6 @@
 """Memory of a training step by attention kernel and train.remat, by the TPU's compiler, without a TPU.
 
-    pip install -e '.[aot]'
+    pip install '.[aot]'
     python scripts/tpu_memory.py [--print]
 
 LLaMA-2 7B, 2 rows of 4096 tokens per chip, fully sharded over 16 chips; packed rows; and 4 rows of 2048 tokens by

@@ -85,12 +85,15 @@ def test_named_files_exist(page):
 @each_page
 def test_commands_name_subcommands_options_and_configs_that_exist(page):
     known = next(a for a in parser()._actions if a.dest == "command").choices
+    shipped = {file.stem for file in CONFIGS}
     for line in commands(page):
         name = line.split()[1]
         assert name in known or name.startswith("-") or not name.islower(), line
         if name in known and name != "lm-eval":
             for option in re.findall(r"\s(--[\w-]+)", line):
                 assert option in known[name]._option_string_actions, line
+        config = re.match(r"para-jax (?:train|inspect|evaluate) +([a-z][\w.-]*)(?= |$)", line)
+        assert config is None or config[1] in shipped or config[1].endswith(".yaml"), line
 
 
 @each_page
