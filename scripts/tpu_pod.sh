@@ -50,7 +50,8 @@ if [ -f .sent ]; then
   xargs -0 dirname -z -- < .sent | sort -zu | xargs -0 rmdir -p 2> /dev/null || true # only empty folders go
 fi
 mv ../para_jax.files .sent && tar -xzf ../para_jax.tar.gz
-command -v uv > /dev/null || python3 -m pip install --quiet --user uv
+# pip refuses where the system manages Python, as Ubuntu 24.04 does; uv has an installer of its own.
+command -v uv > /dev/null || python3 -m pip install --quiet --user uv || curl -LsSf https://astral.sh/uv/install.sh | sh
 [ -x .venv/bin/python ] || { rm -rf .venv; uv venv --quiet --seed --python 3.12; }
 uv pip install --quiet -e ".[tpu,gcs]"'
 

@@ -96,6 +96,22 @@ def test_every_host_gets_the_checkout_an_environment_and_the_same_command(pod, t
     assert not list(tmp_path.glob("tmp.*"))  # what was sent is not left here
 
 
+def test_where_pip_may_not_install_uv_its_own_installer_does(pod, tmp_path):
+    bin = tmp_path / "bin"
+    (bin / "uv").rename(tmp_path / "uv")
+    refused = 'if [ "$*" = "-m pip install --quiet --user uv" ]; then exit 1; fi'
+    programs = {
+        "python3": f'#!/usr/bin/env bash\n{refused}\nexec {sys.executable} "$@"\n',
+        "curl": f'#!/usr/bin/env bash\necho "$*" > "$HOME/installer"\necho mv {tmp_path / "uv"} {bin}\n',
+    }
+    for name, text in programs.items():
+        (bin / name).write_text(text)
+        (bin / name).chmod(0o755)
+    done, _, host = pod(*ARGUMENTS, PATH=f"{bin}:/usr/bin:/bin")
+    assert done.returncode == 0, done.stderr
+    assert (host / "uv_calls").exists() and "https://astral.sh/uv/install.sh" in (host / "installer").read_text()
+
+
 def test_the_token_reaches_the_run_and_nothing_else(pod):
     done, calls, host = pod(*ARGUMENTS, HF_TOKEN=TOKEN)
     assert json.loads(done.stdout.splitlines()[-1])[1] == TOKEN
