@@ -28,6 +28,9 @@ from .ticket import Sample, is_request_error
 
 #: Prompts in blocks that may start before one for which there is no room yet, at most.
 OVERTAKING = 32
+#: The share of max_prefill_tokens that a round may compute for each slot that does not decode, so that one long prompt
+#: does not hold up all others for as long as many short ones may.
+PER_SLOT = 0.25
 #: Tenants among which a sample that can start is looked for, at most. A look costs the same however many wait.
 LOOKED_AT = 32
 
@@ -101,8 +104,9 @@ class Rounds:
         with self._driving, using(self._decoder.mesh):
             self._begin()
             self._prefills.pin(self._pins.kept)
-            started, self.decoding = Started(self._limit), 0
-            if not self._fill(started):
+            empty = [slot for slot, sample in enumerate(self._rows) if sample is None or sample.completion]
+            started, self.decoding = Started(int(self._limit * min(PER_SLOT * len(empty), 1))), 0
+            if not self._fill(started, empty):
                 return
             active = [(slot, sample) for slot, sample in enumerate(self._rows) if sample and not sample.completion]
             decoded, scored = self._decode(active) if active else None, started.scored
@@ -131,13 +135,16 @@ class Rounds:
             self._requests.cancel_dropped()
             self.broken = True
 
-    def _fill(self, started: Started) -> bool:
+    def _fill(self, started: Started, empty: list[int]) -> bool:
         """Moves queued samples into free slots until no slot is free, no sample can start, or the round has computed as
         many tokens of prompts as it may: rows that decode wait meanwhile. Returns False if a prompt failed, which ends
-        the round."""
+        the round.
+
+        Args:
+            empty: slots that do not decode.
+        """
         self._waiting = {slot: sample for slot, sample in self._waiting.items() if not sample.completion}
         self._prefills.keep({sample.key for sample in self._waiting.values()})
-        empty = [slot for slot, sample in enumerate(self._rows) if sample is None or sample.completion]
         started.free = [slot for slot in empty if slot not in self._waiting]
         while True:  # whole prompts and chunks take turns, so that neither uses up the tokens of the other
             before = started.tokens

@@ -81,6 +81,20 @@ def test_a_round_computes_no_more_tokens_of_prompts_than_the_bound(model, bank, 
         assert any(each["whole"] and each["chunk"] for each in rounds), "both kinds take turns"
 
 
+@pytest.mark.parametrize("tenant", ["A", None])
+def test_one_long_prompt_holds_up_rows_for_a_quarter_of_the_bound(model, bank, monkeypatch, tenant):
+    engine = engine_of(model, bank, slots=2, max_length=128, prefill_chunk=16, max_prefill_tokens=8 * PADDED)
+    engine.submit(Request(prompts(1)[0], None, 40, ignore_eos=True))
+    engine.step()
+    engine.submit(Request(prompts(1, length=90)[0], tenant, 2, ignore_eos=True))
+    tokens, before, rounds = computed(monkeypatch), Counter(), []
+    while engine.open:
+        engine.step()
+        rounds.append((tokens - before).total())
+        before = tokens.copy()
+    assert max(rounds) == (128 if tenant else 2 * PADDED), "one that can't be cut may always run"
+
+
 def test_a_prompt_above_the_bound_is_computed_all_the_same(model, bank):
     engine = engine_of(model, bank, max_prefill_tokens=1)
     submit_all(engine, 8, ("A", None, "R"), (3,))
