@@ -20,6 +20,9 @@ NOT_IN_MESSAGES: dict[str, tuple[tuple, str]] = {
     "annotations": (([],), NOT_COMPUTED),
     "type": (("text",), NOT_COMPUTED),  # lm-eval up to 0.4.9 sends it
 }
+#: Fields of an assistant's message, and of a part of a content, that say nothing to a model. They are left out.
+THOUGHTS = ("reasoning_content", "reasoning")
+CACHE_HINTS = ("cache_control", "prompt_cache_breakpoint")
 
 
 def read_messages(value: object) -> list[dict]:
@@ -40,6 +43,8 @@ def read_message(value: object, at: str) -> dict:
         fields.refuse("role", role, f"give one of {', '.join(ROLES)}")
     message = {"role": role, "content": read_content(fields, at)}
     name = fields.text("name", MAX_NAME)
+    for thought in THOUGHTS if role == "assistant" else ():
+        fields.take(thought)
     fields.require_inert(NOT_IN_MESSAGES)
     fields.require_none_left(["role", "content", "name"])
     return message if name is None else message | {"name": name}
@@ -52,6 +57,7 @@ def read_content(fields: Fields, at: str) -> str:
         return content
     if not isinstance(content, list) or not content:
         fields.refuse("content", content, "give a text")
+    content = [without_hints(part) for part in content]
     for i, part in enumerate(content):
         if is_text_part(part):
             continue
@@ -63,3 +69,9 @@ def read_content(fields: Fields, at: str) -> str:
         place = f"{at}.content[{i}]"
         raise wrong_field(place, f"{place} has a field {shorten(others[0])}; only type and text are supported")
     return joined_parts(content)
+
+
+def without_hints(part: object) -> object:
+    if not isinstance(part, dict):
+        return part
+    return {name: value for name, value in part.items() if name not in CACHE_HINTS}

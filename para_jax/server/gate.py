@@ -39,7 +39,8 @@ class Gate:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         headers = dict(scope["headers"])
-        outcome = Outcome(scope["method"], printable(scope["path"], 200), request_id(headers))
+        path = printable(scope["raw_path"].decode("latin-1"), 200)  # as it was sent: a decoded one may have spaces
+        outcome = Outcome(scope["method"], path, request_id(headers))
 
         async def answer(message) -> None:
             if message["type"] == "http.response.start":

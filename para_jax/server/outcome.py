@@ -63,7 +63,8 @@ class Outcome:
         ended = time.monotonic() if self.ended is None else self.ended
         parts = [self.method, self.path, "-" if self.status is None else str(self.status)]
         if self.served:
-            parts += [f"model={BASE if self.tenant is None else printable(self.tenant, 100)}"]
+            name = BASE if self.tenant is None else printable(self.tenant, 100)
+            parts += ["model=" + name.replace(" ", "\\x20")]  # else a name could write fields
             parts += [f"prompt={self.prompt_tokens}", f"cached={self.cached_tokens}", f"new={self.new_tokens}"]
             if self.first_token is not None:
                 parts.append(f"ttft={1000 * (self.first_token - self.received):.0f}ms")

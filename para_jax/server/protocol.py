@@ -36,16 +36,16 @@ INERT: dict[str, tuple[tuple, str]] = {
 }
 INERT_CHAT: dict[str, tuple[tuple, str]] = INERT | {
     "tools": (([],), NO_TOOLS),
-    "tool_choice": (("none",), NO_TOOLS),
+    "tool_choice": (("none", "auto"), NO_TOOLS),
     "functions": (([],), NO_TOOLS),
-    "function_call": (("none",), NO_TOOLS),
+    "function_call": (("none", "auto"), NO_TOOLS),
     "parallel_tool_calls": ((True, False), NO_TOOLS),
     "response_format": (({"type": "text"},), 'only {"type": "text"} is supported'),
     "modalities": ((["text"],), "only text is supported"),
     "audio": ((), NOT_COMPUTED),
     "prediction": ((), NOT_COMPUTED),
     "moderation": ((), NOT_COMPUTED),
-    "verbosity": ((), NOT_COMPUTED),
+    "verbosity": (("medium",), NOT_COMPUTED),
     "web_search_options": ((), NOT_COMPUTED),
     "service_tier": (("auto", "default"), "there is one tier; leave it out"),
     "store": ((False,), "nothing is stored; leave it out"),
@@ -58,15 +58,16 @@ INERT_TEXT: dict[str, tuple[tuple, str]] = INERT | {
     "add_special_tokens": ((True,), NOT_COMPUTED),
 }
 #: Labels of a request. Nothing is computed from them.
-LABELS = ("user", "safety_identifier", "prompt_cache_key")
+LABELS = ("user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
+CHAT_LABELS = ("metadata", "prompt_cache_options")
 #: Fields of both endpoints that we compute, or that are labels.
 COMPUTED = (
     "model", "max_tokens", "temperature", "top_p", "top_k", "n", "seed", "stop", "stop_token_ids", "ignore_eos",
     "cache_salt", "stream", "stream_options", "logprobs", "timeout", *LABELS,
 )  # fmt: skip
 CHAT_FIELDS = (
-    *COMPUTED, "messages", "max_completion_tokens", "top_logprobs", "metadata", "chat_template_kwargs",
-    "reasoning_effort", *INERT_CHAT,
+    *COMPUTED, "messages", "max_completion_tokens", "top_logprobs", "chat_template_kwargs", "reasoning_effort",
+    *CHAT_LABELS, *INERT_CHAT,
 )  # fmt: skip
 TEXT_FIELDS = (*COMPUTED, "prompt", "echo", "best_of", "context_length", *INERT_TEXT)
 
@@ -122,8 +123,9 @@ def read_chat(found: dict) -> Asked:
     logprobs, top = fields.flag("logprobs"), fields.whole("top_logprobs", 0, WHOLE)
     if top and not logprobs:
         raise wrong_field("top_logprobs", "top_logprobs needs logprobs; set logprobs to true")
-    if not isinstance(metadata := fields.take("metadata") or {}, dict):
-        fields.refuse("metadata", metadata, "give an object")
+    for name in CHAT_LABELS:
+        if not isinstance(value := fields.take(name) or {}, dict):
+            fields.refuse(name, value, "give an object")
     try:
         variables = template_variables("chat_template_kwargs", fields.take("chat_template_kwargs"))
     except ValueError as error:
@@ -218,7 +220,7 @@ def default(value: Any, otherwise: Any) -> Any:
 
 def read_stop(fields: Fields) -> tuple[str, ...]:
     value = fields.take("stop")
-    texts = [] if value is None else [value] if isinstance(value, str) else value
+    texts = [] if value in (None, "") else [value] if isinstance(value, str) else value
     wanted = f"give a text or at most {MAX_STOPS} texts of 1 to {MAX_STOP_LENGTH} characters"
     if not isinstance(texts, list) or len(texts) > MAX_STOPS:
         fields.refuse("stop", value, wanted)

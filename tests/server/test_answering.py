@@ -39,6 +39,7 @@ from para_jax.data.examples import TOKEN_CHARACTERS
 from para_jax.server import answering, chat_messages, engine_loop, engine_requests, protocol, responses
 from para_jax.server.app import THREADS
 from para_jax.server.models import Models
+from para_jax.server.outcome import Outcome
 from para_jax.server.traffic import Traffic
 from para_jax.serving.request import MAX_SAMPLES
 
@@ -124,6 +125,18 @@ def test_chats_equal_the_engine_alone_whole_and_streamed(client, alone):
         assert all(piece.delta.role is None for piece in deltas[1:])
         assert ("".join(piece.delta.content or "" for piece in deltas), deltas[-1].finish_reason) == expected[0]
         assert len({(chunk.id, chunk.created, chunk.model) for chunk in chunks}) == 1
+
+
+def test_fields_that_ask_for_nothing_change_no_answer(client):
+    """As agents without a tool send them, and chat front ends with histories of other servers."""
+    turns, answer = chat_of(prompt(1, 4)), {"role": "assistant", "content": prompt(2, 3)}
+    plain = {"model": "A", "messages": [*turns, answer, *chat_of(prompt(3, 2))], "max_tokens": 5, "temperature": 0}
+    part = {"type": "text", "text": prompt(1, 4), "cache_control": {"type": "ephemeral"}}
+    history = [{"role": "user", "content": [part]}, answer | {"reasoning_content": "w9"}, *chat_of(prompt(3, 2))]
+    inert = {"tools": [], "tool_choice": "auto", "stop": "", "verbosity": "medium", "messages": history}
+    inert |= {"prompt_cache_key": "a", "prompt_cache_retention": "24h", "prompt_cache_options": {"ttl": "30m"}}
+    given, more = (client.chat.completions.create(**one) for one in (plain, plain | inert))
+    assert more.choices == given.choices and more.usage.prompt_tokens == given.usage.prompt_tokens
 
 
 def test_samples_and_prompts_have_the_seeds_of_their_numbers(client, alone):
@@ -720,8 +733,31 @@ def test_the_log_has_one_line_for_each_request_and_no_text(server, http, capfd):
     get, post = lines()
     assert post.startswith("POST /v1/completions 200 model=A prompt=6 cached=") and "id=one" in post
     assert "new=30" in post and "ttft=" in post and "total=" in post
-    assert "GET /v1/models/secret\\nline 404" in get
+    assert "GET /v1/models/secret%0Aline 404" in get
     assert not any(word in said for word in prompt(1).split())
+
+
+def fields_of(line):
+    """A log line as programs read it: its first three words, and a dict of the words NAME=VALUE after them."""
+    words = line.split(" ")
+    return words[:3], dict(word.split("=", 1) for word in words[3:])
+
+
+def test_neither_a_path_nor_a_name_writes_fields_of_the_log(http, capfd):
+    forged, said = "/v1/completions%20200%20model=acme%20new=24%20id=forged", ""
+    http.get(forged, headers={"x-request-id": "four"})
+
+    def lines():
+        nonlocal said
+        said += capfd.readouterr().err
+        return [line for line in said.splitlines() if line.endswith("id=four")]
+
+    eventually(lines)
+    first, named = fields_of(*lines())
+    assert first == ["GET", forged, "404"] and named.keys() == {"total", "id"}
+    outcome = Outcome("POST", "/v1/completions", "five", status=200, served=True, tenant="acme new=9 id=forged")
+    _, named = fields_of(outcome.line())
+    assert (named["model"], named["new"], named["id"]) == (r"acme\x20new=9\x20id=forged", "0", "five")
 
 
 def test_log_probabilities_are_bounded_before_anything_is_computed(http, monkeypatch):

@@ -133,8 +133,23 @@ def test_a_wrong_message_is_refused_by_its_place(messages, param):
 
 
 def test_a_field_of_a_part_is_refused_by_name():
-    part = {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}
-    assert "cache_control" in refusal(read_chat, CHAT | {"messages": [{"role": "user", "content": [part]}]}).message
+    part = {"type": "text", "text": "a", "annotations": [3]}
+    assert "annotations" in refusal(read_chat, CHAT | {"messages": [{"role": "user", "content": [part]}]}).message
+
+
+def test_what_models_do_not_read_of_a_history_is_left_out():
+    part = {"type": "text", "text": "a"}
+    hints = {"cache_control": {"type": "ephemeral"}, "prompt_cache_breakpoint": {"mode": "explicit"}}
+    answer = {"role": "assistant", "content": "b"}
+    thoughts = {"reasoning_content": "so it is b", "reasoning": "hm"}
+
+    def chat(part, answer):
+        return read_chat({"model": "A", "messages": [{"role": "user", "content": [part]}, answer]})
+
+    assert chat(part | hints, answer | thoughts) == chat(part, answer)
+    for name in thoughts:
+        found = refusal(read_chat, CHAT | {"messages": [CHAT["messages"][0] | {name: "hm"}]})
+        assert found.param == f"messages[0].{name}"
 
 
 def test_what_messages_may_not_say_is_refused_by_name():
@@ -162,7 +177,8 @@ def test_fields_that_are_not_computed_are_refused_unless_they_ask_for_nothing(re
     ("name", "value"),
     [
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
-        ("tool_choice", "auto"),
+        ("tool_choice", "required"),
+        ("verbosity", "high"),
         ("functions", [{"name": "f"}]),
         ("response_format", {"type": "json_object"}),
         ("response_format", {"type": "json_schema", "json_schema": {}}),
@@ -181,7 +197,17 @@ def test_what_changes_an_answer_and_is_not_computed_is_refused(name, value):
 
 def test_what_asks_for_nothing_is_taken():
     for read, body in READERS:
-        assert read(body | {"user": ""}) == read(body)
+        for inert in ({"user": ""}, {"stop": ""}, {"stop": []}, {"prompt_cache_key": "a"}, {"frequency_penalty": 0}):
+            assert read(body | inert) == read(body), inert
+    for inert in (
+        {"tools": [], "tool_choice": "auto"},
+        {"tool_choice": "auto"},
+        {"functions": [], "function_call": "auto"},
+        {"verbosity": "medium"},
+        {"prompt_cache_retention": "24h", "prompt_cache_options": {"mode": "explicit", "ttl": "30m"}},
+    ):
+        assert read_chat(CHAT | inert) == read_chat(CHAT), inert
+    assert refusal(read_chat, CHAT | {"prompt_cache_options": "30m"}).param == "prompt_cache_options"
     assert read_chat(CHAT | {"top_logprobs": 0}) == read_chat(CHAT | {"logprobs": False, "top_logprobs": 0})
     assert read_chat(CHAT | {"top_logprobs": 0}).logprobs is None
     assert refusal(read_chat, CHAT | {"top_logprobs": 1}).param == "top_logprobs"
@@ -221,7 +247,7 @@ def test_every_known_field_is_taken(read, body):
         ("top_k", [-2, 1.5]),
         ("n", [0, 129, "1", 1.0]),
         ("seed", [1.5, "1", 2**63]),
-        ("stop", [3, [""], "", ["a", 3], ["x"] * 17, "x" * 1025, {}]),
+        ("stop", [3, [""], ["a", 3], ["x"] * 17, "x" * 1025, {}]),
         ("stop_token_ids", [3, ["a"], [1.5], [-1], [1] * 1001]),
         ("ignore_eos", [1, "true"]),
         ("stream", [1, "yes"]),
