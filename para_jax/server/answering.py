@@ -93,6 +93,7 @@ class Answering:
     async def _answer(self, held: HeldBody, access: Access, outcome: Outcome, send) -> None:
         answer, began = Answer(), asyncio.get_running_loop().time()
         try:
+            self.loop.accept(answer)
             async with asyncio.timeout_at(began + self.limits.timeout) as deadline:
                 asked = await self._in_thread(self.threads, answer, self._read, held)
                 if asked.timeout is not None:

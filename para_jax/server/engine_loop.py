@@ -52,6 +52,8 @@ class EngineLoop:
         self._next_trial = 0.0
         self._round_began: float | None = None
         """None between two rounds"""
+        self._accepted: set[Answer] = set()
+        """of requests that are not open yet, although their bodies are there"""
         self._open: dict[Answer, None] = {}
         self._delivering = threading.Lock()
         """held while streams are read and their pieces handed over, which keeps the pieces in order"""
@@ -69,6 +71,7 @@ class EngineLoop:
         if self._stopping.is_set():
             return
         self._stopping.set()
+        self._accepted.clear()
         self.fail_all(shutting_down)
         until = time.monotonic() + LAST_ROUND_SECONDS
         while self._thread.is_alive() and time.monotonic() < until:
@@ -89,15 +92,21 @@ class EngineLoop:
     @property
     def open_answers(self) -> int:
         """How many HTTP requests wait for their answers."""
-        return len(self._open)
+        return len(self._accepted) + len(self._open)
 
     async def drain(self, seconds: float) -> None:
         """Refuses new requests and waits until the open ones have ended. After `seconds` those that are left fail."""
         self.draining = True
         until = time.monotonic() + seconds
-        while self._open and time.monotonic() < until:
+        while self.open_answers and time.monotonic() < until:
             await asyncio.sleep(0.02)
+        self._accepted.clear()
         self.fail_all(shutting_down)
+
+    def accept(self, answer: Answer) -> None:
+        """Counts a request as open, now that its body is there. Raises as require_ready does."""
+        self.require_ready()
+        self._accepted.add(answer)
 
     # ---------------------------------------------------------------------------------------- calls from any thread
 
@@ -111,12 +120,11 @@ class EngineLoop:
             raise retry_later(503, 5, "the server is starting", "starting")
 
     def open(self, requests: Iterable[tuple[Request, Entry | None]], answer: Answer) -> None:
-        """Opens a stream for each request in `answer`, or none.
+        """Opens a stream for each request in `answer`, which was accepted, or none.
 
-        Raises ApiError 429 if the queue has no room and 503 while no request is taken, and ValueError for a request
-        that cannot be served.
+        Raises ApiError 429 if the queue has no room and 503 if the server has stopped meanwhile, and ValueError for a
+        request that cannot be served.
         """
-        self.require_ready()
         try:
             for request, entry in requests:
                 answer.streams.append(self.engine.open_stream(request, entry=entry))
@@ -127,15 +135,15 @@ class EngineLoop:
             raise
         with self._delivering:
             self._open[answer] = None
-        try:
-            self.require_ready()  # again: the server may have begun to stop meanwhile
-        except ApiError:
+        if self.fatal is not None or answer not in self._accepted:  # it came too late for `fail_all`
             self.close(answer)
-            raise
+            raise shutting_down() if self.draining or self._stopping.is_set() else engine_failed()
+        self._accepted.discard(answer)
         self._deliver([answer])
 
     def close(self, answer: Answer) -> None:
         """Cancels the streams that are still open."""
+        self._accepted.discard(answer)
         self._open.pop(answer, None)
         close(answer)
 

@@ -135,8 +135,8 @@ class Engine:
             )
             self._prefills = self._decoder.prefills
             pool, cached = (blocks * block_size for blocks in (self._prefills.cache.blocks, self._prefills.cached))
-            prompts = self._prefills.rows
-            say(capacity(bank, self._decoder.row, slots, max_length, prompts=prompts, pool=pool, cached=cached))
+            sizes = {"prompts": self._prefills.rows, "pool": pool, "cached": cached, "window": self._prefills.window}
+            say(capacity(bank, self._decoder.row, slots, max_length, **sizes))
 
         self._requests = OpenRequests(tokenizer, seed, queue_limit, queue_limit_per_tenant)
         self._pins = Pins(self._prefills.cache, self._prefills.cached)

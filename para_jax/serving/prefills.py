@@ -51,8 +51,8 @@ class ChunkedPrompt:
         self.found = 0
         """tokens in blocks that were found"""
         self.made: tuple | None = None
-        """(logits, adjustments, keys and values of its last tokens but one), all with ROWS leading rows; set when it is
-        finished"""
+        """(logits, adjustments, keys and values of its last tokens but one), set when it is finished. The logits lead
+        with ROWS rows, the others with one"""
 
     @property
     def adapted(self) -> int:
@@ -267,8 +267,8 @@ class Prefills:
             self.cache.hits += self.size
 
     def _adapt(self, prompts: list[ChunkedPrompt], entered: tuple) -> dict[int, tuple]:
-        """(adjustments, keys and values of last tokens but one) of prompts with an adapter, both in the prompts' rows,
-        by row. Windows of each size have a program of their own, so each costs and rounds as it does alone."""
+        """(adjustments, keys and values of last tokens but one) of prompts with an adapter, both with one row, by the
+        prompt's row. Windows of each size have a program of their own, so each costs and rounds as it does alone."""
         if not prompts:
             return {}
         assert self.bank is not None
@@ -281,8 +281,10 @@ class Prefills:
         adjustments, carried = make_adjustments(self.bank.rows_of(entries), entered)
         made = {}
         for size, together in of_size.items():
-            last = self._run_windows(size, together, adjustments) if size else self._nothing[1]
-            made |= {prompt.row: (carried, last) for prompt in together}
+            windows = self._run_windows(size, together, adjustments) if size else None
+            for prompt in together:
+                last = self._nothing[1] if windows is None else in_room(windows, prompt.row, self.window)
+                made[prompt.row] = one_row(carried, prompt.row), last
         return made
 
     def _run_windows(self, size: int, prompts: list[ChunkedPrompt], adjustments: tuple) -> tuple:
@@ -295,8 +297,7 @@ class Prefills:
             tokens[row, size - len(last) :], table[row] = last, self._table(prompt)
             length[row], adapted[row] = len(prompt.ids) - 1, prompt.adapted
         windows = Windows(tokens, table, length, adapted)
-        last = run_windows(self._treedef, self._leaves, self.pool, adjustments, windows)
-        return last if size == self.window else in_room(last, self.window)
+        return run_windows(self._treedef, self._leaves, self.pool, adjustments, windows)
 
     def _no_lanes(self) -> Lanes:
         row, number, count = (np.zeros(self.lanes, np.int32) for _ in range(3))
@@ -345,9 +346,9 @@ class Prefills:
 
     def _of_no_adapter(self) -> tuple:
         """The adjustments, and the keys and values of last tokens, of prompts without an adapter: zeros."""
-        shape = lambda leaf: (ROWS, leaf.shape[1], self.window, leaf.shape[3])  # noqa: E731
+        shape = lambda leaf: (1, leaf.shape[1], self.window, leaf.shape[3])  # noqa: E731
         last = jax.tree.map(lambda leaf: empty_held(shape(leaf), leaf.dtype), self.row.cache)
-        return zeros_of(self.row.adjustments, ROWS), last
+        return zeros_of(self.row.adjustments, 1), last
 
     def _empty(self, leaf) -> jax.Array:
         return empty_held((self.cache.blocks, leaf.shape[1], self.size, leaf.shape[3]), leaf.dtype)
@@ -390,8 +391,17 @@ def run_windows(treedef, leaves, pool, adjustments: tuple, windows: Windows) -> 
     return constrain_held(adapt_window(jax.tree.unflatten(treedef, leaves), pool, adjustments, windows))
 
 
-@partial(jax.jit, static_argnums=1)
-def in_room(last: tuple, room: int) -> tuple:
-    """Keys and values of last tokens in the last of `room` places; zeros before them."""
-    places = lambda part: jnp.pad(part, ((0, 0), (0, 0), (room - part.shape[2], 0), (0, 0)))  # noqa: E731
+@jax.jit
+def one_row(adjustments: tuple, row) -> tuple:
+    return replicate(jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, row, 1), adjustments))
+
+
+@partial(jax.jit, static_argnums=2)
+def in_room(last: tuple, row, room: int) -> tuple:
+    """A row's keys and values of last tokens in the last of `room` places; zeros before them."""
+
+    def places(part):
+        padding = (0, 0), (0, 0), (room - part.shape[2], 0), (0, 0)
+        return jnp.pad(jax.lax.dynamic_slice_in_dim(part, row, 1), padding)
+
     return constrain_held(jax.tree.map(places, last))

@@ -65,19 +65,20 @@ def insert(slots: Slots, slot, logits, row: DecodeState, sampling: RowSampling) 
 
 
 class PrefilledPrompt(NamedTuple):
-    """A prompt with its blocks in a pool. Arrays that lead with rows hold several; this one is `row`."""
+    """A prompt with its blocks in a pool."""
 
     table: Any
     """int32 [T], the prompt's blocks"""
     length: int
     """tokens"""
     row: int
+    """of the logits"""
     logits: jax.Array
     """float32 [rows, vocab], of its last token"""
     adjustments: tuple
-    """per layer, as decode carries them, with leading rows"""
+    """per layer, as decode carries them, with one leading row"""
     last: tuple
-    """per layer: keys and values of its last tokens but one, [rows, kv_heads, W, head_dim]"""
+    """per layer: keys and values of its last tokens but one, [1, kv_heads, W, head_dim]"""
     adapted: int
     """how many of them take the place of those in the pool"""
     token: int
@@ -91,18 +92,17 @@ def insert_prompt(
     """`insert` for a prompt with its blocks in a pool. If its last token runs again, decoding starts with that token,
     and what is returned means nothing."""
     most, again = jax.tree.leaves(slots.state.cache)[0].shape[2], prompt.token >= 0
-    of_row = (prompt.logits, prompt.adjustments, prompt.last)
-    logits, adjustments, last = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, prompt.row, 1), of_row)
+    logits = jax.lax.dynamic_slice_in_dim(prompt.logits, prompt.row, 1)
     length, adapted = jnp.reshape(prompt.length - again, 1), jnp.reshape(prompt.adapted, 1)
 
     def of_layer(pool, last):
         keys, values = with_last(rows_of_blocks(pool, prompt.table[None]), last, length, adapted)
         return keys[:, :, :most], values[:, :, :most]
 
-    cache = tuple(of_layer(*both) for both in zip(pool, last, strict=True))
+    cache = tuple(of_layer(*both) for both in zip(pool, prompt.last, strict=True))
     first = drawn(logits, sampling, jnp.zeros(1, jnp.int32))
     token, position = jnp.where(again, prompt.token, first), jnp.reshape(1 - again, 1)
-    new = Slots(DecodeState(cache, adjustments, length), token, position)
+    new = Slots(DecodeState(cache, prompt.adjustments, length), token, position)
     put = lambda held, new: jax.lax.dynamic_update_slice_in_dim(held, new.astype(held.dtype), slot, 0)  # noqa: E731
     return constrain_slots(jax.tree.map(put, slots, new)), first
 

@@ -74,7 +74,7 @@ def stub_engine():
 
 @asynccontextmanager
 async def client_of(engine, bank):
-    """A client, and how many bytes of bodies are held."""
+    """A client with its server's EngineLoop as `loop`, and how many bytes of bodies are held."""
     app = create_app(engine, models=Models(bank))
     held = next(route.endpoint.held for route in app.routes if route.path == "/v1/completions")
     async with app.router.lifespan_context(app), asyncio.timeout(20):
@@ -82,6 +82,7 @@ async def client_of(engine, bank):
             await asyncio.sleep(0.001)
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            client.loop = app.state.loop
             yield client, lambda: held.now
 
 
@@ -124,5 +125,72 @@ def test_a_request_that_passes_its_own_deadline_while_it_is_opened_is_closed(nam
             engine.may_open.set()
             while not (engine.streams and engine.streams[0].closed):
                 await asyncio.sleep(0.001)
+
+    asyncio.run(run())
+
+
+async def draining(client, seconds):
+    """The loop of a client's server, which has begun to stop."""
+    drained = asyncio.create_task(client.loop.drain(seconds))
+    while not client.loop.draining:
+        await asyncio.sleep(0.001)
+    assert (await ask(client, "base")).json()["error"]["code"] == "shutting_down"
+    return drained
+
+
+@pytest.mark.parametrize("name", ["held", "cold"])
+def test_a_request_whose_body_is_there_has_the_time_to_drain(name):
+    """Also while its prompt becomes tokens, and while its adapter is loaded."""
+
+    async def run():
+        engine, bank = stub_engine(), Bank()
+        engine.may_open.clear()
+        async with client_of(engine, bank) as (client, held):
+            asked = asyncio.create_task(ask(client, name))
+            while not (bank.loads if name == "cold" else engine.opening.is_set()):
+                await asyncio.sleep(0.001)
+            drained = await draining(client, 15)
+            await asyncio.sleep(0.05)
+            assert not drained.done() and client.loop.open_answers == 1
+            bank.may_load.set(), engine.may_open.set()
+            assert (await asked).json()["choices"][0]["text"] == "w5"
+            await drained
+            assert client.loop.open_answers == 0 and held() == 0
+
+    asyncio.run(run())
+
+
+def test_a_request_that_is_opened_after_the_time_to_drain_is_refused():
+    async def run():
+        engine = stub_engine()
+        engine.may_open.clear()
+        async with client_of(engine, Bank()) as (client, held):
+            asked = asyncio.create_task(ask(client, "held"))
+            while not engine.opening.is_set():
+                await asyncio.sleep(0.001)
+            await (await draining(client, 0.05))
+            engine.may_open.set()
+            assert (await asked).json()["error"]["code"] == "shutting_down"
+            assert all(stream.closed for stream in engine.streams) and client.loop.open_answers == 0
+
+    asyncio.run(run())
+
+
+def test_a_request_whose_body_ends_after_the_signal_is_refused():
+    async def run():
+        engine, more = stub_engine(), asyncio.Event()
+
+        async def body():
+            yield b'{"model": "base", "prompt": "w1", '
+            await more.wait()
+            yield b'"max_tokens": 1}'
+
+        async with client_of(engine, Bank()) as (client, _):
+            headers = {"content-type": "application/json"}
+            asked = asyncio.create_task(client.post("/v1/completions", content=body(), headers=headers))
+            await asyncio.sleep(0.05)
+            await (await draining(client, 5))
+            more.set()
+            assert (await asked).json()["error"]["code"] == "shutting_down" and not engine.streams
 
     asyncio.run(run())

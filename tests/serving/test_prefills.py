@@ -16,6 +16,7 @@ from para_jax import AdapterBank, Engine, Ia3Config, LoraConfig, ParaConfig, Req
 from para_jax.adapters import padding
 from para_jax.backbone.block_pool import rows_of_blocks
 from para_jax.serving import decoder, prefills, rounds
+from para_jax.serving.capacity import bytes_in_blocks, capacity
 from para_jax.serving.prefills import ROWS
 from para_jax.serving.prefix_cache import prompt_key
 
@@ -149,7 +150,7 @@ def rows_and_logits(engine, key):
     assert prompt is not None
     held = [rows_of_blocks(layer, np.array([prompt.blocks])) for layer in engine._prefills.pool]
     logits, adjustments, _ = prompt.made
-    of_row = jax.tree.map(lambda leaf: np.asarray(leaf[prompt.row]), (logits, adjustments))
+    of_row = jax.tree.map(np.asarray, (logits[prompt.row], adjustments))
     return [np.stack(row)[:, 0, :, : len(prompt.ids)] for row in held], *jax.tree.leaves(of_row)
 
 
@@ -573,6 +574,25 @@ def test_a_pinned_prefix_that_fails_is_given_up(model, bank, monkeypatch, caplog
     with pytest.raises(ValueError, match="not pinned"):
         engine.unpin(prefix)
     assert free == [True] and answer(engine, ids_of(1, 6))[2] == "length"
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+def test_the_reported_memory_is_that_of_the_arrays_that_are_held(model, tenants):
+    """With as many finished prompts as are kept, each with a window of its own."""
+    engine = engine_of(model, bank_of(model, tenants, CONFIGS))
+    for i in range(3 * ROWS):
+        answer(engine, ids_of(i, 9), ("w4", "lora")[i % 2], 2)
+    held, row = engine._prefills, engine._decoder.row
+    made = [prompt.made[1:] for prompt in held._prompts.values()]
+    arrays = {id(leaf): leaf for leaf in jax.tree.leaves((held.pool, held._nothing, made))}
+    pool = held.cache.blocks * held.size
+    assert len(made) == ROWS and held.window == 8
+    assert bytes_in_blocks(row, pool, held.window) == sum(leaf.nbytes for leaf in arrays.values())
+    sizes = {"prompts": 4, "pool": 10**7, "cached": 0, "window": 10**6}
+    stated = f"windows of 1000000 tokens, {bytes_in_blocks(row, 10**7, 10**6) / 1e9:.2f} GB"
+    assert stated in capacity(None, row, 2, 64, **sizes)
 
 
 # ------------------------------------------------------------------------------------------------- tenants that join
