@@ -222,7 +222,8 @@ def test_a_client_that_never_reads_is_given_up_at_its_deadline(engine):
                 await never.wait()
 
         headers = [(b"content-type", b"application/json")]
-        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b""}
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"/v1/completions"}
+        scope |= {"headers": headers, "query_string": b""}
         async with app.router.lifespan_context(app):
             async with asyncio.timeout(60):
                 while not app.state.loop.warm:
