@@ -2,8 +2,9 @@
 batch's rows go to the device.
 
 Adapters that differ in rank and sites only form a group: they are padded to one shape as they are stacked (padding.py).
-Rows hold one stack per group, each with as many places as the batch has rows. The compiled programs therefore depend on
-the size of the batch and the groups alone: tenants come, go and mix without a new one.
+Rows hold one stack per group, with room for the distinct adapters of the batch, rounded up to a power of two. The
+compiled programs depend on that number, the size of the batch and the groups alone: tenants come, go and mix without a
+new one.
 """
 
 from __future__ import annotations
@@ -263,19 +264,28 @@ class AdapterBank:
         """Whether what an adapter computes for given tokens depends on how many of them are its prompt."""
         return scope_of(entry.config)[0] != "all" or self._template(entry.group).reads_prompt
 
-    def rows_of(self, entries: list[Entry | None]) -> Rows:
+    def rows_of(self, entries: list[Entry | None], places: int | None = None) -> Rows:
         """One tenant per batch row, as entry() gave it, even if the name now has another adapter; None is the base
-        model."""
+        model.
+
+        Args:
+            places: adapters that each stack has room for, so that all batches share their programs. None: a power of
+                two that has room for the distinct ones of each group, at most the number of rows.
+        """
         groups = self._groups(entries)
         index = np.full((len(groups), len(entries)), -1, np.int32)
-        stacks = []
-        for of_rows, group in zip(index, groups, strict=True):
-            members = [entry for entry in entries if entry is not None and entry.group == group]
-            distinct = list({entry.version: entry for entry in members}.values())
-            place_of = {entry.version: i for i, entry in enumerate(distinct)}
-            of_rows[:] = [-1 if entry is None else place_of.get(entry.version, -1) for entry in entries]
-            weights = [entry.weights for entry in distinct]
-            stacks.append(Stack(stacked(self._template(group), weights, len(entries))))
+        distinct = {group: {} for group in groups}
+        for row, entry in enumerate(entries):
+            if entry is not None:
+                members = distinct[entry.group]
+                members.setdefault(entry.version, (len(members), entry.weights))
+                index[groups.index(entry.group), row] = members[entry.version][0]
+        most = max([1, *map(len, distinct.values())])
+        places = min(1 << (most - 1).bit_length(), len(entries)) if places is None else max(places, most)
+        stacks = [
+            Stack(stacked(self._template(group), [weights for _, weights in members.values()], places))
+            for group, members in distinct.items()
+        ]
         mesh = jax.sharding.get_mesh()
         stacks = jax.device_put(stacks) if mesh.empty else place(stacks, mesh, self.model_config)
         return Rows(tuple(stacks), jnp.asarray(index))

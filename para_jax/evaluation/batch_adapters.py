@@ -19,9 +19,12 @@ from .shapes import Shapes
 class Bank(Protocol):
     """What evaluation needs of an AdapterBank. StackBank has the same for adapters that are on the device already."""
 
+    @property
+    def capacity(self) -> int: ...
+
     def entry(self, name: Any, /) -> Any: ...
 
-    def rows_of(self, entries: list, /) -> Adapter | Rows: ...
+    def rows_of(self, entries: list, places: int | None, /) -> Adapter | Rows: ...
 
 
 class Slot(NamedTuple):
@@ -39,12 +42,12 @@ class StackBank:
     """The adapters of a stack; tenants are named by their indices. A single adapter is a stack of one."""
 
     def __init__(self, stack: Stack):
-        self.stack = stack
+        self.stack, self.capacity = stack, stack.size
 
     def entry(self, name: int, /) -> Slot:
         return Slot(name, self.stack.adapters.config)
 
-    def rows_of(self, entries: list[Slot | None], /) -> Adapter | Rows:
+    def rows_of(self, entries: list[Slot | None], places: int | None = None, /) -> Adapter | Rows:
         if self.stack.size == 1 and None not in entries:
             return tenant_of(self.stack.adapters, np.int32(0))  # one for the batch, without a copy for each row
         return pick(self.stack, np.array([-1 if entry is None else entry.version for entry in entries]))
@@ -64,7 +67,7 @@ def adapters_of(model, bank: Bank | None, asked: Sequence[tuple[Any, Question]],
     """
     if bank is None:
         return None
-    adapters = bank.rows_of([entry for entry, _ in asked])
+    adapters = bank.rows_of([entry for entry, _ in asked], min(len(asked), bank.capacity))  # one program for all
     read = [question.reads for _, question in asked if question.reads is not None]
     if not read:
         return adapters

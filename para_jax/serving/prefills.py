@@ -278,7 +278,7 @@ class Prefills:
             assert prompt.entry is not None
             entries[prompt.row] = prompt.entry
             of_size.setdefault(self._window_size(prompt.entry.config), []).append(prompt)
-        adjustments, carried = make_adjustments(self.bank.rows_of(entries), entered)
+        adjustments, carried = make_adjustments(self.bank.rows_of(entries, ROWS), entered)
         made = {}
         for size, together in of_size.items():
             windows = self._run_windows(size, together, adjustments) if size else None

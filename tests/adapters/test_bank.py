@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import itertools
 import threading
 
 import jax
@@ -170,15 +171,21 @@ def test_vectors_of_a_bank_are_those_of_each_tenant(model, tenants, bank):
 
 @pytest.mark.long
 def test_no_compilation_while_tenants_come_go_and_mix(model, tenants, bank, compiled):
-    """Counted by JAX's own events; the count rises on a batch of another size."""
-    bank = filled(model, tenants, ["para", "ia3"], capacity=300)
+    """Counted by JAX's own events, once each method had each number of distinct tenants; the count rises on a batch of
+    another size."""
+    bank = filled(model, tenants, ["para", "ia3"], capacity=306)
     tokens = prompts(model, 4)
 
     def serve(names):
         _, state = prefill(model, bank.rows(names), tokens, 8, max_length=16)
         return jax.block_until_ready(decode(model, state, tokens[:, 0]))
 
-    serve(["para", None, "ia3", "para"])
+    for i in range(3):
+        bank.add(f"para{i}", tenants["para"]), bank.add(f"ia3{i}", tenants["ia3"])
+    of_method = [[name for name in bank.names if name.startswith(method)] for method in ("para", "ia3")]
+    for paras, ia3s in itertools.product(range(5), repeat=2):
+        if paras + ia3s <= 4:
+            serve([*of_method[0][:paras], *of_method[1][:ia3s], *[None] * (4 - paras - ia3s)])
     before = len(compiled)
     rng = np.random.default_rng(0)
     held = [init_adapter(ParaConfig(r=r), model.config, seed=r) for r in (1, 4, 8)]
@@ -382,12 +389,44 @@ def test_a_bfloat16_bank_holds_half_the_bytes_and_says_nearly_the_same(model, te
 
 def test_rows_hold_the_adapters_of_the_batch_alone(model, tenants):
     bank = filled(model, tenants, ["para", "wide", "ia3"])
-    few = jax.tree.leaves(bank.rows(["para", "para"]))
+    few = jax.tree.leaves(bank.rows(["para", "wide"]))
     for i in range(50):
         bank.add(f"more {i}", tenants["para"])
     many = jax.tree.leaves(bank.rows(["para", "more 7"]))
     assert [leaf.shape for leaf in few] == [leaf.shape for leaf in many]
     assert all(leaf.shape[0] == 2 for leaf in many)
+
+
+def test_rows_take_the_bytes_of_their_distinct_tenants_rounded_up_to_a_power_of_two(model, tenants):
+    """All groups have as many places as the one that needs most. More can be asked for, fewer cannot."""
+    bank = filled(model, tenants, ["para", "wide", "ia3"])
+    for i in range(5):
+        bank.add(f"more {i}", tenants["para"])
+    (one,) = {sum(leaf.nbytes for leaf in jax.tree.leaves(bank.rows([name]).stacks)) for name in ("para", None, "ia3")}
+    paras = [f"more {i}" for i in range(5)]
+
+    def places(names, *given):
+        rows = bank.rows_of([name and bank.entry(name) for name in names], *given)
+        stacks = jax.tree.leaves(rows.stacks)
+        (found,) = {leaf.shape[0] for leaf in stacks}
+        assert rows.batch == len(names) and sum(leaf.nbytes for leaf in stacks) == found * one
+        return found
+
+    for names, expected in [
+        (["para"] * 32, 1), ([None] * 32, 1), (["para", "ia3", None] * 9, 1), (["para", "wide", "para", None], 2),
+        (paras[:3] * 4, 4), (paras * 2, 8), (paras, 5), ([*paras[:3], "ia3"], 4), (["para", None, paras[0]], 2),
+    ]:  # fmt: skip
+        assert places(names) == expected, names
+    assert places(["para"], 4) == 4 and places(paras, 2) == 5
+
+
+def test_each_row_of_repeated_tenants_equals_its_tenant_alone(model, tenants, lora_bank):
+    for names in (["lora"] * 4, ["para", "ia3", "para", None], ["lora", "rslora", "input", "lora", "input", None]):
+        tokens = prompts(model, len(names))
+        mixed = forward(model, lora_bank.rows(names), tokens, 8)
+        for i, name in enumerate(names):
+            alone = forward(model, tenants.get(name), tokens[i : i + 1], 8)
+            np.testing.assert_allclose(mixed[i], alone[0], atol=1e-4)
 
 
 def test_threads_that_add_remove_and_ask_meet_whole_tenants(model, tenants):
@@ -470,7 +509,7 @@ def test_an_adapter_takes_its_own_rank_and_sites_in_memory_and_the_banks_in_rows
     for names in (["a"], ["a", None, "a"]):
         found, own = (bank.rows(names) for bank in (large, small))
         shapes = {leaf.shape for stack in found.stacks for leaf in jax.tree.leaves(stack.adapters)}
-        assert {shape[0] for shape in shapes} == {len(names)}
+        assert {shape[0] for shape in shapes} == {1}
         tokens = prompts(model, len(names))
         one, other = (multi_tenant_forward(model, rows, tokens, 8) for rows in (found, own))
         np.testing.assert_allclose(one, other, atol=1e-4)
@@ -508,9 +547,10 @@ def test_each_distinct_tenant_is_sent_to_the_device_once(model, monkeypatch):
         return real(stacks, weights, place)
 
     monkeypatch.setattr(padding, "put_in_place", counted)
+    entries = {None: None} | {name: bank.entry(name) for name in bank.names}
     for names, distinct in ((["t0"] * 16, 1), (["t0", "t1", None, "t0", "t2", "t1"], 3), ([None] * 4, 0)):
         sent.clear()
-        assert bank.rows(names).batch == len(names)
+        assert bank.rows_of([entries[name] for name in names], 4).batch == len(names)
         assert sent == [one] * distinct
 
 
