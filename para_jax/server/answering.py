@@ -130,9 +130,8 @@ class Answering:
             raise
 
     def _read(self, held: HeldBody) -> Asked:
-        found = json_object(held.body)
-        require_few(found, self.loop.engine)
-        return self.read(found)
+        require_few(held.body, self.loop.engine.max_length)
+        return self.read(json_object(held.body))
 
     def _open(self, asked: Asked, found: tuple | None, access: Access, answer: Answer, outcome: Outcome) -> None:
         """Opens the streams of a request.

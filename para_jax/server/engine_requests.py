@@ -7,7 +7,6 @@ import re
 from functools import lru_cache
 
 from ..config import Variables, shorten
-from ..data.chat_messages import ROLES
 from ..data.chat_template import TemplateError
 from ..data.examples import Ids, Prompt, encode_prompt, most_characters, turn_stop_ids
 from ..serving.engine import Engine
@@ -17,6 +16,8 @@ from .protocol import CHAT_FIELDS, TEXT_FIELDS, Asked
 
 #: Log-probabilities that a request may ask for, alternatives included. Each takes up to 0.3 kB until it is answered.
 MAX_LOGPROBS = 2**21
+#: Values of a body in addition to the ids of as many prompts as it may have, each as long as the engine allows.
+SPARE_VALUES = 10_000
 
 
 def engine_requests(asked: Asked, tenant: str | None, engine: Engine, salt: str | None) -> list[Request]:
@@ -47,28 +48,17 @@ def engine_requests(asked: Asked, tenant: str | None, engine: Engine, salt: str 
     return made
 
 
-def require_few(found: dict, engine: Engine) -> None:
-    """Raises ApiError 400 for a body with more messages or token ids than can fit, before they are read one by one.
-
-    Args:
-        found: the body, with fields of any kind.
-    """
-    messages, prompt = found.get("messages"), found.get("prompt")
-    # the characters of a message's role count too
-    most = longest_prompt(engine.tokenizer, engine.max_length) // min(map(len, ROLES))
-    if isinstance(messages, list) and len(messages) > most:
-        raise too_many("messages", f"{len(messages)} messages", f"at most {most} fit", engine)
-    lists = [prompt, *prompt[:MAX_SAMPLES]] if isinstance(prompt, list) else []
-    for count in (len(one) for one in lists if isinstance(one, list)):
-        if count > max(engine.max_length, MAX_SAMPLES):
-            advice = f"give at most {MAX_SAMPLES} prompts, and fewer tokens"
-            raise too_many("prompt", f"a list of {count}", advice, engine)
-
-
-def too_many(name: str, what: str, advice: str, engine: Engine) -> ApiError:
-    """The error of a field whose list is too long."""
-    message = f"{name} has {what}; {advice}, because the engine's max_length is {engine.max_length}"
-    return wrong_field(name, message + known_words(engine.max_length), "context_length_exceeded")
+def require_few(body: bytes, max_length: int) -> None:
+    """Raises ApiError 400 for a body with more values than a request can use. It isn't parsed then: that would make an
+    object of each value in one call, during which no other thread runs."""
+    most = MAX_SAMPLES * max_length + SPARE_VALUES
+    values = lambda text: sum(map(text.count, (b"[", b"{", b",")))  # noqa: E731
+    if values(body) <= most:
+        return
+    bare = body.replace(b"\\\\", b"").replace(b'\\"', b"")  # now each quote begins or ends a text
+    if bare.count(b'"') > 4 * most or values(b"".join(bare.split(b'"')[::2])) > most:
+        message = f"the body has more than {most} values; send fewer prompts, messages or token ids"
+        raise ApiError(400, message + known_words(max_length), code="context_length_exceeded")
 
 
 def known_words(max_length: int) -> str:

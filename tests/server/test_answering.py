@@ -12,11 +12,13 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import hypothesis
 import jax
 import numpy as np
 import openai
 import pytest
 from golden_models import backbone
+from hypothesis import strategies as st
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 from logprob_engine import expected
 from long_cases import long
@@ -36,8 +38,9 @@ from tiny_engine import CONFIGS, answers, prompt
 
 from para_jax import Engine, Request
 from para_jax.data.examples import TOKEN_CHARACTERS
-from para_jax.server import answering, chat_messages, engine_loop, engine_requests, protocol, responses
+from para_jax.server import answering, engine_loop, engine_requests, responses
 from para_jax.server.app import THREADS
+from para_jax.server.errors import ApiError
 from para_jax.server.models import Models
 from para_jax.server.outcome import Outcome
 from para_jax.server.traffic import Traffic
@@ -485,19 +488,49 @@ def test_wrong_requests_are_refused_by_field(server, http, monkeypatch):
     assert found["param"] == "top_logprobs" and found["message"].startswith("top_logprobs is 9; give at most 3")
 
 
-def test_lists_that_cannot_fit_are_refused_before_they_are_read(server, http, monkeypatch):
-    """And none that was answered: a message may be empty, but its role counts."""
+def test_lists_that_cannot_fit_are_refused(server, http):
+    """And none that was answered: messages may be empty."""
     most = server.engine.max_length * TOKEN_CHARACTERS // len("user")
     chat = {"model": "A", "messages": [{"role": "user", "content": ""}] * most, "max_tokens": 2}
     assert http.post("/v1/chat/completions", json=chat).status_code == 200
-    monkeypatch.setattr(chat_messages, "read_message", None)
-    monkeypatch.setattr(protocol, "is_ids", None)
-    chat["messages"].append(chat["messages"][0])
-    found = error(http.post("/v1/chat/completions", json=chat), 400)
-    assert (found["param"], found["code"]) == ("messages", "context_length_exceeded") and str(most) in found["message"]
     for ids in ([5] * 1000, [[5], [5] * 1000], [5] * (MAX_SAMPLES + 1)):
         found = error(http.post("/v1/completions", json={"model": "A", "prompt": ids}), 400)
         assert (found["param"], found["code"]) == ("prompt", "context_length_exceeded")
+
+
+def outside_texts(body):
+    """How many of `[`, `{` and `,` are outside texts, character by character."""
+    count, inside, escaped = 0, False, False
+    for character in body:
+        if inside and not escaped and character == "\\":
+            escaped = True
+            continue
+        if character == '"' and not escaped:
+            inside = not inside
+        elif not inside and character in "[{,":
+            count += 1
+        escaped = False
+    return count
+
+
+@hypothesis.settings(max_examples=300)
+@hypothesis.given(st.lists(st.text('[{,"\\a', max_size=12), max_size=12))
+def test_a_body_is_refused_by_the_values_outside_its_texts_alone(texts):
+    body = json.dumps({"prompt": texts})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_requests, "SPARE_VALUES", outside_texts(body))
+        engine_requests.require_few(body.encode(), 0)
+        patch.setattr(engine_requests, "SPARE_VALUES", outside_texts(body) - 1)
+        with pytest.raises(ApiError, match="more than"):
+            engine_requests.require_few(body.encode(), 0)
+
+
+@pytest.mark.parametrize("value", ["[" * 60 + "]" * 60, "[]", "{}", '""', "1", '{"a":{}}'])
+def test_a_body_of_many_values_is_refused_before_it_is_parsed(http, monkeypatch, value):
+    monkeypatch.setattr(answering, "json_object", None)
+    body = f'{{"model": "A", "prompt": [{",".join([value] * 20_000)}]}}'
+    found = error(http.post("/v1/completions", content=body, headers=JSON), 400)
+    assert found["code"] == "context_length_exceeded" and str(LENGTH) in found["message"]
 
 
 def test_wrong_bodies_methods_and_paths_are_errors_of_one_shape(http):
