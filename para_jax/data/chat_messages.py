@@ -12,6 +12,8 @@ from ..messages import warn
 ROLES = ("system", "developer", "user", "assistant")
 #: Keys with which an assistant message calls tools. It may then have no content.
 CALLS = ("tool_calls", "function_call")
+#: Fields of a part with text. The last two tell other servers what to cache.
+TEXT_PART = ("type", "text", "cache_control", "prompt_cache_breakpoint")
 
 
 def checked_messages(name: str, value: object) -> list[dict]:
@@ -40,7 +42,7 @@ def checked_message(name: str, message: Any) -> dict:
 def is_text_part(part: object) -> bool:
     """Whether this is a part of a content as OpenAI writes it, with text and nothing else. Null fields don't count."""
     filled = {key: value for key, value in part.items() if value is not None} if isinstance(part, dict) else {}
-    return filled.keys() == {"type", "text"} and filled["type"] == "text" and isinstance(filled["text"], str)
+    return filled.keys() <= set(TEXT_PART) and filled.get("type") == "text" and isinstance(filled.get("text"), str)
 
 
 def joined_parts(parts: list[dict]) -> str:

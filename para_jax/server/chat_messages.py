@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..config import shorten
-from ..data.chat_messages import ROLES, is_text_part, joined_parts
+from ..data.chat_messages import ROLES, TEXT_PART, is_text_part, joined_parts
 from .errors import wrong_field
 from .fields import Fields
 
@@ -20,9 +20,8 @@ NOT_IN_MESSAGES: dict[str, tuple[tuple, str]] = {
     "annotations": (([],), NOT_COMPUTED),
     "type": (("text",), NOT_COMPUTED),  # lm-eval up to 0.4.9 sends it
 }
-#: Fields of an assistant's message, and of a part of a content, that say nothing to a model. They are left out.
+#: Fields of an assistant's message that no prompt has.
 THOUGHTS = ("reasoning_content", "reasoning")
-CACHE_HINTS = ("cache_control", "prompt_cache_breakpoint")
 
 
 def read_messages(value: object) -> list[dict]:
@@ -57,7 +56,6 @@ def read_content(fields: Fields, at: str) -> str:
         return content
     if not isinstance(content, list) or not content:
         fields.refuse("content", content, "give a text")
-    content = [without_hints(part) for part in content]
     for i, part in enumerate(content):
         if is_text_part(part):
             continue
@@ -65,13 +63,7 @@ def read_content(fields: Fields, at: str) -> str:
         if kind != "text" or not isinstance(part.get("text"), str):
             shown = part if kind in (None, "text") else kind
             fields.refuse(f"content[{i}]", shown, 'only parts {"type": "text", "text": ...} are supported')
-        others = [name for name, value in part.items() if name not in ("type", "text") and value is not None]
+        others = [name for name, value in part.items() if name not in TEXT_PART and value is not None]
         place = f"{at}.content[{i}]"
         raise wrong_field(place, f"{place} has a field {shorten(others[0])}; only type and text are supported")
     return joined_parts(content)
-
-
-def without_hints(part: object) -> object:
-    if not isinstance(part, dict):
-        return part
-    return {name: value for name, value in part.items() if name not in CACHE_HINTS}

@@ -56,7 +56,7 @@ def capacity(
 
 
 def bytes_per_row(row: DecodeState, tokens: int) -> int:
-    """Bytes of a row's adjustments, and of the keys and values of so many tokens, on each device."""
+    """Bytes of a row's adjustments, and of the keys and values of its tokens, on each device."""
     adjustments = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(row.adjustments))
     return adjustments + tokens * token_bytes(row) // devices_of_heads(row)
 
