@@ -259,10 +259,10 @@ def plan_batches(
     hold. A plan is cut by the lengths of its own examples, so that it doesn't depend on the other tenants."""
     examples = {name: one.examples for name, one in data.items()}
     if config.data.packing:
-        length = config.data.max_seq_length or chosen_length(all_lengths(data), packing=True)
-        plans = {
-            name: plan_packing(examples[name], length=length, rows=rows, seed=own.seed) for name, own in configs.items()
-        }
+        plans = {}
+        for name, own in configs.items():
+            length = config.data.max_seq_length or chosen_length(examples[name].lengths, packing=True)
+            plans[name] = plan_packing(examples[name], length=length, rows=rows, seed=own.seed)
         shape = common_shape(one.shape for one in plans.values())
         say_packing(plans, shape, sum(map(len, examples.values())), sum(len(one.ids) for one in examples.values()))
         return (shape,), plans

@@ -1,15 +1,17 @@
 """A run with data.packing: its loss is that of its examples alone, it resumes with the same bits, and neither passes
 nor meshes matter."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from stopped_run import assert_same_arrays, train_interrupted
-from tiny_run import losses, run_config, run_folder
+from tiny_run import losses, rows_of_text, run_config, run_folder, words, write_rows
 
-from para_jax import init_adapter, load_backbone, make_mesh, train
+from para_jax import init_adapter, load_adapter, load_backbone, load_model_config, make_mesh, train, train_tenants
 from para_jax.data.batches import Bucket, collate
 from para_jax.runs.tenants import read_inputs
 from para_jax.training.passes import lay_out
@@ -76,3 +78,44 @@ def test_a_packed_run_says_how_full_its_rows_are(folder, capsys):
         f"packed 20 examples into {len(tenant.order.plan.packed)} rows of 32 tokens, at most" in said
         and "padding" in said
     )
+
+
+@pytest.fixture(scope="module")
+def long_and_short(tmp_path_factory):
+    """Data of acme alone, and next to globex, one of whose examples is longer than acme's rows."""
+    folder = run_folder(tmp_path_factory.mktemp("lengths"))
+    file = folder / "backbone" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 1024}))
+    for to in ("alone", "both"):
+        write_rows(folder / to / "acme.jsonl", rows_of_text(400, seed=1))
+    write_rows(folder / "both" / "globex.jsonl", [{"prompt": words([20] * 900), "completion": "w9"}])
+
+    def config(name: str, *more: str):
+        options = "data.packing=true", "data.max_seq_length=null", "train.rows_per_tenant=2", "adapter.summary=raw"
+        places = f"data.tenants={folder / name}", f"output_dir={folder / 'run' / name}"
+        return run_config(folder, *options, *places, "train.max_steps=null", *more)
+
+    return config
+
+
+def test_packed_rows_of_a_tenant_do_not_depend_on_other_tenants(long_and_short):
+    found = {}
+    for name in ("alone", "both"):
+        config = long_and_short(name)
+        _, (acme, *others), (shape,) = read_inputs(config, lay_out(config, make_mesh(), 2))
+        total, plan = acme.order.total_steps, acme.order.plan
+        found[name] = total, [plan.batch_rows(step) for step in range(2 * total)]
+        assert shape.length == (904 if others else 512)
+        acme.order.batch(0, shape, 2)  # the rows fit the shape that all tenants share
+    assert found["both"] == found["alone"] and found["alone"][0] > 2
+
+
+def test_a_packed_tenant_gets_the_weights_that_it_gets_alone(long_and_short):
+    weights = []
+    for name in ("alone", "both"):
+        config = long_and_short(name, "train.max_steps=2", "train.per_device_batch_size=2")
+        train_tenants(config)
+        adapter = load_adapter(Path(config.output_dir) / "acme" / "adapter", load_model_config(config.backbone.source))
+        weights.append(jax.tree.leaves(adapter))
+    for alone, both in zip(*weights, strict=True):
+        np.testing.assert_allclose(both, alone, rtol=1e-4, atol=1e-5)
