@@ -284,6 +284,8 @@ def references(row: dict, completion: str) -> tuple[str, ...]:
     given = row.get("references") or [completion]
     if not isinstance(given, list) or not all(isinstance(answer, str) for answer in given):
         raise ValueError(f"references must be a list of texts, not {shorten(given)}")
+    if not all(answer.strip() for answer in given):
+        raise ValueError(f"references has an empty text: {shorten(given)}; remove it")
     return tuple(given)
 
 

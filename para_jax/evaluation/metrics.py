@@ -54,7 +54,7 @@ def sql_match(prediction: str, references: Sequence[str]) -> float:
 # -------------------------------------------------------------------------------------------------- of all the answers
 
 
-def macro_f1(predicted: Sequence[str], expected: Sequence[str]) -> float:
+def macro_f1(predicted: Sequence[str | None], expected: Sequence[str]) -> float:
     """The mean of 2 hits / (times predicted + times expected) over the labels that are expected somewhere. Any other
     prediction is a miss, and not a label of its own."""
     hits = Counter(p for p, e in zip(predicted, expected, strict=True) if p == e)
@@ -62,7 +62,7 @@ def macro_f1(predicted: Sequence[str], expected: Sequence[str]) -> float:
     return sum(2 * hits[e] / (times_predicted[e] + n) for e, n in times_expected.items()) / len(times_expected)
 
 
-def matthews(predicted: Sequence[str], expected: Sequence[str]) -> float:
+def matthews(predicted: Sequence[str | None], expected: Sequence[str]) -> float:
     """Matthews' correlation, -1 to 1, for any number of labels (Gorodkin 2004, R_K); 0 if one side never varies."""
     n = len(expected)
     hits = sum(p == e for p, e in zip(predicted, expected, strict=True))
@@ -83,15 +83,18 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "sql_match": sql_match,
 }
 #: Metrics over the labels of all answers, predicted and expected.
-LABEL_METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], float]] = {
+LABEL_METRICS: dict[str, Callable[[Sequence[str | None], Sequence[str]], float]] = {
     "macro_f1": macro_f1,
     "matthews": matthews,
 }
 
 
-def measure(metric: str, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, float | None]:
+def measure(
+    metric: str, predictions: Sequence[str | None], references: Sequence[Sequence[str]]
+) -> tuple[float, float | None]:
     """The metric over the predictions, `references` holding each one's accepted answers: of METRICS the mean, 0 to 1,
-    of LABEL_METRICS what they say. Also its standard error over the draw of the examples; None for one example.
+    of LABEL_METRICS what they say. Also its standard error over the draw of the examples; None for one example. A
+    prediction that is None, because the model gave no answer, is wrong.
 
     The error of a mean is the standard deviation of its values over the root of their number. That of a label metric is
     jackknifed, which would be the same number for a mean.
@@ -102,10 +105,15 @@ def measure(metric: str, predictions: Sequence[str], references: Sequence[Sequen
     if not predictions:
         raise ValueError(f"{metric}: there are no predictions to score")
     if metric in METRICS:
-        values = [METRICS[metric](p, r) for p, r in zip(predictions, references, strict=True)]
+        values = [score_one(metric, p, r) for p, r in zip(predictions, references, strict=True)]
         return sum(values) / len(values), error_of_mean(values)
     pairs = [labels(p, r) for p, r in zip(predictions, references, strict=True)]
     return LABEL_METRICS[metric](*zip(*pairs, strict=True)), jackknife(LABEL_METRICS[metric], pairs)
+
+
+def score_one(metric: str, prediction: str | None, references: Sequence[str]) -> float:
+    """One answer's score by a metric of METRICS."""
+    return 0.0 if prediction is None else METRICS[metric](prediction, references)
 
 
 # ------------------------------------------------------------------------------------------------------ standard errors
@@ -117,7 +125,7 @@ def error_of_mean(values: Sequence[float]) -> float | None:
     return math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n) if n > 1 else None
 
 
-def jackknife(metric: Callable, pairs: Sequence[tuple[str, str]]) -> float | None:
+def jackknife(metric: Callable, pairs: Sequence[tuple[str | None, str]]) -> float | None:
     """sqrt((n - 1) / n * the sum of squared deviations of the scores that each leave out one example) (Tukey 1958);
     None for one example.
 
@@ -175,7 +183,8 @@ def sql_parts(query: str) -> tuple[str, list[str]]:
     return head, sorted(re.split(r"(?<=') and ", conditions))
 
 
-def labels(prediction: str, references: Sequence[str]) -> tuple[str, str]:
+def labels(prediction: str | None, references: Sequence[str]) -> tuple[str | None, str]:
     """The predicted and the expected label: the reference that equals the prediction, else the first one."""
-    predicted, accepted = single_spaced(prediction), [single_spaced(reference) for reference in references]
+    predicted = None if prediction is None else single_spaced(prediction)
+    accepted = [single_spaced(reference) for reference in references]
     return predicted, predicted if predicted in accepted else accepted[0]

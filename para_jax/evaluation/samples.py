@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import atomic
 from ..storage.bucket import Place
-from .metrics import METRICS, labels
+from .metrics import METRICS, labels, score_one
 from .questions import Answer
 from .score import likeliest, likelihoods_of, written_texts
 from .tasks import EncodedTask
@@ -40,11 +40,11 @@ def logged_samples(encoded: EncodedTask, answers: Sequence[Answer]) -> list[dict
     return samples
 
 
-def example_score(metric: str, given: str, references: Sequence[str]) -> dict[str, float]:
+def example_score(metric: str, given: str | None, references: Sequence[str]) -> dict[str, float]:
     """What an answer scores by a metric of METRICS. The metrics over all labels score no single answer: `correct` says
     whether its label is the expected one."""
     if metric in METRICS:
-        return {metric: METRICS[metric](given, references)}
+        return {metric: score_one(metric, given, references)}
     predicted, expected = labels(given, references)
     return {"correct": float(predicted == expected)}
 

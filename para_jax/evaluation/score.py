@@ -110,11 +110,11 @@ def score_answers(encoded: EncodedTask, answers: Sequence[Answer]) -> Score:
     return score_of(encoded.task, nats, tokens, written_texts(encoded, answers))
 
 
-def written_texts(encoded: EncodedTask, answers: Sequence[Answer]) -> list[str]:
+def written_texts(encoded: EncodedTask, answers: Sequence[Answer]) -> list[str | None]:
     """The texts of the written answers as they are scored, without the white space at their ends, and without what the
-    chat template begins every answer with."""
-    texts = [answer.text.strip() for answer in answers if isinstance(answer, Written)]
-    return [text.removeprefix(start).lstrip() for text, start in zip(texts, encoded.openings, strict=True)]
+    chat template begins every answer with. None where the logits were not finite."""
+    pairs = zip((answer for answer in answers if isinstance(answer, Written)), encoded.openings, strict=True)
+    return [one.text.strip().removeprefix(start).lstrip() if one.finite else None for one, start in pairs]
 
 
 def likelihoods_of(encoded: EncodedTask, answers: Sequence[Answer]) -> tuple[np.ndarray, np.ndarray]:
@@ -123,12 +123,12 @@ def likelihoods_of(encoded: EncodedTask, answers: Sequence[Answer]) -> tuple[np.
     return nats, np.array([float(len(end)) for _, end in [*encoded.examples, *encoded.ranked]])
 
 
-def score_of(task: EvalTask, nats: np.ndarray, tokens: np.ndarray, texts: list[str]) -> Score:
+def score_of(task: EvalTask, nats: np.ndarray, tokens: np.ndarray, texts: list[str | None]) -> Score:
     """A task's score.
 
     Args:
         nats, tokens: of each record's own completion; then, if choices are ranked, of each record's choices.
-        texts: what was written, if choices are not ranked.
+        texts: what was written, if choices are not ranked; None: nothing.
     """
     count = len(task.records)
     own = nats[:count], tokens[:count]
@@ -143,11 +143,11 @@ def score_of(task: EvalTask, nats: np.ndarray, tokens: np.ndarray, texts: list[s
     return Score(task.name, task.metric, value, loss, count, stderr, also, samples_of(task, texts))
 
 
-def samples_of(task: EvalTask, texts: Sequence[str]) -> tuple[AnsweredExample, ...]:
+def samples_of(task: EvalTask, texts: Sequence[str | None]) -> tuple[AnsweredExample, ...]:
     """Examples that are spread evenly over the task, because data is often sorted."""
     count = min(SAMPLES, len(texts))
     chosen = [i * len(texts) // count for i in range(count)]
-    return tuple(sample_of(task.records[i].prompt, task.records[i].completion, texts[i]) for i in chosen)
+    return tuple(sample_of(task.records[i].prompt, task.records[i].completion, texts[i] or "") for i in chosen)
 
 
 def sample_of(prompt: Prompt, expected: str, given: str) -> AnsweredExample:
@@ -162,13 +162,13 @@ def one_line(text: str, width: int) -> str:
     return printable(" ".join(text.split()), width)
 
 
-def likeliest(task: EvalTask, nats: np.ndarray) -> list[str]:
-    """The choice that each record's ranked choices make its answer; `nats` as for `score_of`. An empty text, which is
-    no answer, where none of them has a likelihood: the first one might be right by chance."""
+def likeliest(task: EvalTask, nats: np.ndarray) -> list[str | None]:
+    """The choice that each record's ranked choices make its answer; `nats` as for `score_of`. None where none of them
+    has a likelihood: the first one might be right by chance."""
     choices = np.where(np.isnan(nats), np.inf, nats)[len(task.records) :]  # argmin would take a NaN
     of_record = choices.reshape(len(task.records), -1)
     return [
-        task.choices[i] if row[i] < np.inf else "" for row, i in zip(of_record, of_record.argmin(axis=1), strict=True)
+        task.choices[i] if row[i] < np.inf else None for row, i in zip(of_record, of_record.argmin(axis=1), strict=True)
     ]
 
 

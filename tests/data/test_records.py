@@ -229,6 +229,8 @@ def test_a_task_reads_its_published_rows(tmp_path):
         ({"prompt": [USER], "completion": [BOT | {"weight": 0}]}, "completion has weight 0"),
         ({"prompt": "a", "completion": [BOT]}, "completion is a message and prompt is text"),
         ({"prompt": "a", "completion": "b", "references": "b"}, "references .*list of texts"),
+        ({"prompt": "a", "completion": "b", "references": [""]}, r"references .*\[''\]"),
+        ({"prompt": "a", "completion": "b", "references": ["b", " "]}, r"references .*\['b', ' '\]"),
         ({"messages": [USER]}, "role assistant"),
         ({"messages": []}, "role assistant"),
         ({"messages": [BOT]}, "prompt is empty"),

@@ -9,14 +9,15 @@ from tiny_run import tokenizer as word_tokenizer
 from tokenizers import normalizers
 from transformers import AddedToken
 
-from para_jax.data.examples import stop_token_ids
+from para_jax.data.examples import Example, stop_token_ids
 from para_jax.data.records import Record
 from para_jax.evaluation.defaults import different_answers
 from para_jax.evaluation.evaluate import Report
+from para_jax.evaluation.metrics import LABEL_METRICS, METRICS
 from para_jax.evaluation.questions import Likelihood, Scored, Written
 from para_jax.evaluation.samples import logged_samples
 from para_jax.evaluation.score import Measured, Score, score_answers, score_of
-from para_jax.evaluation.tasks import EvalTask, encode_task
+from para_jax.evaluation.tasks import EncodedTask, EvalTask, encode_task
 from para_jax.inference.answer_text import text_of
 from para_jax.inference.generate import before_stop
 
@@ -35,12 +36,29 @@ def test_a_choice_that_is_not_a_number_is_not_chosen():
     assert score_of(task._replace(records=some), nats, np.ones(6), []).score == 1
 
 
+#: Answers that an empty text equals, itself or after SQuAD's normalisation.
+LIKE_NOTHING = ("", "A", "The", "an", "-", " . ", "#### ", "none")
+
+
 @pytest.mark.parametrize("nothing", [np.nan, np.inf])
-@pytest.mark.parametrize("metric", ["accuracy", "macro_f1"])
+@pytest.mark.parametrize("metric", ["accuracy", *LABEL_METRICS])
 def test_an_example_without_any_likelihood_is_wrong_whatever_its_answer_is(nothing, metric):
-    rows = [Record("p", answer, (answer,), None, "here") for answer in ("a", "b")]
-    nats = np.array([1.0, 1.0, nothing, nothing, nothing, nothing])
-    assert score_of(EvalTask("t", rows, metric, ("a", "b")), nats, np.ones(6), []).score == 0
+    rows = [Record("p", answer, (answer,), None, "here") for answer in ("a", "b", *LIKE_NOTHING)]
+    nats = np.array([*[1.0] * len(rows), *[nothing] * 2 * len(rows)])
+    task = EvalTask("t", rows, metric, ("a", "b"), also=(*METRICS, *LABEL_METRICS))
+    found = score_of(task, nats, np.ones(len(nats)), [])
+    assert found.score == 0 and [one.score for one in found.also] == [0] * len(task.also)
+
+
+@pytest.mark.parametrize("metric", [*METRICS.keys() - {"accuracy"}, *LABEL_METRICS])
+def test_an_answer_whose_logits_are_not_finite_is_wrong_whatever_its_references_are(metric):
+    rows = [Record("p", answer, (answer, "none"), None, "here") for answer in LIKE_NOTHING]
+    encoded = EncodedTask(EvalTask("own", rows, metric), [Example([3], [9])] * len(rows), [], [""] * len(rows))
+    answers = [*[Scored(-1.0, False)] * len(rows), *[Written("", 0, finite=False)] * len(rows)]
+    found = score_answers(encoded, answers)
+    assert found.score == 0 and found.samples[0].given == ""
+    for sample in logged_samples(encoded, answers):
+        assert sample["given"] is None and sample[metric if metric in METRICS else "correct"] == 0
 
 
 def test_a_report_prints_a_line_per_task():
