@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from .config import BASE, expanded
-from .evaluation.results import LARGEST, error_of, file_names, metrics_of
+from .evaluation.results import error_of, file_names, metrics_of
 from .figures import drawable, escaped, explain, new_figure, run_names
 from .messages import warn
 from .training.metrics_file import is_log, is_number, read_metrics
@@ -368,7 +368,7 @@ def own_file(tenant: str) -> str:
 
 def read_record(file: Path) -> dict | None:
     """A results file of an evaluation; None for another file."""
-    if not file.is_file() or file.stat().st_size > LARGEST:
+    if not file.is_file():
         return None
     try:
         found = json.loads(file.read_bytes())

@@ -12,7 +12,7 @@ from ..config import BASE
 from ..shards import SHARD_FILE, ShardOutput, in_order, read_part
 from ..storage.bucket import BucketPath, Place, is_file_name
 from .journal import journal_lines
-from .results import ANSWERS_FILE, LARGEST, csv_table, described_work, markdown_table
+from .results import ANSWERS_FILE, csv_table, described_work, markdown_table
 
 #: The parts of a record that have a value for each task.
 SECTIONS = ("results", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
@@ -100,10 +100,9 @@ def read_record(part: ShardOutput, file: str) -> dict[str, Any]:
     place = part.output / file
     try:
         with place.open("rb") as stream:
-            data = stream.read(LARGEST + 1)
-        record = json.loads(data)
+            record = json.load(stream)
         content = record["config"]["backbone_content"]
-        if len(data) > LARGEST or not all(isinstance(record[name], dict) for name in SECTIONS):
+        if not all(isinstance(record[name], dict) for name in SECTIONS):
             raise ValueError
     except (ValueError, KeyError, TypeError, FileNotFoundError, RecursionError):
         raise ValueError(f"{place} is missing or damaged; run the command of shard {part.shard} again") from None

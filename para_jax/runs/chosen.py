@@ -14,7 +14,6 @@ from ..training.metrics_file import is_number
 
 #: The folder of the trials in a run's folder, and the file there with the rates.
 TRIALS, FILE = "learning_rates", "chosen.json"
-MAX_BYTES = 2**24
 
 
 def is_auto(config: RunConfig) -> bool:
@@ -32,8 +31,6 @@ def chosen_rates(folder: Place) -> dict[str, float]:
     if not file.is_file():
         return {}
     try:
-        if file.stat().st_size > MAX_BYTES:
-            raise ValueError(f"more than {MAX_BYTES} bytes")
         found = json.loads(file.read_bytes().decode())["rates"]
         fits = isinstance(found, dict) and all(is_number(rate) and 0 <= rate < math.inf for rate in found.values())
         if not fits:

@@ -154,7 +154,7 @@ def method_scores(
         standing: at the end of the run; None: its loss was not finite.
     """
     folder, method = expanded(config.output_dir), adapter_method(config.adapter)
-    entries = read_entries(folder) if config.many else {"": entry_of(standing)} if standing else {}
+    entries = read_entries(folder) if config.many else {"": standing.entry(0)} if standing else {}
     rows = []
     for name, own in tenant_configs(config).items():
         _, validation, test, _ = shared.data[of_data(own)]
@@ -179,12 +179,6 @@ def method_scores(
             )
         )  # fmt: skip
     return rows
-
-
-def entry_of(standing: Standing) -> dict[str, Any]:
-    """What tenants.json would say of a run of one adapter."""
-    ended = {"ended": standing.ended[0], "best_step": standing.best_step[0], "warning": standing.warning}
-    return ended | {"scores": standing.records(0)}
 
 
 def final_scores(entry: dict[str, Any]) -> list[dict[str, float]]:

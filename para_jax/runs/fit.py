@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from ..backbone.kernel_choice import describe_attention
-from ..config import ModelConfig, RunConfig
+from ..config import ModelConfig, RunConfig, expanded
 from ..data.schedule import admitted
 from ..evaluation.evaluate import Tasks, share_shapes
 from ..evaluation.shapes import say_evaluation
@@ -29,6 +30,7 @@ from ..training.prompt_cache import PromptCache
 from ..training.same_run import changed_data, describe_changes
 from ..training.step import TrainState, init_state
 from ..training.stop import Interrupted, stop_signals
+from ..training.tenants_file import read_entries
 from .folder import mend_folders, run_digests
 from .health import Health
 from .initial import require_same_start, starts_of
@@ -71,8 +73,8 @@ def fit(
         run |= backbone
         state, standing, changed, resumed = resumed_or_fresh(config, model, tenants, layout, mesh, checkpoints, run)
         log = open_log(config, folder, model, mesh, standing if resumed else None)
-        where = dict(log=folder / "metrics.jsonl", resumed=resumed, others=not part.alone)
-        on_first_process(lambda: mend_folders(config, standing, tenants, **where))
+        on_first_process(lambda: mend_folders(config, standing, tenants, folder / "metrics.jsonl", resumed=resumed))
+        others = {} if part.alone else on_first_process(lambda: other_entries(config, part))
         profiler = Profiler(config.profiler, folder)
         signals = stop_signals(config.runtime.distributed == "given", config.runtime.stopped_exit_code)
         with closing(log), closing(profiler), signals as stop:
@@ -84,7 +86,8 @@ def fit(
             if resumed:
                 on_first_process(lambda: [health.read(i, t.folder / "metrics.jsonl") for i, t in enumerate(tenants)])
             logs = Logs(log, tenant_rows(tenants) if config.many else [], health)
-            scoring = Scoring(config, model, tenants, validation, test, logs, stop)
+            scoring = Scoring(config, model, tenants, validation, test, logs, stop, others)
+            scoring.write_ended(standing)
             loop = Loop(config, model, tenants, buckets, layout, scoring, checkpoints, logs, profiler, stop)
             try:
                 if not quiet:
@@ -101,6 +104,12 @@ def fit(
                 return loop.run(state, standing)
             except Interrupted:
                 loop.end_stopped_run(standing)
+
+
+def other_entries(config: RunConfig, part: Part) -> dict[str, Any]:
+    """What tenants.json says of the tenants of the run's other parts."""
+    own = set(part.names)
+    return {name: entry for name, entry in read_entries(expanded(config.output_dir)).items() if name not in own}
 
 
 def resumed_or_fresh(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import atomic
-from ..config import PLAIN_LEARNING_RATE, RunConfig, config_dict, expanded, load_config, require, save_config, shorten
+from ..config import PLAIN_LEARNING_RATE, RunConfig, config_dict, expanded, load_config, save_config, shorten
 from ..data.example_arrays import add_to_digest
 from ..messages import say
 from ..record_file import lock_output
@@ -23,7 +23,6 @@ from ..storage.bucket import BucketPath, Place
 from ..storage.lock import bucket_lock
 from ..training.metrics_file import Reached, is_log, read_metrics, write_metrics
 from ..training.same_run import CONFIG_OF_RUN
-from ..training.tenants_file import read_entries, write_entries
 from .chosen import TRIALS, chosen_rates, is_auto, resolved, with_rate
 from .tenant_file import AT_ONCE, OWN_FIELDS
 
@@ -255,13 +254,12 @@ def claim_tenant(tenant: Tenant) -> None:
 
 
 def mend_folders(
-    config: RunConfig, standing: Standing, tenants: Sequence[Tenant], log: Place, *, resumed: bool, others: bool
+    config: RunConfig, standing: Standing, tenants: Sequence[Tenant], log: Place, *, resumed: bool
 ) -> None:
     """Puts the folders of these tenants into the state of the checkpoint that they resume from.
 
     Args:
         log: the metrics.jsonl of their part of the run, which is ready already.
-        others: whether the run has other tenants, in another part.
     """
     from ..adapters.folder import mend_folder
     from ..training.log import drop_rows
@@ -278,14 +276,6 @@ def mend_folders(
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         list(pool.map(mend, range(len(tenants))))
-    folder = expanded(config.output_dir)
-    ended = [tenant.name for i, tenant in enumerate(tenants) if standing.over[i]]
-    entries = read_entries(folder) if ended or others else {}
-    lost = [name for name in ended if name not in entries]
-    require(not lost, str(folder / "tenants.json"), lost, "these tenants, which have ended; choose another output_dir")
-    running = set(standing.names) - set(ended)
-    kept = {name: entry for name, entry in entries.items() if name not in running}  # those of other parts too
-    write_entries(folder, kept, standing.names if config.sweep else ())
     drop_unsure(standing, log)
 
 

@@ -106,6 +106,8 @@ class Loop(NamedTuple):
                         standing, pending = self.read(pending, standing, bar), None
                         self.logs.flush()
                         save_checkpoint(self.checkpoints, state, standing)
+                        if standing.entries is not saved.entries:
+                            self.scoring.write_ended(standing)
                         saved = standing
                     if stopping:
                         self.end_stopped_run(standing)
@@ -307,20 +309,19 @@ class Loop(NamedTuple):
     def end_tenants(self, state: TrainState, standing: Standing) -> tuple[TrainState, Standing, bool]:
         """Ends the tenants that have done their last step. The third value says whether a signal broke this off: the
         others end when the run resumes."""
-        ended, interrupted = {}, False
+        interrupted = False
         for tenant, why in self.leaving(standing):
             slot, last = jnp.int32(standing.running[tenant]), self.scoring.replaced_for_test(state, standing, tenant)
             if last is not None:  # the best adapter is tested in its slot, in the programs that scored validation
                 state = put_adapter(state, slot, self.scoring.kept(tenant, last))
             try:
-                standing, ended[self.tenants[tenant].name] = self.scoring.finish(state, standing, tenant, why)
+                standing = self.scoring.finish(state, standing, tenant, why)
             except Interrupted:
                 interrupted = True
             if last is not None:  # a longer run goes on from it
                 state = put_adapter(state, slot, last)
             if interrupted:
                 break
-        self.scoring.write_ended(standing, ended)
         return state, standing, interrupted
 
     def ended_with_steps_left(self, before: list[bool], standing: Standing) -> bool:

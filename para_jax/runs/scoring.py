@@ -28,7 +28,7 @@ from ..sharding import place_tenants
 from ..storage.bucket import Place
 from ..training.step import TrainState, tenant_of
 from ..training.stop import StopSignal
-from ..training.tenants_file import add_entries
+from ..training.tenants_file import write_entries
 from .logs import Logs
 from .report import record_of
 from .standing import Standing
@@ -51,6 +51,8 @@ class Scoring(NamedTuple):
     test: Tasks
     logs: Logs
     stop: StopSignal
+    others: dict[str, dict[str, Any]] = {}
+    """the entries in tenants.json of the run's other parts"""
 
     def evaluate(self, state: TrainState, standing: Standing, due: list[int]) -> Standing:
         """Scores the tenants' adapters, and keeps each where it is its best so far."""
@@ -127,9 +129,8 @@ class Scoring(NamedTuple):
             return None
         return full_arrays(tenant_of(state.adapters, jnp.int32(standing.running[tenant])))
 
-    def finish(self, state: TrainState, standing: Standing, tenant: int, why: str) -> tuple[Standing, dict[str, Any]]:
-        """Ends a tenant. If it has test data, its best adapter is in its slot, and is scored. Also returns its entry in
-        tenants.json."""
+    def finish(self, state: TrainState, standing: Standing, tenant: int, why: str) -> Standing:
+        """Ends a tenant. If it has test data, its best adapter is in its slot, and is scored."""
         own, slot = self.tenants[tenant], standing.running[tenant]
         steps = int(full_arrays(state.step)[slot])
         if standing.best_score[tenant] is None and standing.best_step[tenant] < steps:  # the last one is the best
@@ -138,8 +139,6 @@ class Scoring(NamedTuple):
         test_after = None
         if own.test and on_first_process((own.folder / "adapter").exists):
             standing, test_after = self.tested(state, standing, tenant)
-        warning = self.logs.health.warning(tenant)
-        standing = standing.changed(tenant, ended=why)._replace(warning=None if self.config.many else warning)
         best = standing.best_score[tenant]
         entry = {
             "examples": len(own.data.examples),
@@ -150,18 +149,18 @@ class Scoring(NamedTuple):
             "test_before": standing.test_before[tenant],
             "test_after": test_after,
             "ended": why,
-            "scores": standing.records(tenant),
-            "warning": warning,
+            "warning": self.logs.health.warning(tenant),
         }
+        standing = standing.changed(tenant, ended=why)._replace(entries=standing.entries | {own.name: entry})
         if not self.config.many:
-            return standing, entry
+            return standing
         said = "" if best is None else f", {describe_best(entry['metric'], best, standing.best_step[tenant])}"
         ended = f"{sum(standing.over)} of {len(self.tenants)} tenants have ended"
         say(f"{own.name}: {steps} steps{said} ({why}; {ended})")
         if is_first():
             with self.logs.run.errors_named():
                 self.logs.tenants[tenant].flush()
-        return standing, entry
+        return standing
 
     def tested(self, state: TrainState, standing: Standing, tenant: int) -> tuple[Standing, float | None]:
         """The standing with the test score of the adapter in a tenant's slot, and the score; None: it is not finite.
@@ -175,11 +174,12 @@ class Scoring(NamedTuple):
         score = found.score if math.isfinite(found.score) else None
         return self.with_score(standing, tenant, "test", found), score
 
-    def write_ended(self, standing: Standing, entries: dict[str, dict[str, Any]]) -> None:
-        """Adds the entries of tenants that have just ended to the tenants.json of a run of many."""
-        if self.config.many and entries:
-            order = standing.names if self.config.sweep else ()
-            on_first_process(lambda: add_entries(expanded(self.config.output_dir), entries, order))
+    def write_ended(self, standing: Standing) -> None:
+        """Writes the tenants.json of a run of many: the tenants that have ended, a sweep's in its order."""
+        if self.config.many:
+            ended = {standing.names[i]: standing.entry(i) for i, over in enumerate(standing.over) if over}
+            entries = ended if self.config.sweep else dict(sorted((ended | self.others).items()))
+            on_first_process(lambda: write_entries(expanded(self.config.output_dir), entries))
 
     def score_backbone(self, state: TrainState, standing: Standing, split: str, asked: list[int]) -> Standing:
         """Scores the backbone alone on the validation or test data of these tenants. Scores at the start of a run are

@@ -48,8 +48,8 @@ class Standing(NamedTuple):
     """a hash of each tenant's best adapter, which its folder holds, by its name; None: as for scores"""
     rows: int | None = None
     """of each tenant in one of its steps; None: as for scores"""
-    warning: str | None = None
-    """what went wrong in a run of one adapter that has ended (runs/health.py)"""
+    entries: dict[str, dict[str, str | int | float | None]] = {}
+    """of each tenant when it ended, by its name, as tenants.json says it but for the scores"""
 
     def changed(self, tenant: int, **values) -> Standing:
         """The standing with other values of one tenant."""
@@ -87,6 +87,10 @@ class Standing(NamedTuple):
     def records(self, tenant: int) -> Records:
         """A tenant's records."""
         return (self.scores or {}).get(self.names[tenant], {})
+
+    def entry(self, tenant: int) -> dict[str, Any]:
+        """What tenants.json says of a tenant that has ended."""
+        return self.entries[self.names[tenant]] | {"scores": self.records(tenant)}
 
     def best_loss(self, tenant: int) -> float:
         """The validation loss of a tenant's best adapter; -inf where an earlier version did not keep it."""

@@ -144,7 +144,7 @@ def train(config: RunConfig, data: Any = None) -> TrainResult:
         kept = kept_as_reported(folder, model, last, standing)
         best = last if standing.best_step[0] == standing.step else place(kept, mesh, model.config)
     of_best = standing.best_score[0], standing.best_step[0]
-    return TrainResult(best, *of_best, standing.step, folder, metric, records, standing.warning)
+    return TrainResult(best, *of_best, standing.step, folder, metric, records, standing.entry(0).get("warning"))
 
 
 @errors_forget()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from .scores_file import is_records
 FILE = "tenants.json"
 #: The file that only a comparison of methods has. Its folder holds a run folder for each method (runs/compare.py).
 COMPARISON_FILE = "comparison.json"
-MAX_BYTES = 2**26
 ENDINGS = ("done", "patience", "not finite")
 
 
@@ -27,8 +25,8 @@ def read_entries(folder: Path) -> dict[str, dict[str, Any]]:
     file = folder / FILE
     if not file.exists():
         return {}
-    if not file.is_file() or file.stat().st_size > MAX_BYTES:
-        raise damaged(file, f"not a file of at most {MAX_BYTES} bytes")
+    if not file.is_file():
+        raise damaged(file, "not a file")
     try:
         entries = json.loads(file.read_bytes().decode())
     except (ValueError, RecursionError) as error:
@@ -48,22 +46,10 @@ def read_entries(folder: Path) -> dict[str, dict[str, Any]]:
     return entries
 
 
-def write_entries(folder: Path, entries: dict[str, dict[str, Any]], order: Sequence[str]) -> None:
-    """Replaces the file.
-
-    Args:
-        order: names that come first, in this order, as those of a sweep; the others follow by name.
-    """
-    rank = {name: i for i, name in enumerate(order)}
-    ordered = sorted(entries, key=lambda name: (rank.get(name, len(rank)), name))
-    text = json.dumps({name: entries[name] for name in ordered}, indent=1)
-    atomic.write_text(folder / FILE, text + "\n")
-
-
-def add_entries(folder: Path, new: dict[str, dict[str, Any]], order: Sequence[str] = ()) -> None:
-    """Adds the entries of tenants that have just ended; of thousands together, because each call checks and writes the
-    whole file."""
-    write_entries(folder, read_entries(folder) | new, order)
+def write_entries(folder: Path, entries: dict[str, dict[str, Any]]) -> None:
+    """Replaces the file, a line for each tenant."""
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items())
+    atomic.write_text(folder / FILE, f"{{\n{lines}\n}}\n")
 
 
 def is_score_or_none(value: Any) -> bool:

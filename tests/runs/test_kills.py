@@ -61,6 +61,8 @@ class Result(NamedTuple):
 
     adapters: dict[str, str]
     logs: dict[str, list[dict]]
+    entries: str
+    """of the tenants that have ended"""
 
 
 def result(output: Path) -> Result:
@@ -73,7 +75,8 @@ def result(output: Path) -> Result:
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         kept = [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
         logs[str(file.parent.relative_to(output))] = kept
-    return Result(adapters, logs)
+    entries = output / "tenants.json"
+    return Result(adapters, logs, entries.read_text() if entries.exists() else "")
 
 
 def start(folder: Path, output: str, linger: str = "0") -> subprocess.Popen:

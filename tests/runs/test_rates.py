@@ -113,6 +113,12 @@ def test_a_damaged_choice_is_named(content, tmp_path):
         chosen_rates(tmp_path)
 
 
+def test_the_choices_of_any_number_of_tenants_are_read(tmp_path):
+    (tmp_path / "learning_rates").mkdir()
+    (tmp_path / "learning_rates" / "chosen.json").write_text('{"rates": {"acme": 0.1}}' + " " * 2**24)
+    assert chosen_rates(tmp_path) == {"acme": 0.1}
+
+
 # ----------------------------------------------------------------------------------------------------------------- runs
 
 

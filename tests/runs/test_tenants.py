@@ -42,7 +42,7 @@ from para_jax.runs import tenants as inputs
 from para_jax.runs.folder import claim_folders
 from para_jax.runs.scoring import Scoring
 from para_jax.runs.tenants import read_inputs, sweep_configs, tenant_configs
-from para_jax.training import statistics
+from para_jax.training import statistics, tenants_file
 from para_jax.training.log import TIMES
 from para_jax.training.passes import lay_out
 from para_jax.training.step import train_step
@@ -344,6 +344,16 @@ def test_a_tenant_that_is_not_finite_stops_alone_and_keeps_its_last_good_adapter
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(made))
 
 
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_a_tenant_whose_new_weights_are_not_finite_stops_alone(at_once, folder, tmp_path, capfd):
+    options = "train.up_lr_ratio=4", "train.warmup_ratio=0", "eval.base=false", f"train.tenants_at_once={at_once}"
+    found = train_tenants(sweep_config(folder, tmp_path / "run", "3e38, 0.03", *options)).tenants
+    ends = {name: (entry["ended"], entry["steps"]) for name, entry in found.items()}
+    assert ends == {"learning_rate-3e38": ("not finite", 0), "learning_rate-0.03": ("done", 6)}
+    said = capfd.readouterr().err
+    assert re.search(r"learning_rate-3e38: stopped at its step 1: the new weights are not finite on .*train.jsonl", said)
+
+
 def test_a_tenant_whose_validation_loss_is_not_finite_stops_at_that_step(folder, tmp_path, monkeypatch):
     """It learns nothing more, although its training loss is finite."""
 
@@ -371,6 +381,45 @@ def test_a_step_in_which_no_tenant_is_finite_has_no_loss_in_the_runs_log(folder,
         done = loop.Done(1, {name: np.array([value, value]) for name, value in one.items()}, 10, None, 0.0)
         made.read(loop.Dispatched(done, [Turn(0, 0, 0), Turn(1, 1, 0)]), standing, None)
     np.testing.assert_equal(shown, [{"loss": loss, "tenants": 2, "tokens": 10.0} for loss in (nan, 3.0)])
+
+
+def test_tenants_that_end_are_written_with_the_checkpoints_however_many_they_are(folder, tmp_path, monkeypatch):
+    """One more tenant costs its own entry, whatever the number of those that ended before."""
+    written, saved = [], []
+    write, save = tenants_file.atomic.write_text, loop.save_checkpoint
+    monkeypatch.setattr(loop, "save_checkpoint", lambda *given: saved.append(None) or save(*given))
+    with monkeypatch.context() as patched:
+        patched.setattr(tenants_file.atomic, "write_text", lambda file, text: (
+            written.append(text) if file.name == "tenants.json" else None, write(file, text)
+        ))  # fmt: skip
+        options = "sweep.seed=[0, 1, 2, 3]", "train.tenants_at_once=1", "train.max_steps=1", "checkpoint.every=2"
+        found = train_tenants(sweep_config(folder, tmp_path / "run", "0.03", *options, "eval.base=false"))
+    assert len(saved) == 2 and [len(json.loads(text)) for text in written] == [0, 2, 4]
+    assert json.loads(written[-1]) == found.tenants
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_run_that_is_killed_after_tenants_ended_ends_with_the_same_entries(lost, folder, tmp_path, monkeypatch):
+    """Of those before the newest checkpoint, after it, and still to come; also if a disk lost the file."""
+    options = "sweep.seed=[0, 1, 2]", "train.tenants_at_once=1", "train.max_steps=2", "checkpoint.every=3"
+    train_tenants(sweep_config(folder, tmp_path / "whole", "0.03", *options))
+    config, file = sweep_config(folder, tmp_path / "run", "0.03", *options), tmp_path / "run" / "tenants.json"
+    real, calls = loop.train_step, []
+
+    def killed(*arguments, **settings):
+        calls.append(None)
+        if len(calls) == 6:
+            raise RuntimeError("killed")
+        return real(*arguments, **settings)
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
+        patched.setattr(loop, "train_step", killed)
+        train_tenants(config)
+    assert "learning_rate-0.03-seed-0" in json.loads(file.read_text())
+    if lost:
+        file.unlink()
+    train_tenants(config)
+    assert file.read_bytes() == (tmp_path / "whole" / "tenants.json").read_bytes()
 
 
 # --------------------------------------------------------------------------------------------------------------- sweeps

@@ -6,7 +6,7 @@ import pytest
 
 from para_jax.config import load_config, save_config
 from para_jax.inspect import folder_report
-from para_jax.training.tenants_file import add_entries, read_entries
+from para_jax.training.tenants_file import read_entries, write_entries
 
 ENTRY = {
     "examples": 20, "steps": 6, "best_step": 3, "best_score": -0.5, "metric": "loss", "test_before": None,
@@ -14,12 +14,18 @@ ENTRY = {
 }  # fmt: skip
 
 
-def test_entries_are_added_and_leave_nothing_else(tmp_path):
+def test_entries_are_read_as_they_were_written_and_leave_nothing_else(tmp_path):
     assert read_entries(tmp_path) == {}
-    add_entries(tmp_path, {"initech": ENTRY, "acme": ENTRY})
-    add_entries(tmp_path, {"globex": ENTRY | {"ended": "not finite", "best_score": float("-inf")}})
-    assert list(read_entries(tmp_path)) == ["acme", "globex", "initech"] and read_entries(tmp_path)["acme"] == ENTRY
+    entries = {"initech": ENTRY, "acme": ENTRY, "globex": ENTRY | {"ended": "not finite", "best_score": float("-inf")}}
+    for written in ({}, entries):
+        write_entries(tmp_path, written)
+        assert list(read_entries(tmp_path).items()) == list(written.items())
     assert [path.name for path in tmp_path.iterdir()] == ["tenants.json"]
+
+
+def test_a_file_of_any_number_of_tenants_is_read(tmp_path):
+    (tmp_path / "tenants.json").write_text(json.dumps({"acme": ENTRY}) + " " * 2**26)
+    assert read_entries(tmp_path) == {"acme": ENTRY}
 
 
 @pytest.mark.parametrize(("content", "named"), [
