@@ -205,8 +205,9 @@ class Loop(NamedTuple):
         states = None if states is None else shard_states(states)
         waited, number = time.monotonic() - begun, standing.step + 1
         given = self.model, batch, tenant_of_group, self.rates(standing), states
+        bucket, many = coming.bucket, self.config.many
         static: dict[str, Any] = dict(
-            completion=coming.bucket.completion, prompt=coming.bucket.prompt, config=self.config.train
+            completion=bucket.completion, prompt=bucket.prompt, config=self.config.train, many=many
         )
         self.profiler.before(number)
         with jax.profiler.StepTraceAnnotation("train", step_num=number):

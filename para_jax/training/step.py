@@ -45,7 +45,7 @@ def init_state(adapters: Any, config: TrainSection) -> TrainState:
     return constrain_tenants(TrainState(adapters, optimizer, jnp.zeros(slots, jnp.int32), jnp.ones(slots, bool)))
 
 
-@partial(jax.jit, static_argnames=("completion", "prompt", "config"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("completion", "prompt", "config", "many"), donate_argnames="state")
 def train_step(
     state: TrainState,
     model,
@@ -57,6 +57,7 @@ def train_step(
     completion: int,
     prompt: int | None = None,
     config: TrainSection,
+    many: bool = False,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """The state after one optimiser step of each tenant in the batch. Also a value per slot of: loss (nats per token),
     grad_norm (before clipping), learning_rate, tokens (completion tokens in the loss) and finite.
@@ -75,6 +76,7 @@ def train_step(
             have no completion token. A slot has at most one group per pass.
         states: of the prompts, with leading passes (train.cache_prompts); None: the step computes them.
         completion, prompt: the maximum number of completion tokens, and of prompt tokens, in a row; None: a whole row.
+        many: other tenants go on when one is not finite. Without it, new weights in a stack of one are not checked.
     """
     weights, summed_nll = (sums_of_one if state.step.shape[0] == 1 else sums_of_many)(state.adapters)
 
@@ -93,7 +95,7 @@ def train_step(
         sums, _ = jax.lax.scan(accumulate, zero, passes)
     (total, tokens), gradient = sums
     if state.step.shape[0] == 1:
-        return updated_alone(state, gradient, total, tokens, rates, config=config)
+        return updated_alone(state, gradient, total, tokens, rates, config=config, many=many)
     state, values = by_device(partial(updated, config=config))(state, gradient, total, tokens, rates)
     return constrain_tenants(state), replicate(values)
 
@@ -151,11 +153,19 @@ def sums_of_many(adapters: Adapter) -> tuple[Adapter, Callable]:
 
 
 def updated_alone(
-    state: TrainState, gradient: Any, total: jax.Array, tokens: jax.Array, rates: LearningRates, *, config: TrainSection
+    state: TrainState,
+    gradient: Any,
+    total: jax.Array,
+    tokens: jax.Array,
+    rates: LearningRates,
+    *,
+    config: TrainSection,
+    many: bool,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """`updated` for a stack of one, without its loop and without a choice between two states, for which compilers copy
     arrays. If the loss or gradient is not finite, the step has a gradient and a rate of zero: the weights stay, and the
-    moments, which are not used again, decay. New weights are not checked. Ones that overflow show in the next loss."""
+    moments, which are not used again, decay. New weights are checked in a run of many: it goes on with the others. In a
+    run of one, weights that overflow end it with the next loss."""
     rate, count = rates.at(state.step, config.schedule), jnp.maximum(tokens, 1)
     old = jax.tree.map(lambda a: a[0], state)
     mean = jax.tree.map(lambda g: g / count[0], gradient)
@@ -165,6 +175,9 @@ def updated_alone(
     direction, optimizer = make_direction(config).update(usable, old.optimizer, old.adapters)
     applied = jnp.where(finite, rate[0], 0)
     adapters = jax.tree.map(lambda w, d: w - applied * d, old.adapters, direction)
+    if many:
+        finite &= all_finite(adapters)
+        adapters = jax.tree.map(lambda n, o: jnp.where(finite, n, o), adapters, old.adapters)
     new = TrainState(adapters, optimizer, old.step + finite.astype(jnp.int32), finite)
     values = {"loss": total / count, "grad_norm": norm[None], "learning_rate": rate, "tokens": tokens}
     return jax.tree.map(lambda a: a[None], new), values | {"finite": finite[None]}
@@ -220,10 +233,14 @@ def updated_one(old: TrainState, rate, total, tokens, summed, *, config: TrainSe
     usable = clipped(mean, norm, config)
     direction, optimizer = make_direction(config).update(usable, old.optimizer, old.adapters)
     adapters = jax.tree.map(lambda w, d: w - rate * d, old.adapters, direction)
-    for leaf in jax.tree.leaves(adapters):
-        finite &= jnp.isfinite(leaf).all()
+    finite &= all_finite(adapters)
     new = TrainState(adapters, optimizer, old.step + 1, old.finite)
     return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)._replace(finite=finite), norm, finite
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Whether every value is finite."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 def kept_one(old: TrainState, rate, total, tokens, summed):
