@@ -24,8 +24,8 @@ def rows(folder, *values):
 
 
 def entry():
-    none = dict.fromkeys(("best_score", "metric", "test_before", "test_after"))
-    return {"examples": 4, "steps": 2, "best_step": 2, "ended": "done"} | none
+    none = dict.fromkeys(("best_score", "metric", "test_before", "test_after", "warning"))
+    return {"examples": 4, "steps": 2, "best_step": 2, "ended": "done", "scores": {}} | none
 
 
 def result(folder, name, value):

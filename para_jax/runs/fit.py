@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +73,7 @@ def fit(
         state, standing, changed, resumed = resumed_or_fresh(config, model, tenants, layout, mesh, checkpoints, run)
         log = open_log(config, folder, model, mesh, standing if resumed else None)
         on_first_process(lambda: mend_folders(config, standing, tenants, folder / "metrics.jsonl", resumed=resumed))
-        others = {} if part.alone else on_first_process(lambda: other_entries(config, part))
+        others = {} if part.alone else on_first_process(lambda: read_entries(expanded(config.output_dir)))
         profiler = Profiler(config.profiler, folder)
         signals = stop_signals(config.runtime.distributed == "given", config.runtime.stopped_exit_code)
         with closing(log), closing(profiler), signals as stop:
@@ -84,7 +83,8 @@ def fit(
             if resumed and not quiet:
                 require_same_rows(config, layout)
             if resumed:
-                on_first_process(lambda: [health.read(i, t.folder / "metrics.jsonl") for i, t in enumerate(tenants)])
+                files = [tenant.folder / "metrics.jsonl" for tenant in tenants]
+                on_first_process(lambda: [health.read(i, file, standing.health) for i, file in enumerate(files)])
             logs = Logs(log, tenant_rows(tenants) if config.many else [], health)
             scoring = Scoring(config, model, tenants, validation, test, logs, stop, others)
             scoring.write_ended(standing)
@@ -104,12 +104,6 @@ def fit(
                 return loop.run(state, standing)
             except Interrupted:
                 loop.end_stopped_run(standing)
-
-
-def other_entries(config: RunConfig, part: Part) -> dict[str, Any]:
-    """What tenants.json says of the tenants of the run's other parts."""
-    own = set(part.names)
-    return {name: entry for name, entry in read_entries(expanded(config.output_dir)).items() if name not in own}
 
 
 def resumed_or_fresh(

@@ -34,10 +34,13 @@ VALIDATION = ("validation_base", "validation")
 
 
 class LoggedValues(NamedTuple):
-    """What was logged of one tenant, in the order of its steps."""
+    """What is kept of one tenant's values, in the order of its steps."""
 
     losses: array
     norms: array
+    """of the first and of the last WINDOW steps"""
+    totals: array
+    """the number of steps, and the sum of the squared differences of neighbouring losses"""
     scores: dict[str, float]
     """the losses on held-out data that are compared: validation_base, validation (the best one), test_before,
     test_after"""
@@ -54,7 +57,7 @@ class Health:
             quiet: give no warnings.
         """
         self.names, self.configs = names, configs
-        self.seen = [LoggedValues(array("d"), array("d"), {}) for _ in names]
+        self.seen = [LoggedValues(array("d"), array("d"), array("d", [0, 0]), {}) for _ in names]
         self.said: set[int] = set(range(len(names))) if quiet else set()
 
     def watch(self, tenant: int, step: int, values: Mapping[str, float]) -> None:
@@ -74,11 +77,19 @@ class Health:
         found = problem(self.seen[tenant], train.max_grad_norm)
         return found and f"{found}; lower train.learning_rate ({train.peak_learning_rate:g})"
 
-    def read(self, tenant: int, log: Place) -> None:
-        """Takes the values that a log holds of earlier steps, without warning about them."""
+    def held(self, over: Sequence[bool]) -> dict[str, list[list[float]]]:
+        """What a checkpoint holds, as a log lacks steps (logging.every). Of many tenants only those that go on."""
+        kept = zip(self.names, over, self.seen, strict=True)
+        return {name: [list(part) for part in seen[:3]] for name, done, seen in kept if not (name and done)}
+
+    def read(self, tenant: int, log: Place, held: Mapping[str, Sequence[Sequence[float]]]) -> None:
+        """Takes the values of earlier steps from a log, without warning about them. Losses and norms that a checkpoint
+        held count instead of the log's."""
         if is_log(log):
             for row in read_metrics(log):
                 take(self.seen[tenant], int(row["step"]), row)
+        for part, values in zip(self.seen[tenant][:3], held.get(self.names[tenant], ()), strict=False):
+            part[:] = array("d", values)
 
     def compare_with(self, tenant: int, records: Records) -> None:
         """Takes the validation losses of a run's records in place of its log's, if the log's are of other data."""
@@ -93,7 +104,7 @@ class Health:
 def logged_warning(config: RunConfig, log: Place) -> str | None:
     """What is wrong with a run of one adapter by its log."""
     health = Health([""], [config])
-    health.read(0, log)
+    health.read(0, log, {})
     return health.warning(0)
 
 
@@ -101,9 +112,13 @@ def take(seen: LoggedValues, step: int, values: Mapping[str, float]) -> bool:
     """Adds logged values. The result says whether it is time to look at them."""
     looks = False
     if "loss" in values and "grad_norm" in values:
-        seen.losses.append(values["loss"])
-        seen.norms.append(values["grad_norm"])
-        rounds, left = divmod(len(seen.losses), FIRST_LOOK)
+        if seen.losses:
+            seen.totals[1] += (values["loss"] - seen.losses[-1]) ** 2
+        seen.totals[0] += 1
+        for part, name in ((seen.losses, "loss"), (seen.norms, "grad_norm")):
+            part.append(values[name])
+            del part[WINDOW:-WINDOW]
+        rounds, left = divmod(int(seen.totals[0]), FIRST_LOOK)
         looks = left == 0 and rounds & (rounds - 1) == 0  # at 10, 20, 40, ... steps
     for split in ("validation", "test_before", "test_after"):
         loss = values.get(f"{split}_loss")
@@ -121,35 +136,36 @@ def problem(seen: LoggedValues, max_grad_norm: float) -> str | None:
     """What is wrong with a tenant, in words."""
     scores = seen.scores
     return (
-        risen_loss(seen.losses)
+        risen_loss(seen)
         or above_base("validation", scores.get("validation"), scores.get("validation_base"))
         or above_base("test", scores.get("test_after"), scores.get("test_before"))
-        or exploded_norms(seen.losses, seen.norms, max_grad_norm)
+        or exploded_norms(seen, max_grad_norm)
     )
 
 
-def ends(values: Sequence[float]) -> tuple[np.ndarray, np.ndarray] | None:
+def ends(values: Sequence[float], steps: float) -> tuple[np.ndarray, np.ndarray] | None:
     """The first and the last values, equally many; None if there are too few to compare."""
-    if len(values) < FIRST_LOOK:
+    if steps < FIRST_LOOK:
         return None
-    held, size = np.asarray(values, float), min(WINDOW, max(3, len(values) // 4))
+    held, size = np.asarray(values, float), min(WINDOW, max(3, int(steps) // 4))
     return held[:size], held[-size:]
 
 
-def risen_loss(losses: Sequence[float]) -> str | None:
+def risen_loss(seen: LoggedValues) -> str | None:
     """Compares the mean of the last losses with that of the first. The noise of one step is estimated from the
     differences of neighbours, which a trend hardly changes (von Neumann 1941)."""
-    if (found := ends(losses)) is None:
+    steps, squares = seen.totals
+    if (found := ends(seen.losses, steps)) is None:
         return None
     first, last = (float(one.mean()) for one in found)
-    noise = np.sqrt((np.diff(np.asarray(losses, float)) ** 2).mean() / 2)
+    noise = np.sqrt(squares / (steps - 1) / 2)
     least = max(RISE * abs(first), ERRORS * noise * np.sqrt(2 / len(found[0])))
     return f"loss rose from {first:.3g} to {last:.3g}" if last - first > least else None
 
 
-def exploded_norms(losses: Sequence[float], norms: Sequence[float], limit: float) -> str | None:
+def exploded_norms(seen: LoggedValues, limit: float) -> str | None:
     """Norms grow in a sound run too, because adapters start at zero. So the loss must not have fallen either."""
-    found, of_loss = ends(norms), ends(losses)
+    found, of_loss = (ends(part, seen.totals[0]) for part in (seen.norms, seen.losses))
     if found is None or of_loss is None:
         return None
     first, last = (float(np.median(one)) for one in found)

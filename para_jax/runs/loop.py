@@ -105,7 +105,8 @@ class Loop(NamedTuple):
                     if self.must_save(standing, saved, stopping=stopping):
                         standing, pending = self.read(pending, standing, bar), None
                         self.logs.flush()
-                        save_checkpoint(self.checkpoints, state, standing)
+                        health = self.logs.health.held(standing.over)
+                        save_checkpoint(self.checkpoints, state, standing._replace(health=health))
                         if standing.entries is not saved.entries:
                             self.scoring.write_ended(standing)
                         saved = standing

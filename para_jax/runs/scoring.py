@@ -52,7 +52,7 @@ class Scoring(NamedTuple):
     logs: Logs
     stop: StopSignal
     others: dict[str, dict[str, Any]] = {}
-    """the entries in tenants.json of the run's other parts"""
+    """what tenants.json said at the start, if the run has other parts"""
 
     def evaluate(self, state: TrainState, standing: Standing, due: list[int]) -> Standing:
         """Scores the tenants' adapters, and keeps each where it is its best so far."""
@@ -177,9 +177,11 @@ class Scoring(NamedTuple):
     def write_ended(self, standing: Standing) -> None:
         """Writes the tenants.json of a run of many: the tenants that have ended, a sweep's in its order."""
         if self.config.many:
-            ended = {standing.names[i]: standing.entry(i) for i, over in enumerate(standing.over) if over}
-            entries = ended if self.config.sweep else dict(sorted((ended | self.others).items()))
-            on_first_process(lambda: write_entries(expanded(self.config.output_dir), entries))
+            own = {name: i for i, name in enumerate(standing.names)}
+            entries = {name: entry for name, entry in self.others.items() if name not in own}
+            entries |= {name: standing.entry(i) for name, i in own.items() if standing.ended[i]}
+            ordered = entries if self.config.sweep else dict(sorted(entries.items()))
+            on_first_process(lambda: write_entries(expanded(self.config.output_dir), ordered))
 
     def score_backbone(self, state: TrainState, standing: Standing, split: str, asked: list[int]) -> Standing:
         """Scores the backbone alone on the validation or test data of these tenants. Scores at the start of a run are

@@ -51,6 +51,9 @@ class Standing(NamedTuple):
     entries: dict[str, dict[str, str | int | float | None]] = {}
     """of each tenant when it ended, by its name, as tenants.json says it but for the scores"""
 
+    health: dict[str, list[list[float]]] = {}
+    """what runs/health.py keeps of the steps so far"""
+
     def changed(self, tenant: int, **values) -> Standing:
         """The standing with other values of one tenant."""
         lists = {name: list(getattr(self, name)) for name in values}

@@ -176,7 +176,8 @@ def updated_alone(
     applied = jnp.where(finite, rate[0], 0)
     adapters = jax.tree.map(lambda w, d: w - applied * d, old.adapters, direction)
     if many:
-        finite &= all_finite(adapters)
+        for leaf in jax.tree.leaves(adapters):
+            finite &= jnp.isfinite(leaf).all()
         adapters = jax.tree.map(lambda n, o: jnp.where(finite, n, o), adapters, old.adapters)
     new = TrainState(adapters, optimizer, old.step + finite.astype(jnp.int32), finite)
     values = {"loss": total / count, "grad_norm": norm[None], "learning_rate": rate, "tokens": tokens}
@@ -233,14 +234,10 @@ def updated_one(old: TrainState, rate, total, tokens, summed, *, config: TrainSe
     usable = clipped(mean, norm, config)
     direction, optimizer = make_direction(config).update(usable, old.optimizer, old.adapters)
     adapters = jax.tree.map(lambda w, d: w - rate * d, old.adapters, direction)
-    finite &= all_finite(adapters)
+    for leaf in jax.tree.leaves(adapters):
+        finite &= jnp.isfinite(leaf).all()
     new = TrainState(adapters, optimizer, old.step + 1, old.finite)
     return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)._replace(finite=finite), norm, finite
-
-
-def all_finite(tree: Any) -> jax.Array:
-    """Whether every value is finite."""
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 def kept_one(old: TrainState, rate, total, tokens, summed):

@@ -39,10 +39,6 @@ def read_entries(folder: Path) -> dict[str, dict[str, Any]]:
         wrong = next((key for key, fits in FIELDS.items() if key not in entry or not fits(entry[key])), None)
         if wrong:
             raise damaged(file, f"{shorten(name)}: {wrong} is {shorten(entry.get(wrong))}")
-        if not is_records(entry.get("scores", {})):
-            raise damaged(file, f"{shorten(name)}: scores is {shorten(entry['scores'])}")
-        if not is_text_or_none(entry.get("warning")):  # entries of earlier versions have none
-            raise damaged(file, f"{shorten(name)}: warning is {shorten(entry['warning'])}")
     return entries
 
 
@@ -69,6 +65,8 @@ FIELDS = {
     "test_before": is_score_or_none,
     "test_after": is_score_or_none,
     "ended": lambda value: value in ENDINGS,
+    "warning": is_text_or_none,
+    "scores": is_records,
 }
 
 

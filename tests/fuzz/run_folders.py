@@ -21,7 +21,7 @@ from .cases import Trial, Wrong, is_control, shared_folder
 
 ENTRY = {
     "examples": 20, "steps": 6, "best_step": 3, "best_score": 0.5, "metric": "exact_match", "test_before": 0.1,
-    "test_after": None, "ended": "done",
+    "test_after": None, "ended": "done", "warning": None, "scores": {},
 }  # fmt: skip
 ROWS = [
     {"step": 1, "loss": 6.9, "grad_norm": 1.2, "learning_rate": 0.01, "tokens": 33.0, "step_seconds": 0.01},

@@ -1,6 +1,5 @@
 """A run that goes wrong says so, once and again at its end, and a sound one says nothing."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from para_jax.inspect import folder_report
 from para_jax.runs import loop
 from para_jax.runs.health import Health, above_base, exploded_norms, risen_loss, take
 from para_jax.training.stop import Stopped, StopSignal
-from para_jax.training.tenants_file import read_entries
 
 #: Losses of short runs with 4 rows a step, as they were logged: what a step holds changes the loss by a fifth and more.
 SOUND = [
@@ -36,31 +34,53 @@ def folder(tmp_path_factory):
 # ------------------------------------------------------------------------------------------------------------ the rules
 
 
+def seen_of(losses, norms=None):
+    """What Health keeps of these values."""
+    (seen,) = Health([""], [load_config(None)]).seen
+    for i, (loss, norm) in enumerate(zip(losses, losses if norms is None else norms, strict=True), 1):
+        take(seen, i, {"loss": loss, "grad_norm": norm})
+    return seen
+
+
 @pytest.mark.parametrize("losses", SOUND)
 def test_noise_is_no_rise(losses):
     for length in range(1, len(losses) + 1):
-        assert risen_loss(losses[:length]) is None
+        assert risen_loss(seen_of(losses[:length])) is None
 
 
 @pytest.mark.parametrize("losses", DIVERGED)
 def test_a_loss_above_its_start_has_risen(losses):
-    said = risen_loss(losses)
+    said = risen_loss(seen_of(losses))
     assert said and f"from {np.mean(losses[:4]):.3g} to {np.mean(losses[-4:]):.3g}" in said
+
+
+def test_a_long_run_is_judged_by_its_ends_and_its_noise_which_are_all_that_is_kept():
+    draw, wrong = np.random.default_rng(1), 0
+    for _ in range(200):
+        losses = np.linspace(3, draw.uniform(3, 4), 150) + draw.normal(0, 0.7, 150)
+        rise, noise = losses[-20:].mean() - losses[:20].mean(), np.sqrt((np.diff(losses) ** 2).mean() / 2)
+        expected = rise > max(0.05 * losses[:20].mean(), 3 * noise * np.sqrt(2 / 20))
+        seen = seen_of(losses)
+        said = risen_loss(seen)
+        assert (said is not None) == expected and len(seen.losses) == len(seen.norms) == 40
+        assert not expected or f"from {losses[:20].mean():.3g} to {losses[-20:].mean():.3g}" in str(said)
+        wrong += expected
+    assert 20 < wrong < 180
 
 
 def test_losses_that_do_not_change_seldom_count_as_risen():
     draw = np.random.default_rng(0)
     runs = [3 + draw.normal(0, 0.7, draw.integers(10, 200)) for _ in range(1000)]
-    assert sum(risen_loss(run) is not None for run in runs) <= 5
+    assert sum(risen_loss(seen_of(run)) is not None for run in runs) <= 5
     falling = [run - 2 * np.linspace(0, 1, len(run)) for run in runs]
-    assert not any(map(risen_loss, falling))
+    assert not any(risen_loss(seen_of(run)) for run in falling)
 
 
 def test_norms_that_grow_while_the_loss_falls_have_not_exploded():
     growing, flat = np.geomspace(0.1, 100, 40), np.full(40, 3.0)
-    assert exploded_norms(np.linspace(3, 1, 40), growing, 1.0) is None
-    assert "from 0.2" in str(exploded_norms(flat, growing, 1.0))
-    assert exploded_norms(flat, growing, 10.0) is None and exploded_norms(flat, flat, 1.0) is None
+    assert exploded_norms(seen_of(np.linspace(3, 1, 40), growing), 1.0) is None
+    assert "from 0.2" in str(exploded_norms(seen_of(flat, growing), 1.0))
+    assert exploded_norms(seen_of(flat, growing), 10.0) is None and exploded_norms(seen_of(flat, flat), 1.0) is None
 
 
 def test_held_out_losses_are_compared_with_the_base_models_where_both_are_known():
@@ -170,11 +190,17 @@ def test_each_tenant_has_its_own_warning_also_after_a_resume(folder, tmp_path, m
     )
 
 
-def test_entries_without_a_warning_are_read_and_a_damaged_one_is_refused(tmp_path):
-    entry = dict(examples=1, steps=2, best_step=1, best_score=None, metric="loss", test_before=None, test_after=None)
-    file = Path(tmp_path / "tenants.json")
-    file.write_text(json.dumps({"acme": entry | {"ended": "done"}}))
-    assert "warning" not in read_entries(tmp_path)["acme"]
-    file.write_text(json.dumps({"acme": entry | {"ended": "done", "warning": 3}}))
-    with pytest.raises(ValueError, match="acme.*warning is 3"):
-        read_entries(tmp_path)
+@pytest.mark.parametrize("many", [False, True])
+def test_a_resumed_run_warns_as_one_that_was_never_stopped_whatever_is_logged(many, folder, tmp_path, monkeypatch):
+    losing(monkeypatch, 0)
+    sweep = ["sweep.learning_rate=[0.03]", "train.rows_per_tenant=8"] if many else []
+    options, warnings = ["train.max_steps=12", "eval.every=20", "logging.every=5", *sweep], []
+    for name, stops in (("whole", []), ("cut", [3, 8])):
+        config = run_config(folder, f"output_dir={tmp_path / name}", *options)
+        for stop in stops:
+            with monkeypatch.context() as patched, pytest.raises(Stopped):
+                patched.setattr(StopSignal, "reached", lambda self, step, stop=stop: step == stop)
+                (train_tenants if many else train)(config)
+        result = train_tenants(config).tenants["learning_rate-0.03"]["warning"] if many else train(config).warning
+        warnings.append(result)
+    assert warnings == ["loss rose from 6 to 7.4; lower train.learning_rate (0.03)"] * 2

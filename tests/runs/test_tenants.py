@@ -351,7 +351,9 @@ def test_a_tenant_whose_new_weights_are_not_finite_stops_alone(at_once, folder, 
     ends = {name: (entry["ended"], entry["steps"]) for name, entry in found.items()}
     assert ends == {"learning_rate-3e38": ("not finite", 0), "learning_rate-0.03": ("done", 6)}
     said = capfd.readouterr().err
-    assert re.search(r"learning_rate-3e38: stopped at its step 1: the new weights are not finite on .*train.jsonl", said)
+    assert re.search(
+        r"learning_rate-3e38: stopped at its step 1: the new weights are not finite on .*train.jsonl", said
+    )
 
 
 def test_a_tenant_whose_validation_loss_is_not_finite_stops_at_that_step(folder, tmp_path, monkeypatch):
@@ -613,6 +615,7 @@ def test_a_longer_run_that_is_killed_resumes_with_its_bits(folder, tmp_path, mon
     with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
         patched.setattr(loop, "train_step", killed)
         train_tenants(tenants_config(folder, tmp_path / "run", *long))
+    assert json.loads((tmp_path / "run" / "tenants.json").read_text()) == {}  # all of them go on
     found = train_tenants(tenants_config(folder, tmp_path / "run", *long))
     train_tenants(tenants_config(folder, tmp_path / "long", *long))
     assert {entry["steps"] for entry in found.tenants.values()} == {6}

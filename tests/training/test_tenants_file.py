@@ -10,7 +10,7 @@ from para_jax.training.tenants_file import read_entries, write_entries
 
 ENTRY = {
     "examples": 20, "steps": 6, "best_step": 3, "best_score": -0.5, "metric": "loss", "test_before": None,
-    "test_after": 0.25, "ended": "done",
+    "test_after": 0.25, "ended": "done", "warning": None, "scores": {},
 }  # fmt: skip
 
 
@@ -34,7 +34,7 @@ def test_a_file_of_any_number_of_tenants_is_read(tmp_path):
     (b'{"acme": {}}', "'acme': examples is None"), (b'{"\\u001b]0;owned": {}}', "is not a tenant's entry"),
     *((json.dumps({"acme": ENTRY | {key: value}}).encode(), f"'acme': {key} is ") for key, value in (
         ("examples", "20"), ("steps", -1), ("best_step", 1.5), ("best_score", "x"), ("metric", 5), ("ended", "later"),
-        ("ended", ["done"]), ("test_after", 10**400), ("metric", "\x1b[2J"),
+        ("ended", ["done"]), ("test_after", 10**400), ("metric", "\x1b[2J"), ("warning", 3), ("scores", {"test": 5}),
     )),
 ])  # fmt: skip
 def test_what_no_run_wrote_is_refused_with_the_file_and_what_to_do(content, named, tmp_path):
