@@ -1,7 +1,7 @@
 """Notices a run that goes wrong: a loss that rises, gradient norms that explode, scores worse than the base model's.
 
-`Health` gets the values that are logged. It warns of each tenant once, as soon as something is wrong. `warning` says
-what is wrong at the end; the last lines of the command and tenants.json repeat it.
+`Health` gets the values of every step, logged or not. It warns of each tenant once, as soon as something is wrong.
+`warning` says what is wrong at the end; the last lines of the command and tenants.json repeat it.
 """
 
 from __future__ import annotations
