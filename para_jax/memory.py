@@ -177,7 +177,7 @@ def run_bytes(config: RunConfig, mesh: Mesh | AbstractMesh, tenants: int = 1) ->
     """Bytes that a whole run needs on each device: those of the training step, or of an evaluation's caches with the
     weights and the state, whichever is more."""
     found = estimate_memory(config, mesh, tenants)
-    caches = 0 if config.eval.metric == "loss" else cache_bytes(config, mesh)
+    caches = 0 if config.eval.metric == "loss" and not config.eval.also else cache_bytes(config, mesh)
     return found.arguments + max(found.temporaries, CACHE_COPIES * caches)
 
 

@@ -302,9 +302,10 @@ def of_log(name: str, folder) -> dict[str, Scores]:
 
 
 def metric_of(row: Mapping[str, float], prefix: str) -> str:
-    """The first metric of a row of scores that is no loss; "loss" if there is no other."""
+    """The first metric of a row of scores that is no loss; "loss" if there is no other, or if it is the score, since
+    only then it has an error."""
     named = [name.removeprefix(prefix) for name in row if name.startswith(prefix) and not name.endswith("_stderr")]
-    return next((name for name in named if name != "loss"), "loss")
+    return next((name for name in named if name != "loss" and f"{prefix}loss_stderr" not in row), "loss")
 
 
 def bar_of(row: Mapping[str, float], prefix: str, metric: str) -> Bar | None:

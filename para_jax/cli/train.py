@@ -100,15 +100,15 @@ def train_many(options, config) -> int:
     for line in warning_lines(result.tenants):
         print(line)
     if config.sweep:
-        if best := best_combination(result.tenants):
-            print(best)
+        for line in best_combination(result.tenants):
+            print(line)
         draw_curves(result)
     return code
 
 
 def train_methods(options, config) -> int:
     from ..processes import is_first
-    from ..runs.compare import compare_methods, comparison_table
+    from ..runs.compare import compare_methods
 
     begun = time.monotonic()
     result = compare_methods(config)
@@ -116,15 +116,12 @@ def train_methods(options, config) -> int:
     if not is_first():
         return code
     if options.results:
-        scores = {"methods": [row._asdict() for row in result.methods]}
+        scores = {"methods": [row._asdict() for row in result.all]}
         write_results(options, config, scores, time.monotonic() - begun)
-    print(f"{comparison_table(result.methods)}\n\nthe table is in {result.output_dir / 'comparison.md'}")
-    best = result.methods[0]
-    if best.score is not None:
-        print(f"the best is {' '.join(filter(None, (best.method, best.name)))}, in {best.folder}/adapter")
+    print(f"{result.report()}\nthe table is in {result.output_dir / 'comparison.md'}")
     for row in result.methods:
         if row.warning:
-            print(f"warning: {' '.join(filter(None, (row.method, row.name)))}: {row.warning}")
+            print(f"warning: {row.title}: {row.warning}")
     draw_scores(result)
     return code
 
@@ -137,25 +134,31 @@ def draw_scores(result) -> None:
     scored = [row for row in result.methods if row.score is not None]
     if not scored:
         return
-    bars = {" ".join(filter(None, (row.method, row.name))): Bar(row.score, row.stderr, row.count) for row in scored}
+    bars = {row.title: Bar(row.score, row.stderr, row.count) for row in scored}
+    base = result.base and Bar(result.base.score, result.base.stderr, result.base.count)
     try:
-        save(scores_plot({"validation": Scores(scored[0].metric, bars)}), result.output_dir / "scores.png")
+        save(scores_plot({"validation": Scores(scored[0].metric, bars, base)}), result.output_dir / "scores.png")
         print(f"the picture is in {result.output_dir / 'scores.png'}")
     except ValueError as error:  # matplotlib is not installed
         print(f"no picture of the scores: {error}")
 
 
-def best_combination(entries) -> str | None:
-    """The line that names the best combination of a sweep."""
+def best_combination(entries) -> list[str]:
+    """The lines that name the best combination of a sweep. Of equal scores, the one with the lowest loss is the best."""
+    from ..evaluation.paired import within_noise
     from ..evaluation.score import shown_score
+    from ..runs.report import choice_lines
 
     scored = {name: entry for name, entry in entries.items() if entry["best_score"] is not None}
     if not scored:
-        return None
-    name = max(scored, key=lambda name: scored[name]["best_score"])
-    entry = scored[name]
+        return []
+    records = {name: entry["scores"]["validation"] for name, entry in scored.items()}
+    name = min(scored, key=lambda one: (-scored[one]["best_score"], records[one]["values"]["loss"], one))
+    entry, rows = scored[name], {one: record["rows"] for one, record in records.items()}
     score = shown_score(entry["metric"], entry["best_score"])
-    return f"best: {name}, with validation {entry['metric']} {score:.4f} at step {entry['best_step']}"
+    same = [one for one in scored if scored[one]["best_score"] == entry["best_score"]]
+    line = f"best: {name}, with validation {entry['metric']} {score:.4f} at step {entry['best_step']}"
+    return [line, *choice_lines(name, same, within_noise(rows, name), records[name]["count"])]
 
 
 def draw_curves(result) -> None:

@@ -210,7 +210,9 @@ class EvalSection:
     """steps between two evaluations on the validation data; the last step is always evaluated"""
     metric: Literal["loss", "accuracy", AnswerMetric] | None = None
     """see evaluation/metrics.py; default: the metric of the task. Without a task it is chosen from the training data:
-    accuracy where it has 2 to 20 different completions, each at least 4 times on average; else exact_match, and f1"""
+    accuracy where it has 2 to 20 different completions, each at least 4 times on average; loss, and f1 of what is
+    written, where completions are free text (more than 10 words on average, nearly all different); else exact_match,
+    and f1"""
     also: tuple[AnswerMetric, ...] = ()
     """more metrics of the same answers to report; default: those of the task"""
     choices: tuple[str, ...] = ()
@@ -234,8 +236,6 @@ class EvalSection:
 
     def __post_init__(self):
         check_fields(self, "eval.")
-        if self.also and self.metric == "loss":
-            raise ValueError("eval.also can't be used with eval.metric=loss, which writes no answers; leave it empty")
 
 
 @dataclass(frozen=True, kw_only=True)

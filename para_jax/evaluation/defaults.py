@@ -1,7 +1,8 @@
 """How a run's data is scored where the config leaves it open: metric, choices and answer length follow from the
 training data.
 
-Few different completions, each repeated several times, are labels: they are ranked. Other answers are written.
+Few different completions, each repeated several times, are labels: they are ranked. Other answers are written. Of free
+text, which no answer matches exactly, the loss chooses the best adapter, and f1 is reported.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ RANKED = 20
 EXPECTED = 5
 #: Completions are labels if the training data has each this many times on average.
 REPEATED = 4
+#: Completions are free text if they have more than this many words on average, and at least this share are different.
+FREE_WORDS, FREE_SHARE = 10, 0.9
+#: Completions, from the start of the data, that are kept to see how many are different.
+COMPARED = 10_000
 #: The largest share of validation or test answers that the training data may lack if they are ranked.
 UNSEEN = 0.1
 #: How many of the longest completions, by bytes, are tokenised to find the longest by tokens.
@@ -45,6 +50,7 @@ class Completions(NamedTuple):
     """None: more than RANKED"""
     longest: list[Record]
     """by bytes"""
+    free_text: bool
 
 
 class ScoringRule(NamedTuple):
@@ -67,8 +73,11 @@ class ScoringRule(NamedTuple):
             count = len(self.choices) - len(self.unseen)
             more = f" and {len(self.unseen)} more of the validation and test data" if self.unseen else ""
             return f"accuracy over the {count} different completions of the training data{more} (eval.metric)"
-        names = " and ".join([self.metric, *self.also])
-        return f"{names} of written answers of up to {self.max_new_tokens} tokens (eval.metric, eval.max_new_tokens)"
+        written = f"of written answers of up to {self.max_new_tokens} tokens (eval.metric, eval.max_new_tokens)"
+        if self.metric == "loss" and self.from_data:
+            reported = " and ".join(self.also)
+            return f"loss, because the completions are long and nearly all different; also {reported} {written}"
+        return f"{' and '.join([self.metric, *self.also])} {written}"
 
 
 def scoring_rule(
@@ -86,12 +95,13 @@ def scoring_rule(
     also = given.also or (known.also if known and metric == known.metric else ())
     if metric is None and before:
         metric = "exact_match"
-    needed = metric is None or (new is None and metric not in ("loss", "accuracy"))
+    writes = bool(also) if metric == "loss" else metric != "accuracy"
+    needed = metric is None or (new is None and writes)
     held = completions_of(config.data) if needed else None
     choices, unseen, from_data = given.choices, (), metric is None
     if metric is None:
         choices, unseen = labels_of(config.data, held)
-        metric = "accuracy" if choices else "exact_match"
+        metric = "accuracy" if choices else "loss" if held and held.free_text else "exact_match"
         also = also or (() if choices else ("f1",))
     if new is None:
         new = NEW_TOKENS
@@ -118,23 +128,30 @@ def warn_of_guesses(rules: Sequence[tuple[RunConfig, ScoringRule]]) -> None:
 
 def completions_of(section: DataSection) -> Completions:
     """The completions of all training examples, because data may be sorted. There are none if the data is not here."""
-    count, different, often = 0, set[str](), Counter[str]()
+    return completions_in((split_records(section, "train") if is_there(section) else None) or ())
 
-    def counted(records: Iterable[Record]) -> Iterator[Record]:
-        nonlocal count
+
+def completions_in(records: Iterable[Record]) -> Completions:
+    count, words, compared, different, often = 0, 0, 0, set[str](), Counter[str]()
+
+    def counted() -> Iterator[Record]:
+        nonlocal count, words, compared
         with Progress("reading the completions", unit="example") as bar:
             for record in records:
                 count += 1
-                if len(different) <= RANKED:
+                words += len(record.completion.split())
+                if len(different) < COMPARED:
+                    compared = count
                     different.add(single_spaced(record.completion))
+                if len(different) <= RANKED:
                     often[record.completion] += 1
                 bar.advance()
                 yield record
 
-    records = split_records(section, "train") if is_there(section) else None
-    longest = heapq.nlargest(COUNTED, counted(records or ()), key=size_of)
+    longest = heapq.nlargest(COUNTED, counted(), key=size_of)
     few = different_answers(often) if len(different) <= RANKED else None
-    return Completions(count, few, longest)
+    free_text = words > FREE_WORDS * count and len(different) >= FREE_SHARE * compared
+    return Completions(count, few, longest, free_text)
 
 
 def different_answers(texts: Iterable[str]) -> tuple[str, ...]:

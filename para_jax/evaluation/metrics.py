@@ -94,11 +94,16 @@ def measure(
 ) -> tuple[float, float | None]:
     """The metric over the predictions, `references` holding each one's accepted answers: of METRICS the mean, 0 to 1,
     of LABEL_METRICS what they say. Also its standard error over the draw of the examples; None for one example. A
-    prediction that is None, because the model gave no answer, is wrong.
+    prediction that is None, because the model gave no answer, is wrong."""
+    value, rows = measure_rows(metric, predictions, references)
+    return value, error_of_mean(rows)
 
-    The error of a mean is the standard deviation of its values over the root of their number. That of a label metric is
-    jackknifed, which would be the same number for a mean.
-    """
+
+def measure_rows(
+    metric: str, predictions: Sequence[str | None], references: Sequence[Sequence[str]]
+) -> tuple[float, list[float]]:
+    """The metric as in `measure`, and what each example contributes: of METRICS its own value, of LABEL_METRICS its
+    pseudo-value of the jackknife. The standard error of their mean is that of the metric."""
     if metric not in METRICS and metric not in LABEL_METRICS:
         expected = ", ".join([*METRICS, *LABEL_METRICS])
         raise ValueError(f"metric {metric!r} is unknown; choose one of {expected}")
@@ -106,7 +111,7 @@ def measure(
         raise ValueError(f"{metric}: there are no predictions to score")
     if metric in METRICS:
         values = [score_one(metric, p, r) for p, r in zip(predictions, references, strict=True)]
-        return sum(values) / len(values), error_of_mean(values)
+        return sum(values) / len(values), values
     pairs = [labels(p, r) for p, r in zip(predictions, references, strict=True)]
     return LABEL_METRICS[metric](*zip(*pairs, strict=True)), jackknife(LABEL_METRICS[metric], pairs)
 
@@ -125,25 +130,24 @@ def error_of_mean(values: Sequence[float]) -> float | None:
     return math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n) if n > 1 else None
 
 
-def jackknife(metric: Callable, pairs: Sequence[tuple[str | None, str]]) -> float | None:
-    """sqrt((n - 1) / n * the sum of squared deviations of the scores that each leave out one example) (Tukey 1958);
-    None for one example.
+def jackknife(metric: Callable, pairs: Sequence[tuple[str | None, str]]) -> list[float]:
+    """The pseudo-value of each example: n times the score less n - 1 times the score without the example (Tukey 1958).
+    One example has the score itself.
 
     Examples with the same pair of labels share their score. Of predictions that no example expects, such as free texts,
     the metrics know only how often each one comes, so those share it too.
     """
-    if len(pairs) == 1:
-        return None
+    n, score = len(pairs), metric(*zip(*pairs, strict=True))
+    if n == 1:
+        return [score]
     expected, often = {e for _, e in pairs}, Counter(p for p, _ in pairs)
     kinds = [(p if p in expected else often[p], e) for p, e in pairs]
-    times, without = Counter(kinds), {}
+    without = {}
     for kind, pair in dict(zip(kinds, pairs, strict=True)).items():
         left = list(pairs)
         left.remove(pair)
         without[kind] = metric(*zip(*left, strict=True))
-    n = len(pairs)
-    mean = sum(without[kind] * count for kind, count in times.items()) / n
-    return math.sqrt((n - 1) / n * sum(count * (without[kind] - mean) ** 2 for kind, count in times.items()))
+    return [n * score - (n - 1) * without[kind] for kind in kinds]
 
 
 # ---------------------------------------------------------------------------------------------------------- parts of it

@@ -19,8 +19,9 @@ from ..messages import say
 from ..record_file import check_results_folder
 from ..shards import SHARD_FILE
 from .answers import Answerer
+from .metrics import error_of_mean
 from .questions import SEEDS, Answer
-from .score import error_of_ratio, likelihoods_of, score_answers, with_error
+from .score import likelihoods_of, rows_of_ratio, score_answers, with_error
 from .tasks import EncodedTask
 
 #: In an output folder: every answer, as it came.
@@ -58,7 +59,7 @@ def metric_values(encoded: EncodedTask, answers: Sequence[Answer]) -> dict[str, 
     values = {} if score.metric == "loss" else {score.metric: (score.score, score.stderr)}
     values |= {metric: (value, error) for metric, value, error in score.also}
     nats, tokens = (values_of[: score.count] for values_of in likelihoods_of(encoded, answers))
-    return values | {"loss": (score.loss, error_of_ratio(nats, tokens))}
+    return values | {"loss": (score.loss, error_of_mean(rows_of_ratio(nats, tokens)))}
 
 
 def run_record(answerer: Answerer, tenant: str | None, about: Mapping, limits: Mapping, begun: float) -> dict:

@@ -29,10 +29,10 @@ def logged_samples(encoded: EncodedTask, answers: Sequence[Answer]) -> list[dict
     samples = []
     for i, record in enumerate(task.records):
         sample = {"index": i, "place": record.place, "prompt": record.prompt, "expected": list(record.references)}
-        if task.metric != "loss":
+        if task.writes or task.ranks:
             sample["given"] = given[i]
             for metric in (task.metric, *task.also):
-                sample |= example_score(metric, given[i], record.references)
+                sample |= example_score(metric, given[i], record.references) if metric != "loss" else {}
         if task.ranks:
             own = nats[count:].reshape(count, -1)[i]
             sample["choices"] = {choice: finite(-value) for choice, value in zip(task.choices, own, strict=True)}

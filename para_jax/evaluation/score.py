@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -11,7 +10,7 @@ import numpy as np
 
 from ..config import printable
 from ..data.examples import Prompt
-from .metrics import measure
+from .metrics import error_of_mean, measure, measure_rows
 from .questions import Answer, Scored, Written
 from .tasks import EncodedTask, EvalTask
 
@@ -55,16 +54,16 @@ class Score:
     """the standard error of `score` over the draw of the examples; None for one example"""
     also: tuple[Measured, ...] = field(default=(), compare=False)
     samples: tuple[AnsweredExample, ...] = field(default=(), compare=False, repr=False)
-    """some examples with the answers, spread over the task; none for the metric "loss\""""
+    """some examples with the answers, spread over the task; none if there are no answers"""
+    rows: tuple[float, ...] = field(default=(), compare=False, repr=False)
+    """what each example contributes (metrics.measure_rows); of the metric "loss" to the loss"""
 
     def values(self) -> dict[str, float]:
         """Every metric and its standard error by name: accuracy, accuracy_stderr. The loss has a standard error only if
         it is the score."""
-        if self.metric == "loss" and self.stderr is not None:
-            return {"loss": self.loss, "loss_stderr": self.stderr}
-        measured = [] if self.metric == "loss" else [Measured(self.metric, self.score, self.stderr)]
+        own = Measured(self.metric, shown_score(self.metric, self.score), self.stderr)
         found = {"loss": self.loss}
-        for metric, value, stderr in [*measured, *self.also]:
+        for metric, value, stderr in [own, *self.also]:
             found |= {metric: value} | ({} if stderr is None else {f"{metric}_stderr": stderr})
         return found
 
@@ -81,8 +80,9 @@ class Score:
         }
 
     def __str__(self) -> str:
-        measured = [] if self.metric == "loss" else [Measured(self.metric, self.score, self.stderr), *self.also]
-        loss = f"loss {with_error(self.loss, None if measured else self.stderr)}"
+        is_loss = self.metric == "loss"
+        measured = [*([] if is_loss else [Measured(self.metric, self.score, self.stderr)]), *self.also]
+        loss = f"loss {with_error(self.loss, self.stderr if is_loss else None)}"
         return f"{self.name}: {', '.join([*map(str, measured), loss])} on {self.count} examples"
 
 
@@ -131,16 +131,18 @@ def score_of(task: EvalTask, nats: np.ndarray, tokens: np.ndarray, texts: list[s
         texts: what was written, if choices are not ranked; None: nothing.
     """
     count = len(task.records)
-    own = nats[:count], tokens[:count]
-    loss = float(own[0].sum() / own[1].sum())
-    if task.metric == "loss":
-        return Score(task.name, "loss", -loss, loss, count, stderr=error_of_ratio(*own))
+    nats_of_own, tokens_of_own = nats[:count], tokens[:count]
+    loss = float(nats_of_own.sum() / tokens_of_own.sum())
     if task.ranks:
         texts = likeliest(task, nats)
     references = [record.references for record in task.records]
-    (value, stderr), *more = [measure(metric, texts, references) for metric in (task.metric, *task.also)]
-    also = tuple(Measured(name, *found) for name, found in zip(task.also, more, strict=True))
-    return Score(task.name, task.metric, value, loss, count, stderr, also, samples_of(task, texts))
+    if task.metric == "loss":
+        value, rows = -loss, rows_of_ratio(nats_of_own, tokens_of_own)
+    else:
+        value, rows = measure_rows(task.metric, texts, references)
+    also = tuple(Measured(name, *measure(name, texts, references)) for name in task.also)
+    samples, stderr = samples_of(task, texts), error_of_mean(rows)
+    return Score(task.name, task.metric, value, loss, count, stderr, also, samples, tuple(rows))
 
 
 def samples_of(task: EvalTask, texts: Sequence[str | None]) -> tuple[AnsweredExample, ...]:
@@ -172,9 +174,8 @@ def likeliest(task: EvalTask, nats: np.ndarray) -> list[str | None]:
     ]
 
 
-def error_of_ratio(nats: np.ndarray, tokens: np.ndarray) -> float | None:
-    """The standard error of sum(nats) / sum(tokens) over the draw of the examples: the deviation of what each one adds
-    to the ratio (Cochran 1977, 6.3); None for one example."""
-    count = len(nats)
-    rest = nats - nats.sum() / tokens.sum() * tokens
-    return None if count == 1 else float(math.sqrt(count / (count - 1) * (rest**2).sum()) / tokens.sum())
+def rows_of_ratio(nats: np.ndarray, tokens: np.ndarray) -> list[float]:
+    """What each example contributes to sum(nats) / sum(tokens): the ratio, and the example's deviation from it (Cochran
+    1977, 6.3). The standard error of their mean is that of the ratio."""
+    ratio = nats.sum() / tokens.sum()
+    return (ratio + (nats - ratio * tokens) * len(nats) / tokens.sum()).tolist()

@@ -25,6 +25,7 @@ from .defaults import (
     RANKED,
     ScoringRule,
     answer_length,
+    completions_in,
     different_answers,
     is_there,
     longest_completion,
@@ -67,7 +68,7 @@ class EvalTask(NamedTuple):
     @property
     def writes(self) -> bool:
         """Whether the answers are what greedy decoding writes."""
-        return self.metric != "loss" and not self.ranks
+        return not self.ranks and (self.metric != "loss" or bool(self.also))
 
 
 class EncodedTask(NamedTuple):
@@ -211,7 +212,7 @@ def task_of_run(
     if task.ranks:
         warn_of_unreachable(split, records, choices)
     room = {}
-    if section.truncate == "left" and metric != "loss":  # the answer must fit too
+    if section.truncate == "left" and (task.writes or task.ranks):  # the answer must fit too
         room = dict(answer=answer_room(task, tokenizer), positions=of_model().max_positions)
     kept = encode_records(records, tokenizer, section, **room)
     task = task._replace(records=kept.records, examples=kept.examples, cut=kept.cut, skipped=kept.skipped)
@@ -276,7 +277,7 @@ def file_task(text: str, tokenizer, config: ModelConfig, *, split: str, limit: i
 
     TASK is a name of data/tasks.py; its columns, metric and choices then apply. Without TASK and METRIC, rows that all
     have a label are scored by accuracy over the labels' completions if there are at most RANKED; other rows by exact
-    match.
+    match, or by the loss and f1 if they are free text.
     """
     named = named_file(text, split)
     if named is None:
@@ -290,10 +291,13 @@ def file_task(text: str, tokenizer, config: ModelConfig, *, split: str, limit: i
             f"RUN/config.yaml data.{split}={quote(str(file))}"
         ) from None
     metric = metric or (known.metric if known else None)
+    also = known.also if known and metric == known.metric else ()
     choices = choices_of(file, records, known) if metric in (None, "accuracy", *LABEL_METRICS) else ()
     if metric is None:
         labelled = all(record.label is not None for record in records)
         metric = "accuracy" if labelled and 2 <= len(choices) <= RANKED else "exact_match"
+        if metric == "exact_match" and completions_in(records).free_text:
+            metric, also = "loss", ("f1",)
     if metric == "accuracy" and not 2 <= len(choices) <= 100:
         raise ValueError(f"--tasks {text!r}: {len(choices)} answers; accuracy ranks 2 to 100. Choose another metric")
     ranked = metric == "accuracy" or (metric in LABEL_METRICS and len(choices) <= RANKED)
@@ -307,7 +311,7 @@ def file_task(text: str, tokenizer, config: ModelConfig, *, split: str, limit: i
         metric,
         choices if ranked else (),
         max_new_tokens=known.max_new_tokens if known else 32,
-        also=known.also if known and metric == known.metric else (),
+        also=also,
     )
     if task.writes and not known:
         expected = longest_completion(records, tokenizer)
@@ -341,7 +345,7 @@ def with_metrics_in_names(tasks: Sequence[FileTask]) -> list[FileTask]:
 def answer_room(task: EvalTask, tokenizer) -> int:
     """Tokens to leave free behind a prompt for the text or the longest choice, if they are more than its own
     completion's."""
-    if task.metric == "loss":
+    if not (task.writes or task.ranks):
         return 0
     ends = (encode_completion(tokenizer, task.records[0].prompt, choice) for choice in task.choices)
     return max(map(len, ends)) if task.ranks else task.max_new_tokens

@@ -123,9 +123,9 @@ def run_on_worker(given: dict) -> dict[str, str]:
 
 def report_of(config: RunConfig) -> str:
     """The report of a run, as `para-jax train` chooses it by its config."""
-    from ..runs.compare import compare_methods, comparison_table
+    from ..runs.compare import compare_methods
     from ..runs.train import train, train_tenants
 
     if config.sweep.method:
-        return comparison_table(compare_methods(config).methods)
+        return compare_methods(config).report()
     return (train_tenants if config.many else train)(config).report()

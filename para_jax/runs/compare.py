@@ -7,6 +7,7 @@ same command resumes: it continues with the first method that has not finished.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,9 +17,10 @@ import jax
 
 from .. import atomic
 from ..adapters.adapter import count_parameters
-from ..config import ADAPTER_CONFIGS, RunConfig, adapter_method, expanded, load_config, require, with_scope_of
+from ..config import ADAPTER_CONFIGS, BASE, RunConfig, adapter_method, expanded, load_config, require, with_scope_of
 from ..data.given import with_data
 from ..error_frames import errors_forget
+from ..evaluation.paired import within_noise
 from ..evaluation.score import with_error
 from ..messages import say, warn
 from ..model import init_adapter
@@ -26,9 +28,11 @@ from ..processes import on_first_process
 from ..storage.bucket import Place
 from ..table import table
 from ..training.metrics_file import is_log, read_metrics
+from ..training.scores_file import Records
 from ..training.tenants_file import COMPARISON_FILE, read_entries
 from .folder import claim_folder, locked_folder, rows_before
 from .health import logged_warning
+from .report import choice_lines
 from .scoring import NotFinite
 from .standing import Standing
 from .tenants import SharedResources, of_data, tenant_configs
@@ -63,11 +67,23 @@ class MethodScore(NamedTuple):
     """of the same metric, where eval.test is set"""
     test_stderr: float | None
     warning: str | None
+    f1: float | None = None
+    """of the validation data, where it is reported next to the metric"""
+    rows: Sequence[float] = ()
+    """what each validation example contributes to the score"""
+    within_noise: bool = False
+    """whether the score is not told apart from the best one"""
 
     @property
-    def order(self) -> tuple[bool, float]:
-        """Sorts the best first, and those without a score last."""
-        return self.score is None, (self.score or 0.0) * (1 if self.metric == "loss" else -1)
+    def title(self) -> str:
+        return "the base model" if self.method == BASE else " ".join(filter(None, (self.method, self.name)))
+
+    @property
+    def order(self) -> tuple:
+        """Sorts the best first, of equal scores the one with the lowest loss, and those without a score last. The order
+        in which the methods were listed never counts."""
+        score = (self.score or 0.0) * (1 if self.metric == "loss" else -1)
+        return self.score is None, score, math.inf if self.loss is None else self.loss, self.title
 
 
 class MethodsResult(NamedTuple):
@@ -76,6 +92,30 @@ class MethodsResult(NamedTuple):
     methods: list[MethodScore]
     """the best first"""
     output_dir: Place
+    base: MethodScore | None = None
+    """the base model's; None: it was not scored (eval.base)"""
+
+    def __repr__(self) -> str:
+        return f"{self.output_dir}\n{self.report()}"
+
+    def report(self) -> str:
+        """The table, and which score is the best and which others are not told apart from it."""
+        return "\n\n".join(filter(None, [comparison_table(self.all), "\n".join(self.choice_lines())]))
+
+    @property
+    def all(self) -> list[MethodScore]:
+        return [*self.methods, *filter(None, [self.base])]
+
+    def choice_lines(self) -> list[str]:
+        best = self.methods[0]
+        if best.score is None:
+            return []
+        same = [row.title for row in self.methods if row.score == best.score]
+        near = [row.title for row in self.all if row.within_noise]
+        lines = [f"best score: {best.title}, in {best.folder}/adapter"]
+        if self.base and self.base.order < best.order:
+            lines.append("the base model's score is no worse than that")
+        return lines + choice_lines(best.title, same, near, best.count)
 
 
 @errors_forget()
@@ -102,7 +142,7 @@ def compare_methods(config: RunConfig, data: Any = None) -> MethodsResult:
             claim_folder(config)
 
     on_first_process(claim)
-    found: list[MethodScore] = []
+    result = MethodsResult([], folder)
     shared, methods = SharedResources(), method_configs(config)
     if not any(own.many for own in methods.values()):
         shared.rows = on_first_process(lambda: next(filter(None, map(rows_before, methods.values())), None))
@@ -110,9 +150,20 @@ def compare_methods(config: RunConfig, data: Any = None) -> MethodsResult:
         say(f"{method}: method {number} of {len(config.sweep.method)}, in {own.output_dir}")
         standing = train_method(own, shared)
         rows = on_first_process(partial(method_scores, own, shared, parameters_of(own, shared), standing))
-        found = sorted([*found, *(MethodScore(*row) for row in rows)], key=lambda row: row.order)
-        on_first_process(partial(write_comparison, folder, found))
-    return MethodsResult(found, folder)
+        result = compared([*result.all, *(MethodScore(*row) for row in rows)], folder)
+        on_first_process(partial(write_comparison, result))
+    return result
+
+
+def compared(rows: Sequence[MethodScore], folder: Place) -> MethodsResult:
+    """The methods in their order, next to the base model. Every method scored it; the first of its rows counts."""
+    base = next((row for row in rows if row.method == BASE), None)
+    found = [*sorted((row for row in rows if row.method != BASE), key=lambda row: row.order), *filter(None, [base])]
+    best = found[0]
+    alike = {row.title: row.rows for row in found if row.rows and len(row.rows) == len(best.rows)}
+    near = within_noise(alike, best.title) if alike else []
+    found = [row._replace(within_noise=row.title in near) for row in found]
+    return MethodsResult(found[:-1] if base else found, folder, found[-1] if base else None)
 
 
 def train_method(config: RunConfig, shared: SharedResources) -> Standing | None:
@@ -148,7 +199,7 @@ def method_configs(config: RunConfig) -> dict[str, RunConfig]:
 def method_scores(
     config: RunConfig, shared: SharedResources, parameters: int, standing: Standing | None
 ) -> list[MethodScore]:
-    """What a method's run left in its folder.
+    """What a method's run left in its folder, and what the base model scored there.
 
     Args:
         standing: at the end of the run; None: its loss was not finite.
@@ -175,10 +226,21 @@ def method_scores(
                 rate if isinstance(rate, float) else None, entry.get("ended", "not finite"),
                 task.metric if task else None,
                 scores.get("score"), scores.get("stderr"), count, scores.get("loss"), int(scores.get("step", 0)),
-                scores.get("test"), scores.get("test_stderr"), warning,
+                scores.get("test"), scores.get("test_stderr"), warning, scores.get("f1"),
+                entry.get("scores", {}).get("validation", {}).get("rows", ()),
             )
         )  # fmt: skip
-    return rows
+    return rows + [base_of(entry["scores"]) for entry in entries.values() if "validation_base" in entry["scores"]][:1]
+
+
+def base_of(records: Records) -> MethodScore:
+    """The base model's scores in the records of a run."""
+    held, test = records["validation_base"], records.get("test_base", {"values": {}})["values"]
+    metric, values = held["metric"], held["values"]
+    return MethodScore(
+        BASE, "", "", 0, None, "done", metric, values[metric], values.get(f"{metric}_stderr"), held["count"],
+        values["loss"], 0, test.get(metric), test.get(f"{metric}_stderr"), None, values.get("f1"), held["rows"],
+    )  # fmt: skip
 
 
 def final_scores(entry: dict[str, Any]) -> list[dict[str, float]]:
@@ -199,7 +261,7 @@ def best_scores(logged: Sequence[dict[str, float]], metric: str) -> dict[str, fl
     scored = [row for row in logged if name in row and row["step"] > 0]
     if scored:
         best = max(scored, key=lambda row: (sign * row[name], -row.get("validation_loss", 0)))  # as the run keeps it
-        parts = {"score": name, "stderr": f"{name}_stderr", "loss": "validation_loss", "step": "step"}
+        parts = {"score": name, "stderr": f"{name}_stderr", "loss": "validation_loss", "f1": "validation_f1", "step": "step"}
         found = {part: best[key] for part, key in parts.items() if key in best}
     for row in logged:
         for part, key in (("test", f"test_after_{metric}"), ("test_stderr", f"test_after_{metric}_stderr")):
@@ -209,7 +271,7 @@ def best_scores(logged: Sequence[dict[str, float]], metric: str) -> dict[str, fl
 
 
 def comparison_table(found: Sequence[MethodScore]) -> str:
-    """A line for each method, or for each combination of each method, the best first."""
+    """A line for each method, or for each combination of each method, and for the base model."""
     return table(cells(found), left=(0, 1) if any(row.name for row in found) else (0,))
 
 
@@ -217,23 +279,26 @@ def cells(found: Sequence[MethodScore]) -> list[list[str]]:
     metrics = {row.metric for row in found if row.metric}
     metric = metrics.pop() if len(metrics) == 1 else "score"
     names, tests = any(row.name for row in found), any(row.test is not None for row in found)
+    also_f1 = metric != "f1" and any(row.f1 is not None for row in found)
     head = ["method", *["run"] * names, "parameters", "rate", f"validation {metric}", "examples"]
-    rows = [[*head, *["loss"] * (metric != "loss"), *[f"test {metric}"] * tests, ""]]
+    rows = [[*head, *["f1"] * also_f1, *["loss"] * (metric != "loss"), *[f"test {metric}"] * tests, ""]]
     for row in found:
         rate = "-" if row.learning_rate is None else f"{row.learning_rate:g}"
+        notes = [row.ended] * (row.ended != "done") + ["within noise of the best"] * row.within_noise
         rows.append(
             [
                 row.method, *[row.name] * names, f"{row.parameters:,}", rate, with_error(row.score, row.stderr),
-                str(row.count), *[with_error(row.loss)] * (metric != "loss"),
-                *[with_error(row.test, row.test_stderr)] * tests, "" if row.ended == "done" else row.ended,
+                str(row.count), *[with_error(row.f1)] * also_f1, *[with_error(row.loss)] * (metric != "loss"),
+                *[with_error(row.test, row.test_stderr)] * tests, ", ".join(notes),
             ]
         )  # fmt: skip
     return rows
 
 
-def write_comparison(folder: Place, found: Sequence[MethodScore]) -> None:
+def write_comparison(result: MethodsResult) -> None:
     """comparison.json and comparison.md, after each method."""
-    atomic.write_text(folder / COMPARISON_FILE, json.dumps([row._asdict() for row in found], indent=1) + "\n")
-    head, *rows = cells(found)
+    rows = json.dumps([row._asdict() for row in result.all], indent=1)
+    atomic.write_text(result.output_dir / COMPARISON_FILE, rows + "\n")
+    head, *rows = cells(result.all)
     lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
-    atomic.write_text(folder / TABLE, "\n".join(lines) + "\n")
+    atomic.write_text(result.output_dir / TABLE, "\n".join([*lines, "", *result.choice_lines()]) + "\n")

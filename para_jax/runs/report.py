@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..evaluation.score import Score, shown_score, with_error
@@ -13,14 +13,33 @@ from ..training.scores_file import Records
 SHOWN = ("test", "validation")
 
 
-def record_of(score: Score, *, samples: bool) -> dict[str, Any]:
+def record_of(score: Score, *, samples: bool, rows: bool = False) -> dict[str, Any]:
     """A score as scores.json and checkpoints hold it.
 
     Args:
         samples: with some of its answers.
+        rows: with what each example contributes, so that methods and combinations can be compared on the same examples.
     """
     held = [list(sample) for sample in score.samples] if samples else []
-    return {"metric": score.metric, "count": score.count, "values": score.values(), "samples": held}
+    record = {"metric": score.metric, "count": score.count, "values": score.values(), "samples": held}
+    return record | ({"rows": [round(value, 6) for value in score.rows]} if rows else {})
+
+
+def choice_lines(best: str, same: Sequence[str], near: Sequence[str], count: int) -> list[str]:
+    """What to say about the best of several scores on the same `count` examples.
+
+    Args:
+        same: the names of all that have the best score.
+        near: the names of those that are not told apart from it (evaluation/paired.py).
+    """
+    lines = [f"{together(same)} have the same score; {best} has the lowest loss"] if len(same) > 1 else []
+    noise = f"are not told apart (differences within noise, {count} examples)"
+    return lines + ([f"{together([best, *near])} {noise}"] if near else [])
+
+
+def together(names: Sequence[str]) -> str:
+    """ "a, b and c"."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def score_table(records: Records) -> str:
@@ -59,13 +78,17 @@ def sample_lines(records: Records) -> str:
 
 def tenants_table(entries: Mapping[str, dict[str, Any]]) -> str:
     """A line for each tenant of a run that has ended, by name; see runs.train.TenantsResult. The scores are of its test
-    data, or of its validation data where it has no test data."""
-    rows = [["tenant", "metric", "base", "adapter", "n", "loss", "steps", "best step", "data", "note"]]
+    data, or of its validation data where it has no test data. f1 has columns if it is reported next to a metric."""
+    f1 = any("f1" in record["values"] for entry in entries.values() for record in entry.get("scores", {}).values())
+    f1 = f1 and any(entry["metric"] != "f1" for entry in entries.values())
+    head = ["tenant", "metric", "base", "adapter", *["base f1", "f1"] * f1, "n", "loss", "steps", "best step", "data"]
+    rows = [[*head, "note"]]
     for name, entry in sorted(entries.items()):
         why = "" if entry["ended"] == "done" else entry["ended"]
-        rows.append([name, *tenant_cells(entry), str(entry["steps"]), str(entry["best_step"]), data_of(entry), why])
+        cells = tenant_cells(entry, f1=f1)
+        rows.append([name, *cells, str(entry["steps"]), str(entry["best_step"]), data_of(entry), why])
     rows = [row[:-1] for row in rows] if not any(row[-1] for row in rows[1:]) else rows
-    return table(rows, left=(0, 1, 8, 9))
+    return table(rows, left=(0, 1, len(head) - 1, len(head)))
 
 
 def data_of(entry: dict[str, Any]) -> str:
@@ -77,24 +100,26 @@ def data_of(entry: dict[str, Any]) -> str:
     return "validation" if entry["best_score"] is not None else "-"
 
 
-def tenant_cells(entry: dict[str, Any]) -> list[str]:
-    """metric, base, adapter, n and loss. Entries of earlier versions have scores without their errors."""
+def tenant_cells(entry: dict[str, Any], *, f1: bool) -> list[str]:
+    """metric, base, adapter, f1 of both if asked, n and loss. Entries of earlier versions have scores without their
+    errors."""
     split, metric = data_of(entry), entry["metric"]
     if records := entry.get("scores"):
         base, adapter = records.get(f"{split}_base"), records.get(split)
         held = adapter or {}
         metric = held.get("metric", metric)
         n, loss = str(held.get("count", "-")), number(adapter, "loss", error=False)
-        return [metric or "-", number(base, metric), number(adapter, metric), n, loss]
+        also = [number(record, "f1") for record in (base, adapter)] * f1
+        return [metric or "-", number(base, metric), number(adapter, metric), *also, n, loss]
     before, after = (entry["test_before"], entry["test_after"]) if split == "test" else (None, entry["best_score"])
     shown = ["-" if one is None else f"{shown_score(metric, one):.4f}" for one in (before, after)]
-    return [metric or "-", *shown, "-", "-"]
+    return [metric or "-", *shown, *["-", "-"] * f1, "-", "-"]
 
 
 def metrics_of(record: dict[str, Any]) -> list[str]:
     """The metrics of a record, its own first and the loss last."""
-    names = [name for name in record["values"] if not name.endswith("_stderr") and name != "loss"]
-    return sorted(names, key=lambda name: name != record["metric"]) + ["loss"]
+    names = [name for name in record["values"] if not name.endswith("_stderr")]
+    return sorted(names, key=lambda name: (name != record["metric"], name == "loss"))
 
 
 def number(record: dict[str, Any] | None, metric: str | None, *, error: bool = True) -> str:

@@ -214,10 +214,12 @@ class Scoring(NamedTuple):
         return place_tenants(stack, jax.sharding.get_mesh(), self.model.config)
 
     def with_score(self, standing: Standing, tenant: int, what: str, score: Score | None) -> Standing:
-        """The standing with a score that is finite. Answers are kept in a run of one adapter only."""
-        finite = score is not None and all(map(math.isfinite, score.values().values()))
-        record = record_of(score, samples=not self.config.many) if score is not None and finite else None
-        return standing.with_score(tenant, what, record)
+        """The standing with a score that is finite. Answers are kept in a run of one adapter only, and the validation
+        rows where adapters are compared on the same data."""
+        if score is None or not all(map(math.isfinite, score.values().values())):
+            return standing
+        rows = what in ("validation", "validation_base") and not self.config.data.tenants
+        return standing.with_score(tenant, what, record_of(score, samples=not self.config.many, rows=rows))
 
     def with_changed(self, standing: Standing, split: str, changed: list[str]) -> list[int]:
         """The tenants that have not ended and whose data of this split changed."""

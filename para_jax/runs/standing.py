@@ -38,7 +38,7 @@ class Standing(NamedTuple):
     run: dict[str, str] | None = None
     """digests of what the run is made of, by name: "config", "backbone", what digests_of_run adds, "data" (all of it)
     and its parts ("training data", ...; "training data of NAME"), which also say their number of examples"""
-    scores: dict[str, dict[str, dict[str, str | int | dict[str, float] | list[list[str]]]]] | None = None
+    scores: dict[str, dict[str, dict[str, str | int | dict[str, float] | list[float] | list[list[str]]]]] | None = None
     """each tenant's records by its name, as training/scores_file.py describes them; None: an earlier version began the
     run"""
     starts: dict[str, str] | None = None
@@ -61,9 +61,9 @@ class Standing(NamedTuple):
             lists[name][tenant] = value
         return self._replace(**lists)
 
-    def with_score(self, tenant: int, what: str, record: dict[str, Any] | None) -> Standing:
-        """The standing with a record of a tenant, if there is one."""
-        if self.scores is None or record is None:
+    def with_score(self, tenant: int, what: str, record: dict[str, Any]) -> Standing:
+        """The standing with a record of a tenant."""
+        if self.scores is None:
             return self
         name = self.names[tenant]
         return self._replace(scores=self.scores | {name: self.records(tenant) | {what: record}})

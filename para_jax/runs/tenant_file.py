@@ -92,8 +92,8 @@ def with_resets(typed: dict[str, Any]) -> dict[str, Any]:
 
 def of_most_memory(config: RunConfig, own: list[RunConfig]) -> RunConfig:
     """The run's config with the evaluation of its tenants that needs the most memory."""
-    writes = [one.eval for one in own if one.eval.metric != "loss"]
+    writes = [one.eval for one in own if one.eval.metric != "loss" or one.eval.also]
     if not writes:
         return config
     new = max(one.max_new_tokens or 0 for one in writes) or None
-    return replace(config, eval=replace(config.eval, metric=writes[0].metric, also=(), max_new_tokens=new))
+    return replace(config, eval=replace(config.eval, metric=writes[0].metric, also=writes[0].also, max_new_tokens=new))

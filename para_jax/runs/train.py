@@ -205,7 +205,8 @@ def trained(config: RunConfig, shared: SharedResources | None = None) -> Ended:
     inputs = read_parts(config, parts, layouts, chosen, shared)
     tenants = [tenant for of_part in inputs for tenant in of_part.tenants]
     tasks = [task for tenant in tenants for task in (tenant.validation, tenant.test) if task]
-    for line in unused_fields(config, {task.metric for task in tasks}):
+    written = {metric for task in tasks if task.writes for metric in task.also}
+    for line in unused_fields(config, written | {task.metric for task in tasks}):
         warn(line)
     say_unscored(config, tenants)
     with ExitStack() as held:

@@ -3,7 +3,8 @@ tenants.json.
 
 A record says what was scored under its name ("validation_base", "validation", "test_base", "test"; base is the base
 model): {"metric": ..., "count": examples, "values": {"loss": ..., NAME: ..., NAME_stderr: ...}, "samples": [[prompt,
-expected answer, given answer], ...]}.
+expected answer, given answer], ...]}. Where methods or combinations may be compared, those of the validation data have
+"rows": what each example contributes to the metric.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ FILE = "scores.json"
 NAMES = ("validation_base", "validation", "test_base", "test")
 #: One record by name.
 Records = dict[str, dict[str, Any]]
-MAX_BYTES = 2**20
+MAX_BYTES = 2**24
 #: Samples of a record, and characters of a text.
 MOST_SAMPLES, MOST_CHARACTERS = 100, 2000
 

@@ -608,7 +608,6 @@ def test_inspect_refuses_fields_that_it_would_not_read(capsys, tmp_path):
         (["data.max_seq_length=2", "data.truncate=skip"], "data.max_seq_length.* 2"),
         (["data.max_seq_length=6", "data.truncate=left"], "train.jsonl:5: .*6 tokens"),
         (["eval.metric=accuracy", "eval.choices=[w9]"], "eval.choices"),
-        (["eval.metric=loss", "eval.also=[f1]"], "eval.also.*eval.metric=loss"),
         (["eval.metric=f1", "eval.max_new_tokens=4090"], "validation.jsonl:1: .*4090.*eval.max_new_tokens"),
         (["train.num_epochs=.inf"], "train.num_epochs.* inf"),
         (["train.adam_b1=1"], "train.adam_b1.* 1.0"),

@@ -481,8 +481,6 @@ def test_a_coordinator_and_the_processes_belong_together(overrides, named):
 def test_fields_that_exclude_each_other_are_both_named():
     message = error("data.tenants=somewhere", "sweep.seed=[1, 2]")
     assert "data.tenants" in message and "sweep" in message
-    message = error("eval.metric=loss", "eval.also=[f1]")
-    assert "eval.metric" in message and "eval.also" in message
 
 
 @pytest.mark.parametrize("many", ["data.tenants=somewhere", "sweep.seed=[1, 2]"])

@@ -15,6 +15,7 @@ from para_jax.data.records import Record
 from para_jax.evaluation import defaults
 from para_jax.evaluation.defaults import (
     FEWEST_NEW_TOKENS,
+    FREE_WORDS,
     MOST_NEW_TOKENS,
     NEW_TOKENS,
     REPEATED,
@@ -54,6 +55,39 @@ def test_few_repeated_completions_are_ranked_and_others_written(rule):
     assert rule(["w9"] * 40).metric == "exact_match"  # nothing to choose from
     assert rule([f"w{i}" for i in range(9, 29)] * REPEATED).metric == "accuracy"
     assert rule([f"w{i}" for i in range(9, 30)] * REPEATED).metric == "exact_match"  # 21
+
+
+def test_long_completions_that_are_nearly_all_different_are_chosen_by_loss_and_reported_with_f1(rule):
+    """No answer matches them exactly, so exact match is 0 for every step, method and rate."""
+    texts = [words(range(i, i + FREE_WORDS + 1)) for i in range(9, 29)]
+    found = rule(texts)
+    assert (found.metric, found.also, found.choices, found.from_data) == ("loss", ("f1",), (), True)
+    assert "loss, because" in found.describe() and "f1 of written" in found.describe()
+    assert found.max_new_tokens == 24  # the 11 words, their end, and half as many again
+    assert rule([text.rpartition(" ")[0] for text in texts]).metric == "exact_match", "10 words"
+    assert rule([*texts[:17], *texts[:3]]).metric == "exact_match", "three of 20 are repeated"
+    assert rule([*texts[:18], *texts[:2]]).metric == "loss"
+    assert rule(texts[:2] * REPEATED).metric == "accuracy", "labels may be long"
+    for given in ("eval.metric=exact_match", "eval.metric=f1", "eval.metric=squad"):
+        assert rule(texts, given).metric == given.partition("=")[2] and not rule(texts, given).also
+    assert rule(texts, "eval.also=[squad]").also == ("squad",)
+
+
+def test_a_loss_with_further_metrics_has_the_length_of_the_answers(rule):
+    long = ["w9", words(range(9, 39))]
+    assert rule(long, "eval.metric=loss", "eval.also=[f1]").max_new_tokens == 48
+    assert rule(long, "eval.metric=loss").max_new_tokens == NEW_TOKENS, "it writes none"
+
+
+def test_a_file_of_free_text_is_scored_as_a_run_scores_it(rule, tmp_path):
+    texts = [words(range(i, i + FREE_WORDS + 1)) for i in range(9, 29)]
+    rule(texts, test=texts)
+    model = load_model_config(tmp_path / "backbone")
+    own, of_file = task_of_run(rule.config, "test", tokenizer()), []
+    for metric in ("", ":exact_match"):
+        task = file_task(f"{tmp_path / 'data' / 'test.jsonl'}{metric}", tokenizer(), model, split="test", limit=None)
+        of_file.append(task and (task.encoded.task.metric, task.encoded.task.also))
+    assert of_file == [("loss", ("f1",)), ("exact_match", ())] and own and (own.metric, own.also) == of_file[0]
 
 
 def test_scoring_without_the_training_data_says_that_the_run_may_have_had_another_metric(rule, tmp_path, capsys):
@@ -128,7 +162,7 @@ def test_answers_that_differ_only_in_white_space_are_one_answer(rule, capsys):
 
 def test_the_length_of_an_answer_follows_from_the_longest_completion(rule):
     long = words(range(9, 39))  # 30 tokens and the end
-    found = rule(["w9 w10", "w11", long])
+    found = rule(["w9 w10", *["w11"] * 3, long])
     assert found.max_new_tokens == 48
     assert found.describe() == (
         "exact_match and f1 of written answers of up to 48 tokens (eval.metric, eval.max_new_tokens)"

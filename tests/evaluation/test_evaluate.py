@@ -227,6 +227,28 @@ def test_a_task_reports_several_metrics_of_the_same_answers(records):
     assert found.record()["also"]["matthews"] == {"score": found.also[1].score, "stderr": found.also[1].stderr}
 
 
+def test_a_loss_with_a_further_metric_also_writes_answers(records):
+    way = dict(max_new_tokens=4, batch_size=BATCH)
+    written, loss = (scored(EvalTask("t", records, metric, **way)) for metric in ("f1", "loss"))
+    found = scored(EvalTask("t", records, "loss", also=("f1",), **way))
+    assert (found.score, found.stderr, found.loss) == (loss.score, loss.stderr, loss.loss)
+    assert (found.also[0].score, found.also[0].stderr) == (written.score, written.stderr)
+    assert found.samples == written.samples and not loss.samples
+    assert found.values().keys() == {"loss", "loss_stderr", "f1", "f1_stderr"}
+    assert "f1" in str(found) and f"loss {found.loss:.4f} ± {found.stderr:.4f}" in str(found)
+
+
+@pytest.mark.parametrize("metric", ["loss", "accuracy", "f1", "macro_f1"])
+def test_the_rows_of_a_score_have_its_standard_error(records, metric):
+    """So differences of rows are differences of scores, and a paired test sees what ± shows."""
+    right = [r._replace(references=(CHOICES[i % 2],)) for i, r in enumerate(records)]
+    choices = CHOICES if metric in ("accuracy", "macro_f1") else ()
+    found = scored(EvalTask("t", right, metric, choices=choices, max_new_tokens=4, batch_size=BATCH))
+    assert len(found.rows) == 7 and found.stderr == pytest.approx(np.std(found.rows, ddof=1) / 7**0.5, abs=1e-12)
+    if metric != "macro_f1":
+        assert np.mean(found.rows) == pytest.approx(found.loss if metric == "loss" else found.score)
+
+
 def test_accuracy_without_choices_is_refused(records):
     with pytest.raises(ValueError, match=r"^t: choices \(\)"):
         scored(EvalTask("t", records, "accuracy", batch_size=BATCH))
@@ -337,7 +359,8 @@ def right_answers(adapter, records, way):
     """The records with what the adapter answers as the reference."""
     found = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("para_jax.evaluation.score.measure", lambda metric, answers, _: found.append(answers) or (0, 0))
+        said = lambda metric, answers, _: found.append(answers) or (0, [0])  # noqa: E731
+        patch.setattr("para_jax.evaluation.score.measure_rows", said)
         evaluate(model(), adapter, [EvalTask("t", records, **way)], tokenizer=tokenizer())
     return [r._replace(references=(answer,)) for r, answer in zip(records, found[0], strict=True)]
 

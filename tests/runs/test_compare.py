@@ -1,5 +1,6 @@
 """compare_methods: each method with its own defaults in a run of its own, and one table of them all."""
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -25,7 +26,7 @@ from para_jax.hub import resolve_adapter
 from para_jax.inspect import folder_report
 from para_jax.runs import compare
 from para_jax.runs import train as runs
-from para_jax.runs.compare import MethodScore, comparison_table, method_configs
+from para_jax.runs.compare import MethodScore, compared, comparison_table, method_configs
 from para_jax.runs.scoring import NotFinite
 from para_jax.score_plots import read_scores as read_panels
 from para_jax.training.scores_file import read_scores
@@ -118,6 +119,49 @@ def test_the_best_comes_first_and_those_without_a_score_last():
     assert "not finite" in comparison_table(found) and "test" not in comparison_table(found)
 
 
+@pytest.mark.parametrize("listed", list(itertools.permutations(["para", "lora", "ia3"])))
+def test_of_equal_scores_the_lowest_loss_is_the_best_in_whatever_order_methods_are_listed(listed):
+    losses = {"para": 13.06, "lora": 12.84, "ia3": 12.79}
+    tied = [row(name, 0.125, "accuracy", loss=losses[name]) for name in listed]
+    result = compared(tied, "runs")
+    assert [one.method for one in result.methods] == ["ia3", "lora", "para"]
+    said = "\n".join(result.choice_lines())
+    assert said.startswith("best score: ia3") and "ia3, lora and para have the same score; ia3 has the lowest" in said
+    equal = compared([one._replace(loss=1.0) for one in tied], "runs")
+    assert [one.method for one in equal.methods] == ["ia3", "lora", "para"], "by name, never as listed"
+    assert not any("same score" in line for line in compared([tied[0], row("far", 0.5, "accuracy")], "").choice_lines())
+
+
+def test_methods_whose_difference_may_be_noise_are_reported_as_not_told_apart():
+    right = [1.0] * 60
+    rows = {"lora": right, "para": [0.0] * 3 + right[3:], "ia3": [0.0] * 30 + right[30:], "base": [0.0] * 40 + right[40:]}
+    found = [row(name, sum(held) / 60, "accuracy", rows=held, count=60) for name, held in rows.items()]
+    result = compared(found, "runs")
+    assert result.base and result.base.score == pytest.approx(1 / 3) and len(result.methods) == 3
+    assert [one.method for one in result.all if one.within_noise] == ["para"]
+    said = result.choice_lines()
+    assert "lora and para are not told apart (differences within noise, 60 examples)" in said and len(said) == 2
+    lines = result.report().splitlines()
+    assert [line.split()[0] for line in lines[1:5]] == ["lora", "para", "ia3", "base"] and lines[-1] == said[-1]
+    assert ["within noise of the best" in line for line in lines[1:5]] == [False, True, False, False]
+    few = compared([one._replace(rows=rows[one.method][25:31], count=6) for one in found], "runs")
+    assert "lora, para, ia3 and the base model are not told apart" in few.choice_lines()[-1]
+    other = compared([found[0], found[1]._replace(rows=rows["para"][:50])], "runs")
+    assert not any(one.within_noise for one in other.all), "other examples can't be paired"
+
+
+def test_a_base_model_that_scores_better_is_named():
+    found = [row("para", 0.5, "accuracy"), row("base", 0.75, "accuracy"), row("lora", 0.25, "accuracy")]
+    assert any("base model" in line for line in compared(found, "runs").choice_lines())
+    assert not any("base model" in line for line in compared([found[0], found[2]], "runs").choice_lines())
+
+
+def test_the_f1_of_free_text_is_in_the_table():
+    found = [row("para", 1.5, loss=1.5, f1=0.5), row("lora", 1.25, loss=1.25, f1=0.625)]
+    head, first, _ = comparison_table(compared(found, "runs").all).splitlines()
+    assert head.split() == "method parameters rate validation loss examples f1".split() and first.split()[-1] == "0.6250"
+
+
 # ----------------------------------------------------------------------------------------------------------------- runs
 
 
@@ -146,9 +190,8 @@ def test_the_command_trains_all_methods_with_one_backbone_and_resumes(folder, tm
         stops = iter([False, False, False, True, True])  # in the second method's run
         patched.setattr(StopSignal, "reached", lambda self, step: next(stops))
         compare_methods(config)
-    assert loads == [1] and [one["method"] for one in json.loads((tmp_path / "run/comparison.json").read_text())] == [
-        "para"
-    ]
+    there = [one["method"] for one in json.loads((tmp_path / "run/comparison.json").read_text())]
+    assert loads == [1] and there == ["para", "base"]
     capsys.readouterr()
     assert main(["inspect", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().out
@@ -158,7 +201,8 @@ def test_the_command_trains_all_methods_with_one_backbone_and_resumes(folder, tm
     said = capsys.readouterr().out
     assert "method" in said and "para" in said and "ia3" in said and "comparison.md" in said
     found = json.loads((tmp_path / "run" / "comparison.json").read_text())
-    assert f"the best is {found[0]['method']}, in {found[0]['folder']}/adapter" in said
+    assert f"best score: {found[0]['method']}, in {found[0]['folder']}/adapter" in said
+    *found, base = found
     assert named_adapters([str(tmp_path / "run")]) == {
         method: str(tmp_path / "run" / method / "adapter") for method in ("ia3", "para")
     }
@@ -166,7 +210,11 @@ def test_the_command_trains_all_methods_with_one_backbone_and_resumes(folder, tm
     assert set(drawn.bars) == {"ia3", "para"}
     with pytest.raises(ValueError, match="METHOD/adapter"):
         resolve_adapter(tmp_path / "run")
-    assert found == json.loads((tmp_path / "results.json").read_text())["scores"]["methods"]
+    assert [*found, base] == json.loads((tmp_path / "results.json").read_text())["scores"]["methods"]
+    first = read_scores(tmp_path / "run" / "para")
+    assert base["score"] == first["validation_base"]["values"]["loss"]
+    assert base["test"] == first["test_base"]["values"]["loss"]
+    assert len(base["rows"]) == 8 and sum(base["rows"]) / 8 == pytest.approx(base["score"], abs=1e-5)
     assert [one["score"] for one in found] == sorted(one["score"] for one in found)
     for one in found:
         rows = [json.loads(line) for line in (Path(one["folder"]) / "metrics.jsonl").open()]
@@ -176,7 +224,9 @@ def test_the_command_trains_all_methods_with_one_backbone_and_resumes(folder, tm
         assert one["learning_rate"] == ADAPTER_CONFIGS[one["method"]].default_learning_rate
         assert (Path(one["folder"]) / "adapter" / "adapter_config.json").is_file()
         assert read_scores(Path(one["folder"]))["validation"]["values"]["loss"] == one["score"]
+        assert one["rows"] == read_scores(Path(one["folder"]))["validation"]["rows"] and len(one["rows"]) == 8
     table = (tmp_path / "run" / "comparison.md").read_text()
+    assert "| base | 0 | - |" in table and "best score: " in table
     assert table.startswith("| method | parameters | rate |") and table in folder_report(tmp_path / "run")
     (tmp_path / "run" / "comparison.md").unlink()
     assert "no method has ended yet" in folder_report(tmp_path / "run")

@@ -78,7 +78,24 @@ def test_tenants_are_listed_by_name_with_the_scores_of_their_test_data():
     old = entry | {"metric": "accuracy", "test_before": 0.25, "test_after": 0.5}
     lines = tenants_table({"new": new, "bare": entry, "old": old}).splitlines()
     assert [line.split()[0] for line in lines] == ["tenant", "bare", "new", "old"]
-    assert lines[1].split() == ["bare", "loss", "-", "0.5000", "-", "-", "6", "3", "validation"]
-    of_new = ["new", "exact_match", "0.1000", "±", "0.1000", "1.0000", "±", "0.0000", "10", "0.2000", "6", "3", "test"]
-    assert lines[2].split() == [*of_new, "patience"]
-    assert lines[3].split() == ["old", "accuracy", "0.2500", "0.5000", "-", "-", "6", "3", "test"]
+    assert lines[1].split() == ["bare", "loss", "-", "0.5000", "-", "-", "-", "-", "6", "3", "validation"]
+    of_new = ["new", "exact_match", "0.1000", "±", "0.1000", "1.0000", "±", "0.0000", *["0.5000", "±", "0.1000"] * 2]
+    assert lines[2].split() == [*of_new, "10", "0.2000", "6", "3", "test", "patience"]
+    assert lines[3].split() == ["old", "accuracy", "0.2500", "0.5000", "-", "-", "-", "-", "6", "3", "test"]
+    assert "f1" in lines[0] and "f1" not in tenants_table({"bare": entry, "old": old})
+
+
+def test_tenants_chosen_by_loss_show_the_f1_of_base_and_adapter():
+    """Exact match of free text is 0 whatever a tenant has learnt, and its loss says little to a reader."""
+    scored = {
+        what: record_of(Score("test", "loss", -loss, loss, 8, 0.1, (Measured("f1", f1, 0.1),)), samples=False)
+        for what, loss, f1 in (("test_base", 2.0, 0.25), ("test", 1.0, 0.625))
+    }
+    entry = {
+        "examples": 20, "steps": 6, "best_step": 3, "best_score": -1.0, "metric": "loss", "test_before": None,
+        "test_after": None, "ended": "done", "scores": scored,
+    }  # fmt: skip
+    head, line = tenants_table({"acme": entry}).splitlines()
+    assert head.split("  ")[0] == "tenant" and "base f1" in head and line.count("0.2500 ± 0.1000") == 1
+    assert "2.0000 ± 0.1000" in line and "1.0000 ± 0.1000" in line and "0.6250 ± 0.1000" in line
+    assert [row.split()[1] for row in score_table(scored).splitlines()[1:3]] == ["loss", "f1"]
