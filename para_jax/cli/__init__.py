@@ -155,7 +155,19 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             raise_unknown(options.command, text)
     if rest:
         options.overrides = [*options.overrides, *rest]
+    require_config(options, arguments)
     return options
+
+
+def require_config(options: argparse.Namespace, arguments: list[str]) -> None:
+    """Ends with an error where a field of a config stands in the place of CONFIG, which was forgotten."""
+    given = str(getattr(options, "config", None) or getattr(options, "target", None))
+    root, equals, _ = given.partition("=")
+    is_field = bool(equals) and root.partition(".")[0] in dotted_fields(RunConfig()) and not os.path.exists(given)
+    if is_field and not getattr(options, "backbone", None):  # which stands instead of CONFIG
+        data = ["--data"] * (options.command == "inspect" and not options.data)
+        line = shlex.join(["para-jax", options.command, "configs/own-data.yaml", *arguments[1:], *data])
+        subparsers(parser())[options.command].error(f"CONFIG is missing: {line}")
 
 
 def raise_unknown(command: str, text: str) -> None:

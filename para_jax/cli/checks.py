@@ -97,20 +97,25 @@ def check_data(config: RunConfig, splits: Iterable[str]) -> None:
     from ..data.tenants import tenant_sections
     from ..runs.tenant_file import with_own_fields
 
-    sections = [config.data]
+    sections = {"": config.data}
     if config.data.tenants:
         if isinstance(expanded(config.data.tenants), BucketPath):
             return
-        found = islice(tenant_sections(config.data.tenants, config.data).values(), CHECKED_TENANTS)
-        sections = [with_own_fields(replace(config, data=one), expanded(str(one.train))).data for one in found]
-    for section in sections:
-        for split in splits:
-            source = getattr(section, split)
-            if is_hf(source):
-                check_name(parse_hf(source)[0])
-            if not is_elsewhere(section, split):
-                for _ in islice(split_records(section, split) or [], CHECKED_RECORDS):
-                    pass
+        found = islice(tenant_sections(config.data.tenants, config.data).items(), CHECKED_TENANTS)
+        sections = {
+            name: with_own_fields(replace(config, data=one), expanded(str(one.train))).data for name, one in found
+        }
+    for name, section in sections.items():
+        try:
+            for split in splits:
+                source = getattr(section, split)
+                if is_hf(source):
+                    check_name(parse_hf(source)[0])
+                if not is_elsewhere(section, split):
+                    for _ in islice(split_records(section, split) or [], CHECKED_RECORDS):
+                        pass
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}" if name else str(error)) from None
 
 
 def is_elsewhere(section, split: str) -> bool:
@@ -139,9 +144,14 @@ def check_target(target: Place) -> None:
         raise ValueError(
             f"inspect {target}: this is a file; give the folder of a run or adapter, or add --data for a config"
         )
-    if not any((target / name).is_file() for name in ("adapter_config.json", "config.yaml")):
+    held = "adapter_config.json", "config.yaml"
+    if not any((target / name).is_file() for name in held):
+        around = islice(target.iterdir(), 1000)
+        inside = sorted(one.name for one in around if any((one / name).is_file() for name in held))
+        listed = ", ".join(inside[:5]) + ", ..." * (len(inside) > 5)
         raise ValueError(
-            f"{target} holds neither an adapter (adapter_config.json) nor a run (config.yaml); choose another folder"
+            f"{target} holds neither an adapter (adapter_config.json) nor a run (config.yaml); choose "
+            + (f"one of those in it: {printable(listed)}" if inside else "another folder")
         )
 
 

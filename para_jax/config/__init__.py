@@ -15,6 +15,7 @@ from .check import BASE as BASE
 from .check import TFDS as TFDS
 from .check import expanded as expanded
 from .check import is_tfds as is_tfds
+from .check import near_name as near_name
 from .check import nearest as nearest
 from .check import one_of as one_of
 from .check import printable as printable

@@ -8,7 +8,7 @@ import types
 import typing
 from typing import Annotated, Any, Literal, NewType
 
-from .check import one_of, require
+from .check import require, require_one_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,7 @@ def check_value(name: str, value: Any, kind: Any) -> None:
     if value is None and optional:
         return
     if typing.get_origin(kind) is Literal:
-        require(value in arguments, name, value, one_of(arguments))
+        require_one_of(arguments, name, value)
     elif typing.get_origin(kind) is Annotated:
         if isinstance(value, str) and value in arguments[1].words:
             return

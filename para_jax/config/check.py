@@ -19,6 +19,20 @@ def require(holds: bool, name: str, value: object, expected: str) -> None:
         raise ValueError(f"{name} must be {expected}; got {shorten(value, 200)}")
 
 
+def require_one_of(names: Iterable[object], name: str, value: object) -> None:
+    """Raises ValueError for a value that is none of the names, with the one that was probably meant."""
+    known = list(names)
+    if value not in known:
+        raise ValueError(f"{name} must be {one_of(known)}; got {shorten(value, 200)}{near_name(value, known)}")
+
+
+def near_name(value: object, names: Iterable[object]) -> str:
+    """ "; did you mean accuracy?" for acc, Accuracy and acuracy; nothing if no name is near."""
+    text, known = str(value)[:100].lower(), list(map(str, names))
+    near = [name for name in known if len(text) > 1 and name.startswith(text)] or difflib.get_close_matches(text, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 def one_of(names: Iterable[object]) -> str:
     """The names as "one of a, b, c"; a single name as it is."""
     texts = list(map(str, names))

@@ -9,7 +9,7 @@ from typing import Any
 from .. import atomic
 from ..yaml_text import MAX_LENGTH, dump_yaml, parse_yaml
 from .adapter import ADAPTER_CONFIGS, find_methods
-from .check import expanded, nearest, one_of, printable, require, shorten
+from .check import expanded, nearest, printable, require, require_one_of, shorten
 from .fields import typed_fields
 from .run import RunConfig, TrainSection
 
@@ -45,7 +45,7 @@ def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str
     file_method = named_method(in_file, "para")
     method = named_method(changes, file_method)
     find_methods(method)
-    require(method in tuple(ADAPTER_CONFIGS), "adapter.method", method, one_of(ADAPTER_CONFIGS))
+    require_one_of(ADAPTER_CONFIGS, "adapter.method", method)
     if method != file_method:
         in_file["adapter"] = kept_scope(in_file.get("adapter", {}), changes.get("adapter", {}))
     template = RunConfig(adapter=ADAPTER_CONFIGS[method]())
@@ -170,7 +170,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
         shipped = shipped_configs()
         names = ", ".join([file.stem] if file.stem in shipped else shipped)
         advice = nearest(file) or f"; give the path of a .yaml file, or the name of a shipped config: {names}"
-        raise ValueError(f"config {file}: no such file{advice}")
+        raise ValueError(f"config {file}: {'not a file' if file.exists() else f'no such file{advice}'}")
     if file.suffix in DATA:
         raise ValueError(f"config {file} is a file of data\n{data_advice(file)}")
     try:
@@ -182,7 +182,8 @@ def read_yaml(file: Path) -> dict[str, Any]:
         raise ValueError(f"config {file}: {printable(str(error))}") from None
     if not isinstance(read, dict):
         raise ValueError(f"config {file} is not a mapping; write sections such as backbone, adapter, data and train")
-    return {name: value for name, value in read.items() if value is not None}  # "train:" with no fields below it
+    sections = [one.name for one in dataclasses.fields(RunConfig) if one.default_factory is not dataclasses.MISSING]
+    return {name: held for name, held in read.items() if held is not None or name not in sections}  # "train:" alone
 
 
 def parse_override(text: str) -> dict[str, Any]:

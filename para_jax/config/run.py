@@ -17,7 +17,7 @@ from .bounds import (
     allowed_values,
     check_fields,
 )
-from .check import expanded, require, require_location
+from .check import expanded, require, require_location, require_one_of
 from .template_variables import template_variables
 
 #: Tokens of an example, for estimates without the data.
@@ -385,7 +385,8 @@ class RunConfig:
         """Raises ValueError for sweep.method with unknown methods, tenants, or adapter fields that no method takes."""
         methods = self.sweep.method
         find_methods(*methods)
-        require(set(methods) <= set(ADAPTER_CONFIGS), "sweep.method", methods, f"some of {', '.join(ADAPTER_CONFIGS)}")
+        for method in methods:
+            require_one_of(ADAPTER_CONFIGS, "sweep.method", method)
         if self.data.tenants:
             raise ValueError("sweep.method can't be used together with data.tenants; compare the methods on data.train")
         if self.train.init_from and len(methods) > 1:

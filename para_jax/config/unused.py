@@ -27,6 +27,7 @@ def unused_fields(config: RunConfig, metrics: Collection[str] = ()) -> Iterator[
     used = set(metrics or filter(None, [evaluation.metric]))
     metric = f"eval.metric={' and '.join(sorted(used))}"
     unread = [
+        ("data.train", tenants, "data.tenants is set; data.tenants=null trains on data.train instead"),
         ("data.validation", tenants, "data.tenants is set; each tenant's folder has its own"),
         ("data.test", tenants, "data.tenants is set; each tenant's folder has its own"),
         ("data.buckets", data.packing, "data.packing has one length, data.max_seq_length"),

@@ -33,11 +33,13 @@ def tenant_sections(folder: str | Path, section: DataSection) -> dict[str, DataS
     root = expanded(folder)
     if not root.is_dir():
         problem = "is a file" if root.exists() else "does not exist"
-        raise ValueError(f"data.tenants: {folder} {problem}; name a folder with a subfolder or .jsonl file per tenant")
+        advice = "; name a folder with a subfolder or .jsonl file per tenant"
+        advice += f"\nadd data.tenants=null to train on data.train={section.train}" if section.train else ""
+        raise ValueError(f"data.tenants: {folder} {problem}{advice}")
     if (splits := files_of_one(root)) is not None:
         raise ValueError(
-            f"data.tenants: {folder} has {splits}, which is the data of one tenant\nuse data.train={folder}, or name "
-            "the folder above it"
+            f"data.tenants: {folder} has {splits}, which is the data of one tenant\nuse data.tenants=null "
+            f"data.train={folder}, or name the folder above it"
         )
     found: dict[str, DataSection] = {}
     for path in shown(root):

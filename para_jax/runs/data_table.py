@@ -42,7 +42,7 @@ def tenants_data(config: RunConfig, tokenizer) -> tuple[str, TrainingData]:
             held = [held_examples(own.data, split, tokenizer) for split in ("validation", "test")]
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        numbers = [len(sizes), *held, steps_of(own, plans[name].batches_per_epoch)]
+        numbers = [len(sizes), *held, steps_of(own, plans[name].batches_per_epoch, name)]
         tokens = [f"{lengths.mean():.0f}", lengths.max(), sizes[:, 1].max()]
         rows.append([name, *map(str, (*numbers, *tokens)), own_fields(config, own)])
     lengths = " or ".join(str(bucket.length) for bucket in buckets)

@@ -132,7 +132,7 @@ def read_inputs(
                 f"{name}: eval.patience ({own.eval.patience} in tenant.yaml) needs validation data\n"
                 "add validation.jsonl next to train.jsonl, or remove eval.patience"
             )
-        order = TenantOrder(train.examples, plans[name], steps_of(own, plans[name].batches_per_epoch))
+        order = TenantOrder(train.examples, plans[name], steps_of(own, plans[name].batches_per_epoch, name))
         tenants.append(Tenant(name, own, train, order, validation, test if own.eval.test else None))
     return Inputs(tokenizer, tenants, buckets)
 
@@ -155,12 +155,12 @@ def read_data(
     return data, validation, test, by
 
 
-def steps_of(own: RunConfig, batches_per_epoch: int) -> int:
-    """The optimiser steps of a tenant with this config."""
+def steps_of(own: RunConfig, batches_per_epoch: int, tenant: str = "") -> int:
+    """The optimiser steps of a tenant with this config; an error names the tenant."""
     epochs, given = own.train.num_epochs, own.train.max_steps
     steps = given or max(1, math.ceil(round(epochs * batches_per_epoch, 6)))  # 0.07 * 100 is a little more than 7
     name, value = ("train.max_steps", given) if given else ("train.num_epochs", epochs)
-    require(steps < 2**31, name, value, f"less: fewer than {2**31} steps, and not {steps}")
+    require(steps < 2**31, f"{tenant}: {name}" if tenant else name, value, f"less: fewer than {2**31} steps, and not {steps}")
     return steps
 
 

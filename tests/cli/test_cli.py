@@ -528,6 +528,20 @@ def parser_of(name):
         (["train"], "required: CONFIG"),
         (["train", "run.yaml", "--fast"], "para-jax train: .*unknown argument '--fast'\nsee para-jax train --help"),
         (["train", "nowhere.yaml"], "config nowhere.yaml: no such file"),
+        (
+            ["train", "data.train=data/trec", "seed=1"],
+            "CONFIG is missing: para-jax train configs/own-data.yaml data.train=data/trec seed=1",
+        ),
+        (
+            ["evaluate", "data.test=x.jsonl", "--adapter", "a"],
+            "CONFIG is missing: para-jax evaluate configs/own-data.yaml data.test=x.jsonl --adapter a",
+        ),
+        (
+            ["inspect", "data.prompt={a b}"],
+            "CONFIG is missing: para-jax inspect configs/own-data.yaml 'data.prompt={a b}' --data",
+        ),
+        (["inspect", "output_dir=a", "--data"], "CONFIG is missing: para-jax inspect \\S+ output_dir=a --data"),
+        (["train", "name=nowhere.yaml"], "config name=nowhere.yaml: no such file"),
         (["generate"], "--prompt TEXT, or --input FILE with --output FILE"),
         (["generate", "--input", "a.jsonl"], "--input FILE with --output FILE"),
         (["generate", "--input", "a.jsonl", "--prompt", "a"], "give --prompt TEXT, or --input"),
@@ -569,6 +583,21 @@ def test_a_wrong_command_line_is_named(capsys, config, tmp_path, monkeypatch, ar
     monkeypatch.chdir(tmp_path)
     assert_says(mistake(capsys, *(config if argument == "{config}" else argument for argument in arguments)), said)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect_names_the_runs_in_a_folder(capsys, tmp_path):
+    for name in ("frame", "q320"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("seed: 1\n")
+    (tmp_path / "notes").mkdir()
+    said = mistake(capsys, "inspect", tmp_path)
+    assert "frame, q320" in said and "notes" not in said
+
+
+def test_a_forgotten_config_is_missed_only_where_no_file_has_the_name(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "seed=1").write_text("trian: {}\n")
+    assert_says(mistake(capsys, "train", "seed=1"), "config seed=1: trian")
 
 
 def test_inspect_refuses_fields_that_it_would_not_read(capsys, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Literal
@@ -51,7 +52,7 @@ def test_an_empty_file_or_section_means_the_defaults(tmp_path):
         load_config()
         == load_config(written(tmp_path, ""))
         == load_config(written(tmp_path, "# nothing\n"))
-        == load_config(written(tmp_path, "train:\nadapter:\nseed:\n"))
+        == load_config(written(tmp_path, "train:\nadapter:\n"))
         == RunConfig()
     )
 
@@ -195,6 +196,36 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(override, named, tmp
     for message in (error(override), error(file=written(tmp_path, in_file))):
         assert all(name in message for name in named), message
     assert "run.yaml" in error(file=tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize("text", ["evaluation:", "trian: null", "data[chat_template_kwargs: null", "3: ~"])
+def test_an_unknown_section_is_refused_without_a_value_too(text, tmp_path):
+    """Its name is wrong, and whoever wrote it meant something."""
+    assert text.split(":")[0] in error(file=written(tmp_path, f"train:\n{text}\n"))
+    assert load_config(written(tmp_path, "train:\ndata:\nadapter:\n")) == RunConfig()
+    assert "seed" in error(file=written(tmp_path, "seed: null\n")) and "seed" in error("seed=null")
+
+
+def test_a_pipe_is_no_config(tmp_path):
+    os.mkfifo(tmp_path / "run.yaml")
+    assert "not a file" in error(file=tmp_path / "run.yaml") and "did you mean" not in error(file=tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize(("override", "meant"), [
+    ("adapter.method=LoRA", "lora"),
+    ("adapter.method=IA3", "ia3"),
+    ("sweep.method=[para, Lora]", "lora"),
+    ("eval.metric=acc", "accuracy"),
+    ("eval.metric=Exact_Match", "exact_match"),
+    ("eval.also=[F1]", "f1"),
+    ("train.schedule=cosin", "cosine"),
+    ("eval.metric=bleu", None),
+    ("adapter.method=null", None),
+])  # fmt: skip
+def test_a_wrong_name_is_answered_with_the_nearest_one(override, meant):
+    said = error(override)
+    assert override.partition("=")[0] in said
+    assert (f"did you mean {meant}?" in said) if meant else "did you mean" not in said
 
 
 @pytest.mark.parametrize("override", [

@@ -27,6 +27,7 @@ RANKED = "eval.choices=[good, bad]"
 @pytest.mark.parametrize(
     "vain, useful",
     [
+        (("data.train=b.jsonl", TENANTS), ("data.train=b.jsonl", "data.tenants=null")),
         (("data.validation=b.jsonl", TENANTS), ("data.validation=b.jsonl",)),
         (("data.test=b.jsonl", TENANTS), ("data.test=b.jsonl",)),
         (("data.buckets=2", "data.packing=true"), ("data.buckets=2",)),

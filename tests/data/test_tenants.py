@@ -118,10 +118,17 @@ def test_wrong_tenant_folders_are_named(tmp_path):
         tenant_sections(tmp_path, DataSection())
 
 
+def test_data_of_one_adapter_that_is_given_next_to_missing_tenants_is_named(tmp_path):
+    for train, named in (("data/trec", True), (None, False)):
+        with pytest.raises(ValueError, match="data.tenants: .* does not exist") as error:
+            tenant_sections(tmp_path / "nowhere", DataSection(train=train))
+        assert ("data.tenants=null" in str(error.value) and "data.train=data/trec" in str(error.value)) == named
+
+
 def test_the_files_of_one_tenant_are_not_three_tenants(tmp_path):
     for split in ("train", "test"):
         write(tmp_path / f"{split}.jsonl")
-    with pytest.raises(ValueError, match=rf"test.jsonl, train.jsonl(.|\n)*data.train={tmp_path}"):
+    with pytest.raises(ValueError, match=rf"test.jsonl, train.jsonl(.|\n)*data.tenants=null data.train={tmp_path}"):
         tenant_sections(tmp_path, DataSection())
     write(tmp_path / "dev.jsonl")  # as others call the validation data
     with pytest.raises(ValueError, match="dev.jsonl, test.jsonl, train.jsonl, which is the data of one tenant"):

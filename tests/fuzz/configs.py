@@ -175,6 +175,8 @@ def same(node: Any, value: Any, name: str) -> bool:
         read = yaml.safe_load(node)  # a text keeps how the number was written, such as 010
         return read == value or str(read) == str(value)
     try:
+        if isinstance(node, int) and isinstance(value, str):
+            return node == int(value, 0)  # YAML 1.2 reads 0o17 as 15, and so do we; PyYAML takes it for a text
         return float(node) == float(value) or node != node
     except (ValueError, TypeError, OverflowError):
         return False

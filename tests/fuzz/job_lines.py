@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 from para_jax import Request
+from para_jax.config import without_repeats
 from para_jax.serving.jobs import run_job
 
 from . import mutate
@@ -107,9 +108,10 @@ def require_right(lines: list[bytes], output: Path, first: list[bytes], changed:
 
 
 def request_of(text: bytes) -> Request | None:
-    """The request of a line whose answer depends on nothing else; None for one that is refused or draws its seed."""
+    """The request of a line whose answer depends on nothing else; None for one that is refused or draws its seed. A name
+    that is there twice is refused: readers differ in which value they use, and one of two tenants would be wrong."""
     try:
-        found = json.loads(text.decode())
+        found = json.loads(text.decode(), object_pairs_hook=without_repeats)
         name = found.pop("id", None)
         if not isinstance(name, (str, int, float, type(None))) or len(str(name).encode()) > 200:
             return None  # it may be refused for its id

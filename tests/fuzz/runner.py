@@ -8,6 +8,7 @@ import resource
 import sys
 import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +36,7 @@ class Worker:
         self.pipe.send((target, number))
         try:
             for limit in (SETUP_SECONDS, SECONDS):  # the input is ready; the outcome
-                if not self.pipe.poll(limit):
+                if not self.answers_within(limit):
                     return Outcome("hang", f"longer than {limit} s: {self.stop()}")
                 outcome = self.pipe.recv()
                 if outcome is not None:
@@ -47,6 +48,16 @@ class Worker:
         if spent:
             self.stop()
         return Outcome(kind, detail)
+
+    def answers_within(self, limit: float) -> bool:
+        """Whether the child says something within `limit` seconds, or later on a busy machine: until it has used that
+        much processor time, at most ten times as long."""
+        began, worked = time.monotonic(), processor_seconds(self.child.pid)
+        while not self.pipe.poll(min(limit, 1)):
+            waited = time.monotonic() - began
+            if waited > 10 * limit or (waited > limit and processor_seconds(self.child.pid) - worked > limit):
+                return False
+        return True
 
     def start(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -67,6 +78,15 @@ class Worker:
         said = Path(self.log.name).read_text(errors="replace")[-1500:]
         self.log.close()
         return said
+
+
+def processor_seconds(process: int) -> float:
+    """The processor time of a process; infinite where Linux does not tell, or the process has ended."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2].split()
+    except OSError:
+        return float("inf")
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def serve(pipe, log: str) -> None:

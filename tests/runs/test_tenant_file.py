@@ -12,12 +12,14 @@ from tiny_run import rows_of_text, run_config, run_folder, tokenizer, words, wri
 
 from para_jax import load_model_config, train, train_tenants
 from para_jax.cli import main, parse
+from para_jax.cli.checks import check_data
 from para_jax.cli.evaluate import config_of, own_configs
 from para_jax.config import RunConfig, load_config
 from para_jax.evaluation.tasks import task_of_run
 from para_jax.inspect import configs_here, tenant_lines
 from para_jax.runs import tenants as of_runs
 from para_jax.runs import train as train_module
+from para_jax.runs.data_table import tenants_data
 from para_jax.runs.parts import Part
 from para_jax.runs.tenant_file import OWN_FIELDS, of_most_memory, with_own_fields
 from para_jax.runs.tenants import SharedResources, read_inputs, tenant_configs
@@ -192,6 +194,7 @@ def test_the_evaluation_that_needs_the_most_memory_chooses_the_mesh():
         ("train: {learning_rate: fast}", "train.learning_rate .*'fast'"),
         ("train: {max_steps: 0}", "train.max_steps .* 0"),
         ("eval: 3", "eval must be .* 3"),
+        ("evaluation:", "evaluation can't"),
         ("- eval", "not a mapping"),
         ("eval: {every: 2}\neval: {every: 3}", "duplicate key"),
         ("eval: !!python/object/apply:os.system [ls]", "tenant.yaml: .*"),
@@ -214,9 +217,29 @@ def test_bytes_a_folder_and_a_pipe_are_no_tenant_file(tmp_path):
     file = tmp_path / "tenant.yaml"
     for make in (lambda: file.write_bytes(b"\xff\xfe"), file.mkdir, lambda: os.mkfifo(file)):
         make()
-        with pytest.raises(ValueError, match=r"tenant\.yaml"):
+        with pytest.raises(ValueError, match=r"tenant\.yaml") as error:
             with_own_fields(RunConfig(), tmp_path)
+        assert "did you mean" not in str(error.value)
         file.rmdir() if file.is_dir() else file.unlink()
+
+
+@pytest.mark.parametrize(("text", "named"), [
+    ("data: {prompt: '{prompt!r}'}", "prompt!r"),
+    ("data: {prompt: '{prompt}', completion: '{completion.upper}'}", "completion.upper"),
+    ("data: {prompt: '${oc.env:HOME}'}", "oc.env"),
+    ("train: {max_steps: 99999999999}", "train.max_steps.* 99999999999"),
+])  # fmt: skip
+def test_an_error_of_a_tenants_own_value_names_the_tenant(text, named, folder, tmp_path):
+    write_rows(tmp_path / "data" / "acme" / "train.jsonl", rows_of_text(4, seed=1))
+    write_rows(tmp_path / "data" / "zeta" / "train.jsonl", rows_of_text(4, seed=1))
+    (tmp_path / "data" / "zeta" / "tenant.yaml").write_text(text)
+    config = tenants_config(folder, tmp_path / "run", f"data.tenants={tmp_path / 'data'}")
+    early = [] if "max_steps" in text else [lambda: check_data(config, ["train"])]
+    layout = Layout(slots=2, groups=2, rows=4, passes=1)
+    for read in (*early, lambda: read_inputs(config, layout), lambda: tenants_data(config, tokenizer())):
+        with pytest.raises(ValueError, match=named) as error:
+            read()
+        assert "zeta" in str(error.value) and "acme" not in str(error.value)
 
 
 def test_all_fields_that_a_tenant_may_set_are_fields_of_a_run():
