@@ -17,8 +17,8 @@ from .config import BASE, expanded
 from .evaluation.results import error_of, file_names, metrics_of
 from .figures import drawable, escaped, explain, new_figure, run_names
 from .messages import warn
-from .training.metrics_file import is_log, is_number, read_metrics
-from .training.scores_file import Records
+from .training.metrics_file import is_log, is_number
+from .training.scores_file import Records, logged_records
 from .training.scores_file import read_scores as read_records
 from .training.tenants_file import COMPARISON_FILE, read_entries
 from .training.tenants_file import FILE as TENANTS_FILE
@@ -267,50 +267,15 @@ def of_records(name: str, records: Records) -> dict[str, Scores]:
 
 
 def bar_of_record(record: dict | None, metric: str) -> Bar | None:
-    bar = bar_of(record["values"], "", metric) if record else None
-    return bar._replace(count=record["count"]) if bar and record else None
+    values = record["values"] if record else {}
+    if record is None or metric not in values:
+        return None
+    return Bar(values[metric], values.get(f"{metric}_stderr"), record["count"])
 
 
 def of_log(name: str, folder) -> dict[str, Scores]:
-    """The same of a run that has not ended, or that an earlier version ended, from its metrics.jsonl. Nothing if it has
-    no score yet."""
-    if not is_log(folder / "metrics.jsonl"):
-        return {}
-    rows = list(read_metrics(folder / "metrics.jsonl"))
-    tested = [row for row in rows if "test_after_loss" in row]
-    if tested:
-        before = [row for row in rows if "test_before_loss" in row]
-        split, after = "test", tested[-1]
-        metric = metric_of(after, "test_after_")
-        base = bar_of(before[-1], "test_before_", metric) if before else None
-        bar = bar_of(after, "test_after_", metric)
-    else:
-        scored = [row for row in rows if "validation_loss" in row]
-        if not scored:
-            return {}
-        metric, split = metric_of(scored[-1], "validation_"), "best validation"
-        values = [bar for row in scored if row["step"] > 0 and (bar := bar_of(row, "validation_", metric))]
-        if not values:
-            return {}
-        pick = min if metric == "loss" else max
-        bar = pick(values, key=lambda one: one.score)
-        first = [row for row in scored if row["step"] == 0]
-        base = bar_of(first[0], "validation_", metric) if first else None
-    if bar is None:
-        return {}
-    return {f"{split} {metric}": Scores(metric, {name: bar}, {name: base} if base else None)}
-
-
-def metric_of(row: Mapping[str, float], prefix: str) -> str:
-    """The first metric of a row of scores that is no loss; "loss" if there is no other, or if it is the score, since
-    only then it has an error."""
-    named = [name.removeprefix(prefix) for name in row if name.startswith(prefix) and not name.endswith("_stderr")]
-    return next((name for name in named if name != "loss" and f"{prefix}loss_stderr" not in row), "loss")
-
-
-def bar_of(row: Mapping[str, float], prefix: str, metric: str) -> Bar | None:
-    value, error = row.get(f"{prefix}{metric}"), row.get(f"{prefix}{metric}_stderr")
-    return None if value is None else Bar(value, error)
+    """The same of a run that has not ended, from its metrics.jsonl. Nothing if it has no score yet."""
+    return of_records(name, logged_records(folder / "metrics.jsonl"))
 
 
 def merged(parts: Sequence[Mapping[str, Scores]]) -> dict[str, Scores]:

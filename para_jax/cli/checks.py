@@ -101,10 +101,9 @@ def check_data(config: RunConfig, splits: Iterable[str]) -> None:
     if config.data.tenants:
         if isinstance(expanded(config.data.tenants), BucketPath):
             return
-        found = islice(tenant_sections(config.data.tenants, config.data).items(), CHECKED_TENANTS)
-        sections = {
-            name: with_own_fields(replace(config, data=one), expanded(str(one.train))).data for name, one in found
-        }
+        sections = dict(islice(tenant_sections(config.data.tenants, config.data).items(), CHECKED_TENANTS))
+        for name, one in sections.items():
+            sections[name] = with_own_fields(replace(config, data=one), expanded(str(one.train))).data
     for name, section in sections.items():
         try:
             for split in splits:

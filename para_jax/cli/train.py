@@ -72,12 +72,8 @@ def train_one(options, config) -> None:
 
 
 def scores_of(result) -> dict[str, float]:
-    """The scores of the kept adapter, and the base model's test scores, by their names in the run's log. A run that an
-    earlier version began has the last ones that were logged."""
-    from ..training.metrics_file import read_metrics
-
-    rows = read_metrics(result.output_dir / "metrics.jsonl")
-    found = {key: value for row in rows for key, value in row.items() if key.startswith(("test_", "validation_"))}
+    """The scores of the kept adapter, and the base model's test scores, by their names in the run's log."""
+    found = {}
     for name, logged in (("validation", "validation"), ("test_base", "test_before"), ("test", "test_after")):
         values = result.scores.get(name, {}).get("values", {})
         found |= {f"{logged}_{metric}": value for metric, value in values.items()}
@@ -144,7 +140,7 @@ def draw_scores(result) -> None:
 
 
 def best_combination(entries) -> list[str]:
-    """The lines that name the best combination of a sweep. Of equal scores, the one with the lowest loss is the best."""
+    """The lines that name the best combination of a sweep; of equal scores, the one with the lowest loss."""
     from ..evaluation.paired import within_noise
     from ..evaluation.score import shown_score
     from ..runs.report import choice_lines

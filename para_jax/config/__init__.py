@@ -15,11 +15,11 @@ from .check import BASE as BASE
 from .check import TFDS as TFDS
 from .check import expanded as expanded
 from .check import is_tfds as is_tfds
-from .check import near_name as near_name
 from .check import nearest as nearest
 from .check import one_of as one_of
 from .check import printable as printable
 from .check import require as require
+from .check import require_one_of as require_one_of
 from .check import shorten as shorten
 from .check import without_repeats as without_repeats
 from .file import adapter_method as adapter_method

@@ -80,21 +80,16 @@ class ScoringRule(NamedTuple):
         return f"{' and '.join([self.metric, *self.also])} {written}"
 
 
-def scoring_rule(
-    config: RunConfig, tokenizer, *, before: bool = False, model: ModelConfig | None = None
-) -> ScoringRule:
+def scoring_rule(config: RunConfig, tokenizer, *, model: ModelConfig | None = None) -> ScoringRule:
     """How the run's data is scored. What the config says always wins, then what its task says.
 
     Args:
         model: of the backbone; None: it is read.
-        before: the run began with an earlier version, in which the default was exact_match of at most 32 tokens.
     """
     known, given = TASKS.get(task_of(config.data) or ""), config.eval
-    metric = given.metric or (known.metric if known else "accuracy" if given.choices and not before else None)
-    new = given.max_new_tokens or (known.max_new_tokens if known else NEW_TOKENS if before else None)
+    metric = given.metric or (known.metric if known else "accuracy" if given.choices else None)
+    new = given.max_new_tokens or (known.max_new_tokens if known else None)
     also = given.also or (known.also if known and metric == known.metric else ())
-    if metric is None and before:
-        metric = "exact_match"
     writes = bool(also) if metric == "loss" else metric != "accuracy"
     needed = metric is None or (new is None and writes)
     held = completions_of(config.data) if needed else None
@@ -109,7 +104,7 @@ def scoring_rule(
             model = model or load_model_config(config.backbone.source)
             new = answer_length(longest_completion(held.longest, tokenizer), model)
     ranks = metric in LABEL_METRICS and bool(choices)
-    guessed = needed and not ranks and not before and config.data.train is not None and not is_there(config.data)
+    guessed = needed and not ranks and config.data.train is not None and not is_there(config.data)
     return ScoringRule(metric, also, choices, new, unseen, from_data, guessed)
 
 

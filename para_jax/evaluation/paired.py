@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-#: A difference is more than noise if chance alone gives one as large this rarely.
+#: Chance alone gives a difference that counts as more than noise this rarely.
 SIGNIFICANCE = 0.05
-#: Draws of the randomization test, and how many are made at once.
-DRAWS, AT_ONCE = 10_000, 100
+#: Draws of the randomization test, in parts.
+PARTS, AT_ONCE = 100, 100
 
 
 def within_noise(rows: Mapping[str, Sequence[float]], best: str) -> list[str]:
@@ -18,8 +18,7 @@ def within_noise(rows: Mapping[str, Sequence[float]], best: str) -> list[str]:
     (Bonferroni), because the best one was picked after looking at the scores.
 
     Args:
-        rows: what each example contributes to a score (metrics.measure_rows), by name; all names have the same
-            examples.
+        rows: what each of the same examples contributes to a score (metrics.measure_rows), by name.
     """
     level = SIGNIFICANCE / max(1, math.comb(len(rows), 2))
     own = np.asarray(rows[best])
@@ -38,6 +37,6 @@ def randomization_p(differences: np.ndarray) -> float:
     if not len(found):
         return 1.0
     draw, least = np.random.default_rng(0), abs(found.sum()) * (1 - 1e-9)
-    signs = (draw.choice((-1.0, 1.0), (AT_ONCE, len(found))) for _ in range(DRAWS // AT_ONCE))
+    signs = (draw.choice((-1.0, 1.0), (AT_ONCE, len(found))) for _ in range(PARTS))
     hits = sum(int((abs(one @ found) >= least).sum()) for one in signs)
-    return min((1 + hits) / (1 + DRAWS), 2 * math.exp(-(least**2) / (found**2).sum() / 2))
+    return min((1 + hits) / (1 + PARTS * AT_ONCE), 2 * math.exp(-(least**2) / (found**2).sum() / 2))

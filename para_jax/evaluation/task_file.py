@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from ..config import expanded, near_name, nearest, one_of, shorten
+from ..config import expanded, nearest, require_one_of, shorten
 from ..data.row_files import split_file
 from ..data.tasks import TASKS
 from .metrics import LABEL_METRICS, METRICS
@@ -46,8 +46,8 @@ def named_file(text: str, split: str) -> NamedFile | None:
         file = file or path / f"{split}.jsonl"
         raise ValueError(f"--tasks {text!r}: {file} is not a file; give a data file, or a folder with {split}.jsonl")
     known = ("loss", *METRICS, *LABEL_METRICS)
-    if metric is not None and metric not in known:
-        raise ValueError(f"--tasks {text!r}: metric {shorten(metric)} is unknown; choose {one_of(known)}{near_name(metric, known)}")
+    if metric is not None:
+        require_one_of(known, f"--tasks {text!r}: metric", metric)
     return NamedFile(name, path, file, metric)
 
 

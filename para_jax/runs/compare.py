@@ -27,8 +27,7 @@ from ..model import init_adapter
 from ..processes import on_first_process
 from ..storage.bucket import Place
 from ..table import table
-from ..training.metrics_file import is_log, read_metrics
-from ..training.scores_file import Records
+from ..training.scores_file import Records, logged_records
 from ..training.tenants_file import COMPARISON_FILE, read_entries
 from .folder import claim_folder, locked_folder, rows_before
 from .health import logged_warning
@@ -208,66 +207,32 @@ def method_scores(
     entries = read_entries(folder) if config.many else {"": standing.entry(0)} if standing else {}
     rows = []
     for name, own in tenant_configs(config).items():
-        _, validation, test, _ = shared.data[of_data(own)]
-        task = validation or test
-        place = folder / name if name else folder
-        entry, log = entries.get(name, {}), place / "metrics.jsonl"
+        _, validation, *_ = shared.data[of_data(own)]
+        place, entry = folder / name if name else folder, entries.get(name, {})
+        log, held = place / "metrics.jsonl", load_config(place / "config.yaml")  # with the rate that `auto` chose
         # The log may also have scores of data that changed since, but a run that broke off has nothing else.
-        logged = final_scores(entry) or (list(read_metrics(log)) if is_log(log) else [])
-        scores = best_scores(logged, task.metric) if task else {}
-        count = min(own.eval.limit or len(validation.records), len(validation.records)) if validation else 0
-        count = entry.get("scores", {}).get("validation", {}).get("count", count)
-        held = load_config(place / "config.yaml")  # with the rate that `auto` chose
-        rate = held.train.learning_rate
-        warning = entry.get("warning") if entry else logged_warning(held, log)
-        rows.append(
-            MethodScore(
-                method, name, str(place), parameters,
-                rate if isinstance(rate, float) else None, entry.get("ended", "not finite"),
-                task.metric if task else None,
-                scores.get("score"), scores.get("stderr"), count, scores.get("loss"), int(scores.get("step", 0)),
-                scores.get("test"), scores.get("test_stderr"), warning, scores.get("f1"),
-                entry.get("scores", {}).get("validation", {}).get("rows", ()),
-            )
-        )  # fmt: skip
-    return rows + [base_of(entry["scores"]) for entry in entries.values() if "validation_base" in entry["scores"]][:1]
+        count = len(validation.records[: own.eval.limit]) if validation else 0
+        records = entry.get("scores") or logged_records(log, count)
+        rate, ended = held.train.learning_rate, entry.get("ended", "not finite")
+        about = method, name, str(place), parameters, rate if isinstance(rate, float) else None, ended
+        step = entry.get("best_step") or records.get("validation", {}).get("step", 0)
+        rows.append(score_of(about, records, "", step, entry.get("warning") if entry else logged_warning(held, log)))
+    based = [entry["scores"] for entry in entries.values() if "validation_base" in entry["scores"]]
+    return rows + [score_of((BASE, "", "", 0, None, "done"), records, "_base") for records in based[:1]]
 
 
-def base_of(records: Records) -> MethodScore:
-    """The base model's scores in the records of a run."""
-    held, test = records["validation_base"], records.get("test_base", {"values": {}})["values"]
-    metric, values = held["metric"], held["values"]
+def score_of(about: tuple, records: Records, suffix: str, step: int = 0, warning: str | None = None) -> MethodScore:
+    """What the records say of the adapter (suffix "") or the base model ("_base").
+
+    Args:
+        about: the fields of MethodScore before its scores.
+    """
+    held, test = (records.get(f"{split}{suffix}", {}) for split in ("validation", "test"))
+    metric, values, tested = (held or test).get("metric"), held.get("values", {}), test.get("values", {})
     return MethodScore(
-        BASE, "", "", 0, None, "done", metric, values[metric], values.get(f"{metric}_stderr"), held["count"],
-        values["loss"], 0, test.get(metric), test.get(f"{metric}_stderr"), None, values.get("f1"), held["rows"],
+        *about, metric, values.get(metric), values.get(f"{metric}_stderr"), held.get("count", 0), values.get("loss"),
+        step, tested.get(metric), tested.get(f"{metric}_stderr"), warning, values.get("f1"), held.get("rows", ()),
     )  # fmt: skip
-
-
-def final_scores(entry: dict[str, Any]) -> list[dict[str, float]]:
-    """The scores of a run that has ended, as its log has them."""
-    held, step = entry.get("scores", {}), entry.get("best_step", 0)
-    names = {"validation": "validation", "test": "test_after"}
-    return [
-        {"step": step} | {f"{name}_{what}": value for what, value in held[split]["values"].items()}
-        for split, name in names.items()
-        if split in held
-    ]
-
-
-def best_scores(logged: Sequence[dict[str, float]], metric: str) -> dict[str, float]:
-    """The best validation score that was logged, with its error, loss and step, and the last test score."""
-    sign = -1 if metric == "loss" else 1
-    name, found = f"validation_{metric}", {}
-    scored = [row for row in logged if name in row and row["step"] > 0]
-    if scored:
-        best = max(scored, key=lambda row: (sign * row[name], -row.get("validation_loss", 0)))  # as the run keeps it
-        parts = {"score": name, "stderr": f"{name}_stderr", "loss": "validation_loss", "f1": "validation_f1", "step": "step"}
-        found = {part: best[key] for part, key in parts.items() if key in best}
-    for row in logged:
-        for part, key in (("test", f"test_after_{metric}"), ("test_stderr", f"test_after_{metric}_stderr")):
-            if key in row:
-                found[part] = row[key]
-    return found
 
 
 def comparison_table(found: Sequence[MethodScore]) -> str:

@@ -163,26 +163,16 @@ def check_folder(config: RunConfig) -> None:
             raise ValueError(f"output_dir {folder} is not a run folder; choose another")
 
 
-def began_before(config: RunConfig) -> bool:
-    """Whether an earlier version began the run: one that left metrics and answer lengths to fixed defaults."""
-    found = progress_before(config)
-    return bool(found) and found.get("scores") is None
-
-
 def rows_before(config: RunConfig) -> int | None:
     """A tenant's rows in each step of a run so far, or of its trials; None: nothing is saved, or an earlier
     version saved it."""
-    rows = progress_before(config).get("rows")
+    from ..training.checkpoint import unchecked_progress
+
+    rows = unchecked_progress(expanded(config.output_dir) / "checkpoints").get("rows")
     trials = expanded(config.output_dir) / TRIALS / "1" / "config.yaml"
     if rows is None and trials.is_file():
         rows = load_config(trials).train.batch_size
     return rows if type(rows) is int and rows > 0 else None
-
-
-def progress_before(config: RunConfig) -> dict[str, Any]:
-    from ..training.checkpoint import unchecked_progress
-
-    return unchecked_progress(expanded(config.output_dir) / "checkpoints")
 
 
 #: Differences that an error lists, one per line.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..evaluation.score import Score, shown_score, with_error
+from ..evaluation.score import Score, with_error
 from ..table import table
 from ..training.scores_file import Records
 
@@ -32,14 +32,9 @@ def choice_lines(best: str, same: Sequence[str], near: Sequence[str], count: int
         same: the names of all that have the best score.
         near: the names of those that are not told apart from it (evaluation/paired.py).
     """
-    lines = [f"{together(same)} have the same score; {best} has the lowest loss"] if len(same) > 1 else []
+    lines = [f"{', '.join(same)} have the same score; {best} has the lowest loss"] if len(same) > 1 else []
     noise = f"are not told apart (differences within noise, {count} examples)"
-    return lines + ([f"{together([best, *near])} {noise}"] if near else [])
-
-
-def together(names: Sequence[str]) -> str:
-    """ "a, b and c"."""
-    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+    return lines + ([f"{', '.join([best, *near])} {noise}"] if near else [])
 
 
 def score_table(records: Records) -> str:
@@ -79,7 +74,7 @@ def sample_lines(records: Records) -> str:
 def tenants_table(entries: Mapping[str, dict[str, Any]]) -> str:
     """A line for each tenant of a run that has ended, by name; see runs.train.TenantsResult. The scores are of its test
     data, or of its validation data where it has no test data. f1 has columns if it is reported next to a metric."""
-    f1 = any("f1" in record["values"] for entry in entries.values() for record in entry.get("scores", {}).values())
+    f1 = any("f1" in record["values"] for entry in entries.values() for record in entry["scores"].values())
     f1 = f1 and any(entry["metric"] != "f1" for entry in entries.values())
     head = ["tenant", "metric", "base", "adapter", *["base f1", "f1"] * f1, "n", "loss", "steps", "best step", "data"]
     rows = [[*head, "note"]]
@@ -93,27 +88,17 @@ def tenants_table(entries: Mapping[str, dict[str, Any]]) -> str:
 
 def data_of(entry: dict[str, Any]) -> str:
     """Which data a tenant's cells are of."""
-    if entry.get("scores"):
-        return next((split for split in SHOWN if split in entry["scores"]), "-")
-    if entry["test_after"] is not None:
-        return "test"
-    return "validation" if entry["best_score"] is not None else "-"
+    return next((split for split in SHOWN if split in entry["scores"]), "-")
 
 
 def tenant_cells(entry: dict[str, Any], *, f1: bool) -> list[str]:
-    """metric, base, adapter, f1 of both if asked, n and loss. Entries of earlier versions have scores without their
-    errors."""
-    split, metric = data_of(entry), entry["metric"]
-    if records := entry.get("scores"):
-        base, adapter = records.get(f"{split}_base"), records.get(split)
-        held = adapter or {}
-        metric = held.get("metric", metric)
-        n, loss = str(held.get("count", "-")), number(adapter, "loss", error=False)
-        also = [number(record, "f1") for record in (base, adapter)] * f1
-        return [metric or "-", number(base, metric), number(adapter, metric), *also, n, loss]
-    before, after = (entry["test_before"], entry["test_after"]) if split == "test" else (None, entry["best_score"])
-    shown = ["-" if one is None else f"{shown_score(metric, one):.4f}" for one in (before, after)]
-    return [metric or "-", *shown, *["-", "-"] * f1, "-", "-"]
+    """metric, base, adapter, f1 of both if asked, n and loss."""
+    split, records = data_of(entry), entry["scores"]
+    base, adapter = records.get(f"{split}_base"), records.get(split)
+    held, metric = adapter or {}, entry["metric"]
+    also = [number(record, "f1") for record in (base, adapter)] * f1
+    n, loss = str(held.get("count", "-")), number(adapter, "loss", error=False)
+    return [metric or "-", number(base, metric), number(adapter, metric), *also, n, loss]
 
 
 def metrics_of(record: dict[str, Any]) -> list[str]:

@@ -88,14 +88,12 @@ def read_inputs(
     layout: Layout,
     names: Sequence[str] | None = None,
     *,
-    before: bool = False,
     shared: SharedResources | None = None,
 ) -> Inputs:
     """The tokenizer, the tenants with their data, and the compiled shapes.
 
     Args:
         names: only these tenants; default: all.
-        before: an earlier version began the run, so its defaults apply.
         shared: what has already been read.
     """
     resolve_backbone(config.backbone.source)
@@ -106,7 +104,7 @@ def read_inputs(
     for name, own in configs.items():
         if of_data(own) not in read_once:
             try:
-                read_once[of_data(own)] = read_data(own, tokenizer, model, before)
+                read_once[of_data(own)] = read_data(own, tokenizer, model)
             except TooLong as error:
                 long[name] = error
             except ValueError as error:
@@ -143,13 +141,13 @@ def of_data(own: RunConfig) -> tuple:
 
 
 def read_data(
-    config: RunConfig, tokenizer, model: ModelConfig, before: bool
+    config: RunConfig, tokenizer, model: ModelConfig
 ) -> tuple[TrainingData, EvalTask | None, EvalTask | None, ScoringRule]:
     """A tenant's training data, its validation and test tasks, and how these are scored."""
     config = replace(config, data=with_limit(config.data, model))
     data = load_training_data(config.data, tokenizer)
     require(len(data.examples) > 0, "data.train", config.data.train, "at least one training example")
-    by = scoring_rule(config, tokenizer, before=before, model=model)
+    by = scoring_rule(config, tokenizer, model=model)
     validation, test = (task_of_run(config, split, tokenizer, by, model=model) for split in ("validation", "test"))
     require_room(model, data, (validation, test))
     return data, validation, test, by
@@ -160,7 +158,8 @@ def steps_of(own: RunConfig, batches_per_epoch: int, tenant: str = "") -> int:
     epochs, given = own.train.num_epochs, own.train.max_steps
     steps = given or max(1, math.ceil(round(epochs * batches_per_epoch, 6)))  # 0.07 * 100 is a little more than 7
     name, value = ("train.max_steps", given) if given else ("train.num_epochs", epochs)
-    require(steps < 2**31, f"{tenant}: {name}" if tenant else name, value, f"less: fewer than {2**31} steps, and not {steps}")
+    name = f"{tenant}: {name}" if tenant else name
+    require(steps < 2**31, name, value, f"less: fewer than {2**31} steps, and not {steps}")
     return steps
 
 
@@ -324,21 +323,17 @@ def tenant_configs(config: RunConfig) -> dict[str, RunConfig]:
 
 
 def sweep_configs(config: RunConfig) -> dict[str, RunConfig]:
-    """Every combination of a sweep, by its name, which has the fields that are swept: learning_rate-0.003-seed-1. A run
-    that an earlier version began keeps its names, which always had both."""
+    """Every combination of a sweep, by its name, which has the fields that are swept: learning_rate-0.003-seed-1."""
     rates = config.sweep.learning_rate or (config.train.learning_rate,)
     seeds = config.sweep.seed or (config.seed,)
     alone = replace(config, sweep=type(config.sweep)())
 
-    def name(rate, seed, fields) -> str:
+    def name(rate, seed) -> str:
         parts = {"learning_rate": f"learning_rate-{rate!r}", "seed": f"seed-{seed}"}
-        return "-".join(parts[field] for field in fields).replace("+", "")
+        return "-".join(text for field, text in parts.items() if getattr(config.sweep, field)).replace("+", "")
 
-    both = "learning_rate", "seed"
-    old = expanded(config.output_dir) / name(rates[0], seeds[0], both) / "config.yaml"
-    fields = both if old.is_file() else [field for field in both if getattr(config.sweep, field)]
     return {
-        name(rate, seed, fields): replace(alone, train=replace(config.train, learning_rate=rate), seed=seed)
+        name(rate, seed): replace(alone, train=replace(config.train, learning_rate=rate), seed=seed)
         for rate, seed in itertools.product(rates, seeds)
     }
 

@@ -42,7 +42,7 @@ from ..training.tenants_file import read_entries
 from ..untrusted import safe_names
 from .chosen import chosen_rates, is_auto, resolved
 from .fit import fit
-from .folder import HOST_FIELDS, began_before, check_folder, check_tenants, claim_folders, locked_folder
+from .folder import HOST_FIELDS, check_folder, check_tenants, claim_folders, locked_folder
 from .initial import check_initial
 from .parts import Part, has_begun, parts_of_run, write_parts
 from .rates import FIRST, as_trials, choose_rates, resolved_inputs
@@ -296,11 +296,10 @@ def read_parts(
     config: RunConfig, parts: list[Part], layouts: list[Layout], chosen: dict[str, float], shared: SharedResources
 ) -> list[Inputs]:
     """The inputs of each part. Raises ValueError where the data or a tenant.yaml of two hosts differ."""
-    before = on_first_process(lambda: began_before(config))
 
     def inputs_of(part: Part, layout: Layout) -> Inputs:
         names = part.names if len(parts) > 1 else None
-        return resolved_inputs(read_inputs(config, layout, names, before=before, shared=shared), chosen)
+        return resolved_inputs(read_inputs(config, layout, names, shared=shared), chosen)
 
     inputs = on_every_process(lambda: [inputs_of(*one) for one in zip(parts, layouts, strict=True)])
     tenants = [tenant for of_part in inputs for tenant in of_part.tenants]

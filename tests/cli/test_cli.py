@@ -41,6 +41,7 @@ from para_jax import (
 )
 from para_jax.bench.record import report
 from para_jax.cli import main, parse, parser, plot, program, serve
+from para_jax.cli.train import best_combination
 from para_jax.data.examples import encode_prompt
 
 CONFIG = """
@@ -945,6 +946,25 @@ def test_the_results_are_of_the_adapter_that_is_kept(config, tmp_path, monkeypat
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no device that is always full")
+def test_of_combinations_with_equal_scores_the_one_with_the_lowest_loss_is_the_best():
+    def entry(score, loss, rows):
+        values = {"accuracy": score, "loss": loss}
+        records = {"validation": {"metric": "accuracy", "count": len(rows), "values": values, "rows": rows}}
+        return {"best_score": score, "metric": "accuracy", "best_step": 4, "scores": records}
+
+    tied = {"rate-1e-4": entry(0.5, 9.0, [0, 1] * 4), "rate-1e-3": entry(0.5, 0.7, [1, 0] * 4)}
+    none = {"rate-1": entry(0.5, 0.1, []) | {"best_score": None, "scores": {}}}
+    worse = {"rate-1e-2": entry(0.0, 0.1, [0] * 8)}
+    for order in (tied, dict(reversed(tied.items())), none | tied):
+        said = best_combination(order)
+        assert said[0] == "best: rate-1e-3, with validation accuracy 0.5000 at step 4"
+        assert set(said[1].partition(" have the same score")[0].split(", ")) == set(tied) and len(said) == 3
+        assert "rate-1e-3, rate-1e-4 are not told apart" in said[2] and "8 examples" in said[2]
+    clear = {"good": entry(1.0, 0.7, [1] * 40), "bad": entry(0.0, 0.1, [0] * 40)}
+    assert best_combination(clear) == ["best: good, with validation accuracy 1.0000 at step 4"]
+    assert not any("rate-1e-2" in line for line in best_combination(tied | worse)[:2]) and best_combination(none) == []
+
+
 def test_the_results_are_written_before_anything_is_printed(capsys, config, trained, tmp_path, monkeypatch):
     """An output that can't be written must not cost the scores of a run."""
     rest = dict(output_dir=trained, warning=None, scores={})

@@ -26,7 +26,6 @@ from para_jax.evaluation.defaults import (
     warn_of_guesses,
 )
 from para_jax.evaluation.tasks import file_task, task_of_run
-from para_jax.runs.folder import began_before
 
 OPEN = "eval.metric=null", "eval.max_new_tokens=null"
 
@@ -236,18 +235,3 @@ def test_ranked_choices_need_no_training_data(tmp_path, metric):
     given = f"data.train={tmp_path / 'nowhere'}", *OPEN, f"eval.metric={metric}", "eval.choices=[w9, w10]"
     backbone_folder(tmp_path / "backbone")
     assert not scoring_rule(run_config(tmp_path, *given), tokenizer()).guessed
-
-
-def test_a_run_that_an_earlier_version_began_keeps_its_metric(rule, tmp_path):
-    rule(["w9", "w10"] * 10)
-    old = scoring_rule(rule.config, tokenizer(), before=True)
-    assert (old.metric, old.also, old.choices, old.max_new_tokens) == ("exact_match", (), (), 32)
-    assert not began_before(rule.config)
-    progress = tmp_path / "run" / "checkpoints" / "3" / "progress"
-    progress.mkdir(parents=True)
-    (progress / "metadata").write_text('{"step": 3}')
-    assert began_before(rule.config)
-    (progress / "metadata").write_text('{"step": 3, "scores": null}')  # resumed once, and saved again
-    assert began_before(rule.config)
-    (progress / "metadata").write_text('{"step": 3, "scores": {}}')
-    assert not began_before(rule.config)

@@ -7,10 +7,10 @@ from para_jax.config import EvalSection, allowed_values
 from para_jax.evaluation.metrics import (
     LABEL_METRICS,
     METRICS,
+    error_of_mean,
     exact_match,
     f1,
     final_number,
-    error_of_mean,
     jackknife,
     measure,
     sql_match,

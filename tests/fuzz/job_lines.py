@@ -108,8 +108,8 @@ def require_right(lines: list[bytes], output: Path, first: list[bytes], changed:
 
 
 def request_of(text: bytes) -> Request | None:
-    """The request of a line whose answer depends on nothing else; None for one that is refused or draws its seed. A name
-    that is there twice is refused: readers differ in which value they use, and one of two tenants would be wrong."""
+    """The request of a line whose answer depends on nothing else; None for one that is refused or draws its seed. A
+    name that is there twice is refused: readers differ in which value they use, and one of two tenants is wrong."""
     try:
         found = json.loads(text.decode(), object_pairs_hook=without_repeats)
         name = found.pop("id", None)

@@ -14,6 +14,7 @@ from para_jax.data.records import Record, load_records
 from para_jax.data.sources import unread
 from para_jax.data.tokenizer import run_tokenizer
 from para_jax.data.training_data import load_training_data
+from para_jax.evaluation.evaluate import Tasks
 from para_jax.evaluation.tasks import EvalTask
 from para_jax.inspect import data_report, dry_run, folder_report
 from para_jax.runs.scoring import example_prompt
@@ -166,6 +167,35 @@ def test_other_texts_are_written_in_packed_rows_too(folder, tmp_path, capsys):
     assert "metric: exact_match and f1 of written answers of up to 16 tokens (eval.metric, eval.max_new_tokens)" in said
     assert "into 1 rows of 512 tokens" in said
     assert {"exact_match", "f1", "loss"} <= result.scores["test"]["values"].keys()
+
+
+def test_free_text_is_chosen_by_loss_and_reported_with_f1(folder, tmp_path, monkeypatch, capsys):
+    """One lucky match of an early step would keep the worse adapter, and no match at all says nothing."""
+    for split, count in (("train", 9), ("validation", 6)):
+        rows = [{"prompt": f"w{20 + i}", "completion": words(range(i + 9, i + 21))} for i in range(count)]
+        write_rows(tmp_path / "data" / f"{split}.jsonl", rows)
+    kept, real = [], Tasks.scores
+
+    def scores(tasks, stack, slots):
+        found = real(tasks, stack, slots)
+        kept.extend(found.values())
+        return found
+
+    monkeypatch.setattr(Tasks, "scores", scores)
+    options = f"data.train={tmp_path / 'data'}", "train.max_steps=4", "eval.every=2", "eval.test=false"
+    config = own(folder, *options, "eval.max_new_tokens=4", f"output_dir={tmp_path / 'run'}")
+    result = train(config)
+    said = capsys.readouterr().err
+    assert "metric: loss, because the completions are long and nearly all different; also f1 of written" in said
+    assert "eval.max_new_tokens=4 has no effect" not in said
+    assert result.metric == "loss" and result.best_score == max(score.score for score in kept[1:])
+    values = result.scores["validation"]["values"]
+    assert values.keys() == {"loss", "loss_stderr", "f1", "f1_stderr"} and "validation_f1" in said
+    assert "f1" in result.report() and result.best.startswith("best validation loss")
+    assert (
+        train(replace(config, output_dir=str(tmp_path / "given"), eval=replace(config.eval, metric="f1"))).metric
+        == "f1"
+    )
 
 
 @pytest.mark.long

@@ -3,7 +3,7 @@
 from para_jax.data.records import Record
 from para_jax.evaluation.score import SAMPLE_CHARACTERS, Measured, Score, describe_best, samples_of, shown_score
 from para_jax.evaluation.tasks import EvalTask
-from para_jax.runs.report import record_of, sample_lines, score_table, tenants_table
+from para_jax.runs.report import choice_lines, record_of, sample_lines, score_table, tenants_table
 from para_jax.training.scores_file import is_records
 
 
@@ -72,17 +72,24 @@ def test_a_loss_is_shown_without_its_minus_sign():
 def test_tenants_are_listed_by_name_with_the_scores_of_their_test_data():
     entry = {
         "examples": 20, "steps": 6, "best_step": 3, "best_score": -0.5, "metric": "loss", "test_before": None,
-        "test_after": None, "ended": "done",
+        "test_after": None, "ended": "done", "scores": {},
     }  # fmt: skip
     new = entry | {"metric": "exact_match", "best_score": 0.75, "scores": records(), "ended": "patience"}
-    old = entry | {"metric": "accuracy", "test_before": 0.25, "test_after": 0.5}
-    lines = tenants_table({"new": new, "bare": entry, "old": old}).splitlines()
-    assert [line.split()[0] for line in lines] == ["tenant", "bare", "new", "old"]
-    assert lines[1].split() == ["bare", "loss", "-", "0.5000", "-", "-", "-", "-", "6", "3", "validation"]
+    held = entry | {"scores": {"validation": record_of(Score("validation", "loss", -0.5, 0.5, 4), samples=False)}}
+    lines = tenants_table({"new": new, "bare": entry, "held": held}).splitlines()
+    assert [line.split()[0] for line in lines] == ["tenant", "bare", "held", "new"]
+    assert lines[1].split() == ["bare", "loss", "-", "-", "-", "-", "-", "-", "6", "3", "-"]
+    assert lines[2].split() == ["held", "loss", "-", "0.5000", "-", "-", "4", "0.5000", "6", "3", "validation"]
     of_new = ["new", "exact_match", "0.1000", "±", "0.1000", "1.0000", "±", "0.0000", *["0.5000", "±", "0.1000"] * 2]
-    assert lines[2].split() == [*of_new, "10", "0.2000", "6", "3", "test", "patience"]
-    assert lines[3].split() == ["old", "accuracy", "0.2500", "0.5000", "-", "-", "-", "-", "6", "3", "test"]
-    assert "f1" in lines[0] and "f1" not in tenants_table({"bare": entry, "old": old})
+    assert lines[3].split() == [*of_new, "10", "0.2000", "6", "3", "test", "patience"]
+    assert "f1" in lines[0] and "f1" not in tenants_table({"bare": entry, "held": held})
+
+
+def test_the_choice_names_scores_that_are_the_same_and_those_within_noise():
+    assert choice_lines("b", ["b"], [], 8) == []
+    said = choice_lines("b", ["b", "a"], ["a", "c"], 8)
+    assert said[0].startswith("b, a have the same score; b has the lowest loss")
+    assert said[1] == "b, a, c are not told apart (differences within noise, 8 examples)"
 
 
 def test_tenants_chosen_by_loss_show_the_f1_of_base_and_adapter():
