@@ -145,12 +145,10 @@ def check_target(target: Place) -> None:
         )
     held = "adapter_config.json", "config.yaml"
     if not any((target / name).is_file() for name in held):
-        around = islice(target.iterdir(), 1000)
-        inside = sorted(one.name for one in around if any((one / name).is_file() for name in held))
-        listed = ", ".join(inside[:5]) + ", ..." * (len(inside) > 5)
+        inside = [one.name for one in sorted(target.iterdir()) if any((one / name).is_file() for name in held)]
+        advice = f"one of those in it: {printable(', '.join(inside), 200)}" if inside else "another folder"
         raise ValueError(
-            f"{target} holds neither an adapter (adapter_config.json) nor a run (config.yaml); choose "
-            + (f"one of those in it: {printable(listed)}" if inside else "another folder")
+            f"{target} holds neither an adapter (adapter_config.json) nor a run (config.yaml); choose {advice}"
         )
 
 

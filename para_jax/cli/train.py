@@ -142,7 +142,7 @@ def draw_scores(result) -> None:
 def best_combination(entries) -> list[str]:
     """The lines that name the best combination of a sweep; of equal scores, the one with the lowest loss."""
     from ..evaluation.paired import within_noise
-    from ..evaluation.score import shown_score
+    from ..evaluation.score import describe_best
     from ..runs.report import choice_lines
 
     scored = {name: entry for name, entry in entries.items() if entry["best_score"] is not None}
@@ -151,10 +151,9 @@ def best_combination(entries) -> list[str]:
     records = {name: entry["scores"]["validation"] for name, entry in scored.items()}
     name = min(scored, key=lambda one: (-scored[one]["best_score"], records[one]["values"]["loss"], one))
     entry, rows = scored[name], {one: record["rows"] for one, record in records.items()}
-    score = shown_score(entry["metric"], entry["best_score"])
     same = [one for one in scored if scored[one]["best_score"] == entry["best_score"]]
-    line = f"best: {name}, with validation {entry['metric']} {score:.4f} at step {entry['best_step']}"
-    return [line, *choice_lines(name, same, within_noise(rows, name), records[name]["count"])]
+    said = describe_best(entry["metric"], entry["best_score"], entry["best_step"]).removeprefix("best ")
+    return [f"best: {name}, with {said}", *choice_lines(name, same, within_noise(rows, name), records[name]["count"])]
 
 
 def draw_curves(result) -> None:

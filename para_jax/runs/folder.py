@@ -164,8 +164,7 @@ def check_folder(config: RunConfig) -> None:
 
 
 def rows_before(config: RunConfig) -> int | None:
-    """A tenant's rows in each step of a run so far, or of its trials; None: nothing is saved, or an earlier
-    version saved it."""
+    """A tenant's rows in each step of a run so far, or of its trials; None: nothing is saved."""
     from ..training.checkpoint import unchecked_progress
 
     rows = unchecked_progress(expanded(config.output_dir) / "checkpoints").get("rows")

@@ -74,8 +74,8 @@ def sample_lines(records: Records) -> str:
 def tenants_table(entries: Mapping[str, dict[str, Any]]) -> str:
     """A line for each tenant of a run that has ended, by name; see runs.train.TenantsResult. The scores are of its test
     data, or of its validation data where it has no test data. f1 has columns if it is reported next to a metric."""
-    f1 = any("f1" in record["values"] for entry in entries.values() for record in entry["scores"].values())
-    f1 = f1 and any(entry["metric"] != "f1" for entry in entries.values())
+    also = [entry["scores"].values() for entry in entries.values() if entry["metric"] != "f1"]
+    f1 = any("f1" in record["values"] for records in also for record in records)
     head = ["tenant", "metric", "base", "adapter", *["base f1", "f1"] * f1, "n", "loss", "steps", "best step", "data"]
     rows = [[*head, "note"]]
     for name, entry in sorted(entries.items()):

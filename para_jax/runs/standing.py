@@ -63,10 +63,8 @@ class Standing(NamedTuple):
 
     def with_score(self, tenant: int, what: str, record: dict[str, Any]) -> Standing:
         """The standing with a record of a tenant."""
-        if self.scores is None:
-            return self
         name = self.names[tenant]
-        return self._replace(scores=self.scores | {name: self.records(tenant) | {what: record}})
+        return self._replace(scores=(self.scores or {}) | {name: self.records(tenant) | {what: record}})
 
     def with_kept(self, tenant: int, adapter: str) -> Standing:
         """The standing where this is the hash of a tenant's best adapter."""
