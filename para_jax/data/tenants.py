@@ -34,7 +34,7 @@ def tenant_sections(folder: str | Path, section: DataSection) -> dict[str, DataS
     if not root.is_dir():
         problem = "is a file" if root.exists() else "does not exist"
         advice = "; name a folder with a subfolder or .jsonl file per tenant"
-        advice += f"\nadd data.tenants=null to train on data.train={section.train}" if section.train else ""
+        advice += f"; or data.tenants=null, to train on data.train={section.train}" if section.train else ""
         raise ValueError(f"data.tenants: {folder} {problem}{advice}")
     if (splits := files_of_one(root)) is not None:
         raise ValueError(

@@ -222,17 +222,14 @@ def method_scores(
 
 
 def score_of(about: tuple, records: Records, suffix: str, step: int = 0, warning: str | None = None) -> MethodScore:
-    """What the records say of the adapter (suffix "") or the base model ("_base").
-
-    Args:
-        about: the fields of MethodScore before its scores.
-    """
+    """What the records say of the adapter (suffix "") or the base model ("_base"), after the fields `about` it."""
     held, test = (records.get(f"{split}{suffix}", {}) for split in ("validation", "test"))
     metric, values, tested = (held or test).get("metric"), held.get("values", {}), test.get("values", {})
-    return MethodScore(
-        *about, metric, values.get(metric), values.get(f"{metric}_stderr"), held.get("count", 0), values.get("loss"),
-        step, tested.get(metric), tested.get(f"{metric}_stderr"), warning, values.get("f1"), held.get("rows", ()),
+    scores: tuple[Any, ...] = (
+        metric, values.get(metric), values.get(f"{metric}_stderr"), held.get("count", 0), values.get("loss"), step,
+        tested.get(metric), tested.get(f"{metric}_stderr"), warning, values.get("f1"), held.get("rows", ()),
     )  # fmt: skip
+    return MethodScore(*about, *scores)
 
 
 def comparison_table(found: Sequence[MethodScore]) -> str:

@@ -429,7 +429,7 @@ def test_a_run_that_is_killed_after_tenants_ended_ends_with_the_same_entries(los
 
 @pytest.mark.long
 def test_only_what_is_compared_on_the_same_data_keeps_a_value_of_each_row(whole, folder, tmp_path):
-    assert not any("rows" in record for entry in whole.tenants.values() for record in entry["scores"].values())
+    assert not any("rows" in record for entry in whole[1].tenants.values() for record in entry["scores"].values())
     swept = train_tenants(sweep_config(folder, tmp_path / "run", "0.03, 0.01", "train.max_steps=2"))
     for entry in swept.tenants.values():
         assert [len(entry["scores"][name]["rows"]) for name in ("validation_base", "validation")] == [8, 8]
