@@ -37,6 +37,7 @@ from .results import (
     work_of,
 )
 from .samples import write_samples
+from .shapes import PlannedShapes, plan_shapes
 from .shard_part import ShardOfAdapters, settings_of
 from .task_questions import Options, TaskQuestions
 from .white_space import Stripped, warn_of_white_space
@@ -94,13 +95,9 @@ def evaluate_to_folder(
     if part is not None:
         require_no_others(output, part.shard, [file for name, file in named.items() if name not in files])
     with closing(Journal(output / ANSWERS_FILE)) as journal:
-        given = {
-            "rows": options.rows,
-            "prefill_tokens": options.prefill_tokens,
-            "journal": journal,
-            "backbone": content,
-        }
-        answerer = Answerer(model, bank, tokenizer, **given, longest=longest_answer(tasks))
+        given = {"rows": options.rows, "prefill_tokens": options.prefill_tokens, "journal": journal}
+        given |= {"backbone": content, "shapes": shapes_of_tenants(tasks), "longest": longest_answer(tasks)}
+        answerer = Answerer(model, bank, tokenizer, **given)
         libraries, limits = versions(), {"limit": options.limit, "rows": options.rows, "seed": options.seed}
         how = limits | {"shuffle_prompts": options.shuffle_prompts, "samples": options.log_samples, "base": base}
         began = None if part is None else describe_part(output, part, answerer, tasks, libraries, how)
@@ -228,6 +225,12 @@ def describe_part(
     found = ShardOutput(output, part.shard, settings, False, {})
     write_part(output / SHARD_FILE, found)
     return found
+
+
+def shapes_of_tenants(tasks: Sequence[TaskQuestions]) -> PlannedShapes | None:
+    """The few shapes that all tenants' own tasks share, whichever of them this shard asks; None for other tasks."""
+    own = [one.encoded for one in tasks if one.owner is not None and one.encoded is not None]
+    return plan_shapes(own) if own else None
 
 
 def longest_answer(tasks: Sequence[TaskQuestions]) -> int:

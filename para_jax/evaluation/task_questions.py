@@ -70,6 +70,8 @@ class TaskQuestions(NamedTuple):
     elsewhere"""
     owner: str | None = None
     """the only tenant that is asked, next to the base model; None: all are"""
+    encoded: EncodedTask | None = None
+    """None: a task of lm-eval"""
     scored_by: str = ""
     """what the scores depend on in addition to the answers, as text"""
 
@@ -166,7 +168,7 @@ def questions_of(encoded: EncodedTask, original: int, options: Options) -> TaskQ
 
     task = encoded.task
     scored_by = repr((task.metric, task.also, task.choices, original, [record.references for record in task.records]))
-    return TaskQuestions((task.name,), questions, results, scored_by=scored_by)
+    return TaskQuestions((task.name,), questions, results, encoded=encoded, scored_by=scored_by)
 
 
 def questions_of_harness(names: list[str], tokenizer, config: ModelConfig, options: Options) -> list[TaskQuestions]:

@@ -41,7 +41,8 @@ def write_in_batches(
 
     Raises ValueError for questions that are sampled or have stop texts, which need an Engine.
     """
-    sharing = not isinstance(shapes, PlannedShapes) or repeated(asked)
+    planned = isinstance(shapes, PlannedShapes)
+    sharing = not planned or repeated(asked)
     alike: dict[tuple, list[int]] = {}
     for i, (entry, question) in enumerate(asked):
         if question.temperature > 0 or question.stop:
@@ -50,8 +51,10 @@ def write_in_batches(
                 "them at a text"
             )
         other = question.reads is not None
-        alike.setdefault((other, sharing and not other and shares_prompts(entry), question.stop_ids), []).append(i)
-    for (_, shared, own), members in alike.items():
+        length = shapes.prompt(len(question.context)) if planned else 0  # of few: no row is padded as its batch is
+        key = other, sharing and not other and shares_prompts(entry), length, question.stop_ids
+        alike.setdefault(key, []).append(i)
+    for (_, shared, _, own), members in alike.items():
         members.sort(key=lambda i: (len(asked[i][1].context), asked[i][1].context))
         contexts = [asked[i][1].context for i in members]
         for places, states in (shared_batches if shared else own_batches)(model, contexts, rows, shapes.prompt):

@@ -8,7 +8,7 @@ import pytest
 from golden_models import FIXTURES, strong
 from long_cases import long, slow
 from lowering import lowered
-from tiny_run import backbone_folder, run_config, tokenizer, words, write_rows
+from tiny_run import backbone_folder, run_config, strong_adapters, tokenizer, words, write_rows
 
 from para_jax import (
     Ia3Config,
@@ -21,6 +21,7 @@ from para_jax import (
     train,
     train_tenants,
 )
+from para_jax.cli import main
 from para_jax.data.records import Record
 from para_jax.evaluation import likelihood
 from para_jax.evaluation.answers import Answerer
@@ -113,6 +114,23 @@ def test_tasks_that_are_evaluated_together_share_their_programs(compiled):
     tasks = [task_of("exact_match", LENGTHS, "a", 3), task_of("exact_match", [n + 9 for n in LENGTHS], "b", 3)]
     evaluate(model(), None, tasks, tokenizer=tokenizer())
     assert 3 <= len(of_evaluation(compiled)) <= 6, compiled
+
+
+def test_all_tenants_own_tasks_together_compile_at_most_eight_programs(tmp_path, compiled, capsys):
+    """Some rank labels and some write texts of many lengths, after prompts of many lengths."""
+    names, draw = [f"t{i}" for i in range(6)], np.random.default_rng(0)
+    strong_adapters(tmp_path, [f"{name}/adapter" for name in names])
+    for i, name in enumerate(names):
+        labels = [{"completion": f"w{9 + j % 2}", "label": j % 2} for j in range(4)]
+        texts = [{"completion": words(draw.integers(20, 250, 2 + 9 * j))} for j in range(4)]
+        rows = [{"prompt": words(draw.integers(20, 250, 3 + 20 * i))} | end for end in (labels, texts)[i % 2]]
+        write_rows(tmp_path / "data" / name / "test.jsonl", rows)
+    del compiled[:]
+    given = ["--backbone", str(tmp_path / "backbone"), "--adapters", *(f"{tmp_path / name}/adapter" for name in names)]
+    given += ["--tasks", str(tmp_path / "data"), "--own", "--output", str(tmp_path / "out"), "--rows", "4"]
+    assert main(["evaluate", *given, "--no-compilation-cache"]) == 0
+    of_model = [name for name in compiled if any(one in name for one in (*PROGRAMS, "prefill_chunk", "steps"))]
+    assert len(of_model) == 8 and len(capsys.readouterr().out.splitlines()) > 2 * len(names), compiled
 
 
 def test_contexts_of_several_lengths_share_the_programs_of_their_continuations(compiled):
