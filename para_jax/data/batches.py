@@ -11,6 +11,7 @@ import numpy as np
 from .example_arrays import ExampleArrays, prompt_and_completion_sizes
 from .examples import Example
 
+COMPILING = 50  # steps in the time of one compilation: fewer on a CPU, more on an accelerator, where steps are short
 MULTIPLE = 8  # padded lengths are multiples of this many tokens
 
 
@@ -179,6 +180,19 @@ def cut_by_bucket(order: np.ndarray, bucket_of: np.ndarray, rows: int) -> Iterat
         members = order[bucket_of[order] == index].tolist()
         for start in range(0, len(members), rows):
             yield index, members[start : start + rows]
+
+
+def lengths_worth_compiling(lengths: np.ndarray, count: int, steps: int) -> int:
+    """How many padded lengths, at most `count`, a run of so many steps should compile its training step for. In a short
+    run a compilation may take longer than the padding that it saves.
+
+    Args:
+        lengths: tokens of each example.
+    """
+    needed = rounded_up(lengths)
+    planned = [np.array(best_lengths(needed, few)) for few in range(1, count + 1)]
+    padded = [int(each[np.searchsorted(each, needed)].sum()) for each in planned]
+    return 1 + int(np.argmin([len(each) * COMPILING + steps * of / padded[-1] for each, of in zip(planned, padded)]))
 
 
 def best_lengths(needed: np.ndarray, count: int) -> list[int]:

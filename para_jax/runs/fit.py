@@ -86,7 +86,7 @@ def fit(
                 files = [tenant.folder / "metrics.jsonl" for tenant in tenants]
                 on_first_process(lambda: [health.read(i, file, standing.health) for i, file in enumerate(files)])
             logs = Logs(log, tenant_rows(tenants) if config.many else [], health)
-            scoring = Scoring(config, model, tenants, validation, test, logs, stop, others)
+            scoring = Scoring(config, model, tenants, validation, test, logs, stop, {}, others)
             scoring.write_ended(standing)
             loop = Loop(config, model, tenants, buckets, layout, scoring, checkpoints, logs, profiler, stop)
             try:
@@ -124,18 +124,17 @@ def resumed_or_fresh(
 
 
 def with_base_scores(scoring: Scoring, state: TrainState, standing: Standing, changed: list[str] | None) -> Standing:
-    """The standing with the base model's scores on test and validation data.
+    """The standing with the base model's scores on validation data. No step waits for those on test data: they are
+    measured when a tenant ends.
 
     Args:
         changed: the parts of the data that changed before a resume, which alone are scored again; None: a new run.
     """
-    for split in ("test", "validation"):
-        everyone = list(range(len(scoring.tenants)))
-        asked = everyone if changed is None else scoring.with_changed(standing, split, changed)
-        if not scoring.config.eval.base:  # but a score of other data is replaced
-            asked = [tenant for tenant in asked if standing.has_base(tenant, split)]
-        standing = scoring.score_backbone(state, standing, split, asked)
-    return standing
+    everyone = list(range(len(scoring.tenants)))
+    asked = everyone if changed is None else scoring.with_changed(standing, "validation", changed)
+    if not scoring.config.eval.base:  # but a score of other data is replaced
+        asked = [tenant for tenant in asked if standing.has_base(tenant, "validation")]
+    return scoring.score_backbone(state, standing, "validation", asked)
 
 
 def tasks_of(model, tokenizer, tenants: Sequence[Tenant]) -> tuple[Tasks, Tasks]:

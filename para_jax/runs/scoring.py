@@ -21,6 +21,7 @@ from ..config import RunConfig, expanded, printable
 from ..data.given import is_given
 from ..evaluation.evaluate import Tasks
 from ..evaluation.score import Score, describe_best, shown_score
+from ..evaluation.tasks import EncodedTask
 from ..messages import say
 from ..model import init_adapter
 from ..processes import broadcast_arrays, full_arrays, is_first, on_first_process
@@ -34,6 +35,8 @@ from .report import record_of
 from .standing import Standing
 from .tenants import Tenant
 
+#: Answers of the base model from which on a run says how to ask for fewer.
+MANY_ANSWERS = 500
 REMEDY = "look at these examples, or start again with a lower train.learning_rate"
 
 
@@ -51,6 +54,8 @@ class Scoring(NamedTuple):
     test: Tasks
     logs: Logs
     stop: StopSignal
+    base: dict[int, Score]
+    """the base model's scores by the id of their task, which the combinations of a sweep share"""
     others: dict[str, dict[str, Any]] = {}
     """what tenants.json said at the start, if the run has other parts"""
 
@@ -138,6 +143,8 @@ class Scoring(NamedTuple):
             standing = standing.with_kept(tenant, kept).changed(tenant, best_step=steps)
         test_after = None
         if own.test and on_first_process((own.folder / "adapter").exists):
+            if self.config.eval.base or standing.has_base(tenant, "test"):  # as at its end before it was made longer
+                standing = self.score_backbone(state, standing, "test", [tenant])
             standing, test_after = self.tested(state, standing, tenant)
         best = standing.best_score[tenant]
         entry = {
@@ -184,21 +191,24 @@ class Scoring(NamedTuple):
             on_first_process(lambda: write_entries(expanded(self.config.output_dir), ordered))
 
     def score_backbone(self, state: TrainState, standing: Standing, split: str, asked: list[int]) -> Standing:
-        """Scores the backbone alone on the validation or test data of these tenants. Scores at the start of a run are
-        logged, those on validation data as step 0."""
-        tasks = self.validation if split == "validation" else self.test
-        held = [len(tasks.encoded[tenant].examples) for tenant in asked if tenant in tasks.encoded]
-        if not held:
-            return standing
-        whose = f" of {len(held)} tenants" if len(held) > 1 else ""
-        say(f"scoring {sum(held)} {split} examples{whose} with the base model ...")
-        stack, slot = Stack(state.adapters), -1
-        if len(self.tenants) == 1 and standing.step == 0:
-            # A new adapter changes nothing, and its programs are those of all scores that follow.
-            stack, slot = self.alone(init_adapter(self.config.adapter, self.model.config)), 0
-        with self.stop.interrupting():
-            found = tasks.scores(stack, dict.fromkeys(asked, slot))
-        for tenant, score in found.items():
+        """Scores the backbone alone on the validation or test data of these tenants, once where they share it. Scores on
+        validation data at the start of a run are logged as step 0."""
+        tasks, limit = (self.validation, "eval.limit") if split == "validation" else (self.test, "eval.test_limit")
+        data = {i: id(getattr(self.tenants[i], split)) for i in asked if i in tasks.encoded}
+        first = {one: i for i, one in data.items() if one not in self.base}
+        if first:
+            encoded, stack, slot = [tasks.encoded[i] for i in first.values()], Stack(state.adapters), -1
+            whose, answers = f" of {len(first)} tenants" * (len(first) > 1), sum(map(answers_of, encoded))
+            advice = f" ({answers} answers; eval.base=false skips this, {limit} scores fewer examples)"
+            examples = f"{sum(len(one.examples) for one in encoded)} {split} examples{whose}"
+            say(f"scoring {examples} with the base model{advice * (answers >= MANY_ANSWERS)} ...")
+            if stack.size == 1:
+                # A new adapter changes nothing, and its programs are those of all other scores.
+                stack, slot = self.alone(init_adapter(self.config.adapter, self.model.config)), 0
+            with self.stop.interrupting():
+                found = tasks.scores(stack, dict.fromkeys(first.values(), slot))
+            self.base.update({one: found[i] for one, i in first.items()})
+        for tenant, score in ((i, self.base[one]) for i, one in data.items()):
             if split == "test":
                 self.logs.write(tenant, standing.steps[tenant], scores("test_before", score), show=True)
                 standing = standing.changed(tenant, test_before=score.score)
@@ -259,6 +269,11 @@ class Scoring(NamedTuple):
                     self.require_many(step, score)
             standing = standing.changed(tenant, best_score=found, since_best=0)
         return standing
+
+
+def answers_of(encoded: EncodedTask) -> int:
+    """How many answers a task asks for."""
+    return len(encoded.examples) * (1 + encoded.task.writes) + len(encoded.ranked)
 
 
 def kept_adapter(folder: Place, model, like: Adapter) -> Adapter:

@@ -14,7 +14,14 @@ import numpy as np
 from ..adapters.invocation import invocation_tokens, require_invocation
 from ..backbone.load import load_model_config
 from ..config import ModelConfig, RunConfig, expanded, require
-from ..data.batches import Bucket, Plan, example_lengths, for_mixed_rows, plan_buckets_of_sizes
+from ..data.batches import (
+    Bucket,
+    Plan,
+    example_lengths,
+    for_mixed_rows,
+    lengths_worth_compiling,
+    plan_buckets_of_sizes,
+)
 from ..data.encode_records import TooLong
 from ..data.example_arrays import ExampleArrays
 from ..data.examples import Example
@@ -268,8 +275,11 @@ def plan_batches(
     distinct = {id(one): one.sizes for one in examples.values()}  # the combinations of a sweep share theirs
     count = config.data.buckets
     own_buckets = {which: plan_buckets_of_sizes(sizes, count) for which, sizes in distinct.items()}
-    shapes = plan_buckets_of_sizes(np.concatenate([*distinct.values()]), count)
-    if len(configs) > 1:
+    sizes = np.concatenate([*distinct.values()])
+    steps = [steps_of(own, -(-len(examples[name]) // rows)) for name, own in configs.items()]
+    compiled = lengths_worth_compiling(sizes.sum(axis=1), count, max(steps) if config.sweep else sum(steps))
+    shapes = plan_buckets_of_sizes(sizes, compiled)
+    if len(configs) > 1 or compiled < count:
         shapes = for_mixed_rows(shapes)
 
     def plan(found: ExampleArrays, seed: int) -> Plan:

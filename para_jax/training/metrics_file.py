@@ -114,11 +114,10 @@ class MetricsWriter:
 
 def kept_rows(rows: Iterable[dict[str, float]], reached: Reached, *, ended: bool = False) -> list[dict[str, float]]:
     """The rows that a resumed run keeps: those up to its step, without scores that it will measure again. It measures
-    the last test score again, unless it has `ended`."""
+    the last test scores again, unless it has `ended`."""
 
     def measured_again(row: dict[str, float]) -> bool:
-        return ("test_after_loss" in row and not ended) or (
-            "validation_loss" in row and row["step"] > reached.evaluated
-        )
+        tested = "test_before_loss" in row or "test_after_loss" in row
+        return (tested and not ended) or ("validation_loss" in row and row["step"] > reached.evaluated)
 
     return [row for row in rows if row["step"] <= reached.step and not measured_again(row)]

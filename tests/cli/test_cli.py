@@ -432,7 +432,7 @@ def test_inspect_shows_a_run_an_adapter_and_data(config, trained, capsys):
     assert "PARA, r 4, pooler last" in shown and "llama, 3 layers, width 64" in shown and "3,456 values" in shown
     assert command("inspect", trained) == 0
     run = capsys.readouterr().out
-    assert shown in run and "step 0     test_before_loss" in run and "step 4     validation_loss" in run
+    assert shown in run and "step 4     test_before_loss" in run and "step 4     validation_loss" in run
     assert re.search(r"\ntest +loss +\d\.\d+ ± \d\.\d+ +\d\.\d+ ± \d\.\d+ +5\n", run) and "loss -" not in run
     assert command("inspect", config, "--data") == 0
     data = capsys.readouterr().out

@@ -3,7 +3,15 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from para_jax.data.batches import Bucket, Plan, collate, example_lengths, full_batches, plan_buckets
+from para_jax.data.batches import (
+    Bucket,
+    Plan,
+    collate,
+    example_lengths,
+    full_batches,
+    lengths_worth_compiling,
+    plan_buckets,
+)
 from para_jax.data.examples import Example
 
 
@@ -27,6 +35,14 @@ def test_the_planned_lengths_pad_least_of_all_choices(count, seed):
     others = [(*some, rounded[-1]) for some in combinations(rounded[:-1], min(count, len(rounded)) - 1)]
     assert len(planned) <= count and set(planned) <= set(rounded) and planned[-1] == rounded[-1]
     assert padded_tokens(lengths, planned) == min(padded_tokens(lengths, other) for other in others)
+
+
+def test_a_short_run_compiles_for_fewer_lengths_than_a_long_one():
+    """A compilation of minutes must save more padding than it costs, which a run of 66 steps has too little of."""
+    lengths = np.clip(np.random.default_rng(0).lognormal(3.5, 0.6, 2000), 4, 400).astype(int)
+    counts = [lengths_worth_compiling(lengths, 3, steps) for steps in (1, 5, 66, 1000, 10**6)]
+    assert counts[:3] == [1, 1, 2] and counts[3:] == [3, 3]
+    assert lengths_worth_compiling(np.full(9, 30), 3, 10**6) == lengths_worth_compiling(lengths, 1, 10**6) == 1
 
 
 def test_few_different_lengths_need_few_buckets():

@@ -119,7 +119,7 @@ def test_each_tenant_has_a_run_folder_of_its_own(whole):
         scored = [row["step"] for row in rows if "validation_loss" in row]
         assert scored == {"acme": [0, 3, 6, 9, 10], "globex": [0, 3, 6], "initech": []}[name]
         tested = [row["step"] for row in rows if "test_before_loss" in row or "test_after_loss" in row]
-        assert tested == ([] if name == "initech" else [0, steps[name]])
+        assert tested == ([] if name == "initech" else [steps[name]] * 2)
         entry = result.tenants[name]
         if name != "initech":
             best = max((row for row in rows if "validation_loss" in row), key=lambda row: -row["validation_loss"])
@@ -207,6 +207,24 @@ def test_a_tenants_batches_do_not_depend_on_the_lengths_of_other_tenants():
                 collate([data[name].examples[i] for i in held], found[shape], 4)
             shapes[len(names), name] = found
     assert shapes[1, "acme"] != shapes[2, "acme"]
+
+
+@pytest.mark.parametrize("tenants", [1, 2])
+def test_a_short_run_compiles_fewer_shapes_for_the_batches_of_a_long_one(tenants):
+    """So a run that is made longer goes on with the examples that it would have had."""
+    sizes = np.random.default_rng(0).integers(1, 200, (400, 2))
+    data = {f"t{i}": SimpleNamespace(examples=ExampleArrays(np.ones(sizes.sum(), np.int32), sizes))
+            for i in range(tenants)}  # fmt: skip
+    batches, counts = [], []
+    for steps in (20, 5000):
+        config = load_config(None, [f"train.max_steps={steps}"])
+        shapes, plans = inputs.plan_batches(config, dict.fromkeys(data, config), data, 4)
+        found = [plans["t0"].batch_indices(i) for i in range(plans["t0"].batches_per_epoch)]
+        for shape, held in found:
+            collate([data["t0"].examples[i] for i in held], shapes[shape], 4)
+        batches.append([held for _, held in found])
+        counts.append(len(shapes))
+    assert counts == [1, 3] and batches[0] == batches[1]
 
 
 @pytest.mark.parametrize("method", quick(["para", "lora", "ia3"], "para"))
@@ -367,6 +385,15 @@ def test_a_tenant_whose_validation_loss_is_not_finite_stops_at_that_step(folder,
     found = train_tenants(sweep_config(folder, tmp_path / "run", "0.03, 0.01", "eval.base=false")).tenants
     ends = {name: (entry["ended"], entry["steps"], entry["best_step"]) for name, entry in found.items()}
     assert ends == {"learning_rate-0.03": ("done", 6, 2), "learning_rate-0.01": ("not finite", 2, 2)}
+
+
+def test_no_step_waits_for_the_test_data_and_a_sweep_tests_the_base_model_once(folder, tmp_path, monkeypatch):
+    order, scores, step = [], Tasks.scores, loop.train_step
+    monkeypatch.setattr(Tasks, "scores", lambda tasks, *given: (order.append(tasks.split), scores(tasks, *given))[1])
+    monkeypatch.setattr(loop, "train_step", lambda *given, **static: (order.append("step"), step(*given, **static))[1])
+    found = train_tenants(sweep_config(folder, tmp_path / "run", "0.03, 0.01", "eval.test=true")).tenants
+    assert order[0] == "validation" and order[-3:] == ["test"] * 3 and order.count("test") == 3  # base, and two tenants
+    assert len({entry["test_before"] for entry in found.values()} - {None}) == 1
 
 
 def test_a_step_in_which_no_tenant_is_finite_has_no_loss_in_the_runs_log(folder, tmp_path):

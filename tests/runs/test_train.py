@@ -59,7 +59,7 @@ from para_jax.evaluation.tasks import task_of_run
 from para_jax.inference import generate as generation
 from para_jax.inspect import dry_run, folder_report
 from para_jax.roofline import matrix_weights
-from para_jax.runs import loop
+from para_jax.runs import loop, scoring
 from para_jax.runs import train as runs
 from para_jax.runs.folder import claim_folder
 from para_jax.runs.health import Health
@@ -164,11 +164,11 @@ def test_a_run_learns_and_leaves_its_folder(whole):
     rows = metrics(config)
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in rows if "validation_loss" in row] == [0, 3, 6]  # 0: the base model
-    assert [row["step"] for row in rows if "test_before_loss" in row] == [0]
+    assert [row["step"] for row in rows if "test_before_loss" in row] == [6]
     assert [row["step"] for row in rows if "test_after_loss" in row] == [6]
     losses = [row["loss"] for row in rows if "loss" in row]
     assert sum(losses[3:]) < sum(losses[:3]) - 0.5  # three steps are one pass over the data
-    assert (result.step, result.best_step) == (6, 6) and result.best_score == -rows[-2]["validation_loss"]
+    assert (result.step, result.best_step) == (6, 6) and result.best_score == -rows[-3]["validation_loss"]
 
 
 def test_without_the_base_models_scores_a_run_is_the_same(whole, folder, tmp_path):
@@ -180,6 +180,15 @@ def test_without_the_base_models_scores_a_run_is_the_same(whole, folder, tmp_pat
     assert [name for row in rows for name in row if name.startswith("test_before")] == []
     assert "without the adapter" not in (tmp_path / "run" / "adapter" / "README.md").read_text()
     assert train(run_config(folder, *given[:2])).scores.keys() == {"validation", "test"}  # the field makes no other run
+
+
+@pytest.mark.parametrize(("answers", "named"), [(500, 0), (8, 1)])
+def test_scoring_that_takes_long_names_what_makes_it_shorter(folder, tmp_path, monkeypatch, capsys, answers, named):
+    """The 8 examples of the validation data are as many answers, ranked or scored by their loss."""
+    monkeypatch.setattr(scoring, "MANY_ANSWERS", answers)
+    train(run_config(folder, f"output_dir={tmp_path / 'run'}", "train.max_steps=1", "eval.test=true"))
+    said = capsys.readouterr().err
+    assert [said.count(field) for field in ("eval.base=false", "eval.limit", "eval.test_limit")] == [named, named, 0]
 
 
 def test_the_logged_learning_rate_is_the_schedules(whole):
@@ -310,8 +319,8 @@ def test_sigterm_breaks_into_an_evaluation_which_is_made_when_the_run_resumes(at
     config = replace(config, eval=whole[0].eval)
     with monkeypatch.context() as patched, pytest.raises(Stopped):
         at_call(patched, Tasks, "scores", at, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-        train(config)  # evaluations: two before training, after steps 3 and 6, after training
-    assert checkpoints(config) == [[], [], [3], [3, 6], [3, 6]][at - 1]
+        train(config)  # evaluations: one before training, after steps 3 and 6, two after training
+    assert checkpoints(config) == [[], [3], [3, 6], [3, 6], [3, 6]][at - 1]
     assert_ends_as(whole, config)
 
 
@@ -845,9 +854,9 @@ def test_a_run_that_has_ended_is_scored_on_new_test_data(base, folder, tmp_path)
     changed = with_changed_data(config, tmp_path, "test")
     after = train(replace(changed, eval=replace(changed.eval, base=base)))
     assert (after.step, after.best_step, after.best_score) == (before.step, before.best_step, before.best_score)
-    for name, count in (("test_before_loss", 2), ("test_after_loss", 1)):
+    for name in ("test_before_loss", "test_after_loss"):
         old, new = ([row[name] for row in rows if name in row] for rows in (logged, metrics(config)))
-        assert len(new) == count and new[-1] != old[-1]
+        assert len(new) == 1 and new != old
 
 
 def test_new_validation_data_let_a_run_go_on_that_patience_ended(folder, tmp_path, monkeypatch):
@@ -952,7 +961,7 @@ def test_a_loss_or_gradient_that_is_not_finite_names_the_step_and_its_examples(n
     with pytest.raises(ValueError, match=re.escape(said)) as error:
         train(config)
     assert "\n" not in str(error.value) and len(lines.split(", ")) == 8
-    assert [row["step"] for row in metrics(config)] == [0, 0, 1] and not (Path(config.output_dir) / "adapter").exists()
+    assert [row["step"] for row in metrics(config)] == [0, 1] and not (Path(config.output_dir) / "adapter").exists()
     monkeypatch.undo()
     assert_same_arrays(train(config).adapter, whole[1].adapter)  # nothing of it was saved
 

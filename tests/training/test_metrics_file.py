@@ -70,7 +70,6 @@ def test_a_folder_in_place_of_the_log_is_named(tmp_path):
 
 def test_only_rows_that_will_be_written_again_are_dropped():
     kept = [
-        {"step": 0, "test_before_loss": 3.0},
         {"step": 1, "loss": 2.0},
         {"step": 2, "loss": 2.0},
         {"step": 2, "validation_loss": 2.0},
@@ -79,9 +78,10 @@ def test_only_rows_that_will_be_written_again_are_dropped():
     ]
     again = [
         {"step": 4, "validation_loss": 2.0},  # stopped after step 4, before it was evaluated
+        {"step": 4, "test_before_loss": 3.0},
         {"step": 4, "test_after_loss": 2.0},
         {"step": 5, "loss": 2.0},
     ]
     assert kept_rows([*kept, *again], Reached(4, 2)) == kept
     assert kept_rows([*kept, *again], Reached(4, 4)) == [*kept, again[0]]
-    assert kept_rows([*kept, *again], Reached(4, 4), ended=True) == [*kept, *again[:2]]
+    assert kept_rows([*kept, *again], Reached(4, 4), ended=True) == [*kept, *again[:3]]
