@@ -133,7 +133,7 @@ def score_line(
         split: "Validation" or "Test".
         score, base: of the adapter, and of the base model alone. For the metric "loss", the losses.
     """
-    error = "" if stderr is None else f" ± {stderr:.4f} (standard error)"
+    error = f" ± {stderr:.4f} (standard error)" if stderr else ""
     also = "" if metric == "loss" else f", loss {loss:.4f}"
     compared = "" if base is None else f"; {base:.4f} without the adapter"
     return f"- {split} {metric}: {score:.4f}{error} on {count} examples{also}{compared}."

@@ -271,6 +271,9 @@ def run_task(options, config, tokenizer):
 
 
 def no_data(options, config) -> ValueError:
+    from ..data.sources import source_of
+
+    source_of(config.data, "train")  # a ValueError where it should be but is not: the split would be next to it
     return ValueError(
         f"data.{options.split} is not set: give a .jsonl file, {options.split}.jsonl in data.train's folder, or "
         "tfds:NAME or hf:NAME" + ("; a tenant's own config is in its folder of the run" if config.data.tenants else "")

@@ -7,8 +7,9 @@ from itertools import islice
 from pathlib import Path
 
 from ..config import BASE, expanded
-from ..messages import say
+from ..messages import say, warn
 from ..storage.bucket import BucketPath, Place
+from ..untrusted import safe_names
 
 LISTED = 20  # names in an error
 
@@ -95,11 +96,15 @@ def tenants_of_run(folder: str) -> list[str]:
     if not any((run / file).is_file() for file in ("tenants.json", "comparison.json")):
         return []
     found = [f"{path.parent.name}={path}" for path in sorted(run.glob("*/adapter"))]
+    left_out = {path.parent.name for path in run.glob("*/config.yaml")} - {one.partition("=")[0] for one in found}
     sweeps = sorted(path.parent.name for path in run.glob("*/tenants.json"))
     if not found and sweeps:
         raise ValueError(f"--adapters {folder}: each method there has several adapters\ngive {folder}/{sweeps[0]}")
     if not found:
         raise ValueError(f"--adapters {folder}: no tenant of this run has an adapter yet\nwait until one has ended")
+    if left_out:
+        named = f"{safe_names(sorted(left_out))} ({len(left_out)} of {len(left_out) + len(found)})"
+        warn(f"--adapters {folder}: left out, because there is no adapter yet: {named}")
     return found
 
 

@@ -119,7 +119,7 @@ def markdown_table(
     return "\n".join([
         *lines,
         "",
-        f"± is the standard error over the examples; {which}{counts(by_tenant)}. Seeds: {seeds}.",
+        f"± is the standard error over the examples; {which}{"" if own else counts(by_tenant)}. Seeds: {seeds}.",
         f"{computed}; {named}.",
     ])  # fmt: skip
 

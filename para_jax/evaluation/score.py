@@ -8,14 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..config import printable
 from ..data.examples import Prompt
 from .metrics import error_of_mean, measure, measure_rows
 from .questions import Answer, Scored, Written
 from .tasks import EncodedTask, EvalTask
 
-#: Examples of a task whose answers are kept to be shown, and characters of each text.
-SAMPLES, SAMPLE_CHARACTERS = 5, 60
+#: Examples of a task whose answers are kept to be shown.
+SAMPLES = 5
 
 
 class Measured(NamedTuple):
@@ -30,10 +29,10 @@ class Measured(NamedTuple):
 
 
 class AnsweredExample(NamedTuple):
-    """An example with the answer that was given, shortened to be shown."""
+    """An example with the answer that was given, whole."""
 
     prompt: str
-    """its end"""
+    """of a chat its messages, each on a line after its role"""
     expected: str
     given: str
 
@@ -93,8 +92,8 @@ def shown_score(metric: str | None, score: float) -> float:
 
 
 def with_error(value: float | None, stderr: float | None = None) -> str:
-    """ "0.8833 ± 0.0402"; "-" for None."""
-    return "-" if value is None else f"{value:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
+    """ "0.8833 ± 0.0402"; "-" for None. An error of 0, where all examples score alike, says nothing and is left out."""
+    return "-" if value is None else f"{value:.4f}" + (f" ± {stderr:.4f}" if stderr else "")
 
 
 def describe_best(metric: str | None, score: float | None, step: int) -> str:
@@ -149,19 +148,14 @@ def samples_of(task: EvalTask, texts: Sequence[str | None]) -> tuple[AnsweredExa
     """Examples that are spread evenly over the task, because data is often sorted."""
     count = min(SAMPLES, len(texts))
     chosen = [i * len(texts) // count for i in range(count)]
-    return tuple(sample_of(task.records[i].prompt, task.records[i].completion, texts[i] or "") for i in chosen)
+    records = task.records
+    return tuple(AnsweredExample(text_of(records[i].prompt), records[i].completion, texts[i] or "") for i in chosen)
 
 
-def sample_of(prompt: Prompt, expected: str, given: str) -> AnsweredExample:
-    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    end = one_line(text[-2 * SAMPLE_CHARACTERS :], 10 * SAMPLE_CHARACTERS)
-    end = end if len(end) <= SAMPLE_CHARACTERS else "..." + end[3 - SAMPLE_CHARACTERS :]
-    return AnsweredExample(end, *(one_line(one, SAMPLE_CHARACTERS) for one in (expected, given)))
-
-
-def one_line(text: str, width: int) -> str:
-    """A text with its white space as single spaces, without characters that a terminal would obey, cut to `width`."""
-    return printable(" ".join(text.split()), width)
+def text_of(prompt: Prompt) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
 def likeliest(task: EvalTask, nats: np.ndarray) -> list[str | None]:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
+from os.path import commonprefix
+from string import ascii_letters, digits
 from typing import Any
 
+from ..config import printable
 from ..evaluation.score import Score, with_error
 from ..table import table
 from ..training.scores_file import Records
 
 #: The data that a run's answers are shown of: the first of these that has them.
 SHOWN = ("test", "validation")
+#: Prompts of more characters are cut to what differs, and any text to this many.
+SHORT, WIDTH = 60, 160
+LETTERS = ascii_letters + digits
 
 
 def record_of(score: Score, *, samples: bool, rows: bool = False) -> dict[str, Any]:
@@ -64,11 +71,29 @@ def sample_lines(records: Records) -> str:
     after, before = records[split], records.get(f"{split}_base")
     held = [given for _, _, given in before["samples"]] if before and before["count"] == after["count"] else []
     lines = [f"{len(after['samples'])} of the {after['count']} {split} examples:"]
-    for i, (prompt, expected, given) in enumerate(after["samples"]):
-        lines += [f"  {prompt}", f"    expected  {expected}"]
-        lines += [f"    base      {held[i]}"] if i < len(held) else []
-        lines += [f"    adapter   {given}"]
+    prompts = where_they_differ([prompt for prompt, _, _ in after["samples"]])
+    for i, (_, expected, given) in enumerate(after["samples"]):
+        lines += [f"  {prompts[i]}", f"    expected  {one_line(expected)}"]
+        lines += [f"    base      {one_line(held[i])}"] if i < len(held) else []
+        lines += [f"    adapter   {one_line(given)}"]
     return "\n".join(lines)
+
+
+def where_they_differ(texts: Sequence[str]) -> list[str]:
+    """Texts on a line each. Long ones are cut where all begin or end with the same words."""
+    lines = [printable(" ".join(text.split()), sys.maxsize) for text in texts]
+    if len(set(lines)) == 1 or max(map(len, lines)) <= SHORT:
+        return [one_line(line) for line in lines]
+    begin = len(commonprefix(lines).rstrip(LETTERS))
+    end = len(commonprefix([line[begin:][::-1] for line in lines]).rstrip(LETTERS))
+    before, after = ("..." * (length > 3) for length in (begin, end))
+    begin, end = begin * bool(before), end * bool(after)
+    return [before + one_line(line[begin : len(line) - end], WIDTH) + after for line in lines]
+
+
+def one_line(text: str, width: int = WIDTH) -> str:
+    """A text with its white space as single spaces, without characters that a terminal would obey, cut to `width`."""
+    return printable(" ".join(text.split()), width)
 
 
 def tenants_table(entries: Mapping[str, dict[str, Any]]) -> str:

@@ -21,8 +21,8 @@ FILE = "scores.json"
 NAMES = ("validation_base", "validation", "test_base", "test")
 #: One record by name.
 Records = dict[str, dict[str, Any]]
-MAX_BYTES = 2**24
-#: Samples of a record, and characters of a text.
+MAX_BYTES = 2**26
+#: Samples of a record, and characters of a name.
 MOST_SAMPLES, MOST_CHARACTERS = 100, 2000
 
 
@@ -74,7 +74,7 @@ def write_scores(folder: Place, records: Records) -> None:
 
 
 def is_records(value: Any) -> bool:
-    """Whether a JSON value is what a run writes. Texts are printable, because a terminal shows them."""
+    """Whether a JSON value is what a run writes. Names are printable, because a terminal shows them."""
     return isinstance(value, dict) and all(name in NAMES and is_record(one) for name, one in value.items())
 
 
@@ -88,7 +88,7 @@ def is_record(value: Any) -> bool:
 
 
 def is_sample(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(map(is_text, value))
+    return isinstance(value, list) and len(value) == 3 and all(isinstance(text, str) for text in value)
 
 
 def is_text(value: Any) -> bool:

@@ -1,7 +1,7 @@
 """What a run shows: base model beside adapter, answers, and one line per tenant."""
 
 from para_jax.data.records import Record
-from para_jax.evaluation.score import SAMPLE_CHARACTERS, Measured, Score, describe_best, samples_of, shown_score
+from para_jax.evaluation.score import Measured, Score, describe_best, samples_of, shown_score, text_of
 from para_jax.evaluation.tasks import EvalTask
 from para_jax.runs.report import choice_lines, record_of, sample_lines, score_table, tenants_table
 from para_jax.training.scores_file import is_records
@@ -26,7 +26,7 @@ def test_base_and_adapter_are_side_by_side_with_errors_and_counts():
     lines = [line.split() for line in score_table(found).splitlines()]
     assert lines[0] == ["base", "adapter", "examples"]
     assert lines[1] == ["validation", "exact_match", "-", "0.7500", "±", "0.2500", "4"]
-    assert lines[3] == ["test", "exact_match", "0.1000", "±", "0.1000", "1.0000", "±", "0.0000", "10"]
+    assert lines[3] == ["test", "exact_match", "0.1000", "±", "0.1000", "1.0000", "10"]
     assert [line[1] for line in lines[3:6]] == ["exact_match", "f1", "loss"]
     assert score_table({}) == sample_lines({}) == ""
 
@@ -49,12 +49,37 @@ def test_five_answers_are_shown_from_the_whole_file():
     ]
 
 
-def test_texts_are_shortened_to_one_printable_line():
-    row = Record([{"role": "user", "content": "x" * 500 + "\nend"}], "\x1b[2J" + "y" * 500, ("y",), None, "")
-    (sample,) = samples_of(EvalTask("t", [row]), ["a\nb"])
-    assert sample.prompt.startswith("...x") and sample.prompt.endswith("x end") and sample.given == "a b"
-    assert sample.expected.startswith("\\x1b[2J") and sample.expected.endswith("...")
-    assert all(len(text) <= SAMPLE_CHARACTERS and text.isprintable() for text in sample)
+def shown_prompts(prompts, expected="right"):
+    """The lines with the prompts, and all other lines, of a report on as many examples."""
+    rows = [Record(prompt, expected, ("right",), None, "") for prompt in prompts]
+    score = Score("test", "exact_match", 1.0, 0.2, len(rows), samples=samples_of(EvalTask("t", rows), ["a\nb"] * 5))
+    record = record_of(score, samples=True)
+    assert [one[:2] for one in record["samples"]] == [[text_of(prompt), expected] for prompt in prompts]
+    lines = sample_lines({"test": record}).splitlines()[1:]
+    return [line[2:] for line in lines[::3]], lines[1::3] + lines[2::3]
+
+
+def test_prompts_are_shown_where_they_differ_and_kept_whole():
+    """The templates of most tasks begin or end with the same long instruction."""
+    topics = "what is tea", "who wrote it?", "where is Chad", "why", "what is a tea house"
+    head, tail = "Read the question below with care.\nQuestion: ", " Its type (a person, a place, a thing or none):"
+    shown, _ = shown_prompts([head + topic + tail for topic in topics])
+    assert shown == [f"...{topic}..." for topic in topics]
+    chats = [[{"role": "system", "content": head * 2}, {"role": "user", "content": topic}] for topic in topics]
+    assert shown_prompts(chats)[0] == [f"...{topic}" for topic in topics]
+    assert shown_prompts([topic + tail * 2 for topic in topics])[0] == [f"{topic}..." for topic in topics]
+    assert shown_prompts(topics)[0] == list(topics)  # short enough
+    assert shown_prompts([head + tail] * 5)[0] == [" ".join((head + tail).split())] * 5  # nothing differs
+    prefixes = [head + tail + " tea" * i for i in range(5)]
+    assert shown_prompts(prefixes)[0] == ["...", "...tea", "...tea tea", "...tea tea tea", "...tea tea tea tea"]
+
+
+def test_texts_are_shortened_to_printable_lines():
+    prompts = [[{"role": "user", "content": f"{i} \x1b[2J" + "x" * 500 + f"\nend {i}"}] for i in range(5)]
+    shown, others = shown_prompts(prompts, "\x1b[2J" + "y" * 500)
+    assert [line[:9] for line in shown] == [f"...{i} \\x1b" for i in range(5)] and others[5].split()[1:] == ["a", "b"]
+    assert others[0].split()[1].startswith("\\x1b[2J") and others[0].endswith("...")
+    assert all(len(line) < 200 and line.isprintable() for line in (*shown, *others))
 
 
 def test_a_loss_is_shown_without_its_minus_sign():
@@ -80,7 +105,7 @@ def test_tenants_are_listed_by_name_with_the_scores_of_their_test_data():
     assert [line.split()[0] for line in lines] == ["tenant", "bare", "held", "new"]
     assert lines[1].split() == ["bare", "loss", "-", "-", "-", "-", "-", "-", "6", "3", "-"]
     assert lines[2].split() == ["held", "loss", "-", "0.5000", "-", "-", "4", "0.5000", "6", "3", "validation"]
-    of_new = ["new", "exact_match", "0.1000", "±", "0.1000", "1.0000", "±", "0.0000", *["0.5000", "±", "0.1000"] * 2]
+    of_new = ["new", "exact_match", "0.1000", "±", "0.1000", "1.0000", *["0.5000", "±", "0.1000"] * 2]
     assert lines[3].split() == [*of_new, "10", "0.2000", "6", "3", "test", "patience"]
     assert "f1" in lines[0] and "f1" not in tenants_table({"bare": entry, "held": held})
 
