@@ -7,6 +7,7 @@ import math
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -49,11 +50,11 @@ from .memory import abstract_mesh, tree_size
 from .model import init_adapter
 from .runs.chosen import is_auto
 from .runs.compare import TABLE, method_configs
-from .runs.data_table import held_examples, tenants_data
+from .runs.data_table import held_examples, scoring_lines, tenants_data
 from .runs.initial import check_initial
 from .runs.rates import FIRST, as_trials
 from .runs.report import sample_lines, score_table, tenants_table
-from .runs.tenants import plan_batches, tenant_configs
+from .runs.tenants import describe_padding, padding_of, plan_batches, tenant_configs
 from .runs.train import say_doubt
 from .training.metrics_file import is_log, read_metrics
 from .training.passes import lay_out
@@ -223,14 +224,19 @@ def data_report(config: RunConfig) -> str:
     held = {split: held_examples(section, split, tokenizer) for split in ("validation", "test")}
     rows = config.tenant_batch if config.many else step_rows(config)
     configs = dict(islice(tenant_configs(config).items(), 2))  # two combinations of a sweep have the shapes of all
-    buckets, plans = plan_batches(config, configs, dict.fromkeys(configs, data), rows)
+    of_each = dict.fromkeys(configs, data)
+    planned = buckets, plans = plan_batches(config, configs, of_each, rows)
     examples = shown_examples(config, tokenizer, data)
     if config.data.max_seq_length is None:
         examples.append(describe_lengths(data.examples.lengths, config.data.packing))
     batches = f"{next(iter(plans.values())).batches_per_epoch} batches of {rows} rows per epoch"
     others = [f"{count} {split}" for split, count in held.items() if count]
     also = f"; also {' and '.join(others)} examples" if others else ""
-    return "\n\n".join([*examples, f"{data.report()}; {describe_shapes(buckets)}; {batches}{also}"])
+    if config.data.validation_split and not held["validation"]:
+        also = f"; data.validation_split={config.data.validation_split} holds out none of so few rows{also}"
+    lines = scoring_lines(replace(config, data=section), tokenizer)
+    lines.append(describe_padding(config, configs, of_each, rows, padding_of(planned, of_each)))
+    return "\n\n".join([*examples, "\n".join(lines), f"{data.report()}; {describe_shapes(buckets)}; {batches}{also}"])
 
 
 def describe_shapes(shapes: Sequence[Bucket | RowShape]) -> str:

@@ -192,7 +192,8 @@ def lengths_worth_compiling(lengths: np.ndarray, count: int, steps: int) -> int:
     needed = rounded_up(lengths)
     planned = [np.array(best_lengths(needed, few)) for few in range(1, count + 1)]
     padded = [int(each[np.searchsorted(each, needed)].sum()) for each in planned]
-    return 1 + int(np.argmin([len(each) * COMPILING + steps * of / padded[-1] for each, of in zip(planned, padded)]))
+    costs = [few * COMPILING + steps * tokens / padded[-1] for few, tokens in enumerate(padded, 1)]
+    return 1 + int(np.argmin(costs))
 
 
 def best_lengths(needed: np.ndarray, count: int) -> list[int]:

@@ -116,10 +116,11 @@ def markdown_table(
     named = ", ".join(f"{name} {number}" for name, number in libraries.items())
     which = f"the first {limit} examples of each task" if limit else "all examples"
     which += ", each with the factors of another example's prompt" if shuffled else ""
+    which += "" if own else counts(by_tenant)
     return "\n".join([
         *lines,
         "",
-        f"± is the standard error over the examples; {which}{"" if own else counts(by_tenant)}. Seeds: {seeds}.",
+        f"± is the standard error over the examples; {which}. Seeds: {seeds}.",
         f"{computed}; {named}.",
     ])  # fmt: skip
 

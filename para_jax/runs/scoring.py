@@ -191,8 +191,8 @@ class Scoring(NamedTuple):
             on_first_process(lambda: write_entries(expanded(self.config.output_dir), ordered))
 
     def score_backbone(self, state: TrainState, standing: Standing, split: str, asked: list[int]) -> Standing:
-        """Scores the backbone alone on the validation or test data of these tenants, once where they share it. Scores on
-        validation data at the start of a run are logged as step 0."""
+        """Scores the backbone alone on the validation or test data of these tenants, once where they share it. Scores
+        on validation data at the start of a run are logged as step 0."""
         tasks, limit = (self.validation, "eval.limit") if split == "validation" else (self.test, "eval.test_limit")
         data = {i: id(getattr(self.tenants[i], split)) for i in asked if i in tasks.encoded}
         first = {one: i for i, one in data.items() if one not in self.base}

@@ -127,7 +127,9 @@ def read_inputs(
     say_long("validation", [validation for _, validation, *_ in alike])
     say_long("test", [test for _, _, test, _ in alike])
     say_scoring({name: read_once[of_data(own)][3] for name, own in configs.items()})
-    buckets, plans = plan_batches(config, configs, data, layout.tenant_rows)
+    planned = buckets, plans = plan_batches(config, configs, data, layout.tenant_rows)
+    if not config.data.packing and (share := padding_of(planned, data)) >= LARGE_PADDING:
+        say(describe_padding(config, configs, data, layout.tenant_rows, share))
     tenants = []
     for name, own in configs.items():
         train, validation, test, _ = read_once[of_data(own)]
@@ -170,6 +172,8 @@ def steps_of(own: RunConfig, batches_per_epoch: int, tenant: str = "") -> int:
     return steps
 
 
+#: The share of padding from which on a run names it.
+LARGE_PADDING = 0.5
 #: Tenants that an error names.
 NAMED = 10
 
@@ -286,6 +290,27 @@ def plan_batches(
         return Plan(example_lengths(found), buckets=own_buckets[id(found)], rows=rows, seed=seed, shapes=shapes)
 
     return shapes, {name: plan(examples[name], own.seed) for name, own in configs.items()}
+
+
+def padding_of(planned: tuple[tuple, dict[str, Any]], data: dict[str, TrainingData]) -> float:
+    """The share of padding in the rows of an epoch, from what `plan_batches` gives."""
+    shapes, plans = planned
+    batches = ((plan, i) for plan in plans.values() for i in range(plan.batches_per_epoch))
+    padded = sum(plan.rows * shapes[plan.batch_indices(i)[0]].length for plan, i in batches)
+    return 1 - sum(len(data[name].examples.ids) for name in plans) / padded
+
+
+def describe_padding(
+    config: RunConfig, configs: dict[str, RunConfig], data: dict[str, TrainingData], rows: int, share: float
+) -> str:
+    """ "61 % of the training rows' tokens are padding; data.buckets=6 makes it 40 %": more lengths are named where they
+    help. Tenants in one batch are padded to the longest of them, so there it is a minimum."""
+    said = f"{'at least ' * (config.data.tenants is not None)}{share:.0%} of the training rows' tokens are padding"
+    more = replace(config, data=replace(config.data, buckets=2 * config.data.buckets))
+    if config.data.packing or share < LARGE_PADDING:
+        return said
+    better = padding_of(plan_batches(more, configs, data, rows), data)
+    return f"{said}; data.buckets={more.data.buckets} makes it {better:.0%}" if better < share - 0.05 else said
 
 
 def say_packing(plans: dict[str, PackingPlan], shape: RowShape, examples: int, tokens: int) -> None:

@@ -15,11 +15,12 @@ from .tenants import Tenant
 def say_unscored(config: RunConfig, tenants: Sequence[Tenant]) -> None:
     """Says that there is no validation or test data, and which answers a limit leaves out."""
     few = "data.validation_split holds out none of so few rows" if config.data.validation_split else ""
-    advice, without = few or "set data.validation_split=0.1, or data.validation", [t for t in tenants if not t.validation]
+    advice = few or "set data.validation_split=0.1, or data.validation"
+    without = [tenant.name for tenant in tenants if not tenant.validation]
     if not any(tenant.validation or tenant.test for tenant in tenants):
         say(f"no validation data, so nothing is scored: {advice}")
     elif without and (few or config.data.tenants):
-        whose = f" of {safe_names(t.name for t in without)} ({len(without)} of {len(tenants)} tenants)"
+        whose = f" of {safe_names(without)} ({len(without)} of {len(tenants)} tenants)"
         say(f"no validation data{whose * (config.data.tenants is not None)}: {advice}")
     if config.eval.test and not any(tenant.test for tenant in tenants):
         say(f"eval.test=true scores nothing: {reason_without_test(tenants)}")
