@@ -68,7 +68,7 @@ def test_training_and_scores_are_said(tmp_path):
                  "Validation loss: 0.2078 ± 0.0100 (standard error) on 100 examples."):  # fmt: skip
         assert said in text
     assert given_lines(text) == found
-    tested = score_line("Test", "accuracy", 0.9, None, 60, 0.116, 0.25)
+    tested = score_line("Test", "accuracy", 0.9, 0.0, 60, 0.116, 0.25)  # an error of 0 says nothing
     assert tested == "- Test accuracy: 0.9000 on 60 examples, loss 0.1160; 0.2500 without the adapter."
     once = with_test_score(text, tested)
     assert given_lines(once) == [*found, tested] == given_lines(with_test_score(once, tested))

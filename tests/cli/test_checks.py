@@ -115,6 +115,7 @@ MISTAKES = [
     ("serve --backbone model --capacity 3", "--capacity goes with --allow-adapter-updates"),
     ("evaluate run.yaml --adapter runs/nope", "runs/nope: no such folder"),
     ("evaluate run.yaml", "data.test is not set"),
+    ("evaluate run.yaml data.train=dota", r"data\.train: dota does not exist; did you mean data\?"),
     ("evaluate --backbone model eval.batch_size=0 --tasks data/train.jsonl", "eval.batch_size"),
     ("train run.yaml --dry-run --results r.json", "--results r.json"),
     ("evaluate --backbone model --tasks data/nope.jsonl", "data/nope.jsonl.*no such file"),

@@ -113,6 +113,18 @@ def test_adapters_are_named_by_their_folders_and_get_distinct_files(folder):
             named_adapters(wrong)
 
 
+def test_tenants_of_a_run_without_an_adapter_yet_are_named(tmp_path, capsys):
+    (tmp_path / "tenants.json").write_text("{}")
+    for name in ("acme", "globex", "late"):
+        (tmp_path / name / "adapter").mkdir(parents=True)
+        (tmp_path / name / "config.yaml").write_text("")
+    assert list(named_adapters([str(tmp_path)])) == ["acme", "globex", "late"] and capsys.readouterr().err == ""
+    (tmp_path / "late" / "adapter").rmdir()
+    assert list(named_adapters([str(tmp_path)])) == ["acme", "globex"]
+    said = capsys.readouterr().err
+    assert "late (1 of 3)" in said and "acme" not in said
+
+
 def test_adapters_come_from_patterns_and_lists(folder, tmp_path, bucket):
     folders = {name: str(folder / name / "adapter") for name in "AB"}
     assert named_adapters([f"{folder}/*/adapter"]) == named_adapters([f"{folder}/[AB]/adapter"]) == folders

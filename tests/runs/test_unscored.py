@@ -71,6 +71,23 @@ def test_test_data_that_is_missing_or_not_read_is_named(tmp_path, capsys):
     assert capsys.readouterr().err == said.format(f"{tmp_path}/test.jsonl is not read; set data.test")
 
 
+@pytest.mark.parametrize(
+    ("split", "advice"), [("null", "set data.validation_split=0.1"), ("0.1", "out none of so few")]
+)
+def test_tenants_without_validation_data_are_named(capsys, split, advice):
+    config, tenants = tenants_of(["data.tenants=x", f"data.validation_split={split}"], ["acme", "late", "new"], ["w9"])
+    say_unscored(config, tenants)
+    assert capsys.readouterr().err == ""
+    say_unscored(config, [tenants[0], *(tenant._replace(validation=None) for tenant in tenants[1:])])
+    said = capsys.readouterr().err
+    assert "late, new (2 of 3 " in said and "acme" not in said and advice in said
+
+
+def test_a_run_with_test_data_says_that_no_row_is_held_out(capsys):
+    say_unscored(*tenants_of(["data.validation_split=0.1"], [""], None, ["w9"]))
+    assert "data.validation_split holds out none" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("split", ["null", "0.1"])
 def test_a_run_without_validation_data_says_that_nothing_is_scored(capsys, split):
     say_unscored(*tenants_of([f"data.validation_split={split}"], [""], None))
