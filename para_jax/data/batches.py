@@ -11,7 +11,7 @@ import numpy as np
 from .example_arrays import ExampleArrays, prompt_and_completion_sizes
 from .examples import Example
 
-COMPILING = 50  # steps in the time of one compilation: fewer on a CPU, more on an accelerator, where steps are short
+COMPILING = 20  # steps in the time of one compilation: a few on a CPU, hundreds on an accelerator
 MULTIPLE = 8  # padded lengths are multiples of this many tokens
 
 
@@ -183,8 +183,8 @@ def cut_by_bucket(order: np.ndarray, bucket_of: np.ndarray, rows: int) -> Iterat
 
 
 def lengths_worth_compiling(lengths: np.ndarray, count: int, steps: int) -> int:
-    """How many padded lengths, at most `count`, a run of so many steps should compile its training step for. In a short
-    run a compilation may take longer than the padding that it saves.
+    """How many padded lengths, at most `count`, a run should compile its training step for. In one of few steps a
+    compilation may take longer than the padding that it saves.
 
     Args:
         lengths: tokens of each example.

@@ -88,7 +88,7 @@ def where_they_differ(texts: Sequence[str]) -> list[str]:
     end = len(commonprefix([line[begin:][::-1] for line in lines]).rstrip(LETTERS))
     before, after = ("..." * (length > 3) for length in (begin, end))
     begin, end = begin * bool(before), end * bool(after)
-    return [before + one_line(line[begin : len(line) - end], WIDTH) + after for line in lines]
+    return [one_line(before + line[begin : len(line) - end].strip() + after) for line in lines]
 
 
 def one_line(text: str, width: int = WIDTH) -> str:

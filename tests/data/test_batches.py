@@ -39,7 +39,7 @@ def test_the_planned_lengths_pad_least_of_all_choices(count, seed):
 
 def test_a_short_run_compiles_for_fewer_lengths_than_a_long_one():
     """A compilation of minutes must save more padding than it costs, which a run of 66 steps has too little of."""
-    lengths = np.clip(np.random.default_rng(0).lognormal(3.5, 0.6, 2000), 4, 400).astype(int)
+    lengths = np.clip(np.random.default_rng(0).lognormal(3.5, 0.4, 2000), 4, 400).astype(int)
     counts = [lengths_worth_compiling(lengths, 3, steps) for steps in (1, 5, 66, 1000, 10**6)]
     assert counts[:3] == [1, 1, 2] and counts[3:] == [3, 3]
     assert lengths_worth_compiling(np.full(9, 30), 3, 10**6) == lengths_worth_compiling(lengths, 1, 10**6) == 1
