@@ -166,7 +166,7 @@ def require_config(options: argparse.Namespace, arguments: list[str]) -> None:
     is_field = bool(equals) and root.partition(".")[0] in dotted_fields(RunConfig()) and not os.path.exists(given)
     if is_field and not getattr(options, "backbone", None):  # which stands instead of CONFIG
         data = ["--data"] * (options.command == "inspect" and not options.data)
-        line = shlex.join(["para-jax", options.command, "configs/own-data.yaml", *arguments[1:], *data])
+        line = shlex.join(["para-jax", options.command, "own-data", *arguments[1:], *data])
         subparsers(parser())[options.command].error(f"CONFIG is missing: {line}")
 
 

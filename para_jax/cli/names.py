@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from glob import glob
 from itertools import islice
 from pathlib import Path
@@ -12,6 +13,7 @@ from ..storage.bucket import BucketPath, Place
 from ..untrusted import safe_names
 
 LISTED = 20  # names in an error
+warn_once = cache(warn)
 
 
 def named_adapters(given: list[str], listed: Place | None = None) -> dict[str, str]:
@@ -104,7 +106,7 @@ def tenants_of_run(folder: str) -> list[str]:
         raise ValueError(f"--adapters {folder}: no tenant of this run has an adapter yet\nwait until one has ended")
     if left_out:
         named = f"{safe_names(sorted(left_out))} ({len(left_out)} of {len(left_out) + len(found)})"
-        warn(f"--adapters {folder}: left out, because there is no adapter yet: {named}")
+        warn_once(f"--adapters {folder}: left out, because there is no adapter yet: {named}")
     return found
 
 

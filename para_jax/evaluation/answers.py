@@ -76,7 +76,7 @@ class Answerer:
         self.entries: dict[Any, Any] = {}
         """the adapter of each tenant in the last call"""
         self._planned = shapes is not None
-        self._compiled: set[str] | None = None if self._planned else set()
+        self._compiled: set[str] | None = None if self._planned and journal is None else set()  # a run says nothing
         self._warned: set[Any] = set()
         """the tenants with a warning that their logits are not finite"""
         self._writer = EngineWriter(engine) if engine is not None else None

@@ -149,10 +149,10 @@ def samples_of(task: EvalTask, texts: Sequence[str | None]) -> tuple[AnsweredExa
     count = min(SAMPLES, len(texts))
     chosen = [i * len(texts) // count for i in range(count)]
     records = task.records
-    return tuple(AnsweredExample(text_of(records[i].prompt), records[i].completion, texts[i] or "") for i in chosen)
+    return tuple(AnsweredExample(prompt_text(records[i].prompt), records[i].completion, texts[i] or "") for i in chosen)
 
 
-def text_of(prompt: Prompt) -> str:
+def prompt_text(prompt: Prompt) -> str:
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)

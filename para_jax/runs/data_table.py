@@ -46,11 +46,11 @@ def tenants_data(config: RunConfig, tokenizer) -> tuple[str, TrainingData]:
         lengths = sizes.sum(axis=1)
         try:
             held = [held_examples(own.data, split, tokenizer) for split in ("validation", "test")]
+            rule = scoring_rule(own, tokenizer, model=model)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         numbers = [len(sizes), *held, steps_of(own, plans[name].batches_per_epoch, name)]
         tokens = [f"{lengths.mean():.0f}", lengths.max(), sizes[:, 1].max()]
-        rule = scoring_rule(own, tokenizer, model=model)
         notes += [f"{printable(name)}: {line}" for line in labels_and_oddities(own.data)[1]]
         metric = f"{rule.metric} of {len(rule.choices)} labels" if rule.choices else rule.metric
         rows.append([name, *map(str, (*numbers, *tokens)), metric, own_fields(config, own)])

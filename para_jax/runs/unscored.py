@@ -15,7 +15,8 @@ from .tenants import Tenant
 def say_unscored(config: RunConfig, tenants: Sequence[Tenant]) -> None:
     """Says that there is no validation or test data, and which answers a limit leaves out."""
     few = "data.validation_split holds out none of so few rows" if config.data.validation_split else ""
-    advice = few or "set data.validation_split=0.1, or data.validation"
+    place = "write validation.jsonl into a tenant's folder" if config.data.tenants else "data.validation"
+    advice = few or f"set data.validation_split=0.1, or {place}"
     without = [tenant.name for tenant in tenants if not tenant.validation]
     if not any(tenant.validation or tenant.test for tenant in tenants):
         say(f"no validation data, so nothing is scored: {advice}")

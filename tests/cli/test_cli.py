@@ -531,15 +531,15 @@ def parser_of(name):
         (["train", "nowhere.yaml"], "config nowhere.yaml: no such file"),
         (
             ["train", "data.train=data/trec", "seed=1"],
-            "CONFIG is missing: para-jax train configs/own-data.yaml data.train=data/trec seed=1",
+            "CONFIG is missing: para-jax train own-data data.train=data/trec seed=1",
         ),
         (
             ["evaluate", "data.test=x.jsonl", "--adapter", "a"],
-            "CONFIG is missing: para-jax evaluate configs/own-data.yaml data.test=x.jsonl --adapter a",
+            "CONFIG is missing: para-jax evaluate own-data data.test=x.jsonl --adapter a",
         ),
         (
             ["inspect", "data.prompt={a b}"],
-            "CONFIG is missing: para-jax inspect configs/own-data.yaml 'data.prompt={a b}' --data",
+            "CONFIG is missing: para-jax inspect own-data 'data.prompt={a b}' --data",
         ),
         (["inspect", "output_dir=a", "--data"], "CONFIG is missing: para-jax inspect \\S+ output_dir=a --data"),
         (["train", "name=nowhere.yaml"], "config name=nowhere.yaml: no such file"),

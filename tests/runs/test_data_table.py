@@ -123,7 +123,7 @@ def test_a_large_share_of_padding_is_named_by_inspect_and_once_by_the_run(folder
         said = data_report(config)
         inputs = read_inputs(config, Layout(3, 2, 4, 1))
         padded = real = 0
-        for _, _, data_of, order, *_ in inputs.tenants:
+        for order in (tenant.order for tenant in inputs.tenants):
             for i in range(order.plan.batches_per_epoch):
                 batch, tokens = order.batch(i, inputs.buckets[order.plan.batch_indices(i)[0]], order.plan.rows)
                 padded, real = padded + batch.tokens.size, real + tokens

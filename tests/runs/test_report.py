@@ -1,7 +1,7 @@
 """What a run shows: base model beside adapter, answers, and one line per tenant."""
 
 from para_jax.data.records import Record
-from para_jax.evaluation.score import Measured, Score, describe_best, samples_of, shown_score, text_of
+from para_jax.evaluation.score import Measured, Score, describe_best, prompt_text, samples_of, shown_score
 from para_jax.evaluation.tasks import EvalTask
 from para_jax.runs.report import choice_lines, record_of, sample_lines, score_table, tenants_table
 from para_jax.training.scores_file import is_records
@@ -54,7 +54,7 @@ def shown_prompts(prompts, expected="right"):
     rows = [Record(prompt, expected, ("right",), None, "") for prompt in prompts]
     score = Score("test", "exact_match", 1.0, 0.2, len(rows), samples=samples_of(EvalTask("t", rows), ["a\nb"] * 5))
     record = record_of(score, samples=True)
-    assert [one[:2] for one in record["samples"]] == [[text_of(prompt), expected] for prompt in prompts]
+    assert [one[:2] for one in record["samples"]] == [[prompt_text(prompt), expected] for prompt in prompts]
     lines = sample_lines({"test": record}).splitlines()[1:]
     return [line[2:] for line in lines[::3]], lines[1::3] + lines[2::3]
 
