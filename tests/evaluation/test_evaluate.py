@@ -235,6 +235,15 @@ def test_a_loss_with_a_further_metric_also_writes_answers(records):
     assert (found.also[0].score, found.also[0].stderr) == (written.score, written.stderr)
     assert found.samples == written.samples and not loss.samples
     assert found.values().keys() == {"loss", "loss_stderr", "f1", "f1_stderr"}
+    (logged,) = evaluate(
+        model(),
+        adapter(),
+        [EvalTask("t", records, "loss", also=("f1",), **way)],
+        tokenizer=tokenizer(),
+        log_samples=True,
+    ).samples
+    assert all({"given", "f1", "loss"} <= sample.keys() for sample in logged) and len(logged) == 7
+    assert np.mean([sample["f1"] for sample in logged]) == pytest.approx(found.also[0].score)
     assert "f1" in str(found) and f"loss {found.loss:.4f} ± {found.stderr:.4f}" in str(found)
 
 

@@ -121,7 +121,7 @@ def test_a_killed_evaluation_goes_on_and_loses_no_answer(folder, whole, tmp_path
             [],
             "task tiny_rolling: loglikelihood_rolling is refused: it scores a whole text, which has no",
         ),
-        (["labels:bleu"], [], "metric 'bleu'"),
+        (["labels:bleu"], [], "got 'bleu'"),
         (["no/such.jsonl"], [], "--tasks 'no/such.jsonl': no such file or folder"),
         (["labels", "labels"], [], "--tasks: labels is given more than once"),
         (["labels", "tiny_tag"], [], "--tasks: labels is given more than once"),
