@@ -263,4 +263,5 @@ def write_comparison(result: MethodsResult) -> None:
     atomic.write_text(result.output_dir / COMPARISON_FILE, rows + "\n")
     head, *rows = cells(result.all)
     lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
-    atomic.write_text(result.output_dir / TABLE, "\n".join([*lines, "", *(f"- {line}" for line in result.choice_lines())]) + "\n")
+    lines += ["", *(f"- {line}" for line in result.choice_lines())]
+    atomic.write_text(result.output_dir / TABLE, "\n".join(lines) + "\n")
