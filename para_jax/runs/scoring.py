@@ -201,7 +201,8 @@ class Scoring(NamedTuple):
             whose, answers = f" of {len(first)} tenants" * (len(first) > 1), sum(map(answers_of, encoded))
             advice = f" ({answers} answers; eval.base=false skips this, {limit} scores fewer examples)"
             examples = f"{sum(len(one.examples) for one in encoded)} {split} examples{whose}"
-            say(f"scoring {examples} with the base model{advice * (answers >= MANY_ANSWERS)} ...")
+            if len(first) > 1 or not self.config.many:  # there may be thousands of tenants that end one by one
+                say(f"scoring {examples} with the base model{advice * (answers >= MANY_ANSWERS)} ...")
             if stack.size == 1:
                 # A new adapter changes nothing, and its programs are those of all other scores.
                 stack, slot = self.alone(init_adapter(self.config.adapter, self.model.config)), 0

@@ -14,14 +14,7 @@ import numpy as np
 from ..adapters.invocation import invocation_tokens, require_invocation
 from ..backbone.load import load_model_config
 from ..config import ModelConfig, RunConfig, expanded, require
-from ..data.batches import (
-    Bucket,
-    Plan,
-    example_lengths,
-    for_mixed_rows,
-    lengths_worth_compiling,
-    plan_buckets_of_sizes,
-)
+from ..data.batches import Bucket, Plan, example_lengths, for_mixed_rows, lengths_worth_compiling, plan_buckets_of_sizes
 from ..data.encode_records import TooLong
 from ..data.example_arrays import ExampleArrays
 from ..data.examples import Example

@@ -54,7 +54,7 @@ def test_a_quickstart_that_learns_nothing_fails_and_leaves_its_run_folders(backb
         run = tmp_path / "runs" / "quickstart-1" / "tenants" / job
         assert {"config.yaml", "metrics.jsonl", "adapter"} <= {path.name for path in run.iterdir()}
         steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        assert [row["step"] for row in steps] == [0, 1, 1] and steps[1]["loss"] > 1
+        assert [row["step"] for row in steps] == [1, 1, 1] and steps[0]["loss"] > 1
     assert "exact match on 2 held-out examples" in shown and shown.count("base model: ") == 3
     assert "--adapters runs/quickstart-1/tenants --tenant dates" in shown[shown.index("next: ") :]
     answers = re.findall(r"  tenant \w+: (.*) \(expected .*\n  base model: (.*)", shown)
