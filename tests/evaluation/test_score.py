@@ -50,7 +50,7 @@ def test_an_example_without_any_likelihood_is_wrong_whatever_its_answer_is(nothi
     assert found.score == 0 and [one.score for one in found.also] == [0] * len(task.also)
 
 
-@pytest.mark.parametrize("metric", [*METRICS.keys() - {"accuracy"}, *LABEL_METRICS])
+@pytest.mark.parametrize("metric", sorted({*METRICS, *LABEL_METRICS} - {"accuracy"}))
 def test_an_answer_whose_logits_are_not_finite_is_wrong_whatever_its_references_are(metric):
     rows = [Record("p", answer, (answer, "none"), None, "here") for answer in LIKE_NOTHING]
     encoded = EncodedTask(EvalTask("own", rows, metric), [Example([3], [9])] * len(rows), [], [""] * len(rows))
