@@ -167,10 +167,12 @@ def read_yaml(file: Path) -> dict[str, Any]:
             advice = f"it holds data\n{data_advice(file)}"
         raise ValueError(f"config {file} is a folder; {f'did you mean {inside}?' if inside.is_file() else advice}")
     if not file.is_file():
+        if file.exists():
+            raise ValueError(f"config {file} is a pipe or a device; give a .yaml file")
         shipped = shipped_configs()
         names = ", ".join([file.stem] if file.stem in shipped else shipped)
         advice = nearest(file) or f"; give the path of a .yaml file, or the name of a shipped config: {names}"
-        raise ValueError(f"config {file}: {'not a file' if file.exists() else f'no such file{advice}'}")
+        raise ValueError(f"config {file}: no such file{advice}")
     if file.suffix in DATA:
         raise ValueError(f"config {file} is a file of data\n{data_advice(file)}")
     try:

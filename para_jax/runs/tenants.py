@@ -273,7 +273,7 @@ def plan_batches(
     count = config.data.buckets
     own_buckets = {which: plan_buckets_of_sizes(sizes, count) for which, sizes in distinct.items()}
     sizes = np.concatenate([*distinct.values()])
-    steps = [steps_of(own, -(-len(examples[name]) // rows)) for name, own in configs.items()]
+    steps = [steps_of(own, -(-len(examples[name]) // rows), name) for name, own in configs.items()]
     compiled = lengths_worth_compiling(sizes.sum(axis=1), count, max(steps) if config.sweep else sum(steps))
     shapes = plan_buckets_of_sizes(sizes, compiled)
     if len(configs) > 1 or compiled < count:
