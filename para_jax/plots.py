@@ -427,6 +427,8 @@ def decode_plot(record: dict, file: str | Path) -> None:
     axes.set_ylim(bottom=0)
     axes.set_xlabel(f"different tenants in a batch of {rows} rows")
     axes.set_ylabel("milliseconds per decode step")
-    axes.set_title(f"{record['context_tokens']} tokens of context; {record['device']}", fontsize=8)
+    _, _, backbone = record["command"].partition("--backbone ")
+    title = f"{backbone.split(' ')[0]}; {record['context_tokens']} tokens of context; {record['device']}"
+    axes.set_title(title, fontsize=8)
     axes.legend()
     save(figure, file)

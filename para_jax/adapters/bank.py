@@ -369,9 +369,9 @@ class AdapterBank:
             rank = f" of r {r}" if hasattr(config, "r") else ""
             raise ValueError(
                 f"bank: {name}: {method.label}{rank} on {', '.join(config.target_modules)} does not fit this bank "
-                f"of {' and '.join(self.methods)} of r {self.max_r} on {', '.join(self.sites)}; make it with "
-                f"AdapterBank(..., {arguments}), or for given adapters with AdapterBank.holding (para-jax serve "
-                f"--allow-adapter-updates {options})"
+                f"of {' and '.join(self.methods)} of r {self.max_r} on {', '.join(self.sites)}; serve with "
+                f"--allow-adapter-updates {options}, or in Python make AdapterBank(..., {arguments}), or for given "
+                "adapters AdapterBank.holding"
             )
 
     def _group(self, config: Any) -> Any:

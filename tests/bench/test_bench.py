@@ -116,7 +116,9 @@ def test_the_matrix_products_of_a_step_are_those_of_its_linears_and_head(name):
 
 @pytest.mark.long
 def test_a_picture_of_the_record_is_drawn(decoded, tmp_path):
-    decode_plot(decoded[0] | {"device": "a CPU"}, tmp_path / "decode.png")
+    decode_plot(
+        decoded[0] | {"command": "para-jax bench decode --backbone small", "device": "a CPU"}, tmp_path / "decode.png"
+    )
     assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")
 
 
