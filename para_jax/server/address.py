@@ -49,7 +49,8 @@ def names_this_machine(host: str) -> bool:
     """Whether a Host header has a name that means this machine everywhere: localhost, or a loopback address."""
     name = re.sub(r":\d*$", "", host).strip("[]").rstrip(".").lower()
     try:
-        return name == "localhost" or name.endswith(".localhost") or ipaddress.ip_address(name).is_loopback
+        known = name == "localhost" or name.endswith(".localhost")
+        return known or ("%" not in name and ipaddress.ip_address(name).is_loopback)  # after a % comes any text
     except ValueError:
         return False
 

@@ -243,7 +243,14 @@ def test_without_keys_a_server_of_this_machine_is_asked_by_its_own_names_only(en
     with running(engine, api_keys=keys) as server:
         for host in ("localhost:1", "a.localhost", "127.0.0.2:80", "[::1]:8000", "LOCALHOST."):
             assert httpx.get(f"{server.url}/ready", headers={"host": host}).status_code == 200
-        for host in ("evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example", "10.0.0.1", ""):
+        for host in (
+            "evil.example:8000",
+            "127.0.0.1.evil.example",
+            "localhost.evil.example",
+            "10.0.0.1",
+            "[::1%25evil]",
+            "",
+        ):
             for path in ("/", "/ready", "/v1/models"):
                 status = 403 if keys is None else 401 if path == "/v1/models" else 200
                 assert httpx.get(server.url + path, headers={"host": host}).status_code == status
