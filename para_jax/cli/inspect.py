@@ -33,9 +33,9 @@ def run(options) -> None:
 
         report = data_report(config)
     else:
-        check_target(options.target)
         if options.overrides:
             raise ValueError(f"{shorten(options.overrides[0])} requires --data\na folder is shown as it is")
+        check_target(options.target)
         from ..inspect import folder_report
 
         report = folder_report(options.target)

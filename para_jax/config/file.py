@@ -9,7 +9,7 @@ from typing import Any
 from .. import atomic
 from ..yaml_text import MAX_LENGTH, dump_yaml, parse_yaml
 from .adapter import ADAPTER_CONFIGS, find_methods
-from .check import expanded, nearest, printable, require, require_one_of, shorten
+from .check import expanded, near_name, nearest, printable, require, require_one_of, shorten
 from .fields import typed_fields
 from .run import RunConfig, TrainSection
 
@@ -170,8 +170,8 @@ def read_yaml(file: Path) -> dict[str, Any]:
         if file.exists():
             raise ValueError(f"config {file} is a pipe or a device; give a .yaml file")
         shipped = shipped_configs()
-        names = ", ".join([file.stem] if file.stem in shipped else shipped)
-        advice = nearest(file) or f"; give the path of a .yaml file, or the name of a shipped config: {names}"
+        others = f"; give the path of a .yaml file, or the name of a shipped config: {', '.join(shipped)}"
+        advice = nearest(file) or near_name(file.stem.replace("_", "-"), shipped) or others
         raise ValueError(f"config {file}: no such file{advice}")
     if file.suffix in DATA:
         raise ValueError(f"config {file} is a file of data\n{data_advice(file)}")

@@ -121,7 +121,7 @@ def not_utf8(error: UnicodeDecodeError) -> str:
 def json_problem(error: Exception) -> str:
     """What is wrong in a line that is not JSON, and where in it: the decoder's own "line 1" is not the file's."""
     if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at character {error.pos + 1}"
+        return f"{error.msg.removesuffix(' at')} at character {error.pos + 1}"
     return str(error)[:100]
 
 

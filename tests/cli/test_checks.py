@@ -116,6 +116,8 @@ MISTAKES = [
     ("evaluate run.yaml --adapter runs/nope", "runs/nope: no such folder"),
     ("evaluate run.yaml", "data.test is not set"),
     ("evaluate run.yaml data.train=dota", r"data\.train: dota does not exist; did you mean data\?"),
+    ("evaluate run.yaml data.train=elsewhere", r"data\.train: elsewhere does not exist in /.*"),
+    ("inspect own-data data.train=data", "data.train=data' requires --data"),
     ("evaluate --backbone model eval.batch_size=0 --tasks data/train.jsonl", "eval.batch_size"),
     ("train run.yaml --dry-run --results r.json", "--results r.json"),
     ("evaluate --backbone model --tasks data/nope.jsonl", "data/nope.jsonl.*no such file"),

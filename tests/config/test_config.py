@@ -414,9 +414,10 @@ def test_a_shipped_config_is_found_by_its_name_from_anywhere(tmp_path, monkeypat
     assert "own-data" in [file.stem for file in files]
     for file in files:
         assert load_config(file.stem) == load_config(Path(file.stem)) == load_config(file)
-    said = error(file="own-dat")
-    assert "own-dat: no such file" in said and ", ".join(file.stem for file in files) in said
-    assert error(file="configs/own-data.yaml").endswith(": own-data")
+    said = error(file="unheard-of")
+    assert "unheard-of: no such file" in said and ", ".join(file.stem for file in files) in said
+    for wrong in ("own-dat", "Own_Data", "own-data.yml", "configs/own-data.yaml"):
+        assert "did you mean own-data?" in error(file=wrong)
 
 
 def test_a_file_here_comes_before_a_shipped_config_of_its_name(tmp_path, monkeypatch):
