@@ -132,9 +132,9 @@ def existing(split: str, path: Place) -> Source:
         raise ValueError(f"data.{split}: {path} has no split {split}, but {there}; write hf:{path}::SPLIT")
     if found is None or (not isinstance(found, DatasetSplit) and not found.is_file()):
         missing = path / f"{split}.jsonl" if path.is_dir() else path
-        advice = "" if isinstance(missing, BucketPath) else nearest(missing)
-        if not advice and not missing.is_absolute():
-            advice = f" in {printable(str(Path.cwd()), 200)}"
+        advice = ""
+        if not isinstance(missing, BucketPath):
+            advice = nearest(missing) or f" in {printable(str(Path.cwd()), 200)}" * (not missing.is_absolute())
         if split == "train" and path.is_dir() and is_of_tenants(path):
             advice = f"; {path} has a folder for each tenant: use data.tenants={path}"
         raise ValueError(f"data.{split}: {missing} does not exist{advice}\nname {FORMS.format(split=split)}")
