@@ -85,9 +85,10 @@ class Engine:
                 shared.
             prefill_chunk: tokens of such prompts that one program computes. None: 64 on a CPU, else 256.
             max_prefill_tokens: tokens of prompts, with padding, that are computed in a round, at most: rows that decode
-                wait for no more. More fill empty slots sooner. For each slot that does not decode a round computes at
-                most a quarter of them. One chunk and one prompt that can't be cut (of scope `all`, or one to score)
-                may run in each round, whatever their lengths. None: 1024 on a CPU, else 4096.
+                wait for no more. More fill empty slots sooner. For each slot that does not decode, and each prompt
+                that is only scored, a round computes at most a quarter of them. One chunk and one prompt that can't
+                be cut (of scope `all`, or one to score) may run in each round, whatever their lengths. None: 1024 on
+                a CPU, else 4096.
             block_size: tokens per block. Prompts share complete blocks.
             max_logprobs: alternatives per token that a request may ask for. Above 0, warm_up compiles a second decode
                 program, for rounds in which a row asks for log-probabilities, and those that score prompts. 0: such

@@ -28,9 +28,9 @@ from .ticket import Sample, is_request_error
 
 #: Prompts in blocks that may start before one for which there is no room yet, at most.
 OVERTAKING = 32
-#: The share of max_prefill_tokens that a round may compute for each slot that does not decode, so that one long prompt
-#: does not hold up all others for as long as many short ones may.
-PER_SLOT = 0.25
+#: The share of max_prefill_tokens that a round may compute for each slot that does not decode, and for each sample that
+#: needs none. So one long prompt does not hold up all others for as long as many short ones may.
+PER_SAMPLE = 0.25
 #: Tenants among which a sample that can start is looked for, at most. A look costs the same however many wait.
 LOOKED_AT = 32
 
@@ -105,7 +105,8 @@ class Rounds:
             self._begin()
             self._prefills.pin(self._pins.kept)
             empty = [slot for slot, sample in enumerate(self._rows) if sample is None or sample.completion]
-            started, self.decoding = Started(int(self._limit * min(PER_SLOT * len(empty), 1))), 0
+            most = len(empty) + self._requests.queue.count(kind=False)
+            started, self.decoding = Started(int(self._limit * min(PER_SAMPLE * most, 1))), 0
             if not self._fill(started, empty):
                 return
             active = [(slot, sample) for slot, sample in enumerate(self._rows) if sample and not sample.completion]
