@@ -7,7 +7,7 @@ from . import options as shared
 
 #: The benchmarks; bench.BENCHMARKS holds their functions.
 NAMES = ("load", "decode", "serve", "http", "evaluate", "train", "scopes", "packing", "tenants", "sampling")
-NUMBERS = ("context", "rounds", "packed", "length")
+NUMBERS = ("context", "rounds", "packed", "length", "requests")
 
 
 def add(commands) -> None:
@@ -29,6 +29,7 @@ def add(commands) -> None:
     group.add_argument(
         "--data", type=shared.filled, help="packing (required there): a .jsonl file or a folder with train.jsonl"
     )
+    group.add_argument("--requests", type=int, metavar="N", help="serve, http: requests of each side in a round")
     group.add_argument("--length", type=int, metavar="N", help="packing: tokens of a packed row")
     parser.set_defaults(run=run)
 
