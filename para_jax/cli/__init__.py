@@ -160,11 +160,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def require_config(options: argparse.Namespace, arguments: list[str]) -> None:
-    """Ends with an error where a field of a config stands in the place of CONFIG, which was forgotten."""
+    """Ends with an error if CONFIG was forgotten, so that a FIELD=VALUE is in its place."""
     given = str(getattr(options, "config", None) or getattr(options, "target", None))
     root, equals, _ = given.partition("=")
     is_field = bool(equals) and root.partition(".")[0] in dotted_fields(RunConfig()) and not os.path.exists(given)
-    if is_field and not getattr(options, "backbone", None):  # which stands instead of CONFIG
+    if is_field and not getattr(options, "backbone", None):  # it replaces CONFIG
         data = ["--data"] * (options.command == "inspect" and not options.data)
         line = shlex.join(["para-jax", options.command, "own-data", *arguments[1:], *data])
         subparsers(parser())[options.command].error(f"CONFIG is missing: {line}")

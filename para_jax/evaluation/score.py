@@ -13,7 +13,7 @@ from .metrics import error_of_mean, measure, measure_rows
 from .questions import Answer, Scored, Written
 from .tasks import EncodedTask, EvalTask
 
-#: Examples of a task whose answers are kept to be shown.
+#: Examples of a task that are kept with their answers, to be shown.
 SAMPLES = 5
 
 
