@@ -29,7 +29,7 @@ from .config import SITES, ModelConfig
 from .config.bounds import PositiveInt, Seed, check_value
 from .residual import batched_adjust, residual_stream, rotary_tables_by_kind
 from .sharding import traced_on_its_mesh
-from .tail import PromptStates, Tokens, tail_start, tail_stream, tails_after
+from .tail import PromptStates, Tokens, tail_start, tail_stream
 
 
 class DecodeState(NamedTuple):
@@ -227,14 +227,13 @@ def prefill(
     Raises ValueError as forward does, and if the tokens exceed max_length.
     """
     check_value("max_length", max_length, PositiveInt)
-    continues = length is not None
-    length = length if continues else prompt_length
+    length = prompt_length if length is None else length
     tokens, prompt_length, length = checked(model, adapters, tokens, prompt_length, length)
     if tokens.shape[1] > max_length:
         raise ValueError(f"max_length {max_length} is less than the {tokens.shape[1]} tokens of a row; raise it")
     if isinstance(adapters, Rows):
         adapters = adapters.by_row()  # decode carries an adjustment for each row
-    return _prefill(model, adapters, tokens, prompt_length, length, max_length, continues)
+    return _prefill(model, adapters, tokens, prompt_length, length, max_length)
 
 
 def decode(model: Transformer, state: DecodeState, tokens) -> tuple[Float[Array, "batch vocab"], DecodeState]:
@@ -269,7 +268,7 @@ def _hidden_states(model, adapters, tokens, prompt_length, all_layers):
 @jax.jit
 def _adjustments(model, adapters, tokens, prompt_length):
     keep = lambda x, kept, adjustment: adjustment  # noqa: E731
-    return residual_stream(model, adapters, tokens, prompt_length, keep=keep, plain_response=True)[1]
+    return residual_stream(model, adapters, tokens, prompt_length, keep=keep)[1]
 
 
 @jax.jit
@@ -285,31 +284,17 @@ def _multi_tenant_forward(model, rows, tokens, prompt_length):
     return jax.vmap(alone)(gathered, rows.index.T, tokens, prompt_length)
 
 
-@partial(jax.jit, static_argnums=(5, 6))
-def _prefill(model, adapters, tokens, prompt_length, length, max_length, continues):
+@partial(jax.jit, static_argnums=5)
+def _prefill(model, adapters, tokens, prompt_length, length, max_length):
     reach = None if adapters is None else reach_of(adapters, len(tokens))
-    if reach is None or not reach.window:
 
-        def keep(x, kept, adjustment):
-            return padded(kept, max_length), carried(adjustment, reach, x.dtype)
+    def keep(x, kept, adjustment):
+        return padded(kept, max_length), carried(adjustment, reach, x.dtype)
 
-        x, kept = residual_stream(model, adapters, tokens, prompt_length, keep=keep)
-        last = token_of(x, length - 1)
-    else:
-        tail_length = reach.window + (tokens.shape[1] - 1 if continues else 0)
-        last, kept = prefill_tails(model, adapters, reach, tokens, prompt_length, length, max_length, tail_length)
-    adjustments = tuple(adjustment for _, adjustment in kept) if reach is not None and reach.decodes else ()
-    return model.logits(model.final_norm(last)), DecodeState(tuple(cache for cache, _ in kept), adjustments, length)
-
-
-def prefill_tails(model, adapters, reach: Reach, tokens, prompt_length, length, max_length: int, tail_length: int):
-    """The residual stream at each row's last token, and (cache, adjustment) for each layer, where rows may have scope
-    `response`: their last `tail_length` tokens run again after the plain prompt. Nothing changes for the other rows."""
-    start, prompts, tails = cut_tails(tokens, prompt_length, reach.window, tail_length)
-    keep = tail_cache(model, reach, prompt_length, length, tails.position, max_length)
-    tail, first, kept = tail_stream(model, adapters, prompts, prompt_length, tails, keep=keep)
-    last = jnp.where(reach.responds[:, None], token_of(tail, length - 1 - start), token_of(first, length - 1))
-    return last, kept
+    x, kept = residual_stream(model, adapters, tokens, prompt_length, keep=keep)
+    cache, adjustments = zip(*kept, strict=True)
+    state = DecodeState(cache, adjustments if reach is not None and reach.decodes else (), length)
+    return model.logits(model.final_norm(token_of(x, length - 1))), state
 
 
 @partial(jax.jit, static_argnames="max_length")
@@ -321,33 +306,21 @@ def prefill_after(
     if isinstance(adapters, Rows):
         adapters = adapters.by_row()
     reach = reach_of(adapters, len(tokens))
-    start, prompts, tails = cut_tails(tokens, prompt_length, reach.window, reach.window)
-    keep = tail_cache(model, reach, prompt_length, prompt_length, tails.position, max_length)
-    x, kept = tails_after(model, adapters, states, prompts, prompt_length, tails, keep=keep, remat="none")
-    cache, adjustments = zip(*kept, strict=True)
-    logits = model.logits(model.final_norm(token_of(x, prompt_length - 1 - start)))
-    return logits, DecodeState(cache, adjustments, prompt_length)
-
-
-def cut_tails(tokens, prompt_length, window: int, tail_length: int) -> tuple[jax.Array, Tokens, Tokens]:
-    """Where each row's tail begins, the whole rows, and their tails of at most `tail_length` tokens."""
-    start = tail_start(prompt_length, window)
-    position = start[:, None] + jnp.arange(min(tail_length, tokens.shape[1]))
-    tails = jnp.take_along_axis(tokens, jnp.minimum(position, tokens.shape[1] - 1), axis=1)
-    return start, Tokens(tokens, jnp.arange(tokens.shape[1])), Tokens(tails, position)
-
-
-def tail_cache(model, reach: Reach, prompt_length, length, position, max_length: int):
-    """The `keep` that gives a layer's cache, in which the window's keys and values replace the plain ones, and its
-    carried adjustment."""
-    written = reach.responds[:, None] & (position >= prompt_length[:, None] - reach.before[:, None])
-    written = jnp.where(written & (position < length[:, None]), position, max_length)
+    start = tail_start(prompt_length, reach.window)
+    position = start[:, None] + jnp.arange(min(reach.window, tokens.shape[1]))
+    tails = Tokens(jnp.take_along_axis(tokens, jnp.minimum(position, tokens.shape[1] - 1), axis=1), position)
+    adapted = reach.acts(prompt_length, position, None) & (position < prompt_length[:, None])
+    written = jnp.where(adapted, position, max_length)
 
     def keep(of_prompts, of_tails, adjustment):
         cache = (with_tokens(*both, written) for both in zip(padded(of_prompts, max_length), of_tails, strict=True))
         return tuple(cache), carried(adjustment, reach, model.dtype)
 
-    return keep
+    prompts = Tokens(tokens, jnp.arange(tokens.shape[1]))
+    x, kept = tail_stream(model, adapters, prompts, prompt_length, tails, states=states, keep=keep, remat="none")
+    cache, adjustments = zip(*kept, strict=True)
+    logits = model.logits(model.final_norm(token_of(x, prompt_length - 1 - start)))
+    return logits, DecodeState(cache, adjustments, prompt_length)
 
 
 def token_of(x, position):

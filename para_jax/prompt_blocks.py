@@ -2,8 +2,8 @@
 
 They run through the plain backbone, so the keys and values of a block depend on the tokens up to its end, and on
 nothing else. `prefill_blocks` computes some blocks, of one prompt or of several. It is the same program for the base
-model and for every tenant. An adapter's window of w tokens follows in two parts: `adapt_window` runs all of them but
-the last again, and decoding begins with the last one, as if it were the answer's first token.
+model and for every tenant. An adapter's tail follows: `tail_states` takes a prompt's last w tokens as ordinary steps
+with the adapter, which makes its adjustments from the last of them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from .adapters.rows import Rows, by_layer
 from .backbone.block_pool import LayerPool, attend_blocks, attend_window
@@ -39,75 +40,56 @@ class Lanes(NamedTuple):
     """int32 [rows]: where each prompt's last token is among all lanes' tokens; arbitrary for a prompt without it"""
 
 
-class LastToken(NamedTuple):
-    """What a row's last prompt token leaves."""
-
-    logits: jax.Array
-    """float32 [rows, vocab]"""
-    entered: tuple
-    """per layer: the plain residual stream that enters it, [rows, width]"""
-
-
-class Windows(NamedTuple):
-    """Tokens of prompts that run again with their adapters. All counts leave out a prompt's last token."""
+class Tails(NamedTuple):
+    """The last tokens of prompts, which their adapters take. The rows may be of several prompts."""
 
     tokens: Any
     """int32 [rows, W]: the last W tokens, padded on the left"""
     table: Any
-    """int32 [rows, T]: the pool's blocks that hold each prompt"""
+    """int32 [rows, T]: the pool's blocks that hold each prompt's tokens, at least those before its tail"""
     length: Any
     """int32 [rows]: tokens of each prompt"""
     adapted: Any
     """int32 [rows]: how many of the last tokens are adapted: at most W, and at most `length`"""
 
 
-def prefill_blocks(model, pool: Pool, lanes: Lanes) -> tuple[Pool, LastToken]:
-    """The pool with the lanes' blocks, computed by the plain backbone. For use inside a compiled program, which donates
-    the pool."""
+def prefill_blocks(model, pool: Pool, lanes: Lanes) -> tuple[Pool, Float[Array, "rows vocab"]]:
+    """The pool with the lanes' blocks, computed by the plain backbone, and the logits of each row's last token. For use
+    inside a compiled program, which donates the pool."""
     size = lanes.tokens.shape[1]
     start, table = lanes.number * size, lanes.table[lanes.row]
     block = jnp.take_along_axis(table, lanes.number[:, None], axis=1)[:, 0]
     block = jnp.where(lanes.count > 0, block, pool[0][0].shape[0])
     tables = rotary_tables_by_kind(model.config, start[:, None] + jnp.arange(size))
 
-    def last(x):
-        return x.reshape(-1, x.shape[2])[lanes.last]
-
     def step(x, layer, held):
         attend = attend_blocks(held, block, table, start, lanes.count, layer.kind.window)
-        out, held = layer(x, plain, tables[layer.kind.rotary], attend)
-        return out, (held, last(x))
+        return layer(x, plain, tables[layer.kind.rotary], attend)
 
     x, kept = through_layers(model, step, model.embed(lanes.tokens), list(pool))
-    logits = model.logits(model.final_norm(last(x)))
-    return tuple(held for held, _ in kept), LastToken(logits, tuple(entered for _, entered in kept))
+    return tuple(kept), model.logits(model.final_norm(x.reshape(-1, x.shape[2])[lanes.last]))
 
 
-def adjustments_of(adapters: Rows, entered: tuple) -> tuple:
-    """Per layer: the adjustments that the adapters make of prompts, in float32. Zeros for a row without an adapter.
+def tail_states(model, adapters: Rows, pool: Pool, tails: Tails) -> tuple[Float[Array, "rows vocab"], tuple, tuple]:
+    """The logits of each row's last token and, per layer, the adjustments in float32 and the keys and values of the
+    tails, [rows, kv_heads, W, head_dim]. For use inside a compiled program.
 
     Args:
-        adapters: their adjustments need no token of a prompt but its last.
-        entered: LastToken.entered.
+        adapters: of scope `response`; a row without one has adjustments of zeros.
     """
-    weights, make = by_layer(adapters)
-    one = jnp.ones(len(entered[0]), jnp.int32)
-    each = enumerate(entered)
-    return tuple(make(jax.tree.map(lambda a, i=i: a[i], weights), x[:, None], one) for i, x in each)
-
-
-def adapt_window(model, pool: Pool, adjustments: tuple, windows: Windows) -> tuple:
-    """Per layer: the keys and values of the windows' tokens, [rows, kv_heads, W, head_dim]. For use inside a compiled
-    program."""
-    size = windows.tokens.shape[1]
-    position = jnp.maximum(windows.length[:, None] - size + jnp.arange(size), 0)
+    rows, size = tails.tokens.shape
+    position = jnp.maximum(tails.length[:, None] - size + jnp.arange(size), 0)
     tables = rotary_tables_by_kind(model.config, position)
+    weights, make = by_layer(adapters)
 
     def step(x, layer, inputs):
-        held, adjustment = inputs
-        attend = attend_window(held, windows.table, windows.length, windows.adapted, layer.kind.window)
-        return layer(x, batched_adjust(adjustment), tables[layer.kind.rotary], attend)
+        held, weights = inputs
+        adjustment = make(weights, x, jnp.full(rows, size))
+        attend = attend_window(held, tails.table, tails.length, tails.adapted, layer.kind.window)
+        x, new = layer(x, batched_adjust(adjustment), tables[layer.kind.rotary], attend)
+        return x, (adjustment, new)
 
-    inputs = list(zip(pool, adjustments, strict=True))
-    _, last = through_layers(model, step, model.embed(windows.tokens), inputs)
-    return tuple(last)
+    inputs = [(held, jax.tree.map(lambda a, i=i: a[i], weights)) for i, held in enumerate(pool)]
+    x, kept = through_layers(model, step, model.embed(tails.tokens), inputs)
+    adjustments, new = zip(*kept, strict=True)
+    return model.logits(model.final_norm(x[:, -1])), adjustments, new

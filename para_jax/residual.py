@@ -1,8 +1,7 @@
 """The residual stream of whole sequences, through every layer of a backbone with adapters.
 
-Each layer makes its adjustments from the stream that enters it at the prompt. Adapters of scope `response` read the
-stream of the plain backbone there, so two streams pass through the layers side by side: `first`, in which such rows are
-plain, and the one that they change. See adapters/scope.py.
+Each layer makes its adjustments from the stream that enters it at the prompt, as the layers below have adjusted it.
+They act where their adapter's scope says (adapters/scope.py).
 """
 
 from __future__ import annotations
@@ -12,11 +11,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
 
 from .adapters.adapter import Adjustment, Shared
-from .adapters.rows import by_layer, reach_of, reads_plain_prompt
-from .adapters.scope import Reach
+from .adapters.rows import by_layer, reach_of
 from .adapters.segments import Segments, adjust_segments
 from .backbone.kernels import self_attention
 from .backbone.layout import through_layers
@@ -41,7 +38,6 @@ def residual_stream(
     segments: Segments | None = None,
     keep: Callable | None = None,
     remat: str = "dots",
-    plain_response: bool = False,
 ):
     """The residual stream [batch, T, width] before the final norm, and a list with keep's result for each layer.
 
@@ -50,65 +46,31 @@ def residual_stream(
         segments: for packed rows; adjustments then have leading axes [batch, segments].
         keep: keep(x that entered the layer, (keys, values), float32 adjustment); default: keeps nothing.
         remat: a key of REMAT.
-        plain_response: leave rows of scope `response` plain. Their adjustments, which `keep` gets, are the same.
     """
     position = segments.position if segments else jnp.arange(tokens.shape[1])
     tables = rotary_tables_by_kind(model.config, position)
     segment = segments.segment if segments else None
     attend = self_attention(model.config, model.dtype, tokens.shape[1], segment, model.attention)
-    x = model.embed(tokens)
     if adapters is None:
-        masks, weights, make = (True, True), None, lambda *_: None
+        acts, weights, make = True, None, lambda *_: None
     else:
-        masks = where_adapters_act(reach_of(adapters, len(tokens)), prompt_length, position, segments)
-        weights, make = by_layer(adapters)
+        reach, (weights, make) = reach_of(adapters, len(tokens)), by_layer(adapters)
+        acts = reach.everywhere or reach.acts(prompt_length, position, segments)
     starts = [segments.start] if segments else []
-    two = adapters is not None and reads_plain_prompt(adapters) and not plain_response
 
-    def through(x, layer, adjustment, where):
-        adjust = acting(batched_adjust(adjustment, segments), where)
-        return layer(x, adjust, tables[layer.kind.rotary], attend[layer.kind.window])
-
-    def one_stream(x, layer, weights):
+    def step(x, layer, weights):
         adjustment = make(weights, x, prompt_length, *starts)
-        out, kept = through(x, layer, adjustment, masks[0] if plain_response else masks[1])
+        adjust = acting(batched_adjust(adjustment, segments), acts)
+        out, kept = layer(x, adjust, tables[layer.kind.rotary], attend[layer.kind.window])
         return out, keep(x, kept, adjustment) if keep else None
 
-    def two_streams(streams, layer, weights):
-        first, x = streams
-        adjustment = make(weights, first, prompt_length, *starts)
-        after, _ = through(first, layer, adjustment, masks[0])
-        out, kept = through(x, layer, adjustment, masks[1])
-        return (after, out), keep(x, kept, adjustment) if keep else None
-
-    if not two:
-        return through_layers(model, REMAT[remat](one_stream), x, weights)
-    (_, out), kept = through_layers(model, REMAT[remat](two_streams), (x, x), weights)
-    return out, kept
-
-
-def where_adapters_act(
-    reach: Reach,
-    prompt_length: Int[Array, "*axes"],
-    position: Int[Array, "*lead T"],
-    segments: Segments | None,
-) -> tuple[Bool[Array, "rows T"] | bool, Bool[Array, "rows T"] | bool]:
-    """The tokens at which the adapters of a batch act, in the first stream, where rows of scope `response` are plain,
-    and in the other. True: all of them. False: none."""
-    if reach.everywhere:
-        return True, True
-    acts = reach.acts(prompt_length, position, segments)
-    if reach.only_window is not None:
-        return False, acts
-    return acts & ~reach.responds[:, None], acts
+    return through_layers(model, REMAT[remat](step), model.embed(tokens), weights)
 
 
 def acting(adjust: Callable, where: jax.Array | bool) -> Callable:
     """adjust(site, x, y), which leaves y as it is at the tokens where the adapter does not act."""
     if where is True:
         return adjust
-    if where is False:
-        return plain
     return lambda site, x, y: jnp.where(where[..., None], adjust(site, x, y), y)
 
 

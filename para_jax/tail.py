@@ -1,10 +1,9 @@
-"""Prompts that run through the plain backbone, and tails that follow them with an adapter: scope `response` without a
-second pass over the prompt.
+"""Prompts that run through the plain backbone, and tails that follow them with an adapter: scope `response` without an
+adapter, or a backward pass, over the prompt.
 
-A tail is the last w tokens of a prompt and what comes after it. Each layer first runs the prompts, which gives keys,
-values and the adjustments, and then the tails, which attend to the prompt before them and to themselves. Where every
-row has scope `response`, the prompts need no gradient, and the backward pass covers the tails alone. What the tails
-read of their prompts may also be given (PromptStates), and then no prompt runs at all.
+A tail is the last w tokens of a prompt and what comes after it. It attends to the plain keys and values of the prompt
+before it, and to itself; nothing else of the prompt reaches it. Each layer makes its adjustments from the tail's own
+stream, at the prompt's last token.
 """
 
 from __future__ import annotations
@@ -18,15 +17,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from .adapters.rows import by_layer, reach_of
-from .adapters.scope import Reach
 from .adapters.segments import Segments
 from .backbone.attention import within
 from .backbone.cache import attend_both
 from .backbone.kernel_choice import LANES, attention_kernel
 from .backbone.kernels import platform, self_attention, splash_both
-from .backbone.layout import through_layers
+from .backbone.layout import stack_trees, through_layers
 from .config import ModelConfig
-from .residual import REMAT, acting, batched_adjust, plain, rotary_tables_by_kind, where_adapters_act
+from .residual import REMAT, acting, batched_adjust, plain, residual_stream, rotary_tables_by_kind
 
 
 class Tokens(NamedTuple):
@@ -41,16 +39,21 @@ class Tokens(NamedTuple):
 
 
 class PromptStates(NamedTuple):
-    """What the plain backbone makes of a batch's prompts, as tails with scope `response` read it."""
+    """What the plain backbone makes of a batch's prompts, as tails read it."""
 
     keys: jax.Array
     """[layers, rows, kv_heads, P, head_dim] after rotary, in the model's dtype; any finite numbers at padding"""
     values: jax.Array
     """as keys"""
-    summaries: jax.Array
-    """[layers, rows, width], for packed rows [layers, rows, segments, width]: what the adapter's `pool` gives"""
     row: jax.Array | None = None
     """int32: which of these rows each row of the batch has, so that rows can share a prompt; None: its own"""
+
+
+@jax.jit
+def prompt_states(model, tokens: Int[Array, "rows P"]) -> PromptStates:
+    """The states of prompts, padded on the right."""
+    keep = lambda x, kept, adjustment: PromptStates(*kept)  # noqa: E731
+    return stack_trees(residual_stream(model, None, tokens, None, keep=keep)[1])
 
 
 def tail_stream(
@@ -60,94 +63,66 @@ def tail_stream(
     prompt_length: Int[Array, "*axes"],
     tails: Tokens,
     *,
+    states: PromptStates | None = None,
     keep: Callable | None = None,
     remat: str = "dots",
 ):
-    """The residual streams before the final norm of the tails and of the prompts, [rows, T, width] each, and a list
-    with keep's result for each layer.
+    """The residual stream of the tails before the final norm, [rows, T, width], and a list with keep's result for each
+    layer. Every row's scope must be `response`.
 
     Args:
         prompts: a prompt may be followed by further tokens, which nothing reads.
         tails: each begins at position `tail_start` of its example.
+        states: of the prompts, whose tokens are then not read. None: each layer computes them first, and they have no
+            gradient.
         keep: keep((keys, values) of the prompts, those of the tails, float32 adjustment); default: keeps nothing.
         remat: a key of REMAT, for the tails. The prompts' keys and values are saved, or their stream (keeps_stream).
     """
-    config = model.config
-    whole = keeps_stream(config, remat)
-    reach = reach_of(adapters, len(prompts.tokens))
+    config, reach = model.config, reach_of(adapters, len(tails.tokens))
     weights, make = by_layer(adapters)
-    in_prompt, _ = where_adapters_act(reach, prompt_length, prompts.position, prompts.segments)
-    place = [] if prompts.segments is None else [prompts.segments.start]
-    tables = rotary_tables_by_kind(config, prompts.position)
+    start, in_window = tail_start(prompt_length, reach.window), prompt_length - tail_start(prompt_length, reach.window)
+    place = [] if tails.segments is None else [tails.segments.start]
+    acts = reach.only_window is not None or reach.acts(prompt_length, tails.position, tails.segments)
+    tables = rotary_tables_by_kind(config, tails.position)
+    windows = dict.fromkeys(kind.window for kind in config.kinds)
+    attend_to = {window: tail_attention(model, prompts, tails, start, window) for window in windows}
+
+    def through_tail(x, layer, weights, of_prompts):
+        adjustment = make(weights, x, in_window, *place)
+        adjust = acting(batched_adjust(adjustment, tails.segments), acts)
+        x, of_tails = layer(x, adjust, tables[layer.kind.rotary], attend_to[layer.kind.window](of_prompts))
+        return x, keep(of_prompts, of_tails, adjustment) if keep else None
+
+    if states is not None:
+        row, through_tail = states.row, REMAT[remat](through_tail)
+
+        def after_states(x, layer, inputs):
+            weights, held = inputs
+            return through_tail(x, layer, weights, held if row is None else jax.tree.map(lambda a: a[row], held))
+
+        return through_layers(model, after_states, model.embed(tails.tokens), (weights, states[:2]))
+
+    of_prompts = rotary_tables_by_kind(config, prompts.position)
     segment = None if prompts.segments is None else prompts.segments.segment
     attend = self_attention(config, model.dtype, prompts.tokens.shape[1], segment, model.attention)
-    through_tail = tail_layer(model, reach, prompts, prompt_length, tails, "none" if whole else remat)
+    whole = keeps_stream(config, remat)
+    through_tail = REMAT["none" if whole else remat](through_tail)
 
     def step(streams, layer, weights):
-        first, x = streams
-        adjustment = make(weights, first, prompt_length, *place)
-        adjust = plain if in_prompt is False else acting(batched_adjust(adjustment, prompts.segments), in_prompt)
-        first, of_prompts = layer(first, adjust, tables[layer.kind.rotary], attend[layer.kind.window])
-        x, of_tails = through_tail(x, layer, adjustment, of_prompts)
-        return (first, x), keep(of_prompts, of_tails, adjustment) if keep else None
+        prompt, x = streams
+        prompt, held = layer(prompt, plain, of_prompts[layer.kind.rotary], attend[layer.kind.window])
+        x, kept = through_tail(x, layer, weights, held)
+        return (prompt, x), kept
 
     streams = model.embed(prompts.tokens), model.embed(tails.tokens)
-    (first, x), kept = through_layers(model, REMAT[remat](step) if whole else step, streams, weights)
-    return x, first, kept
+    (_, x), kept = through_layers(model, REMAT[remat](step) if whole else step, streams, weights)
+    return x, kept
 
 
 def keeps_stream(config: ModelConfig, remat: str) -> bool:
     """Whether the backward pass gets the prompts' stream instead of their keys and values, and computes these again:
     with `block`, where the stream is smaller."""
     return remat == "block" and config.width < 2 * config.kv_width
-
-
-def tails_after(
-    model,
-    adapters,
-    states: PromptStates,
-    prompts: Tokens,
-    prompt_length: Int[Array, "*axes"],
-    tails: Tokens,
-    *,
-    keep: Callable | None = None,
-    remat: str = "dots",
-):
-    """The residual stream of the tails that `tail_stream` gives, and a list with keep's results, from the states of the
-    prompts. Their tokens are not read. Every row's scope must be `response`."""
-    reach = reach_of(adapters, len(tails.tokens))
-    weights, make = by_layer(adapters)
-    through_tail = tail_layer(model, reach, prompts, prompt_length, tails, remat)
-    one = jnp.ones_like(prompt_length)
-    place = [] if prompts.segments is None else [jnp.broadcast_to(jnp.arange(one.shape[1]), one.shape)]
-    row, states = states.row, states._replace(row=None)
-
-    def step(x, layer, inputs):
-        weights, held = inputs
-        keys, values, summary = (a if row is None else a[row] for a in held[:3])
-        pooled = summary if place else summary[:, None]  # each summary is pooled again, as a prompt of one token
-        adjustment = make(weights, pooled, one, *place)
-        x, of_tails = through_tail(x, layer, adjustment, (keys, values))
-        return x, keep((keys, values), of_tails, adjustment) if keep else None
-
-    return through_layers(model, step, model.embed(tails.tokens), (weights, states))
-
-
-def tail_layer(
-    model, reach: Reach, prompts: Tokens, prompt_length: Int[Array, "*axes"], tails: Tokens, remat: str
-) -> Callable:
-    """One layer of the tails: (x, layer, adjustment, keys and values of the prompts) -> (x, those of the tails)."""
-    in_tail = reach.only_window is not None or reach.acts(prompt_length, tails.position, tails.segments)
-    tables = rotary_tables_by_kind(model.config, tails.position)
-    start = tail_start(prompt_length, reach.window)
-    windows = dict.fromkeys(kind.window for kind in model.config.kinds)
-    attend = {window: tail_attention(model, prompts, tails, start, window) for window in windows}
-
-    def through_tail(x, layer, adjustment, of_prompts):
-        adjust = acting(batched_adjust(adjustment, tails.segments), in_tail)
-        return layer(x, adjust, tables[layer.kind.rotary], attend[layer.kind.window](of_prompts))
-
-    return REMAT[remat](through_tail)
 
 
 def tail_start(prompt_length: Int[Array, "*axes"], window: int) -> Int[Array, "*axes"]:

@@ -7,11 +7,11 @@ import pytest
 from golden_models import backbone, strong
 from long_cases import long, quick, slow
 
-from para_jax import Ia3Config, LoraConfig, ParaConfig, hidden_states, init_adapter, prefill, stack_adapters
+from para_jax import Ia3Config, LoraConfig, ParaConfig, init_adapter, prefill, stack_adapters
 from para_jax.adapters.rows import Rows
 from para_jax.backbone import block_pool
 from para_jax.backbone.block_pool import rows_of_blocks, with_last
-from para_jax.prompt_blocks import Lanes, Windows, adapt_window, adjustments_of, prefill_blocks
+from para_jax.prompt_blocks import Lanes, Tails, prefill_blocks, tail_states
 
 SIZE, LONGEST, BLOCKS, LANES, ROWS = 4, 6, 20, 3, 2
 FAMILIES = ["llama", "gemma3_text", "gemma2", "olmo2"]
@@ -55,7 +55,7 @@ def row_of(pool, blocks, length):
 
 
 def in_one_go(model, length, fill=0.0):
-    """(pool, blocks, what the last token leaves) of the first tokens of TOKENS, three blocks at a time."""
+    """(pool, blocks, logits of the last token) of the first tokens of TOKENS, three blocks at a time."""
     pool, blocks, last = pool_of(model, fill), list(range(7, 7 + -(-length // SIZE))), None
     for start in range(0, len(blocks), LANES):
         parts = [(0, number) for number in range(start, min(start + LANES, len(blocks)))]
@@ -71,9 +71,7 @@ def test_blocks_give_what_prefill_gives(family, length):
     logits, state = prefill(model, None, TOKENS[None, :length], length, max_length=length)
     expected = np.stack([np.stack(layer)[:, 0] for layer in state.cache])
     np.testing.assert_allclose(row_of(pool, blocks, length), expected, atol=2e-4, rtol=1e-4)
-    np.testing.assert_allclose(last.logits[0], logits[0], atol=5e-4, rtol=1e-4)
-    entered = hidden_states(model, None, TOKENS[None, :length], length, all_layers=True)[:-1, 0, -1]
-    np.testing.assert_allclose(np.stack(last.entered)[:, 0], entered, atol=5e-4, rtol=1e-4)
+    np.testing.assert_allclose(last[0], logits[0], atol=5e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -83,16 +81,14 @@ def test_the_bits_depend_neither_on_the_cut_nor_on_the_company_nor_on_what_the_p
     expected = row_of(pool, blocks, length)
     dirty, _, same = in_one_go(model, length, np.nan)
     np.testing.assert_array_equal(row_of(dirty, blocks, length), expected)
-    np.testing.assert_array_equal(same.logits[0], last.logits[0])
+    np.testing.assert_array_equal(same[0], last[0])
     other = TOKENS[::-1].copy()
     prompts = {0: (other, [0, 1, 2]), 1: (TOKENS[:length], [9, 3, 15, 4, 12])}
     pool, last_one = pool_of(model), None
     for parts in ([(1, 0)], [(0, 0), (1, 1), (1, 2)], [(0, 1), (0, 2)], [(1, 3)], [(0, 0), (0, 1), (1, 4)]):
         pool, last_one = chunk(model, pool, lanes(prompts, parts))
     np.testing.assert_array_equal(row_of(pool, prompts[1][1], length), expected)
-    np.testing.assert_array_equal(last_one.logits[1], last.logits[0])
-    for mine, theirs in zip(last_one.entered, last.entered, strict=True):
-        np.testing.assert_array_equal(mine[1], theirs[0])
+    np.testing.assert_array_equal(last_one[1], last[0])
 
 
 def test_a_prompt_that_shares_blocks_gets_the_same_bits():
@@ -101,12 +97,12 @@ def test_a_prompt_that_shares_blocks_gets_the_same_bits():
     shared = {1: (TOKENS[:length], [*blocks[:3], 0, 1])}
     pool, found = chunk(model, pool, lanes(shared, [(1, 3), (1, 4)]))
     np.testing.assert_array_equal(row_of(pool, shared[1][1], length), row_of(pool, blocks, length))
-    np.testing.assert_array_equal(found.logits[1], last.logits[0])
+    np.testing.assert_array_equal(found[1], last[0])
 
 
 def test_both_layouts_give_the_same():
     found = [in_one_go(backbone("gemma3_text", layout), 19) for layout in ("layers", "stacked")]
-    np.testing.assert_allclose(found[0][2].logits[0], found[1][2].logits[0], atol=2e-4, rtol=1e-4)
+    np.testing.assert_allclose(found[0][2][0], found[1][2][0], atol=2e-4, rtol=1e-4)
     np.testing.assert_allclose(row_of(found[0][0], found[0][1], 19), row_of(found[1][0], found[1][1], 19), atol=1e-4)
 
 
@@ -117,32 +113,31 @@ def test_both_layouts_give_the_same():
 @pytest.mark.parametrize(
     "config",
     [
-        ParaConfig(r=4, scope="response", scope_window=5),
-        ParaConfig(r=4, scope="response", scope_window=2, pooler="constant"),
+        ParaConfig(r=4, scope="response"),
+        ParaConfig(r=4, scope="response", pooler="constant"),
         Ia3Config(scope="response", scope_window=3),
         LoraConfig(r=4, scope="response", scope_window=2),
     ],
 )
-def test_windows_give_the_keys_values_and_adjustments_of_prefill(family, length, config):
-    """Up to the last token, which decoding adds."""
-    model, size = backbone(family), 4
+def test_tails_give_the_logits_keys_values_and_adjustments_of_prefill(family, length, config):
+    """After the blocks of the tokens before the last one."""
+    model, size, plain = backbone(family), 4, length - 1
     adapter = strong(init_adapter(config, model.config), 1)
-    pool, blocks, last = in_one_go(model, length)
+    pool, blocks, _ = in_one_go(model, plain, np.nan) if plain else (pool_of(model), [], None)
     rows = Rows((stack_adapters([adapter]),), jnp.array([[0, -1]], jnp.int32))
-    adjustments = jax.jit(adjustments_of)(rows, last.entered)
-    before = TOKENS[: length - 1][-size:]
-    windows = Windows(*(np.zeros(shape, np.int32) for shape in ((ROWS, size), (ROWS, LONGEST), ROWS, ROWS)))
-    windows.tokens[0, size - len(before) :], windows.table[0, : len(blocks)] = before, blocks
-    windows.length[0] = length - 1
-    windows.adapted[0] = min(config.scope_window, length) - 1
-    new = jax.jit(adapt_window)(model, pool, adjustments, windows)
-    _, state = prefill(model, adapter, TOKENS[None, :length], length, max_length=length)
-    for i, (layer, window) in enumerate(zip(pool, new, strict=True)):
-        held = rows_of_blocks(layer, windows.table)
-        merged = with_last(held, window, windows.length, windows.adapted)
+    last = TOKENS[:length][-size:]
+    tails = Tails(*(np.zeros(shape, np.int32) for shape in ((ROWS, size), (ROWS, LONGEST), ROWS, ROWS)))
+    tails.tokens[0, size - len(last) :], tails.table[0, : len(blocks)] = last, blocks
+    tails.length[0], tails.adapted[0] = length, min(config.scope_window, length)
+    logits, adjustments, new = jax.jit(tail_states)(model, rows, pool, tails)
+    expected, state = prefill(model, adapter, TOKENS[None, :length], length, max_length=length)
+    np.testing.assert_allclose(logits[0], expected[0], atol=5e-4, rtol=1e-4)
+    for i, (layer, tail) in enumerate(zip(pool, new, strict=True)):
+        held = rows_of_blocks(layer, tails.table)
+        merged = with_last(held, tail, tails.length, tails.adapted)
         for mine, theirs in zip(merged, state.cache[i], strict=True):
-            np.testing.assert_allclose(mine[0, :, : length - 1], theirs[0, :, : length - 1], atol=2e-4, rtol=1e-4)
-            assert not np.asarray(mine[0, :, length - 1 :]).any()
+            np.testing.assert_allclose(mine[0, :, :length], theirs[0, :, :length], atol=2e-4, rtol=1e-4)
+            assert not np.asarray(mine[0, :, length:]).any()
         carried = jax.tree.map(
             lambda a, b: np.broadcast_to(np.asarray(b), a[:1].shape), adjustments[i], unshared(state, i)
         )

@@ -22,25 +22,26 @@ from para_jax import (
     prefill,
     stack_adapters,
 )
-from para_jax.adapters.rows import Rows
+from para_jax.adapters.rows import Adjustments, Rows
+from para_jax.adapters.scope import reach_of_config
 from para_jax.model import DecodeState, adjustments_for
 
-FAMILIES = ["llama", "gemma3_text"]
 FAMILIES = ["llama", "gemma3_text"]
 
 
 def by_definition(model, adapter, tokens, prompt_length):
     """One row's logits from p - w on, [T - p + w, vocab]: the plain backbone's cache before the window, then a decode
-    step for each token with the adjustments that the plain backbone's states give."""
+    step for each token. A layer's adjustment comes from what enters it at the last prompt token, once the layers below
+    have theirs."""
     config = adapter.config
     begin = max(prompt_length - config.scope_window, 0)
-    length = len(tokens)
-    entered = hidden_states(model, None, tokens[None], prompt_length, all_layers=True)[:-1, 0]
-    adjustments = []
+    length, reach = len(tokens), reach_of_config(config, 1)
+    adjustments = made_of(adapter, jnp.zeros((model.config.num_layers, model.config.width)))
+    adjustments = jax.tree.map(jnp.zeros_like, adjustments)
     for i in range(model.config.num_layers):
-        layer = jax.tree.map(lambda leaf, i=i: leaf[i], adapter)
-        made = layer.condition(layer.pool(entered[i], jnp.int32(prompt_length)))
-        adjustments.append(jax.tree.map(lambda a: a[None], made))
+        so_far = Adjustments(tuple(adjustments), reach)
+        entered = hidden_states(model, so_far, tokens[None], prompt_length, all_layers=True)[:-1, 0]
+        adjustments[i] = made_of(adapter, entered[:, prompt_length - 1])[i]
     if begin:
         _, plain = prefill(model, None, tokens[None, :begin], begin, max_length=length)
         cache = plain.cache
@@ -52,6 +53,13 @@ def by_definition(model, adapter, tokens, prompt_length):
         logits, state = decode(model, state, np.array([token]))
         found.append(logits[0])
     return np.stack(found)
+
+
+def made_of(adapter, summaries):
+    """Each layer's adjustment of one row, from its summary [width]."""
+    layers = [jax.tree.map(lambda leaf, i=i: leaf[i], adapter) for i in range(len(summaries))]
+    made = [layer.condition(summary) for layer, summary in zip(layers, summaries, strict=True)]
+    return [jax.tree.map(lambda a: a[None], one) for one in made]
 
 
 @pytest.mark.parametrize("family", quick(FAMILIES, "llama"))
@@ -72,7 +80,7 @@ def test_forward_is_the_definition(family, config):
 def test_mixed_scopes_equal_each_alone():
     model, tokens = backbone("llama"), np.repeat(prompts(backbone("llama"))[:1], 7, axis=0)
     configs = [
-        ParaConfig(r=4), ParaConfig(r=4, scope="response"), ParaConfig(r=4, scope="response", scope_window=4),
+        ParaConfig(r=4), ParaConfig(r=4, scope="response"), Ia3Config(scope="response", scope_window=4),
         ParaConfig(r=4, scope="prompt"), LoraConfig(r=4, scope="response", scope_window=2),
         LoraConfig(r=4),
     ]  # fmt: skip

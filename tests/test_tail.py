@@ -10,7 +10,7 @@ from golden_models import backbone, prompts
 from long_cases import quick
 from scoped import CONFIGS, PROMPT, adapter_of, name_of
 
-from para_jax import Ia3Config, LoraConfig, ParaConfig, decode, forward, prefill, tail
+from para_jax import Ia3Config, LoraConfig, decode, forward, prefill, tail
 from para_jax.adapters.segments import Segments
 from para_jax.backbone import kernel_choice
 from para_jax.backbone.cache import attend_both
@@ -49,7 +49,7 @@ def test_the_cache_before_the_window_is_the_backbones_bit_for_bit(config):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("make", [LoraConfig, Ia3Config, lambda **more: ParaConfig(pooler="constant", **more)])
+@pytest.mark.parametrize("make", [LoraConfig, Ia3Config])
 def test_a_window_of_the_whole_prompt_with_constant_adjustments_equals_scope_all(make):
     model, tokens = backbone("llama"), prompts(backbone("llama"))
     found = []

@@ -103,11 +103,6 @@ class Adapter(nnx.Module):
         comes first, whatever axes follow."""
         return self
 
-    @classmethod
-    def pools_last_token(cls, config: Any) -> bool:
-        """Whether `pool` reads no token of the prompt but its last."""
-        return cls.pool is Adapter.pool
-
     @property
     def reads_prompt(self) -> bool:
         """Whether the adjustment depends on the prompt."""

@@ -35,9 +35,8 @@ def form_named(peft_type: Any) -> Method | None:
 
 
 def has_plain_prompts(config: Any) -> bool:
-    """Whether prompts of adapters of this config run through the plain backbone, and leave its keys and values and the
-    last token's stream."""
-    return scope_of(config)[0] == "response" and method_of(config).adapter.pools_last_token(config)
+    """Whether prompts of adapters of this config run through the plain backbone, up to the window."""
+    return scope_of(config)[0] == "response"
 
 
 def is_adapter_config(value: Any) -> bool:

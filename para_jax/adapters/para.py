@@ -141,10 +141,6 @@ class Para(Adapter):
 
         return jax.tree.map(spread, self, is_leaf=is_variable)
 
-    @classmethod
-    def pools_last_token(cls, config: ParaConfig) -> bool:
-        return config.pooler in ("last", "constant")
-
     @property
     def reads_prompt(self) -> bool:
         return self.config.pooler != "constant"

@@ -24,7 +24,7 @@ from .adapter import (
     make_adjustment,
     require_one,
 )
-from .scope import Reach, reach_of_config, reach_of_configs, scope_of
+from .scope import Reach, reach_of_config, reach_of_configs
 
 
 @jax.tree_util.register_dataclass
@@ -265,15 +265,6 @@ def reach_of(adapters: Adapter | Rows | Adjustments, rows: int) -> Reach:
     if isinstance(adapters, Rows):
         return reach_of_configs([stack.adapters.config for stack in adapters.stacks], adapters.by_row().index)
     return reach_of_config(adapters.config, rows)
-
-
-def reads_plain_prompt(adapters: Adapter | Rows | Adjustments) -> bool:
-    """Whether an adapter reads the prompt's states as the plain backbone computes them: its scope is `response`, and
-    its adjustment depends on the prompt."""
-    if isinstance(adapters, Adjustments):
-        return False
-    each = [stack.adapters for stack in adapters.stacks] if isinstance(adapters, Rows) else [adapters]
-    return any(adapter.reads_prompt and scope_of(adapter.config)[0] == "response" for adapter in each)
 
 
 def require_adapter(name: str, adapter, model: ModelConfig) -> None:

@@ -6,8 +6,9 @@ With p prompt tokens and a window of w, an adapter acts at position t where
     response   t >= p - w            activated LoRA (arXiv:2504.12397) has it for LoRA
     prompt     t < p                 PreFT (arXiv:2605.14217) has it for LoRA
 
-With `response`, a summary comes from the plain backbone's pass over the prompt. The last w tokens then run again with
-the adapter, and their keys and values replace the plain ones.
+With `response`, the tokens before the window are the plain backbone's, and the window's are ordinary steps after them.
+PARA has w = 1: the prompt's last token passes through the layers once. In each layer it makes the factors, from the
+stream that enters the layer in this same pass, and is the first token that they act on.
 """
 
 from __future__ import annotations
@@ -57,11 +58,6 @@ class Reach:
     def decodes(self) -> bool:
         """Whether decoding needs any row's adjustment."""
         return any(scope != "prompt" for scope, _ in self.scopes)
-
-    @property
-    def responds(self) -> Bool[Array, " rows"]:
-        """The rows of scope `response`."""
-        return (self.before < ENDLESS) & (self.after == ENDLESS)
 
     def acts(
         self, prompt_length: Int[Array, "*axes"], position: Int[Array, "*lead T"], segments: Segments | None

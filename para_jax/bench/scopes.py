@@ -14,8 +14,7 @@ from ..data.example_arrays import ExampleArrays
 from ..data.packing import Packed
 from ..model import init_adapter
 from ..sharding import make_mesh
-from ..training.prompt_cache import PromptCache, filled
-from ..training.prompt_states import pooler_of, states_format_of
+from ..training.prompt_cache import PromptCache, computed
 from ..training.step import state_of_one, step_of_one
 from .rounds import interleaved, measurement, milliseconds, paired, single
 from .train import CONFIG, random_batch
@@ -66,7 +65,7 @@ def step_time(
     the host, as a run's threads do ahead of the step."""
     config = TrainSection()
     state = state_of_one(init_adapter(adapter_config, model.config), config)
-    cache = prompts_of(model, adapter_config, batch, prompt) if cached else None
+    cache = prompts_of(model, batch, prompt) if cached else None
 
     def step():
         nonlocal state
@@ -78,10 +77,9 @@ def step_time(
     return milliseconds(step)
 
 
-def prompts_of(model, adapter_config, batch: Batch | Packed, prompt: int) -> PromptCache:
+def prompts_of(model, batch: Batch | Packed, prompt: int) -> PromptCache:
     """The states of the prompts of a batch [1, rows, ...], in which each prompt has `prompt` tokens."""
     ids = np.ascontiguousarray(batch.tokens[0, :, :prompt])
     prompts = ExampleArrays(ids.ravel(), np.array([(prompt, 0)] * len(ids), np.int32))
-    pooler = pooler_of(adapter_config, model.config)
     with jax.set_mesh(make_mesh(data=1, devices=jax.devices()[:1])):
-        return filled("memory", model, pooler, prompts, states_format_of(model, pooler), len(ids), 0)
+        return computed(model, prompts, len(ids), 0)

@@ -23,7 +23,7 @@ class AdapterConfig:
     tokens and the completion; the tokens before them run through the plain backbone, so every tenant can share them.
     prompt: the prompt alone, so decoding carries nothing"""
     scope_window: Annotated[int, Bounds(at_least=1, at_most=2**20)] = field(default=1, metadata=OPTIONAL)
-    """how many of the prompt's last tokens are adapted with scope=response"""
+    """how many of the prompt's last tokens are adapted with scope=response. PARA takes 1: it makes the factors"""
 
     def __post_init__(self):
         check_fields(self)
@@ -56,6 +56,12 @@ class ParaConfig(AdapterConfig):
     def __post_init__(self):
         object.__setattr__(self, "target_modules", sites_in_order(self.target_modules))
         super().__post_init__()
+        if self.scope == "response":
+            last = self.pooler in ("last", "constant")
+            require(last, "pooler", self.pooler, "last or constant: scope response reads the last prompt token alone")
+            require(
+                self.scope_window == 1, "scope_window", self.scope_window, "1 for PARA: that token makes the factors"
+            )
         if self.late_r is not None:  # a zero has to stay zero where a layer's rank ends
             expected = "another one with late_r; rational maps zero to a learned number"
             require(self.activation != "rational", "activation", self.activation, expected)

@@ -163,9 +163,8 @@ class TrainSection:
     remat: Literal["none", "dots", "block"] = "dots"
     """what the backward pass keeps of a layer: everything (nothing is recomputed), the outputs of the linear layers, or
     only the input of the layer"""
-    cache_prompts: Literal["off", "memory", "disk"] = "off"
-    """with adapter.scope=response: compute the states of each distinct prompt once and give them to every step. They
-    are kept in memory, or in a file in ~/.cache/para_jax/prompts that the next run with the same prompts uses again"""
+    cache_prompts: Literal["off", "memory"] = "off"
+    """with adapter.scope=response: compute the states of each distinct prompt once, and give them to every step"""
 
     def __post_init__(self):
         check_fields(self, "train.")

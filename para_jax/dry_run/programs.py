@@ -19,8 +19,8 @@ from ..longest_row import longest_split
 from ..memory import abstract_adapter, abstract_model, step_arguments
 from ..model import _prefill, prefill_after
 from ..sharding import with_sharding
+from ..tail import prompt_states
 from ..training.passes import batch_devices
-from ..training.prompt_states import prompt_states
 from ..training.step import eval_nll
 from .topology import Compiled, ask_compiler, compile_step
 
@@ -46,7 +46,7 @@ def compile_programs(config: RunConfig, mesh: Mesh, tenants: int = 1) -> dict[st
     room, states = length + (config.eval.max_new_tokens or 32), None
     with jax.set_mesh(mesh):
         if shares_prompts(config, tenants):
-            lowered = prompt_states.lower(model, None, int32(rows, length), int32(rows))
+            lowered = prompt_states.lower(model, int32(rows, length))
             found["prompts"], program = ask_compiler(lowered)
             if program is None:
                 return found
@@ -57,7 +57,7 @@ def compile_programs(config: RunConfig, mesh: Mesh, tenants: int = 1) -> dict[st
         found["loss"], _ = ask_compiler(lowered)
         given = model, adapters, int32(rows, length), int32(rows)
         if states is None:
-            lowered = _prefill.lower(*given, int32(rows), room, False)
+            lowered = _prefill.lower(*given, int32(rows), room)
         else:
             lowered = prefill_after.lower(*given, states=states, max_length=room)
         found["prefill"], program = ask_compiler(lowered)

@@ -14,8 +14,7 @@ import numpy as np
 
 from ..adapters.methods import has_plain_prompts
 from ..data.batches import right_padded
-from ..tail import PromptStates
-from ..training.prompt_states import prompt_states
+from ..tail import PromptStates, prompt_states
 from .batch_adapters import version
 
 
@@ -45,7 +44,7 @@ def shared_batches(
         distinct = firsts[start : start + rows]
         stop = firsts[start + rows] if start + rows < len(firsts) else len(contexts)
         held = [contexts[i] for i in distinct]
-        states = prompt_states(model, None, *right_padded(held, rows, pad(max(map(len, held)))))
+        states = prompt_states(model, right_padded(held, rows, pad(max(map(len, held))))[0])
         for begin in range(distinct[0], stop, rows):
             batch = list(range(begin, min(begin + rows, stop)))
             places = np.searchsorted(distinct, batch, side="right") - 1  # of their prompts

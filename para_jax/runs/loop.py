@@ -367,9 +367,7 @@ def in_passes(coming: StepBatch, layout: Layout) -> tuple[Batch | Packed, np.nda
 
 def shard_states(states: PromptStates) -> PromptStates:
     """Host arrays [passes, layers, rows, ...] on the devices of the current mesh."""
-    rows = (None, None, "batch")
-    keys, values = (shard_rows(a, (*rows, "kv_heads")) for a in (states.keys, states.values))
-    return PromptStates(keys, values, shard_rows(states.summaries, rows))
+    return PromptStates(*(shard_rows(a, (None, None, "batch", "kv_heads")) for a in states[:2]))
 
 
 def places(each: list[str]) -> str:

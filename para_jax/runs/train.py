@@ -364,5 +364,4 @@ def prompts_of(
     if train.cache_prompts == "off":
         return None
     rows = dict(step_rows=layout.passes * layout.pass_rows, rows=train.per_device_batch_size * batch_devices(mesh))
-    given = train.cache_prompts, model, config.adapter, orders, inputs.buckets
-    return cached_prompts(*given, **rows, held=shared.prompts)
+    return cached_prompts(model, orders, inputs.buckets, **rows, held=shared.prompts)

@@ -13,9 +13,6 @@ from ..model import DecodeState
 from ..sharding import shard_sizes
 from .prefills import ROWS, token_bytes
 
-#: Prompts that were prefilled whole and are kept, for the next request with the same adapter and prompt.
-KEPT = 4
-
 
 def capacity(
     bank: AdapterBank | None,
@@ -26,7 +23,6 @@ def capacity(
     prompts: int,
     pool: int,
     cached: int,
-    window: int,
 ) -> str:
     """The memory of the engine's slots and prompts, how many slots would fit into the free memory, and the methods that
     may join.
@@ -36,18 +32,16 @@ def capacity(
         prompts: how many are prefilled in blocks at the same time, at most.
         pool: tokens of prompts that are held in blocks.
         cached: how many of them are the prefix cache's.
-        window: tokens of the largest window.
     """
-    devices, in_blocks = devices_of_heads(row), bytes_in_blocks(row, pool, window)
-    row_bytes = bytes_per_row(row, max_length)
-    text = f"engine: {slots} slots of {max_length} tokens and up to {KEPT} kept prompts, "
-    text += f"{(slots + KEPT) * row_bytes / 1e9:.2f} GB ({row_bytes / 1e6:.2f} MB per row)"
-    text += f"; {prompts} prompts at work, a prefix cache of {cached} tokens, and up to {ROWS} prompts with windows of "
-    text += f"{window} tokens, {in_blocks / 1e9:.2f} GB"
+    devices, row_bytes = devices_of_heads(row), bytes_per_row(row, max_length)
+    text = f"engine: {slots} slots of {max_length} tokens and up to {ROWS} kept prompts, "
+    text += f"{(slots + ROWS) * row_bytes / 1e9:.2f} GB ({row_bytes / 1e6:.2f} MB per row)"
+    text += f"; {prompts} prompts at work and a prefix cache of {cached} tokens, "
+    text += f"{pool * token_bytes(row) / devices / 1e9:.2f} GB"
     text += f"; on each of {devices} devices" if devices > 1 else ""
     free = free_memory()
     if free is not None:
-        fit = max((free - ROWS * bytes_per_row(row, window)) // row_bytes - KEPT, 0)
+        fit = max(free // row_bytes - ROWS, 0)
         text += f"; {fit} such slots fit into the {free / 1e9:.1f} GB that are free, next to the kept prompts"
     text += f"; decode attention: {describe_decode(jax.default_backend())}"
     if bank is not None:
@@ -59,12 +53,6 @@ def bytes_per_row(row: DecodeState, tokens: int) -> int:
     """Bytes of a row's adjustments, and of the keys and values of its tokens, on each device."""
     adjustments = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(row.adjustments))
     return adjustments + tokens * token_bytes(row) // devices_of_heads(row)
-
-
-def bytes_in_blocks(row: DecodeState, pool: int, window: int) -> int:
-    """Bytes of the prompts that are prefilled in blocks: the pool, and the rows of those that are finished. One more is
-    of no adapter."""
-    return pool * token_bytes(row) // devices_of_heads(row) + (ROWS + 1) * bytes_per_row(row, window)
 
 
 def devices_of_heads(row: DecodeState) -> int:

@@ -3,8 +3,6 @@ time may use it."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
 import jax
 import numpy as np
 
@@ -19,8 +17,7 @@ from ..inference.sampling import Sampling
 from ..model import prefill
 from ..progress import Progress
 from ..sharding import mesh_of
-from .capacity import KEPT
-from .prefills import ChunkedPrompt, Prefills, token_bytes
+from .prefills import ChunkedPrompt, Prefills, WholePrompt, token_bytes
 from .scoring import ScoredPrompt, score_prompt
 from .slots import empty_slots, first_logprobs, insert, insert_prompt, steps
 from .ticket import Sample
@@ -61,8 +58,6 @@ class Decoder:
         self.row = jax.eval_shape(lambda: prefill(model, base, one, 1, max_length=max_length)[1])
         """the abstract state of one row"""
         self._state = empty_slots(self.row, slots)
-        self._kept: OrderedDict[tuple, tuple] = OrderedDict()
-        """(logits, row) of the last prompts that were prefilled whole, by Sample.key"""
         longest = -(-max_length // block_size)
         cached = max(slots * longest // 2, longest)
         if cache_bytes is not None:
@@ -74,7 +69,6 @@ class Decoder:
         """Empties all slots and forgets the kept prompts. Works after an interrupt, when the state may be lost: each
         program donates it."""
         self._state = None
-        self._kept.clear()
         self._state = empty_slots(self.row, self.slots)
         self.prefills.reset()
 
@@ -101,35 +95,27 @@ class Decoder:
 
     def keeps(self, sample: Sample) -> bool:
         """Whether the sample's prompt is prefilled already."""
-        if self.prefills.takes(sample.entry):
-            return self.prefills.has_finished(sample.key)
-        return sample.key in self._kept
+        return self.prefills.keeps(sample.key)
 
     def whole_tokens(self, sample: Sample) -> int:
         """Tokens, with padding, that have to be computed of a sample's prompt in one piece: to score it, and to prefill
         it if its adapter changes the prompt's own states."""
-        whole = sample.decodes and not self.prefills.takes(sample.entry) and sample.key not in self._kept
+        whole = sample.decodes and not self.prefills.takes(sample.entry) and not self.keeps(sample)
         return (sample.unscored + whole) * self._padded_length(sample.ids)
 
-    def prefilled(self, sample: Sample) -> tuple | ChunkedPrompt:
-        """A sample's prefilled prompt, kept for samples with the same adapter and the same whole prompt: (logits, row),
-        or a ChunkedPrompt that is finished."""
-        if self.prefills.takes(sample.entry):
-            prompt = self.prefills.finished(sample.key)
-            assert prompt is not None
-            return prompt
-        if sample.key not in self._kept:
-            self._kept[sample.key] = self._prefill(sample.ids, sample.entry)
-            while len(self._kept) > KEPT:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(sample.key)
-        return self._kept[sample.key]
+    def prefilled(self, sample: Sample) -> WholePrompt | ChunkedPrompt:
+        """A sample's prefilled prompt, kept for samples with the same adapter and the same whole prompt."""
+        prompt = self.prefills.kept(sample.key)
+        if prompt is None:
+            assert not self.prefills.takes(sample.entry)
+            prompt = self._prefill(sample.ids, sample.entry)
+            self.prefills.keep_whole(sample.key, prompt)
+        return prompt
 
     def insert(
-        self, slot: int, prefilled: tuple | ChunkedPrompt, sampling: Sampling | None, *, logprobs: bool
-    ) -> tuple[jax.Array, Logprobs | None] | None:
-        """Puts a prefilled prompt into a slot, and returns its first token [1] and its log-probabilities; None if
-        decoding will give it.
+        self, slot: int, prefilled: WholePrompt | ChunkedPrompt, sampling: Sampling | None, *, logprobs: bool
+    ) -> tuple[jax.Array, Logprobs | None]:
+        """Puts a prefilled prompt into a slot, and returns its first token [1] and its log-probabilities.
 
         Args:
             logprobs: whether they are asked for.
@@ -138,12 +124,10 @@ class Decoder:
         if isinstance(prefilled, ChunkedPrompt):
             prompt = self.prefills.for_slot(prefilled)
             self._state, token = insert_prompt(self._state, slot, self.prefills.pool, prompt, drawn)
-            if prefilled.entry is not None:
-                return None
             logits, row = prompt.logits, prompt.row
         else:
             self._state, token = insert(self._state, slot, *prefilled, drawn)
-            logits, row = prefilled[0], 0
+            logits, row = prefilled.logits, 0
         return token, first_logprobs(logits, row, token, self.top) if logprobs else None
 
     def decode(self, rows: list[Sampling | None], *, logprobs: bool) -> tuple[jax.Array, Logprobs | None]:
@@ -167,9 +151,9 @@ class Decoder:
         adapters, tokens = self._adapters(entry), self._whole(ids)
         return score_prompt(self._treedef, self._leaves, adapters, tokens, *lengths, drawn, self.top)
 
-    def _prefill(self, ids: list[int], entry: Entry | None) -> tuple:
-        tokens = self._whole(ids)
-        return prefill(self.model, self._adapters(entry), tokens, np.array([len(ids)]), max_length=tokens.shape[1])
+    def _prefill(self, ids: list[int], entry: Entry | None) -> WholePrompt:
+        tokens, length = self._whole(ids), np.array([len(ids)])
+        return WholePrompt(*prefill(self.model, self._adapters(entry), tokens, length, max_length=tokens.shape[1]))
 
     def _whole(self, ids: list[int]) -> np.ndarray:
         """A prompt as int32 [1, T], padded to a length that has a program."""

@@ -21,7 +21,7 @@ from ..sharding import using
 from .decoder import Decoder
 from .open_requests import OpenRequests
 from .pins import Pins
-from .prefills import ChunkedPrompt, PromptFailed
+from .prefills import ChunkedPrompt, PromptFailed, WholePrompt
 from .prefix_cache import prompt_key
 from .scoring import ScoredPrompt
 from .ticket import Sample, is_request_error
@@ -259,11 +259,9 @@ class Rounds:
                 del self._waiting[slot]
         return True
 
-    def _insert(self, slot: int, sample: Sample, prefilled: tuple | ChunkedPrompt, started: Started) -> None:
+    def _insert(self, slot: int, sample: Sample, prefilled: WholePrompt | ChunkedPrompt, started: Started) -> None:
         asked = sample.request.logprobs is not None
-        found = self._decoder.insert(slot, prefilled, sample.sampling, logprobs=asked)
-        if found is not None:
-            started.first[slot] = found
+        started.first[slot] = self._decoder.insert(slot, prefilled, sample.sampling, logprobs=asked)
         self._rows[slot] = sample
 
     def _decode(self, active: list[tuple[int, Sample]]) -> tuple[jax.Array, Logprobs | None]:

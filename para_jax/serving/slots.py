@@ -77,32 +77,28 @@ class PrefilledPrompt(NamedTuple):
     """float32 [rows, vocab], of its last token"""
     adjustments: tuple
     """per layer, as decode carries them, with one leading row"""
-    last: tuple
-    """per layer: keys and values of its last tokens but one, [1, kv_heads, W, head_dim]"""
+    tail: tuple
+    """per layer: keys and values of its last tokens, [1, kv_heads, W, head_dim]"""
     adapted: int
     """how many of them take the place of those in the pool"""
-    token: int
-    """its last token, if that is to run again with the adjustments; else -1"""
 
 
 @partial(jax.jit, donate_argnums=0)
 def insert_prompt(
     slots: Slots, slot, pool: Pool, prompt: PrefilledPrompt, sampling: RowSampling
 ) -> tuple[Slots, jax.Array]:
-    """`insert` for a prompt with its blocks in a pool. If its last token runs again, decoding starts with that token,
-    and what is returned means nothing."""
-    most, again = jax.tree.leaves(slots.state.cache)[0].shape[2], prompt.token >= 0
+    """`insert` for a prompt with its blocks in a pool."""
+    most = jax.tree.leaves(slots.state.cache)[0].shape[2]
     logits = jax.lax.dynamic_slice_in_dim(prompt.logits, prompt.row, 1)
-    length, adapted = jnp.reshape(prompt.length - again, 1), jnp.reshape(prompt.adapted, 1)
+    length, adapted = jnp.reshape(prompt.length, 1), jnp.reshape(prompt.adapted, 1)
 
-    def of_layer(pool, last):
-        keys, values = with_last(rows_of_blocks(pool, prompt.table[None]), last, length, adapted)
+    def of_layer(pool, tail):
+        keys, values = with_last(rows_of_blocks(pool, prompt.table[None]), tail, length, adapted)
         return keys[:, :, :most], values[:, :, :most]
 
-    cache = tuple(of_layer(*both) for both in zip(pool, prompt.last, strict=True))
+    cache = tuple(of_layer(*both) for both in zip(pool, prompt.tail, strict=True))
     first = drawn(logits, sampling, jnp.zeros(1, jnp.int32))
-    token, position = jnp.where(again, prompt.token, first), jnp.reshape(1 - again, 1)
-    new = Slots(DecodeState(cache, prompt.adjustments, length), token, position)
+    new = Slots(DecodeState(cache, prompt.adjustments, length), first, jnp.ones(1, jnp.int32))
     put = lambda held, new: jax.lax.dynamic_update_slice_in_dim(held, new.astype(held.dtype), slot, 0)  # noqa: E731
     return constrain_slots(jax.tree.map(put, slots, new)), first
 

@@ -13,7 +13,7 @@ from ..data.batches import Batch
 from ..data.packing import Packed
 from ..residual import residual_stream
 from ..sharding import constrain, shard_sizes
-from ..tail import PromptStates, tail_stream, tails_after
+from ..tail import PromptStates, tail_stream
 from .tails import cut_batch, cut_packed
 
 # Logits of one chunk on one device, in float32 values: 256 MiB. Larger batches are cut, and each chunk is recomputed in
@@ -77,10 +77,7 @@ def completion_states(
         shape = window, prompt or batch.tokens.shape[1], completion
         cut = cut_packed(batch, *shape) if isinstance(batch, Packed) else cut_batch(batch, *shape)
         given = cut.prompts, jnp.asarray(batch.prompt_length), cut.tails
-        if states is None:
-            x, _, _ = tail_stream(model, adapters, *given, remat=remat)
-        else:
-            x, _ = tails_after(model, adapters, states, *given, remat=remat)
+        x, _ = tail_stream(model, adapters, *given, states=states, remat=remat)
         predicting = cut.predicting
     hidden = jnp.take_along_axis(x, predicting[..., None], axis=1)
     targets = jnp.take_along_axis(batch.tokens, jnp.minimum(predicted, batch.tokens.shape[1] - 1), axis=1)

@@ -14,33 +14,35 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from ..adapters.adapter import Adapter
-from ..data.batches import Batch, Bucket
+from ..data.batches import Batch, Bucket, full_batches, plan_buckets
 from ..data.example_arrays import ExampleArrays, examples_digest
 from ..data.packing import Packed, RowShape
 from ..data.prefetch import AHEAD, THREADS
 from ..data.schedule import TenantOrder
 from ..messages import say
 from ..progress import Progress
-from ..tail import PromptStates
-from . import prompt_file
-from .prompt_states import StatesFormat, computed, pooler_digest, pooler_of, states_format_of
+from ..sharding import shard_rows
+from ..tail import PromptStates, prompt_states
 from .stop import interruption_point
 
-#: The share of the free memory, or of the free space on the disk, that may be taken.
+#: The share of the free memory that may be taken.
 USABLE = 0.5
+#: The maximum number of padded lengths that are compiled.
+BUCKETS = 4
 
 
 class PromptCache(NamedTuple):
     """The states of distinct prompts."""
 
     place: dict[bytes, slice]
-    """where each prompt's record is in the data, by its token ids as int32"""
-    data: np.ndarray
-    """uint8 [bytes]"""
-    states_format: StatesFormat
+    """where each prompt's tokens are, by its token ids as int32"""
+    keys: np.ndarray
+    """[tokens, layers, kv_heads, head_dim]"""
+    values: np.ndarray
+    """as keys"""
 
     def states(self, batch: Batch | Packed, prompt: int) -> PromptStates:
         """The states of a batch's prompts, arrays [passes, layers, rows, ...] of NumPy.
@@ -49,37 +51,32 @@ class PromptCache(NamedTuple):
             batch: arrays [passes, rows, ...].
             prompt: the tokens per row to pad to.
         """
-        (passes, rows), form = batch.tokens.shape[:2], self.states_format
-        segments = batch.start.shape[2:] if isinstance(batch, Packed) else ()
-        shape = passes, form.layers, rows, form.kv_heads, prompt, form.head_dim
-        keys, values = (np.zeros(shape, form.dtype) for _ in range(2))
-        summaries = np.zeros((passes, form.layers, rows, *segments, form.width), form.summary_dtype)
-        for index in np.ndindex(passes, rows):
-            row, stop = (index[0], slice(None), index[1]), 0
-            for segment, ids in prompts_of_row(batch, index):
+        passes, rows = batch.tokens.shape[:2]
+        _, layers, kv_heads, head_dim = self.keys.shape
+        found = [np.zeros((passes, layers, rows, kv_heads, prompt, head_dim), self.keys.dtype) for _ in range(2)]
+        for number, row in np.ndindex(passes, rows):
+            stop = 0
+            for ids in prompts_of_row(batch, (number, row)):
                 start, stop = stop, stop + len(ids)
-                found = self.states_format.read(self.data[self.place[ids.tobytes()]], len(ids))
-                keys[row][:, :, start:stop], values[row][:, :, start:stop] = found.keys, found.values
-                summaries[(*row, *segment)] = found.summaries
-        return PromptStates(keys, values, summaries)  # pyright: ignore[reportArgumentType]
+                for states, held in zip(found, (self.keys, self.values), strict=True):
+                    states[number, :, row, :, start:stop] = np.moveaxis(held[self.place[ids.tobytes()]], 0, 2)
+        return PromptStates(*found)  # pyright: ignore[reportArgumentType]
 
 
-def prompts_of_row(batch: Batch | Packed, index: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
-    """The prompts of one row in their order, without padding: (its segment, in packed rows), token ids."""
+def prompts_of_row(batch: Batch | Packed, index: tuple[int, int]) -> Iterator[np.ndarray]:
+    """The token ids of each prompt of one row in their order, without padding."""
     tokens, prompt, length = batch.tokens[index], batch.prompt_length[index], batch.length[index]
     if not isinstance(batch, Packed):
         if length > prompt:
-            yield (), tokens[:prompt]
+            yield tokens[:prompt]
         return
     for segment in np.flatnonzero(length > prompt).tolist():
         start = batch.start[index][segment]
-        yield (segment,), tokens[start : start + prompt[segment]]
+        yield tokens[start : start + prompt[segment]]
 
 
 def cached_prompts(
-    where: str,
     model,
-    adapter_config: Any,
     orders: Sequence[TenantOrder],
     shapes: Sequence[Bucket | RowShape],
     *,
@@ -90,53 +87,50 @@ def cached_prompts(
     """The states of every prompt that the steps of these orders read, on the current mesh.
 
     Args:
-        where: "memory" or "disk".
         shapes, step_rows: the shapes of a step's rows, and their number.
         rows: of a batch that computes prompts, over all devices.
         held: what this function gave before for the same model. It keeps the last one.
 
-    Raises ValueError, before any prompt is computed, where there is too little memory or space.
+    Raises ValueError, before any prompt is computed, where there is too little memory.
     """
-    prompts, pooler = distinct_prompts(orders), pooler_of(adapter_config, model.config)
-    key = where, examples_digest(prompts), pooler_digest(pooler), rows, jax.sharding.get_mesh()
+    prompts = distinct_prompts(orders)
+    key = examples_digest(prompts), rows, jax.sharding.get_mesh()
     if key not in held:
         held.clear()
-        states_format = states_format_of(model, pooler)
-        ahead = (AHEAD + THREADS) * step_rows * max(row_size(states_format, shape) for shape in shapes)
-        held[key] = filled(where, model, pooler, prompts, states_format, rows, ahead)
+        held[key] = computed(model, prompts, rows, step_rows * max(shape.prompt or shape.length for shape in shapes))
     return held[key]
 
 
-def filled(
-    where: str, model, pooler: Adapter, prompts: ExampleArrays, states_format: StatesFormat, rows: int, ahead: int
-) -> PromptCache:
-    """The states of these prompts.
+def computed(model, prompts: ExampleArrays, rows: int, step_tokens: int) -> PromptCache:
+    """The states of these prompts, shortest first.
 
     Args:
-        ahead: bytes of the batches that are made ahead of their steps.
+        rows: of a batch, over all devices.
+        step_tokens: tokens of a step's prompts, with padding.
     """
-    ends = np.cumsum(states_format.size(prompts.lengths)).tolist()
-    size = ends[-1]
+    one = jax.eval_shape(prompt_states, model, jax.ShapeDtypeStruct((1, 1), jnp.int32)).keys
+    layers, _, kv_heads, _, head_dim = one.shape
+    tokens, of_token = int(prompts.lengths.sum()), 2 * layers * kv_heads * head_dim * one.dtype.itemsize
+    size, ahead = tokens * of_token, (AHEAD + THREADS) * step_tokens * of_token
     say(
-        f"train.cache_prompts={where}: {len(prompts)} distinct prompts with {prompts.lengths.sum()} tokens take "
-        f"{size:,} bytes, and the batches that are made ahead up to {ahead:,} bytes of memory"
+        f"train.cache_prompts=memory: {len(prompts)} distinct prompts with {tokens} tokens take {size:,} bytes, and "
+        f"the batches that are made ahead up to {ahead:,} bytes of memory"
     )
-    require_room(where, ahead + size * (where == "memory"), free_memory(), "memory")
-
-    def records() -> Iterator[bytes]:
-        with Progress("computing prompts", len(prompts), unit="prompt") as bar:
-            for count, part in computed(model, pooler, prompts, rows):
-                yield part
-                bar.advance(count)
-                interruption_point()
-
-    if where == "memory":
-        data = in_memory(size, records())
-    else:
-        data = on_disk(prompt_file.file_of(model, pooler, prompts, rows), size, records())
-    ids = (prompts.ids[a:b].tobytes() for a, b in zip(prompts.starts, prompts.starts[1:], strict=False))
-    place = {key: slice(a, b) for key, a, b in zip(ids, [0, *ends[:-1]], ends, strict=True)}
-    return PromptCache(place, data, states_format)
+    require_memory(size + ahead, free_memory())
+    cache = PromptCache({}, *(np.empty((tokens, layers, kv_heads, head_dim), one.dtype) for _ in range(2)))
+    stop = 0
+    with Progress("computing prompts", len(prompts), unit="prompt") as bar:
+        for chosen, batch in full_batches(prompts, rows, plan_buckets(prompts, BUCKETS)):
+            states = jax.device_get(prompt_states(model, shard_rows(batch.tokens, ("batch",))))
+            for i, example in enumerate(chosen):
+                ids = np.asarray(prompts[example].prompt_ids, np.int32)
+                place = slice(stop, stop := stop + len(ids))
+                cache.place[ids.tobytes()] = place
+                cache.keys[place] = np.moveaxis(states.keys[:, i, :, : len(ids)], 2, 0)
+                cache.values[place] = np.moveaxis(states.values[:, i, :, : len(ids)], 2, 0)
+            bar.advance(len(chosen))
+            interruption_point()
+    return cache
 
 
 def distinct_prompts(orders: Sequence[TenantOrder]) -> ExampleArrays:
@@ -151,45 +145,12 @@ def distinct_prompts(orders: Sequence[TenantOrder]) -> ExampleArrays:
     return ExampleArrays(np.concatenate(prompts), np.array([(len(ids), 0) for ids in prompts], np.int32))
 
 
-def in_memory(size: int, records: Iterator[bytes]) -> np.ndarray:
-    data, stop = np.empty(size, np.uint8), 0
-    for part in records:
-        start, stop = stop, stop + len(part)
-        data[start:stop] = np.frombuffer(part, np.uint8)
-    assert stop == size, (stop, size)
-    return data
-
-
-def on_disk(file: Path, size: int, records: Iterator[bytes]) -> np.ndarray:
-    """The records in a file of the user's cache, which are computed only if it does not exist."""
-    found = prompt_file.mapped(file, size)
-    if found is not None:
-        say(f"using the states of prompts in {file}")
-        return found
-    require_room("disk", size, prompt_file.free_space(), f"space in {file.parent}")
-    prompt_file.write(file, size, records)
-    found = prompt_file.mapped(file, size)
-    if found is None:
-        raise ValueError(f"train.cache_prompts=disk: {file} was deleted as soon as it was written; use memory or off")
-    return found
-
-
-# -------------------------------------------------------------------------------------------------------------- limits
-
-
-def row_size(states_format: StatesFormat, shape: Bucket | RowShape) -> int:
-    """Bytes of a row's states in a batch of this shape."""
-    segments = shape.segments if isinstance(shape, RowShape) else 1
-    return states_format.size(shape.prompt or shape.length) + (segments - 1) * states_format.summary_size
-
-
-def require_room(where: str, size: int, free: int | None, what: str) -> None:
+def require_memory(size: int, free: int | None) -> None:
     """Raises ValueError where `size` bytes are more than may be taken of the free ones."""
     if free is not None and size > USABLE * free:
-        others = "train.cache_prompts=off or disk" if where == "memory" else "train.cache_prompts=off"
         raise ValueError(
-            f"train.cache_prompts={where} needs {size:,} bytes of {what}, more than {USABLE:.0%} of the {free:,} that "
-            f"are free; use {others}, fewer examples or steps, or shorter prompts (data.max_seq_length)"
+            f"train.cache_prompts=memory needs {size:,} bytes, more than {USABLE:.0%} of the {free:,} that are free; "
+            "use train.cache_prompts=off, fewer examples or steps, or shorter prompts (data.max_seq_length)"
         )
 
 

@@ -11,7 +11,7 @@ TOP, LENGTH = 4, 32
 CONFIGS = {
     "para": ParaConfig(r=4),
     "constant": ParaConfig(r=4, pooler="constant"),
-    "response": ParaConfig(r=4, scope="response", scope_window=3),
+    "response": ParaConfig(r=4, scope="response"),
     "lora": LoraConfig(r=4),
     "lora response": LoraConfig(r=4, scope="response"),
     "ia3": Ia3Config(target_modules=("v_proj", "down_proj")),

@@ -8,7 +8,7 @@ from para_jax import Ia3Config, LoraConfig, ParaConfig, init_adapter
 PROMPT = np.array([7, 2, 10])
 CONFIGS = [
     ParaConfig(r=4, scope="response"),
-    ParaConfig(r=4, scope="response", scope_window=4, pooler="mean"),
+    ParaConfig(r=4, scope="response", pooler="constant"),
     LoraConfig(r=4, scope="response", scope_window=3),
     Ia3Config(scope="response", scope_window=2),
 ]

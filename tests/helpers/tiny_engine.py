@@ -12,7 +12,7 @@ CONFIGS = {
     "A": ParaConfig(r=4),
     "B": ParaConfig(r=2, target_modules=("q_proj", "up_proj")),
     "C": Ia3Config(target_modules=("v_proj", "down_proj")),
-    "R": ParaConfig(r=4, scope="response", scope_window=3),
+    "R": ParaConfig(r=4, scope="response"),
 }
 SITES = ("q_proj", "v_proj", "up_proj")
 

@@ -18,7 +18,7 @@ CONFIGS |= {
     "E": ParaConfig(r=4, scope="response"),
     "F": LoraConfig(r=4, scope="response", scope_window=3),
     "G": Ia3Config(scope="response"),
-    "H": ParaConfig(r=4, pooler="mean", scope="response"),
+    "H": ParaConfig(r=4, pooler="constant", scope="response"),
 }
 SHARING = "EFG"
 ROWS = 4

@@ -13,12 +13,12 @@ from long_cases import quick
 from stopped_run import assert_same_arrays, train_interrupted
 from tiny_run import losses, metrics, rows_of_text, run_config, run_folder, write_rows
 
-from para_jax import LoraConfig, compare_methods, train, train_tenants
+from para_jax import compare_methods, train, train_tenants
 from para_jax.runs import train as runs
-from para_jax.training import prompt_cache, prompt_file
+from para_jax.training import prompt_cache
 from para_jax.training.stop import Stopped
 
-SCOPED = ("adapter.scope=response", "adapter.scope_window=2")
+SCOPED = ("adapter.scope=response",)
 
 
 @pytest.fixture(scope="module")
@@ -26,19 +26,14 @@ def folder(tmp_path_factory):
     return run_folder(tmp_path_factory.mktemp("cached"))
 
 
-@pytest.fixture(autouse=True)
-def user_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 @pytest.fixture
 def computed(monkeypatch):
     """How many prompts are computed in each filling of a cache."""
     real, counts = prompt_cache.computed, []
 
-    def counting(model, pooler, prompts, rows):
+    def counting(model, prompts, *more):
         counts.append(len(prompts))
-        return real(model, pooler, prompts, rows)
+        return real(model, prompts, *more)
 
     monkeypatch.setattr(prompt_cache, "computed", counting)
     return counts
@@ -48,9 +43,10 @@ def config_of(folder, output, *overrides):
     return run_config(folder, *SCOPED, *overrides, f"output_dir={output}")
 
 
-def with_cache(config, where):
-    output = f"{config.output_dir}-{where}"
-    return replace(config, output_dir=output, train=replace(config.train, cache_prompts=where))
+def with_cache(config):
+    return replace(
+        config, output_dir=f"{config.output_dir}-cached", train=replace(config.train, cache_prompts="memory")
+    )
 
 
 def assert_close(ours, theirs):
@@ -70,11 +66,10 @@ CASES = ((), PACKED, MESH, PASSES, ("mesh.data=8", "train.per_device_batch_size=
 def test_a_run_ends_with_the_adapter_that_it_has_without(folder, tmp_path, computed, overrides):
     config = config_of(folder, tmp_path / "run", *overrides)
     plain = train(config)
-    for where in ("memory", "disk"):
-        cached = with_cache(config, where)
-        assert_close(train(cached).adapter, plain.adapter)
-        np.testing.assert_allclose(losses(cached), losses(config), rtol=1e-5)
-    assert computed == [20, 20]
+    cached = with_cache(config)
+    assert_close(train(cached).adapter, plain.adapter)
+    np.testing.assert_allclose(losses(cached), losses(config), rtol=1e-5)
+    assert computed == [20]
 
 
 @pytest.mark.long
@@ -87,7 +82,7 @@ def test_tenants_with_the_same_prompts_pay_for_them_once(folder, tmp_path, compu
         "train.max_steps=null", "train.num_epochs=2", "adapter.summary=raw",
     )  # fmt: skip
     train_tenants(config)
-    cached = with_cache(config, "memory")
+    cached = with_cache(config)
     train_tenants(cached)
     assert computed == [16]
     for name in ("a", "b", "c"):
@@ -96,17 +91,13 @@ def test_tenants_with_the_same_prompts_pay_for_them_once(folder, tmp_path, compu
 
 
 @pytest.mark.long
-def test_a_sweep_computes_the_prompts_once_and_disk_keeps_them_for_the_next_run(folder, tmp_path, computed):
+def test_a_sweep_computes_the_prompts_once(folder, tmp_path, computed):
     config = config_of(
         folder, tmp_path / "run", "sweep.learning_rate=[3e-2, 1e-2]", "sweep.seed=[0, 1]", "train.max_steps=3",
-        "train.per_device_batch_size=4", "train.cache_prompts=disk",
+        "train.per_device_batch_size=4", "train.cache_prompts=memory",
     )  # fmt: skip
     train_tenants(config)
-    (file,) = prompt_file.folder().iterdir()
-    train_tenants(replace(config, output_dir=str(tmp_path / "again")))
-    lora = LoraConfig(r=4, scope="response")  # another method, and another window
-    train_tenants(replace(config, output_dir=str(tmp_path / "lora"), adapter=lora))
-    assert len(computed) == 1 and list(prompt_file.folder().iterdir()) == [file]
+    assert len(computed) == 1
 
 
 @pytest.mark.long
@@ -134,14 +125,11 @@ def test_only_the_prompts_of_the_steps_are_computed_and_none_for_a_finished_run(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("where", ["memory", "disk"])
-def test_a_stopped_run_ends_with_the_bits_of_one_that_was_never_stopped(folder, tmp_path, where):
-    options = (f"train.cache_prompts={where}", "train.max_steps=8", "train.per_device_batch_size=3", "eval.every=2")
+def test_a_stopped_run_ends_with_the_bits_of_one_that_was_never_stopped(folder, tmp_path):
+    options = ("train.cache_prompts=memory", "train.max_steps=8", "train.per_device_batch_size=3", "eval.every=2")
     whole, cut = (config_of(folder, tmp_path / name, *options) for name in ("whole", "cut"))
     expected = train(whole)
     train_interrupted(cut, at_step=6)
-    if where == "disk":
-        next(prompt_file.folder().iterdir()).unlink()
     assert_same_arrays(train(cut).adapter, expected.adapter)
     assert losses(cut) == losses(whole)
 
@@ -149,16 +137,16 @@ def test_a_stopped_run_ends_with_the_bits_of_one_that_was_never_stopped(folder, 
 def test_a_signal_while_prompts_are_computed_ends_the_run_at_once_and_the_same_command_resumes(
     folder, tmp_path, monkeypatch
 ):
-    config = config_of(folder, tmp_path / "run", "train.cache_prompts=disk")
+    config, real = config_of(folder, tmp_path / "run", "train.cache_prompts=memory"), prompt_cache.full_batches
 
-    def signalled(*_):
+    def signalled(*given):
         os.kill(os.getpid(), signal.SIGTERM)
-        yield 1, b"never written"
+        return real(*given)
 
     with monkeypatch.context() as patched, pytest.raises(Stopped):
-        patched.setattr(prompt_cache, "computed", signalled)
+        patched.setattr(prompt_cache, "full_batches", signalled)
         train(config)
-    assert list(prompt_file.folder().iterdir()) == [] and not metrics(config)[1:]
+    assert not metrics(config)[1:]
     assert train(config).step == 6
 
 

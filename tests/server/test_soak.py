@@ -30,7 +30,7 @@ METHODS, CONFIGS = (
         ParaConfig(r=4),
         Ia3Config(target_modules=("v_proj", "down_proj")),
         LoraConfig(r=2, target_modules=("q_proj",)),
-        ParaConfig(r=4, scope="response", scope_window=3),
+        ParaConfig(r=4, scope="response"),
     ),
 )
 #: How an answer is drawn.
