@@ -9,7 +9,7 @@ from para_jax.config import load_config
 from para_jax.longest_row import RowPart, examples_in_row, kernel_of_run, longest_split, parts_of_row
 
 BOOLQ = "configs/llama2-7b-boolq.yaml"
-RESPONSE = ["adapter.scope=response", "adapter.scope_window=3", "eval.max_new_tokens=16"]
+RESPONSE = ["adapter.scope=response", "eval.max_new_tokens=16"]
 
 
 def config_of(*given):
@@ -29,13 +29,13 @@ def test_with_scope_response_the_tails_alone_have_a_backward_pass():
     assert parts_of_row(config_of(), model) == (None, RowPart(256, 256, "splash"))
     prompts, tails = parts_of_row(config_of(*RESPONSE), model)
     assert prompts == RowPart(256, 256, "splash") and prompts.scores == 0
-    assert tails == RowPart(18, 256 + 18, "plain") and tails.scores == 18 * 274  # too short for the kernel
+    assert tails == RowPart(16, 256 + 16, "plain") and tails.scores == 16 * 272  # too short for the kernel
     _, tails = parts_of_row(config_of(*RESPONSE, "eval.max_new_tokens=200"), model)
-    assert tails == RowPart(202, 256 + 202, "splash")
+    assert tails == RowPart(200, 256 + 200, "splash")
     _, tails = parts_of_row(config_of(*RESPONSE, "eval.max_new_tokens=200"), backbone("gemma3_text").config)
     assert tails.kernel == "plain"  # some of its layers have a window
     _, tails = parts_of_row(config_of(*RESPONSE, "data.packing=true"), model)
-    assert tails.tokens == 4 * 18 and examples_in_row(config_of("data.packing=true")) == 4
+    assert tails.tokens == 4 * 16 and examples_in_row(config_of("data.packing=true")) == 4
 
 
 def test_a_named_kernel_is_that_of_the_machine_that_has_it():

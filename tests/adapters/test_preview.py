@@ -17,7 +17,7 @@ from para_jax.cli.names import adapters_of
 CONFIGS = [
     ParaConfig(r=4),
     ParaConfig(r=2, target_modules=("q_proj",), layers_to_transform=(0,)),
-    ParaConfig(r=3, scope="response", scope_window=3, up_bias=True),
+    ParaConfig(r=3, scope="response", up_bias=True),
     ParaConfig(r=2, late_r=4),
     LoraConfig(r=2),
     LoraConfig(r=2, scope="prompt"),

@@ -84,7 +84,7 @@ def test_activated_lora_is_copied_and_other_scopes_are_refused_by_name(tmp_path,
     assert code == 2 and "leave --prompt out" in said
     (tmp_path / "out").rename(tmp_path / "before")
     scoped = [ParaConfig(r=2, scope="prompt"), Ia3Config(scope="prompt"), LoraConfig(r=2, scope="prompt")]
-    for config in [*scoped, *(replace(one, scope="response", scope_window=2) for one in scoped)]:
+    for config in [*scoped, *(replace(one, scope="response") for one in scoped)]:
         save_adapter(init_adapter(config, model), tmp_path / "adapter", base_model="me/llama")
         for arguments in ((), ("--prompt", "w5")):
             code, said = export(*arguments)

@@ -95,7 +95,7 @@ def test_adapters_that_need_more_memory_are_loaded_when_they_are_asked_for(tmp_p
 
 def test_adapters_that_leave_change_no_program(tmp_path):
     """Clients may unload all adapters of a kind, and load one again. Of a kind that a bank does not have by itself."""
-    model, config = backbone("llama"), ParaConfig(r=2, scope="response", scope_window=3)
+    model, config = backbone("llama"), ParaConfig(r=2, scope="response")
     save_adapter(strong(init_adapter(config, model.config)), tmp_path / "para", model=model)
     bank = made_bank(model, {"para": str(tmp_path / "para")}, allow_adapter_updates=True)
     before = jax.tree.map(lambda leaf: leaf.shape, bank.rows([None]))

@@ -85,9 +85,7 @@ def check_costs_nothing(model, adapter_config):
 # -------------------------------------------------------------------------------------------------------------- the law
 
 
-@pytest.mark.parametrize(
-    "config", [ParaConfig(), long(ParaConfig(scope="response", scope_window=2)), long(IA3)], ids=str
-)
+@pytest.mark.parametrize("config", [ParaConfig(), long(ParaConfig(scope="response")), long(IA3)], ids=str)
 def test_decode_with_one_tenant_per_row_costs_no_more_than_the_base(model, config):
     base, adapted = check_costs_nothing(model, config)
     factors = bytes_of(prefilled(model, config).adjustments)

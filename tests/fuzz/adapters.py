@@ -33,7 +33,7 @@ VARIANTS = {
         ParaConfig(r=4),
         ParaConfig(r=3, pooler="constant", target_modules=("v_proj",)),
         ParaConfig(r=2, summary="standardised", activation="rational", layers_to_transform=(1, 2)),
-        ParaConfig(r=2, scope="response", scope_window=2, up_bias=True),
+        ParaConfig(r=2, scope="response", up_bias=True),
         ParaConfig(r=2, late_r=3),
     ),
     "lora": (

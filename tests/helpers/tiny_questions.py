@@ -13,7 +13,7 @@ from para_jax.evaluation.answers import Answerer
 from para_jax.evaluation.questions import Likelihood
 
 CONFIGS = {"A": ParaConfig(r=4), "B": ParaConfig(r=4, pooler="mean"), "C": Ia3Config(), "D": LoraConfig(r=4)}
-#: Tenants of scope `response`: those in SHARING read prompts that any of them may share.
+#: Tenants of scope `response`, who share prompts.
 CONFIGS |= {
     "E": ParaConfig(r=4, scope="response"),
     "F": LoraConfig(r=4, scope="response", scope_window=3),

@@ -118,7 +118,7 @@ def test_what_makes_no_factors_is_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("config", [
-    ParaConfig(r=2, scope="response", scope_window=4), ParaConfig(r=2, scope="prompt", pooler="constant"),
+    ParaConfig(r=2, scope="response"), ParaConfig(r=2, scope="prompt", pooler="constant"),
     Ia3Config(scope="response"), Ia3Config(scope="prompt"),
 ])  # fmt: skip
 def test_a_scope_that_pefts_ia3_does_not_have_is_refused_by_name(tmp_path, config):

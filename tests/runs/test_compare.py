@@ -68,11 +68,11 @@ def test_each_method_has_its_own_defaults_and_the_given_fields_are_those_of_adap
 
 
 def test_a_scope_is_for_all_methods(folder, tmp_path):
-    scope = dict(scope="response", scope_window=4)
-    for methods in ("[para, lora, ia3]", "[lora, ia3]"):
-        asked = [f"sweep.method={methods}", "adapter.scope=response", "adapter.scope_window=4"]
+    for methods, window in (("[para, lora, ia3]", 1), ("[lora, ia3]", 4)):
+        asked = [f"sweep.method={methods}", "adapter.scope=response", f"adapter.scope_window={window}"]
+        asked += ["adapter.method=lora"] * (window > 1)
         for method, own in method_configs(load_config(None, asked)).items():
-            assert own.adapter == ADAPTER_CONFIGS[method](**scope)
+            assert own.adapter == ADAPTER_CONFIGS[method](scope="response", scope_window=window)
     narrow = load_config(None, ["sweep.method=[para, lora]", "adapter.scope=prompt", "adapter.r=5"])
     assert [own.adapter.r for own in method_configs(narrow).values()] == [5, LoraConfig().r]
 

@@ -13,7 +13,7 @@ from para_jax.data.tokenizer import load_tokenizer
 from para_jax.evaluation.evaluate import evaluate
 from para_jax.evaluation.tasks import task_of_run
 
-SCOPED = ("adapter.scope=response", "adapter.scope_window=2")
+SCOPED = ("adapter.scope=response",)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_it_learns_resumes_with_the_same_bits_and_is_what_it_says_when_loaded(wh
 
     model, tokenizer = load_backbone(config.backbone.source), load_tokenizer(config.backbone.source)
     loaded = load_adapter(result.output_dir / "adapter", model.config)
-    assert loaded.config == result.adapter.config and loaded.config.scope_window == 2
+    assert loaded.config == result.adapter.config
     task = task_of_run(config, "validation", tokenizer)
     (score,) = evaluate(model, loaded, [task], tokenizer=tokenizer).scores
     assert score.loss == pytest.approx(min(losses(config, "validation_loss")), rel=1e-5)
@@ -45,8 +45,8 @@ def test_it_learns_resumes_with_the_same_bits_and_is_what_it_says_when_loaded(wh
 
 def test_another_scope_is_another_run(whole):
     config, _ = whole
-    other = replace(config, adapter=replace(config.adapter, scope_window=1))
-    with pytest.raises(ValueError, match="scope_window"):
+    other = replace(config, adapter=replace(config.adapter, scope="all"))
+    with pytest.raises(ValueError, match="adapter.scope"):
         train(other)
 
 

@@ -96,7 +96,7 @@ def test_configs_are_named_as_in_the_results_so_far():
     configs = {
         "sst2-PARA-r-12": ParaConfig(r=12),
         "sst2--IA--3--response": Ia3Config(scope="response"),
-        "banking77-PARA-r-12--response-w-4": ParaConfig(r=12, scope="response", scope_window=4),
+        "banking77-PARA-r-12--response-w-4": ParaConfig(r=12, scope="response"),
         "banking77-PARA-r-12--layers-20-to-29": ParaConfig(r=12, layers_to_transform=tuple(range(20, 30))),
         "sst2-LoRA-r-36": LoraConfig(r=36, lora_alpha=36, target_modules=("q_proj", "v_proj", "up_proj")),
     }

@@ -32,7 +32,6 @@ from para_jax import AdapterBank, Engine, LoraConfig, ParaConfig, Request, adapt
 from para_jax.data.examples import encode_continuation, encode_prompt, turn_stop_ids
 from para_jax.server.engine_requests import prompt_ids
 from para_jax.serving import decoder, prefills
-from para_jax.serving.capacity import KEPT
 from para_jax.serving.decoder import STEPS
 from para_jax.serving.open_requests import OpenRequests, QueueFull
 from para_jax.serving.prefills import ROWS
@@ -270,7 +269,7 @@ def test_any_schedule_gives_each_request_what_it_gets_alone(tenants, lab, schedu
 
 def forget_prompts(engine):
     """Makes the engine prefill others, so that it keeps none of the prompts before."""
-    for i in range(max(KEPT, ROWS)):
+    for i in range(ROWS):
         for tenant in (None, "B"):
             engine.submit(Request((20 + i,), tenant, max_new_tokens=1))
     answers(engine)
@@ -425,7 +424,7 @@ def test_an_entry_that_does_not_fit_the_bank_is_an_error_and_affects_no_other(mo
 
 def test_an_entry_of_another_bank_that_fits_is_answered_by_its_own_adapter(model):
     """Rows of scope response read their windows in one batch."""
-    config = ParaConfig(r=2, scope="response", scope_window=2)
+    config = ParaConfig(r=2, scope="response")
     banks = [
         AdapterBank.holding({"A": strong(init_adapter(config, model.config), seed=seed)}, model.config)
         for seed in (1, 9)

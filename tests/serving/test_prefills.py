@@ -16,7 +16,8 @@ from para_jax import AdapterBank, Engine, Ia3Config, LoraConfig, ParaConfig, Req
 from para_jax.adapters import padding
 from para_jax.backbone.block_pool import rows_of_blocks
 from para_jax.serving import decoder, prefills, rounds
-from para_jax.serving.prefills import ROWS, ChunkedPrompt
+from para_jax.serving.capacity import capacity
+from para_jax.serving.prefills import ROWS, ChunkedPrompt, token_bytes
 from para_jax.serving.prefix_cache import prompt_key
 
 SITES = ("q_proj", "k_proj", "v_proj", "up_proj")
@@ -572,6 +573,17 @@ def test_a_pinned_prefix_that_fails_is_given_up(model, bank, monkeypatch, caplog
     with pytest.raises(ValueError, match="not pinned"):
         engine.unpin(prefix)
     assert free == [True] and answer(engine, ids_of(1, 6))[2] == "length"
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+def test_the_reported_memory_of_the_pool_is_that_of_its_arrays(model):
+    engine = engine_of(model, None)
+    held, row = engine._prefills, engine._decoder.row
+    assert held.cache.blocks * held.size * token_bytes(row) == sum(leaf.nbytes for leaf in jax.tree.leaves(held.pool))
+    said = capacity(None, row, 2, 64, prompts=4, pool=10**7, cached=9)
+    assert f"a prefix cache of 9 tokens, {10**7 * token_bytes(row) / 1e9:.2f} GB" in said
 
 
 # ------------------------------------------------------------------------------------------------- tenants that join

@@ -32,8 +32,8 @@ from tiny_run import tokenizer
 from para_jax import AdapterBank, Engine, ParaConfig, Request, init_adapter
 from para_jax.inference.answer_text import AnswerText
 from para_jax.serving import decoder, prefills
-from para_jax.serving.capacity import KEPT
 from para_jax.serving.open_requests import QueueFull
+from para_jax.serving.prefills import ROWS
 
 NAMES = [*CONFIGS, None]
 #: The compiled programs, and where the engine looks them up.
@@ -583,10 +583,10 @@ def test_kept_prompts_are_part_of_the_memory_that_the_engine_reports(model, caps
     engine = Engine(model, bank, tokenizer(), slots=2, max_length=64)
     whole = real(model, bank.rows(["A"]), np.zeros((1, 1), np.int32), 1, max_length=64)[1]
     row_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(whole))
-    assert f"{(2 + KEPT) * row_bytes / 1e9:.2f} GB ({row_bytes / 1e6:.2f} MB" in capsys.readouterr().err
+    assert f"{(2 + ROWS) * row_bytes / 1e9:.2f} GB ({row_bytes / 1e6:.2f} MB" in capsys.readouterr().err
     for i in range(6):
         list(engine.stream(Request(prompt(i, 40), "A", 2)))
     gc.collect()
     held = [[leaf() for leaf in row if leaf() is not None] for row in rows]
-    assert len(rows) == 6 and sum(bool(row) for row in held) == KEPT
-    assert sum(leaf.nbytes for row in held for leaf in row) <= KEPT * row_bytes
+    assert len(rows) == 6 and sum(bool(row) for row in held) == ROWS
+    assert sum(leaf.nbytes for row in held for leaf in row) <= ROWS * row_bytes
