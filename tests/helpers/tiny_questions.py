@@ -20,7 +20,6 @@ CONFIGS |= {
     "G": Ia3Config(scope="response"),
     "H": ParaConfig(r=4, pooler="constant", scope="response"),
 }
-SHARING = "EFG"
 ROWS = 4
 
 
