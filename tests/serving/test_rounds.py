@@ -77,7 +77,7 @@ def test_a_round_computes_no_more_tokens_of_prompts_than_the_bound(model, bank, 
         rounds.append(tokens - before)
         before = tokens.copy()
     totals = [each.total() for each in rounds]
-    assert 3 * PADDED < max(totals) <= 4 * PADDED and totals.count(max(totals)) > 2
+    assert 3 * PADDED < max(totals) <= 4 * PADDED + 4 and totals.count(max(totals)) > 2
     if len(tenants) == 4:
         assert any(each["whole"] and each["chunk"] for each in rounds), "both kinds take turns"
 
