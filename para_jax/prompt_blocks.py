@@ -2,12 +2,13 @@
 
 They run through the plain backbone, so the keys and values of a block depend on the tokens up to its end, and on
 nothing else. `prefill_blocks` computes some blocks, of one prompt or of several. It is the same program for the base
-model and for every tenant. An adapter's tail follows: `tail_states` takes a prompt's last w tokens as ordinary steps
+model and for every tenant. An adapter's tail follows: `run_tails` takes a prompt's last w tokens as ordinary steps
 with the adapter, which makes its adjustments from the last of them.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .adapters.rows import Rows, by_layer
-from .backbone.block_pool import LayerPool, attend_blocks, attend_window
+from .backbone.block_pool import LayerPool, attend_pool, write_blocks, write_tokens
 from .backbone.layout import through_layers
 from .residual import batched_adjust, plain, rotary_tables_by_kind
 
@@ -41,16 +42,16 @@ class Lanes(NamedTuple):
 
 
 class Tails(NamedTuple):
-    """The last tokens of prompts, which their adapters take. The rows may be of several prompts."""
+    """The last tokens of prompts, which their adapters take. Each row is another prompt."""
 
     tokens: Any
-    """int32 [rows, W]: the last W tokens, padded on the left"""
+    """int32 [rows, W], padded on the right"""
     table: Any
-    """int32 [rows, T]: the pool's blocks that hold each prompt's tokens, at least those before its tail"""
-    length: Any
-    """int32 [rows]: tokens of each prompt"""
-    adapted: Any
-    """int32 [rows]: how many of the last tokens are adapted: at most W, and at most `length`"""
+    """int32 [rows, T]: the pool's blocks of each prompt. Those that a tail lies in are no other prompt's"""
+    start: Any
+    """int32 [rows]: the position of the tail's first token"""
+    count: Any
+    """int32 [rows]: real tokens; 0 for a row that is not used"""
 
 
 def prefill_blocks(model, pool: Pool, lanes: Lanes) -> tuple[Pool, Float[Array, "rows vocab"]]:
@@ -63,33 +64,37 @@ def prefill_blocks(model, pool: Pool, lanes: Lanes) -> tuple[Pool, Float[Array, 
     tables = rotary_tables_by_kind(model.config, start[:, None] + jnp.arange(size))
 
     def step(x, layer, held):
-        attend = attend_blocks(held, block, table, start, lanes.count, layer.kind.window)
+        attend = attend_pool(partial(write_blocks, held, block), table, start, lanes.count, layer.kind.window)
         return layer(x, plain, tables[layer.kind.rotary], attend)
 
     x, kept = through_layers(model, step, model.embed(lanes.tokens), list(pool))
     return tuple(kept), model.logits(model.final_norm(x.reshape(-1, x.shape[2])[lanes.last]))
 
 
-def tail_states(model, adapters: Rows, pool: Pool, tails: Tails) -> tuple[Float[Array, "rows vocab"], tuple, tuple]:
-    """The logits of each row's last token and, per layer, the adjustments in float32 and the keys and values of the
-    tails, [rows, kv_heads, W, head_dim]. For use inside a compiled program.
+def run_tails(model, adapters: Rows, pool: Pool, tails: Tails) -> tuple[Pool, Float[Array, "rows vocab"], tuple]:
+    """The pool with the tails' keys and values, the logits of each prompt's last token and, per layer, its adjustments
+    in float32. For use inside a compiled program, which donates the pool.
 
     Args:
-        adapters: of scope `response`; a row without one has adjustments of zeros.
+        adapters: of scope `response`; the adjustments of a row without one are zeros.
     """
-    rows, size = tails.tokens.shape
-    position = jnp.maximum(tails.length[:, None] - size + jnp.arange(size), 0)
-    tables = rotary_tables_by_kind(model.config, position)
-    weights, make = by_layer(adapters)
+    blocks, _, size, _ = pool[0][0].shape
+    offset = jnp.arange(tails.tokens.shape[1])
+    position = tails.start[:, None] + offset
+    block = jnp.take_along_axis(tails.table, position // size, axis=1)
+    block = jnp.where(offset < tails.count[:, None], block, blocks)
+    tables, (weights, make) = rotary_tables_by_kind(model.config, position), by_layer(adapters)
 
     def step(x, layer, inputs):
         held, weights = inputs
-        adjustment = make(weights, x, jnp.full(rows, size))
-        attend = attend_window(held, tails.table, tails.length, tails.adapted, layer.kind.window)
-        x, new = layer(x, batched_adjust(adjustment), tables[layer.kind.rotary], attend)
-        return x, (adjustment, new)
+        adjustment = make(weights, x, tails.count)
+        write = partial(write_tokens, held, block, position % size)
+        attend = attend_pool(write, tails.table, tails.start, tails.count, layer.kind.window)
+        x, held = layer(x, batched_adjust(adjustment), tables[layer.kind.rotary], attend)
+        return x, (held, adjustment)
 
     inputs = [(held, jax.tree.map(lambda a, i=i: a[i], weights)) for i, held in enumerate(pool)]
     x, kept = through_layers(model, step, model.embed(tails.tokens), inputs)
-    adjustments, new = zip(*kept, strict=True)
-    return model.logits(model.final_norm(x[:, -1])), adjustments, new
+    pool, adjustments = zip(*kept, strict=True)
+    last = jnp.take_along_axis(x, jnp.maximum(tails.count - 1, 0)[:, None, None], axis=1)[:, 0]
+    return pool, model.logits(model.final_norm(last)), adjustments

@@ -10,8 +10,8 @@ from long_cases import long, quick, slow
 from para_jax import Ia3Config, LoraConfig, ParaConfig, init_adapter, prefill, stack_adapters
 from para_jax.adapters.rows import Rows
 from para_jax.backbone import block_pool
-from para_jax.backbone.block_pool import rows_of_blocks, with_last
-from para_jax.prompt_blocks import Lanes, Tails, prefill_blocks, tail_states
+from para_jax.backbone.block_pool import rows_of_blocks
+from para_jax.prompt_blocks import Lanes, Tails, prefill_blocks, run_tails
 
 SIZE, LONGEST, BLOCKS, LANES, ROWS = 4, 6, 20, 3, 2
 FAMILIES = ["llama", "gemma3_text", "gemma2", "olmo2"]
@@ -120,29 +120,23 @@ def test_both_layouts_give_the_same():
     ],
 )
 def test_tails_give_the_logits_keys_values_and_adjustments_of_prefill(family, length, config):
-    """After the blocks of the tokens before the last one."""
-    model, size, plain = backbone(family), 4, length - 1
-    adapter = strong(init_adapter(config, model.config), 1)
-    pool, blocks, _ = in_one_go(model, plain, np.nan) if plain else (pool_of(model), [], None)
+    model, count = backbone(family), min(config.scope_window, length)
+    start, adapter = length - count, strong(init_adapter(config, model.config), 1)
+    pool, blocks, _ = in_one_go(model, start, np.nan) if start else (pool_of(model, np.nan), [], None)
+    blocks += list(range(len(blocks), -(-length // SIZE)))
     rows = Rows((stack_adapters([adapter]),), jnp.array([[0, -1]], jnp.int32))
-    last = TOKENS[:length][-size:]
-    tails = Tails(*(np.zeros(shape, np.int32) for shape in ((ROWS, size), (ROWS, LONGEST), ROWS, ROWS)))
-    tails.tokens[0, size - len(last) :], tails.table[0, : len(blocks)] = last, blocks
-    tails.length[0], tails.adapted[0] = length, min(config.scope_window, length)
-    logits, adjustments, new = jax.jit(tail_states)(model, rows, pool, tails)
+    tails = Tails(*(np.zeros(shape, np.int32) for shape in ((ROWS, 4), (ROWS, LONGEST), ROWS, ROWS)))
+    tails.tokens[0, :count], tails.table[0, : len(blocks)] = TOKENS[start:length], blocks
+    tails.start[0], tails.count[0] = start, count
+    pool, logits, adjustments = jax.jit(run_tails)(model, rows, pool, tails)
     expected, state = prefill(model, adapter, TOKENS[None, :length], length, max_length=length)
     np.testing.assert_allclose(logits[0], expected[0], atol=5e-4, rtol=1e-4)
-    for i, (layer, tail) in enumerate(zip(pool, new, strict=True)):
-        held = rows_of_blocks(layer, tails.table)
-        merged = with_last(held, tail, tails.length, tails.adapted)
-        for mine, theirs in zip(merged, state.cache[i], strict=True):
-            np.testing.assert_allclose(mine[0, :, :length], theirs[0, :, :length], atol=2e-4, rtol=1e-4)
-            assert not np.asarray(mine[0, :, length:]).any()
-        carried = jax.tree.map(
-            lambda a, b: np.broadcast_to(np.asarray(b), a[:1].shape), adjustments[i], unshared(state, i)
-        )
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a[:1], b, atol=2e-4, rtol=1e-4), adjustments[i], carried)
-        assert not any(np.asarray(a[1]).any() for a in jax.tree.leaves(adjustments[i]))
+    whole = np.stack([np.stack(layer)[:, 0] for layer in state.cache])
+    np.testing.assert_allclose(row_of(pool, blocks, length), whole, atol=2e-4, rtol=1e-4)
+    for i, made in enumerate(adjustments):
+        carried = jax.tree.map(lambda a, b: np.broadcast_to(np.asarray(b), a[:1].shape), made, unshared(state, i))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a[:1], b, atol=2e-4, rtol=1e-4), made, carried)
+        assert not any(np.asarray(a[1]).any() for a in jax.tree.leaves(made))
 
 
 def unshared(state, layer):

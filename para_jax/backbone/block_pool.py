@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from .attention import mixed_values, within
+from .attention import within
 from .cache_blocks import with_block, without_blocks
 from .layers import softcap
 
@@ -24,25 +24,24 @@ Held = Float[Array, "blocks k B e"]
 LayerPool = tuple[Held, Held]
 
 
-def attend_blocks(
-    pool: LayerPool,
-    block: Int[Array, " lanes"],
+def attend_pool(
+    write: Callable[[tuple[jax.Array, jax.Array]], LayerPool],
     table: Int[Array, "lanes T"],
     start: Int[Array, " lanes"],
     count: Int[Array, " lanes"],
     window: int | None,
 ) -> Callable:
-    """Attention of blocks of new tokens, one per lane, to their prompts up to each of them. Keeps the pool with the new
-    blocks. They are written before anything is read, so a lane may continue the prompt of another lane.
+    """Attention of some new tokens of each lane to its prompt up to each of them. Keeps the pool with the new tokens.
+    They are written before anything is read, so a lane may continue the prompt of another lane.
 
     Args:
-        block: where each lane's tokens are written; outside the pool for a lane that is not used.
+        write: gives the pool with new keys and values, [lanes, kv_heads, tokens, head_dim].
         start: the position of each lane's first token.
-        count: real tokens of each lane. The others are written too, and not read.
+        count: real tokens of each lane. The others are not read.
     """
 
     def attend(q, k, v, scale, cap):
-        written = write_blocks(pool, block, (k.swapaxes(1, 2), v.swapaxes(1, 2)))
+        written = write((k.swapaxes(1, 2), v.swapaxes(1, 2)))
         return values_in_spans(q, written, table, start, start + count, window, scale, cap), written
 
     return attend
@@ -88,35 +87,19 @@ def values_in_spans(
     return mixed.astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
-def attend_window(
-    pool: LayerPool,
-    table: Int[Array, "rows T"],
-    length: Int[Array, " rows"],
-    adapted: Int[Array, " rows"],
-    window: int | None,
-) -> Callable:
-    """Attention of each prompt's last tokens, computed once more, to the prompt and to each other. Keeps their keys and
-    values; the pool stays as it is.
-
-    Args:
-        length: tokens of each prompt.
-        adapted: how many of its last tokens take the place of those in the pool.
-    """
-
-    def attend(q, k, v, scale, cap):
-        new = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        keys, values = with_last(rows_of_blocks(pool, table), new, length, adapted)
-        here = length[:, None] - q.shape[1] + jnp.arange(q.shape[1])
-        distance = here[:, :, None] - jnp.arange(keys.shape[2])
-        mask = (distance >= 0) & within(distance, window)
-        return mixed_values(q, [(keys, values)], mask, scale, cap), new
-
-    return attend
-
-
 def write_blocks(pool: LayerPool, block: Int[Array, " lanes"], new: tuple[jax.Array, jax.Array]) -> LayerPool:
     """The pool with new blocks [lanes, kv_heads, B, head_dim]. One outside the pool is not written."""
     keys, values = (held.at[block].set(part, mode="drop") for held, part in zip(pool, new, strict=True))
+    return keys, values
+
+
+def write_tokens(
+    pool: LayerPool, block: Int[Array, "lanes t"], place: Int[Array, "lanes t"], new: tuple[jax.Array, jax.Array]
+) -> LayerPool:
+    """The pool with new tokens [lanes, kv_heads, t, head_dim], each at a place in a block. Nothing is written outside
+    the pool."""
+    each = zip(pool, new, strict=True)
+    keys, values = (held.at[block, :, place].set(part.swapaxes(1, 2), mode="drop") for held, part in each)
     return keys, values
 
 
@@ -128,31 +111,6 @@ def rows_of_blocks(pool: LayerPool, table: Int[Array, "rows T"]) -> tuple[jax.Ar
         return blocks.reshape(*blocks.shape[:2], -1, blocks.shape[4])
 
     keys, values = map(joined, pool)
-    return keys, values
-
-
-def with_last(
-    rows: tuple[jax.Array, jax.Array],
-    new: tuple[jax.Array, jax.Array],
-    length: Int[Array, " rows"],
-    replaced: Int[Array, " rows"],
-) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of prompts with new ones of their last tokens, and zeros behind their ends.
-
-    Args:
-        rows: [rows, kv_heads, max, head_dim].
-        new: [rows, kv_heads, W, head_dim], of each prompt's last W tokens.
-        replaced: how many of the last tokens get them, at most W.
-    """
-    held, last = jnp.arange(rows[0].shape[2]), new[0].shape[2]
-    source = jnp.clip(held - (length[:, None] - last), 0, last - 1)
-    plain, inside = before(held, length - replaced), before(held, length)
-
-    def merged(old, new):
-        taken = jnp.take_along_axis(new, source[:, None, :, None], axis=2)
-        return jnp.where(inside, jnp.where(plain, old, taken), 0)
-
-    keys, values = (merged(*both) for both in zip(rows, new, strict=True))
     return keys, values
 
 

@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ..adapters.bank import AdapterBank, Entry
@@ -23,7 +22,7 @@ from ..adapters.scope import scope_of
 from ..backbone.cache import constrain_held, empty_held
 from ..backbone.transformer import Transformer
 from ..model import DecodeState
-from ..prompt_blocks import Lanes, Tails, prefill_blocks, tail_states
+from ..prompt_blocks import Lanes, Tails, prefill_blocks, run_tails
 from ..sharding import constrain, replicate
 from .prefix_cache import PrefixCache, prompt_key
 from .slots import PrefilledPrompt, zeros_of
@@ -61,18 +60,17 @@ class ChunkedPrompt:
         self.found = 0
         """tokens in blocks that were found"""
         self.made: tuple | None = None
-        """(logits, adjustments, keys and values of its tail), set when it is finished. The logits lead with ROWS rows,
-        the others with one"""
+        """(logits, adjustments), set when it is finished. The logits lead with ROWS rows, the adjustments with one"""
+
+    @property
+    def tail(self) -> int:
+        """How many of its last tokens its adapter takes."""
+        return 0 if self.entry is None else min(scope_of(self.entry.config)[1], len(self.ids))
 
     @property
     def plain(self) -> Sequence[int]:
-        """The tokens that run through the plain backbone: without the last one, where an adapter takes that."""
-        return self.ids if self.entry is None else self.ids[:-1]
-
-    @property
-    def adapted(self) -> int:
-        """How many of its last tokens its adapter takes."""
-        return 0 if self.entry is None else min(scope_of(self.entry.config)[1], len(self.ids))
+        """The tokens that run through the plain backbone."""
+        return self.ids[: len(self.ids) - self.tail]
 
 
 class Prefills:
@@ -113,9 +111,6 @@ class Prefills:
         """finished prompts by Sample.key, the most recently used last"""
         self._suspects: dict[tuple, int] = {}
         """prompts whose prefill raised: these run alone. The count is how often they raised alone"""
-        self.window = 1
-        """tokens of tails that a slot takes, at most"""
-        self._grow_window(bank.configs if bank is not None else [])
         self.reset()
 
     def reset(self) -> None:
@@ -125,7 +120,7 @@ class Prefills:
         self._kept.clear()
         self.cache.clear()
         self.cache.pin(key for keys in self.pins.values() for key in keys)
-        self._nothing = self._of_no_adapter()
+        self._nothing = zeros_of(self.row.adjustments, 1)
         self.pool = jax.tree.map(self._empty, self.row.cache)
 
     def takes(self, entry: Entry | None) -> bool:
@@ -156,8 +151,6 @@ class Prefills:
         """Gives a prompt a row, unless it has one. The least recently used kept prompts make room."""
         if key in self._working or key in self._kept:
             return
-        if entry is not None:
-            self._grow_window([entry.config])
         while not self._fits(ids, [*self._working.values(), *self._kept_in_blocks()]):
             self._drop(next(self._kept_in_blocks()))
         row = min(set(range(self.rows)) - {prompt.row for prompt in self._working.values()})
@@ -210,7 +203,7 @@ class Prefills:
     def for_slot(self, prompt: ChunkedPrompt) -> PrefilledPrompt:
         """A finished prompt, to be inserted into a slot."""
         assert prompt.made is not None
-        return PrefilledPrompt(self._table(prompt), len(prompt.ids), prompt.row, *prompt.made, adapted=prompt.adapted)
+        return PrefilledPrompt(self._table(prompt), len(prompt.ids), prompt.row, *prompt.made)
 
     def _table(self, prompt: ChunkedPrompt) -> np.ndarray:
         """The pool's blocks of a prompt, int32 [blocks of the longest prompt]."""
@@ -229,9 +222,11 @@ class Prefills:
         """Compiles the programs. Returns a finished prompt."""
         prompt = ChunkedPrompt((), [0], None, 0, [])
         self.pool, logits = prefill_chunk(self._treedef, self._leaves, self.pool, self._no_lanes())
-        prompt.made = take_rows(np.zeros(ROWS, np.int32), logits), *self._nothing
+        prompt.made = take_rows(np.zeros(ROWS, np.int32), logits), self._nothing
         for entry in filter(self.takes, self.bank.blanks() if self.bank is not None else ()):
-            self._run_tails([ChunkedPrompt((), [0, 0], entry, 0, [])])
+            blank = ChunkedPrompt((), [0], entry, 0, [])
+            self._finish([blank])
+            self.cache.release(blank.blocks)
         return prompt
 
     # ------------------------------------------------------------------------------------------------- the computation
@@ -242,25 +237,16 @@ class Prefills:
         if lanes.count.any():
             self.pool, logits = prefill_chunk(self._treedef, self._leaves, self.pool, lanes)
             tokens += self.chunk
-        complete = [prompt for prompt in working if len(prompt.blocks) == self._needed(prompt)]
-        plain = [prompt for prompt in complete if prompt.entry is None]
-        for together in parts(plain):
-            chosen = np.zeros(ROWS, np.int32)
-            for place, prompt in enumerate(together):
-                chosen[place], prompt.row = prompt.row, place
-            of_rows = take_rows(chosen, logits)
-            for prompt in together:
-                prompt.made = of_rows, *self._nothing
-        of_size: dict[int, list[ChunkedPrompt]] = {}
+        complete = [prompt for prompt in working if len(prompt.blocks) == self._blocks(prompt.plain)]
+        of_size: dict[int, list[ChunkedPrompt]] = {}  # each has a program of its own: a tail costs and rounds as alone
         for prompt in complete:
-            if prompt.entry is not None:
-                of_size.setdefault(self._tail_size(prompt.entry.config), []).append(prompt)
-        for (
-            size,
-            prompts,
-        ) in of_size.items():  # each size has its own program, so a tail costs and rounds as it does alone
-            for together in parts(prompts):
-                self._run_tails(together)
+            of_size.setdefault(self._tail_size(prompt), []).append(prompt)
+        for size, prompts in of_size.items():
+            for together in (prompts[start : start + ROWS] for start in range(0, len(prompts), ROWS)):
+                if size:
+                    self._finish(together)
+                else:
+                    self._finish_plain(together, logits)
                 tokens += ROWS * size
         for prompt in complete:
             self._kept[prompt.key] = self._working.pop(prompt.key)
@@ -275,7 +261,7 @@ class Prefills:
             for prompt in working:
                 self._find_blocks(prompt)
                 number = len(prompt.blocks)
-                if used == self.lanes or number == self._needed(prompt):
+                if used == self.lanes or number == self._blocks(prompt.plain):
                     continue
                 turns, tokens = True, prompt.plain[number * self.size : (number + 1) * self.size]
                 prompt.blocks.append(self.cache.take())
@@ -290,7 +276,7 @@ class Prefills:
         return lanes
 
     def _find_blocks(self, prompt: ChunkedPrompt) -> None:
-        most = len(prompt.block_keys) if prompt.entry is not None else self._needed(prompt) - 1
+        most = len(prompt.block_keys) if prompt.tail else self._blocks(prompt.ids) - 1
         while len(prompt.blocks) < most:
             found = self.cache.find(prompt.block_keys[len(prompt.blocks)])
             if found is None:
@@ -299,21 +285,30 @@ class Prefills:
             prompt.found += self.size
             self.cache.hits += self.size
 
-    def _run_tails(self, prompts: list[ChunkedPrompt]) -> None:
-        """Runs the tails of at most ROWS prompts, which all have one size. All their blocks are computed."""
-        assert self.bank is not None and prompts[0].entry is not None
-        size = self._tail_size(prompts[0].entry.config)
-        tails = Tails(*(np.zeros(shape, np.int32) for shape in ((ROWS, size), (ROWS, self._longest), ROWS, ROWS)))
+    def _finish_plain(self, prompts: list[ChunkedPrompt], logits) -> None:
+        """Finishes at most ROWS prompts of the base model, whose last tokens have these logits."""
+        chosen = np.zeros(ROWS, np.int32)
+        for place, prompt in enumerate(prompts):
+            chosen[place], prompt.row = prompt.row, place
+        of_rows = take_rows(chosen, logits)
+        for prompt in prompts:
+            prompt.made = of_rows, self._nothing
+
+    def _finish(self, prompts: list[ChunkedPrompt]) -> None:
+        """Runs the tails of at most ROWS prompts, which all have one size, in blocks of their own."""
+        assert self.bank is not None
+        shapes = (ROWS, self._tail_size(prompts[0])), (ROWS, self._longest), ROWS, ROWS
+        tails = Tails(*(np.zeros(shape, np.int32) for shape in shapes))
         entries: list[Entry | None] = [None] * ROWS
         for row, prompt in enumerate(prompts):
-            last = prompt.ids[-size:]
-            tails.tokens[row, size - len(last) :], tails.table[row] = last, self._table(prompt)
-            tails.length[row], tails.adapted[row] = len(prompt.ids), prompt.adapted
-            entries[row] = prompt.entry
+            prompt.row, entries[row] = row, prompt.entry
+            prompt.blocks += [self.cache.take() for _ in range(self._blocks(prompt.ids) - len(prompt.blocks))]
+            tails.tokens[row, : prompt.tail], tails.table[row] = prompt.ids[-prompt.tail :], self._table(prompt)
+            tails.start[row], tails.count[row] = len(prompt.plain), prompt.tail
         adapters = self.bank.rows_of(entries, ROWS)
-        logits, adjustments, new = run_tails(self._treedef, self._leaves, self.pool, adapters, tails)
-        for row, prompt in enumerate(prompts):
-            prompt.row, prompt.made = row, (logits, *row_of_tail(adjustments, new, row, self.window))
+        self.pool, logits, adjustments = finish(self._treedef, self._leaves, self.pool, adapters, tails)
+        for prompt in prompts:
+            prompt.made = logits, one_row(adjustments, prompt.row)
 
     def _no_lanes(self) -> Lanes:
         row, number, count = (np.zeros(self.lanes, np.int32) for _ in range(3))
@@ -322,17 +317,15 @@ class Prefills:
 
     # ------------------------------------------------------------------------------------------------------ the prompts
 
-    def _needed(self, prompt: ChunkedPrompt) -> int:
-        """Blocks of a prompt."""
-        return self._blocks(prompt.plain)
-
     def _blocks(self, ids: Sequence[int]) -> int:
         return -(-len(ids) // self.size)
 
     def _fits(self, ids: Sequence[int], others: Iterable[ChunkedPrompt]) -> bool:
         """Whether there are a row and blocks for one more prompt next to these."""
         others = list(others)
-        return len(others) < self.rows and sum(map(self._needed, others)) + self._blocks(ids) <= self._room
+        return (
+            len(others) < self.rows and sum(self._blocks(one.ids) for one in others) + self._blocks(ids) <= self._room
+        )
 
     def _kept_in_blocks(self) -> Iterable[ChunkedPrompt]:
         return (prompt for prompt in self._kept.values() if isinstance(prompt, ChunkedPrompt))
@@ -360,32 +353,14 @@ class Prefills:
                 del self._suspects[prompt.key]
                 raise PromptFailed(prompt, error)
 
-    def _grow_window(self, configs: Iterable[Any]) -> None:
-        """Makes room for the tails of adapters of these configs."""
-        wanted = max((self._tail_size(config) for config in configs if has_plain_prompts(config)), default=1)
-        if wanted > self.window:
-            for prompt in list(self._kept_in_blocks()):
-                self._drop(prompt)
-            self.window = wanted
-            self._nothing = self._of_no_adapter()
-
-    def _tail_size(self, config: Any) -> int:
-        """Tokens of an adapter's tails, rounded up to a power of two, for fewer programs."""
-        return min(1 << (scope_of(config)[1] - 1).bit_length(), self._longest * self.size)
-
-    def _of_no_adapter(self) -> tuple:
-        """The adjustments, and the keys and values of the tail, of prompts without an adapter: zeros."""
-        shape = lambda leaf: (1, leaf.shape[1], self.window, leaf.shape[3])  # noqa: E731
-        last = jax.tree.map(lambda leaf: empty_held(shape(leaf), leaf.dtype), self.row.cache)
-        return zeros_of(self.row.adjustments, 1), last
+    def _tail_size(self, prompt: ChunkedPrompt) -> int:
+        """Tokens of its adapter's tails, rounded up to a power of two, for fewer programs; 0 without an adapter."""
+        if prompt.entry is None:
+            return 0
+        return min(1 << (scope_of(prompt.entry.config)[1] - 1).bit_length(), self._longest * self.size)
 
     def _empty(self, leaf) -> jax.Array:
         return empty_held((self.cache.blocks, leaf.shape[1], self.size, leaf.shape[3]), leaf.dtype)
-
-
-def parts(prompts: list[ChunkedPrompt]) -> Iterable[list[ChunkedPrompt]]:
-    """The prompts, at most ROWS at a time."""
-    return (prompts[start : start + ROWS] for start in range(0, len(prompts), ROWS))
 
 
 def token_bytes(row: DecodeState) -> int:
@@ -410,18 +385,15 @@ def take_rows(chosen, logits) -> jax.Array:
     return constrain(logits[chosen], (None, "vocab"))
 
 
-@partial(jax.jit, static_argnums=0)
-def run_tails(treedef, leaves, pool, adapters, tails: Tails) -> tuple:
-    """tail_states, with the adjustments as decode carries them. The model is passed flat."""
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def finish(treedef, leaves, pool, adapters, tails: Tails) -> tuple:
+    """run_tails, with the adjustments as decode carries them. The model is passed flat; the given pool is donated."""
     model = jax.tree.unflatten(treedef, leaves)
-    logits, adjustments, new = tail_states(model, adapters, pool, tails)
-    adjustments = jax.tree.map(lambda a: a.astype(model.dtype), adjustments)
-    return constrain(logits, (None, "vocab")), replicate(adjustments), constrain_held(new)
+    pool, logits, adjustments = run_tails(model, adapters, pool, tails)
+    adjustments = replicate(jax.tree.map(lambda a: a.astype(model.dtype), adjustments))
+    return constrain_held(pool), constrain(logits, (None, "vocab")), adjustments
 
 
-@partial(jax.jit, static_argnums=3)
-def row_of_tail(adjustments: tuple, new: tuple, row, room: int) -> tuple[tuple, tuple]:
-    """A row's adjustments, and its keys and values in the last of `room` places; zeros before them."""
-    taken = partial(jax.lax.dynamic_slice_in_dim, start_index=row, slice_size=1)
-    places = lambda part: jnp.pad(taken(part), ((0, 0), (0, 0), (room - part.shape[2], 0), (0, 0)))  # noqa: E731
-    return replicate(jax.tree.map(taken, adjustments)), constrain_held(jax.tree.map(places, new))
+@jax.jit
+def one_row(adjustments: tuple, row) -> tuple:
+    return replicate(jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, row, 1), adjustments))

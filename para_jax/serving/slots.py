@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ..backbone.block_pool import rows_of_blocks, with_last
+from ..backbone.block_pool import before, rows_of_blocks
 from ..backbone.cache import constrain_held, empty_held
 from ..inference.draw import RowSampling, row_keys, sample
 from ..inference.logprobs import Logprobs, logprobs_of
@@ -77,10 +77,6 @@ class PrefilledPrompt(NamedTuple):
     """float32 [rows, vocab], of its last token"""
     adjustments: tuple
     """per layer, as decode carries them, with one leading row"""
-    tail: tuple
-    """per layer: keys and values of its last tokens, [1, kv_heads, W, head_dim]"""
-    adapted: int
-    """how many of them take the place of those in the pool"""
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -90,17 +86,17 @@ def insert_prompt(
     """`insert` for a prompt with its blocks in a pool."""
     most = jax.tree.leaves(slots.state.cache)[0].shape[2]
     logits = jax.lax.dynamic_slice_in_dim(prompt.logits, prompt.row, 1)
-    length, adapted = jnp.reshape(prompt.length, 1), jnp.reshape(prompt.adapted, 1)
+    length = jnp.reshape(prompt.length, 1)
 
-    def of_layer(pool, tail):
-        keys, values = with_last(rows_of_blocks(pool, prompt.table[None]), tail, length, adapted)
-        return keys[:, :, :most], values[:, :, :most]
+    def of_layer(pool):
+        keys, values = rows_of_blocks(pool, prompt.table[None])
+        inside = before(jnp.arange(keys.shape[2]), length)  # zero times NaN, from another prompt, would be NaN
+        return tuple(jnp.where(inside, held, 0)[:, :, :most] for held in (keys, values))
 
-    cache = tuple(of_layer(*both) for both in zip(pool, prompt.tail, strict=True))
     first = drawn(logits, sampling, jnp.zeros(1, jnp.int32))
-    new = Slots(DecodeState(cache, prompt.adjustments, length), first, jnp.ones(1, jnp.int32))
+    state = DecodeState(tuple(map(of_layer, pool)), prompt.adjustments, length)
     put = lambda held, new: jax.lax.dynamic_update_slice_in_dim(held, new.astype(held.dtype), slot, 0)  # noqa: E731
-    return constrain_slots(jax.tree.map(put, slots, new)), first
+    return constrain_slots(jax.tree.map(put, slots, Slots(state, first, jnp.ones(1, jnp.int32)))), first
 
 
 @partial(jax.jit, static_argnums=3)

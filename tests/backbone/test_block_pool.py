@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from para_jax.backbone.block_pool import rows_of_blocks, with_last, write_blocks
+from para_jax.backbone.block_pool import rows_of_blocks, write_blocks, write_tokens
 
 BLOCKS, KV, SIZE, WIDTH = 6, 2, 4, 3
 
@@ -29,13 +29,11 @@ def test_a_row_holds_its_blocks_in_the_order_of_its_table():
     np.testing.assert_array_equal(keys[1, :, :SIZE], pool[5])
 
 
-def test_last_tokens_take_their_places_and_nothing_stays_behind_the_end():
-    rows, new = values(4, KV, 8, WIDTH), values(4, KV, 3, WIDTH)
-    rows = rows.at[:, :, 7].set(jnp.nan)
-    length, replaced = np.array([7, 5, 2, 0]), np.array([3, 1, 2, 0])
-    keys, _ = with_last((rows, rows), (new, new), jnp.asarray(length), jnp.asarray(replaced))
-    for row, (end, count) in enumerate(zip(length, replaced, strict=True)):
-        expected = np.zeros((KV, 8, WIDTH), np.float32)
-        expected[:, : end - count] = rows[row, :, : end - count]
-        expected[:, end - count : end] = new[row, :, 3 - count :]
-        np.testing.assert_array_equal(keys[row], expected)
+def test_tokens_are_written_at_their_places_and_nowhere_outside_the_pool():
+    pool, new = (values(BLOCKS, KV, SIZE, WIDTH),) * 2, (values(2, KV, 3, WIDTH),) * 2
+    block, place = np.array([[4, 4, 1], [2, BLOCKS, BLOCKS]]), np.array([[2, 3, 0], [1, 0, 1]])
+    for held in write_tokens(pool, jnp.asarray(block), jnp.asarray(place), new):
+        expected = np.array(pool[0])
+        for lane, token in ((0, 0), (0, 1), (0, 2), (1, 0)):
+            expected[block[lane, token], :, place[lane, token]] = new[0][lane, :, token]
+        np.testing.assert_array_equal(held, expected)

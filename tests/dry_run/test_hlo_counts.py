@@ -35,7 +35,7 @@ from para_jax.dry_run.hlo_counts import collective_bytes, collectives_run, descr
 from para_jax.dry_run.hlo_loops import unknown_loops
 from para_jax.dry_run.hlo_parser import parse_hlo
 from para_jax.model import decode_step
-from para_jax.prompt_blocks import Tails, tail_states
+from para_jax.prompt_blocks import Tails, run_tails
 from para_jax.sharding import place
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
@@ -123,7 +123,7 @@ def test_on_a_tpu_the_step_that_writes_the_vectors_has_the_work_of_the_base_and_
         block = jax.ShapeDtypeStruct((64, config.num_kv_heads, 16, config.head_dim), jnp.bfloat16)
         ints = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((ROWS, 1), (ROWS, 8), (ROWS,), (ROWS,)))
         with jax.set_mesh(mesh):
-            lowered = jax.jit(tail_states).lower(model, rows, ((block, block),) * config.num_layers, Tails(*ints))
+            lowered = jax.jit(run_tails).lower(model, rows, ((block, block),) * config.num_layers, Tails(*ints))
             return describe_program(lowered.compile())
 
     base, para = step(replace(IA3, scope="response")), step(ParaConfig(scope="response"))

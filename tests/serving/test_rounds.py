@@ -49,7 +49,7 @@ def computed(monkeypatch):
 
     monkeypatch.setattr(decoder, "prefill", counted("whole", decoder.prefill, lambda a: a[2]))
     monkeypatch.setattr(prefills, "prefill_chunk", counted("chunk", prefills.prefill_chunk, lambda a: a[3].tokens))
-    monkeypatch.setattr(prefills, "run_tails", counted("tail", prefills.run_tails, lambda a: a[4].tokens))
+    monkeypatch.setattr(prefills, "finish", counted("tail", prefills.finish, lambda a: a[4].tokens))
     return found
 
 
