@@ -1,14 +1,12 @@
 """Prompts prefilled in blocks of tokens: those of the base model and of scope `response` (adapters/scope.py).
 
-They run through the plain backbone, so the keys and values of a block depend on the tokens up to its end, and on
-nothing else. `prefill_blocks` computes some blocks, of one prompt or of several. It is the same program for the base
-model and for every tenant. An adapter's tail follows: `run_tails` takes a prompt's last w tokens as ordinary steps
-with the adapter, which makes its adjustments from the last of them.
+`prefill_blocks` computes some blocks, of one prompt or of several. They run through the plain backbone, so the keys and
+values of a block depend on the tokens up to its end, and on nothing else. The last w tokens of a prompt, its tail, are
+ordinary tokens of its last block, or blocks, on which its adapter acts. It makes its adjustments from the last one.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,9 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .adapters.rows import Rows, by_layer
-from .backbone.block_pool import LayerPool, attend_pool, write_blocks, write_tokens
+from .backbone.block_pool import LayerPool, attend_blocks
 from .backbone.layout import through_layers
-from .residual import batched_adjust, plain, rotary_tables_by_kind
+from .residual import acting, batched_adjust, plain, rotary_tables_by_kind
 
 #: Per layer: the keys and values of all blocks.
 Pool = tuple[LayerPool, ...]
@@ -42,59 +40,48 @@ class Lanes(NamedTuple):
 
 
 class Tails(NamedTuple):
-    """The last tokens of prompts, which their adapters take. Each row is another prompt."""
+    """Where adapters act in the lanes. The rows are those of their adapters."""
 
-    tokens: Any
-    """int32 [rows, W], padded on the right"""
-    table: Any
-    """int32 [rows, T]: the pool's blocks of each prompt. Those that a tail lies in are no other prompt's"""
+    of_lane: Any
+    """int32 [lanes]: the row of the adapter that acts in a lane; -1: none"""
     start: Any
-    """int32 [rows]: the position of the tail's first token"""
+    """int32 [lanes]: the position from which it acts"""
+    lane: Any
+    """int32 [rows]: the lane with the last token of each adapter's prompt; arbitrary for a prompt without it"""
     count: Any
-    """int32 [rows]: real tokens; 0 for a row that is not used"""
+    """int32 [rows]: the tokens of that lane, at least 1"""
 
 
-def prefill_blocks(model, pool: Pool, lanes: Lanes) -> tuple[Pool, Float[Array, "rows vocab"]]:
-    """The pool with the lanes' blocks, computed by the plain backbone, and the logits of each row's last token. For use
-    inside a compiled program, which donates the pool."""
-    size = lanes.tokens.shape[1]
-    start, table = lanes.number * size, lanes.table[lanes.row]
-    block = jnp.take_along_axis(table, lanes.number[:, None], axis=1)[:, 0]
-    block = jnp.where(lanes.count > 0, block, pool[0][0].shape[0])
-    tables = rotary_tables_by_kind(model.config, start[:, None] + jnp.arange(size))
-
-    def step(x, layer, held):
-        attend = attend_pool(partial(write_blocks, held, block), table, start, lanes.count, layer.kind.window)
-        return layer(x, plain, tables[layer.kind.rotary], attend)
-
-    x, kept = through_layers(model, step, model.embed(lanes.tokens), list(pool))
-    return tuple(kept), model.logits(model.final_norm(x.reshape(-1, x.shape[2])[lanes.last]))
-
-
-def run_tails(model, adapters: Rows, pool: Pool, tails: Tails) -> tuple[Pool, Float[Array, "rows vocab"], tuple]:
-    """The pool with the tails' keys and values, the logits of each prompt's last token and, per layer, its adjustments
-    in float32. For use inside a compiled program, which donates the pool.
+def prefill_blocks(
+    model, pool: Pool, lanes: Lanes, adapters: Rows | None = None, tails: Tails | None = None
+) -> tuple[Pool, Float[Array, "prompts vocab"], tuple]:
+    """The pool with the lanes' blocks, the logits of each prompt's last token and, per layer, the adjustments of each
+    row of `tails` in float32. For use inside a compiled program, which donates the pool.
 
     Args:
-        adapters: of scope `response`; the adjustments of a row without one are zeros.
+        adapters: of scope `response`, one for each row of `tails`; the adjustments of a row without one are zeros.
+        tails: None: no adapter acts.
     """
-    blocks, _, size, _ = pool[0][0].shape
-    offset = jnp.arange(tails.tokens.shape[1])
-    position = tails.start[:, None] + offset
-    block = jnp.take_along_axis(tails.table, position // size, axis=1)
-    block = jnp.where(offset < tails.count[:, None], block, blocks)
-    tables, (weights, make) = rotary_tables_by_kind(model.config, position), by_layer(adapters)
+    size = lanes.tokens.shape[1]
+    start, table = lanes.number * size, lanes.table[lanes.row]
+    position = start[:, None] + jnp.arange(size)
+    block = jnp.take_along_axis(table, lanes.number[:, None], axis=1)[:, 0]
+    block = jnp.where(lanes.count > 0, block, pool[0][0].shape[0])
+    tables = rotary_tables_by_kind(model.config, position)
+    weights, make = (None, None) if adapters is None else by_layer(adapters)
 
     def step(x, layer, inputs):
         held, weights = inputs
-        adjustment = make(weights, x, tails.count)
-        write = partial(write_tokens, held, block, position % size)
-        attend = attend_pool(write, tails.table, tails.start, tails.count, layer.kind.window)
-        x, held = layer(x, batched_adjust(adjustment), tables[layer.kind.rotary], attend)
+        adjust, adjustment = plain, None
+        if tails is not None:
+            adjustment = make(weights, x[tails.lane], tails.count)
+            of_lanes = batched_adjust(jax.tree.map(lambda a: a[jnp.maximum(tails.of_lane, 0)], adjustment))
+            adjust = acting(of_lanes, (tails.of_lane >= 0)[:, None] & (position >= tails.start[:, None]))
+        attend = attend_blocks(held, block, table, start, lanes.count, layer.kind.window)
+        x, held = layer(x, adjust, tables[layer.kind.rotary], attend)
         return x, (held, adjustment)
 
     inputs = [(held, jax.tree.map(lambda a, i=i: a[i], weights)) for i, held in enumerate(pool)]
-    x, kept = through_layers(model, step, model.embed(tails.tokens), inputs)
+    x, kept = through_layers(model, step, model.embed(lanes.tokens), inputs)
     pool, adjustments = zip(*kept, strict=True)
-    last = jnp.take_along_axis(x, jnp.maximum(tails.count - 1, 0)[:, None, None], axis=1)[:, 0]
-    return pool, model.logits(model.final_norm(last)), adjustments
+    return pool, model.logits(model.final_norm(x.reshape(-1, x.shape[2])[lanes.last])), adjustments

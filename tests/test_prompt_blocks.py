@@ -11,7 +11,7 @@ from para_jax import Ia3Config, LoraConfig, ParaConfig, init_adapter, prefill, s
 from para_jax.adapters.rows import Rows
 from para_jax.backbone import block_pool
 from para_jax.backbone.block_pool import rows_of_blocks
-from para_jax.prompt_blocks import Lanes, Tails, prefill_blocks, run_tails
+from para_jax.prompt_blocks import Lanes, Tails, prefill_blocks
 
 SIZE, LONGEST, BLOCKS, LANES, ROWS = 4, 6, 20, 3, 2
 FAMILIES = ["llama", "gemma3_text", "gemma2", "olmo2"]
@@ -59,7 +59,7 @@ def in_one_go(model, length, fill=0.0):
     pool, blocks, last = pool_of(model, fill), list(range(7, 7 + -(-length // SIZE))), None
     for start in range(0, len(blocks), LANES):
         parts = [(0, number) for number in range(start, min(start + LANES, len(blocks)))]
-        pool, last = chunk(model, pool, lanes({0: (TOKENS[:length], blocks)}, parts))
+        pool, last, _ = chunk(model, pool, lanes({0: (TOKENS[:length], blocks)}, parts))
     return pool, blocks, last
 
 
@@ -86,7 +86,7 @@ def test_the_bits_depend_neither_on_the_cut_nor_on_the_company_nor_on_what_the_p
     prompts = {0: (other, [0, 1, 2]), 1: (TOKENS[:length], [9, 3, 15, 4, 12])}
     pool, last_one = pool_of(model), None
     for parts in ([(1, 0)], [(0, 0), (1, 1), (1, 2)], [(0, 1), (0, 2)], [(1, 3)], [(0, 0), (0, 1), (1, 4)]):
-        pool, last_one = chunk(model, pool, lanes(prompts, parts))
+        pool, last_one, _ = chunk(model, pool, lanes(prompts, parts))
     np.testing.assert_array_equal(row_of(pool, prompts[1][1], length), expected)
     np.testing.assert_array_equal(last_one[1], last[0])
 
@@ -95,7 +95,7 @@ def test_a_prompt_that_shares_blocks_gets_the_same_bits():
     model, length = backbone("gemma3_text"), 18
     pool, blocks, last = in_one_go(model, length)
     shared = {1: (TOKENS[:length], [*blocks[:3], 0, 1])}
-    pool, found = chunk(model, pool, lanes(shared, [(1, 3), (1, 4)]))
+    pool, found, _ = chunk(model, pool, lanes(shared, [(1, 3), (1, 4)]))
     np.testing.assert_array_equal(row_of(pool, shared[1][1], length), row_of(pool, blocks, length))
     np.testing.assert_array_equal(found[1], last[0])
 
@@ -119,24 +119,36 @@ def test_both_layouts_give_the_same():
         LoraConfig(r=4, scope="response", scope_window=2),
     ],
 )
-def test_tails_give_the_logits_keys_values_and_adjustments_of_prefill(family, length, config):
-    model, count = backbone(family), min(config.scope_window, length)
-    start, adapter = length - count, strong(init_adapter(config, model.config), 1)
-    pool, blocks, _ = in_one_go(model, start, np.nan) if start else (pool_of(model, np.nan), [], None)
-    blocks += list(range(len(blocks), -(-length // SIZE)))
-    rows = Rows((stack_adapters([adapter]),), jnp.array([[0, -1]], jnp.int32))
-    tails = Tails(*(np.zeros(shape, np.int32) for shape in ((ROWS, 4), (ROWS, LONGEST), ROWS, ROWS)))
-    tails.tokens[0, :count], tails.table[0, : len(blocks)] = TOKENS[start:length], blocks
-    tails.start[0], tails.count[0] = start, count
-    pool, logits, adjustments = jax.jit(run_tails)(model, rows, pool, tails)
+@pytest.mark.parametrize("together", [True, False])
+def test_an_adapter_acts_on_the_tail_as_in_prefill(family, length, config, together):
+    """Three blocks at a time, or each alone; next to a prompt of the base model, which stays plain."""
+    model, row = backbone(family), 1
+    adapter = strong(init_adapter(config, model.config), 1)
+    adapters = Rows((stack_adapters([adapter]),), jnp.array([[-1, 0]], jnp.int32))
+    blocks, others = list(range(7, 7 + -(-length // SIZE))), list(range(6))
+    prompts = {0: (TOKENS[::-1][:20].copy(), others), row: (TOKENS[:length], blocks)}
+    pool, plain = pool_of(model, np.nan), max(length - config.scope_window, 0)
+    parts = [(row, number) for number in range(len(blocks))]
+    for start in range(0, len(parts), LANES - 1 if together else 1):
+        chosen = [*parts[start : start + (LANES - 1 if together else 1)], (0, start)]
+        tails = Tails(
+            np.full(LANES, -1, np.int32), np.zeros(LANES, np.int32), np.zeros(2, np.int32), np.ones(2, np.int32)
+        )
+        for lane, (of, number) in enumerate(chosen):
+            if of == row and min((number + 1) * SIZE, length) > plain:
+                tails.of_lane[lane], tails.start[lane] = row, plain
+                tails.lane[row], tails.count[row] = lane, min(SIZE, length - number * SIZE)
+        pool, last, adjustments = chunk(model, pool, lanes(prompts, chosen), adapters, tails)
     expected, state = prefill(model, adapter, TOKENS[None, :length], length, max_length=length)
-    np.testing.assert_allclose(logits[0], expected[0], atol=5e-4, rtol=1e-4)
+    np.testing.assert_allclose(last[row], expected[0], atol=5e-4, rtol=1e-4)
     whole = np.stack([np.stack(layer)[:, 0] for layer in state.cache])
     np.testing.assert_allclose(row_of(pool, blocks, length), whole, atol=2e-4, rtol=1e-4)
+    base, _, _ = chunk(model, pool_of(model), lanes(prompts, [(0, 0)]))
+    np.testing.assert_array_equal(row_of(pool, others, SIZE), row_of(base, others, SIZE))
     for i, made in enumerate(adjustments):
-        carried = jax.tree.map(lambda a, b: np.broadcast_to(np.asarray(b), a[:1].shape), made, unshared(state, i))
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a[:1], b, atol=2e-4, rtol=1e-4), made, carried)
-        assert not any(np.asarray(a[1]).any() for a in jax.tree.leaves(made))
+        carried = jax.tree.map(lambda a, b: np.broadcast_to(np.asarray(b), a[1:].shape), made, unshared(state, i))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a[1:], b, atol=2e-4, rtol=1e-4), made, carried)
+        assert not any(np.asarray(a[0]).any() for a in jax.tree.leaves(made))
 
 
 def unshared(state, layer):

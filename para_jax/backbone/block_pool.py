@@ -24,24 +24,25 @@ Held = Float[Array, "blocks k B e"]
 LayerPool = tuple[Held, Held]
 
 
-def attend_pool(
-    write: Callable[[tuple[jax.Array, jax.Array]], LayerPool],
+def attend_blocks(
+    pool: LayerPool,
+    block: Int[Array, " lanes"],
     table: Int[Array, "lanes T"],
     start: Int[Array, " lanes"],
     count: Int[Array, " lanes"],
     window: int | None,
 ) -> Callable:
-    """Attention of some new tokens of each lane to its prompt up to each of them. Keeps the pool with the new tokens.
-    They are written before anything is read, so a lane may continue the prompt of another lane.
+    """Attention of blocks of new tokens, one per lane, to their prompts up to each of them. Keeps the pool with the new
+    blocks. They are written before anything is read, so a lane may continue the prompt of another lane.
 
     Args:
-        write: gives the pool with new keys and values, [lanes, kv_heads, tokens, head_dim].
+        block: where each lane's tokens are written; outside the pool for a lane that is not used.
         start: the position of each lane's first token.
-        count: real tokens of each lane. The others are not read.
+        count: real tokens of each lane. The others are written too, and not read.
     """
 
     def attend(q, k, v, scale, cap):
-        written = write((k.swapaxes(1, 2), v.swapaxes(1, 2)))
+        written = write_blocks(pool, block, (k.swapaxes(1, 2), v.swapaxes(1, 2)))
         return values_in_spans(q, written, table, start, start + count, window, scale, cap), written
 
     return attend
@@ -90,16 +91,6 @@ def values_in_spans(
 def write_blocks(pool: LayerPool, block: Int[Array, " lanes"], new: tuple[jax.Array, jax.Array]) -> LayerPool:
     """The pool with new blocks [lanes, kv_heads, B, head_dim]. One outside the pool is not written."""
     keys, values = (held.at[block].set(part, mode="drop") for held, part in zip(pool, new, strict=True))
-    return keys, values
-
-
-def write_tokens(
-    pool: LayerPool, block: Int[Array, "lanes t"], place: Int[Array, "lanes t"], new: tuple[jax.Array, jax.Array]
-) -> LayerPool:
-    """The pool with new tokens [lanes, kv_heads, t, head_dim], each at a place in a block. Nothing is written outside
-    the pool."""
-    each = zip(pool, new, strict=True)
-    keys, values = (held.at[block, :, place].set(part.swapaxes(1, 2), mode="drop") for held, part in each)
     return keys, values
 
 

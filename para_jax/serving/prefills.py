@@ -2,8 +2,8 @@
 And the last prompts of any kind, which are kept for the next request.
 
 Those in blocks are the prompts of the base model and of scope `response`. They run through the plain backbone, and
-share the blocks in which they agree (prefix_cache.py). An adapter then takes the last tokens as ordinary steps, the
-tail of its prompt (prompt_blocks.py). One thread at a time may use this.
+share the blocks in which they agree (prefix_cache.py). An adapter acts on the last tokens alone, the tail of its prompt
+(prompt_blocks.py). One thread at a time may use this.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from ..adapters.scope import scope_of
 from ..backbone.cache import constrain_held, empty_held
 from ..backbone.transformer import Transformer
 from ..model import DecodeState
-from ..prompt_blocks import Lanes, Tails, prefill_blocks, run_tails
+from ..prompt_blocks import Lanes, Tails, prefill_blocks
 from ..sharding import constrain, replicate
 from .prefix_cache import PrefixCache, prompt_key
 from .slots import PrefilledPrompt, zeros_of
 
 #: Prompts of the longest length that the pool has blocks for, and how many prompts are kept for the next request of the
-#: same one. If a chunk has blocks for more prompts, that many may be at work. Tails run ROWS at a time.
+#: same one. If a chunk has blocks for more prompts, that many may be at work. Adapters act on ROWS at a time.
 ROWS = 4
 
 
@@ -56,21 +56,16 @@ class ChunkedPrompt:
         self.row = row
         """in the program of a chunk; once it is finished, in its logits"""
         self.blocks: list[int] = []
-        """the pool's blocks of its plain tokens: those that are computed, or found"""
+        """the pool's blocks of its first tokens: those that are computed, or found"""
         self.found = 0
         """tokens in blocks that were found"""
         self.made: tuple | None = None
         """(logits, adjustments), set when it is finished. The logits lead with ROWS rows, the adjustments with one"""
 
     @property
-    def tail(self) -> int:
-        """How many of its last tokens its adapter takes."""
-        return 0 if self.entry is None else min(scope_of(self.entry.config)[1], len(self.ids))
-
-    @property
-    def plain(self) -> Sequence[int]:
-        """The tokens that run through the plain backbone."""
-        return self.ids[: len(self.ids) - self.tail]
+    def plain(self) -> int:
+        """How many of its tokens run through the plain backbone. Its adapter takes the others, at least one."""
+        return len(self.ids) - (0 if self.entry is None else min(scope_of(self.entry.config)[1], len(self.ids)))
 
 
 class Prefills:
@@ -155,7 +150,7 @@ class Prefills:
             self._drop(next(self._kept_in_blocks()))
         row = min(set(range(self.rows)) - {prompt.row for prompt in self._working.values()})
         prompt = ChunkedPrompt(key, ids, entry, row, [])
-        prompt.block_keys = self.cache.keys(prompt.plain, key[-1])
+        prompt.block_keys = self.cache.keys(ids[: prompt.plain], key[-1])
         self._working[key] = prompt
         self.cache.queries += len(ids)
 
@@ -180,8 +175,7 @@ class Prefills:
         return self.lanes * self.size
 
     def advance(self) -> int:
-        """Computes the next blocks of the prompts, in one program, and the tails of those that are then complete.
-        Returns the tokens that this took, with padding.
+        """Computes the next blocks of the prompts, in one program. Returns the tokens that this took, with padding.
 
         Raises PromptFailed, or what the program raised. Only `reset` may follow.
         """
@@ -190,15 +184,15 @@ class Prefills:
         if not working:
             return 0
         try:
-            tokens = self._compute(working)
+            finished = self._compute(working)
         except Exception as error:
             if not isinstance(error, SystemError):  # C code turns an interrupt into a SystemError
                 self._suspect(working, error)
             raise
-        for prompt in working:
-            if prompt.made is not None:
-                self._suspects.pop(prompt.key, None)
-        return tokens
+        for prompt in finished:
+            self._kept[prompt.key] = self._working.pop(prompt.key)
+            self._suspects.pop(prompt.key, None)
+        return self.chunk
 
     def for_slot(self, prompt: ChunkedPrompt) -> PrefilledPrompt:
         """A finished prompt, to be inserted into a slot."""
@@ -220,64 +214,67 @@ class Prefills:
 
     def warm_up(self) -> ChunkedPrompt:
         """Compiles the programs. Returns a finished prompt."""
-        prompt = ChunkedPrompt((), [0], None, 0, [])
-        self.pool, logits = prefill_chunk(self._treedef, self._leaves, self.pool, self._no_lanes())
-        prompt.made = take_rows(np.zeros(ROWS, np.int32), logits), self._nothing
-        for entry in filter(self.takes, self.bank.blanks() if self.bank is not None else ()):
-            blank = ChunkedPrompt((), [0], entry, 0, [])
-            self._finish([blank])
-            self.cache.release(blank.blocks)
-        return prompt
+        made = []
+        for entry in (None, *filter(self.takes, self.bank.blanks() if self.bank is not None else ())):
+            made.append(ChunkedPrompt((), [0], entry, 0, []))
+            self._compute(made[-1:])
+            self.cache.release(made[-1].blocks)
+        return made[0]
 
     # ------------------------------------------------------------------------------------------------- the computation
 
-    def _compute(self, working: list[ChunkedPrompt]) -> int:
-        tokens, logits = 0, None
-        lanes = self._planned(working)
-        if lanes.count.any():
-            self.pool, logits = prefill_chunk(self._treedef, self._leaves, self.pool, lanes)
-            tokens += self.chunk
-        complete = [prompt for prompt in working if len(prompt.blocks) == self._blocks(prompt.plain)]
-        of_size: dict[int, list[ChunkedPrompt]] = {}  # each has a program of its own: a tail costs and rounds as alone
-        for prompt in complete:
-            of_size.setdefault(self._tail_size(prompt), []).append(prompt)
-        for size, prompts in of_size.items():
-            for together in (prompts[start : start + ROWS] for start in range(0, len(prompts), ROWS)):
-                if size:
-                    self._finish(together)
-                else:
-                    self._finish_plain(together, logits)
-                tokens += ROWS * size
-        for prompt in complete:
-            self._kept[prompt.key] = self._working.pop(prompt.key)
-        return tokens
+    def _compute(self, working: list[ChunkedPrompt]) -> list[ChunkedPrompt]:
+        """Computes the next blocks of the prompts. Returns the prompts that are then finished."""
+        lanes, tails, adapted = self._planned(working)
+        given: tuple = ()
+        if adapted:
+            assert self.bank is not None
+            entries = [prompt.entry for prompt in adapted]
+            given = self.bank.rows_of(entries + [None] * (ROWS - len(entries)), ROWS), tails
+        self.pool, logits, adjustments = prefill_chunk(self._treedef, self._leaves, self.pool, lanes, *given)
+        finished = [prompt for prompt in working if len(prompt.blocks) == self._blocks(prompt.ids)]
+        for start in range(0, len(finished), ROWS):
+            chosen = np.zeros(ROWS, np.int32)
+            for place, prompt in enumerate(finished[start : start + ROWS]):
+                chosen[place], prompt.row = prompt.row, place
+            of_rows = take_rows(chosen, logits)
+            for prompt in finished[start : start + ROWS]:
+                own = one_row(adjustments, adapted.index(prompt)) if prompt.entry is not None else self._nothing
+                prompt.made = of_rows, own
+        return finished
 
-    def _planned(self, working: list[ChunkedPrompt]) -> Lanes:
-        """The next blocks of the prompts, which take turns. Blocks that are known are not computed again, except the
-        last one of a prompt of the base model: its last token gives the logits."""
-        lanes, used, turns = self._no_lanes(), 0, True
+    def _planned(self, working: list[ChunkedPrompt]) -> tuple[Lanes, Tails, list[ChunkedPrompt]]:
+        """The next blocks of the prompts, which take turns, where their adapters act, and the prompts in which they do.
+        Blocks that are known are not computed again, except a prompt's last one: its last token gives the logits."""
+        lanes, tails, adapted, used, turns = self._no_lanes(), self._no_tails(), [], 0, True
         while turns and used < self.lanes:
             turns = False
             for prompt in working:
                 self._find_blocks(prompt)
-                number = len(prompt.blocks)
-                if used == self.lanes or number == self._blocks(prompt.plain):
+                number, plain = len(prompt.blocks), prompt.plain
+                tokens = prompt.ids[number * self.size : (number + 1) * self.size]
+                adapts = number * self.size + len(tokens) > plain
+                if used == self.lanes or not tokens or (adapts and len({*adapted, prompt}) > ROWS):
                     continue
-                turns, tokens = True, prompt.plain[number * self.size : (number + 1) * self.size]
+                turns = True
                 prompt.blocks.append(self.cache.take())
                 if number < len(prompt.block_keys):  # others may find it now: this program computes it
                     self.cache.publish(prompt.blocks[-1], prompt.block_keys[number])
                 lanes.tokens[used, : len(tokens)] = tokens
                 lanes.row[used], lanes.number[used], lanes.count[used] = prompt.row, number, len(tokens)
                 lanes.last[prompt.row] = used * self.size + len(tokens) - 1
+                if adapts:
+                    adapted += [prompt] * (prompt not in adapted)
+                    row = adapted.index(prompt)
+                    tails.of_lane[used], tails.start[used] = row, plain
+                    tails.lane[row], tails.count[row] = used, len(tokens)
                 used += 1
         for prompt in working:
             lanes.table[prompt.row] = self._table(prompt)
-        return lanes
+        return lanes, tails, adapted
 
     def _find_blocks(self, prompt: ChunkedPrompt) -> None:
-        most = len(prompt.block_keys) if prompt.tail else self._blocks(prompt.ids) - 1
-        while len(prompt.blocks) < most:
+        while len(prompt.blocks) < self._blocks(prompt.ids) - 1 and len(prompt.blocks) < len(prompt.block_keys):
             found = self.cache.find(prompt.block_keys[len(prompt.blocks)])
             if found is None:
                 return
@@ -285,35 +282,17 @@ class Prefills:
             prompt.found += self.size
             self.cache.hits += self.size
 
-    def _finish_plain(self, prompts: list[ChunkedPrompt], logits) -> None:
-        """Finishes at most ROWS prompts of the base model, whose last tokens have these logits."""
-        chosen = np.zeros(ROWS, np.int32)
-        for place, prompt in enumerate(prompts):
-            chosen[place], prompt.row = prompt.row, place
-        of_rows = take_rows(chosen, logits)
-        for prompt in prompts:
-            prompt.made = of_rows, self._nothing
-
-    def _finish(self, prompts: list[ChunkedPrompt]) -> None:
-        """Runs the tails of at most ROWS prompts, which all have one size, in blocks of their own."""
-        assert self.bank is not None
-        shapes = (ROWS, self._tail_size(prompts[0])), (ROWS, self._longest), ROWS, ROWS
-        tails = Tails(*(np.zeros(shape, np.int32) for shape in shapes))
-        entries: list[Entry | None] = [None] * ROWS
-        for row, prompt in enumerate(prompts):
-            prompt.row, entries[row] = row, prompt.entry
-            prompt.blocks += [self.cache.take() for _ in range(self._blocks(prompt.ids) - len(prompt.blocks))]
-            tails.tokens[row, : prompt.tail], tails.table[row] = prompt.ids[-prompt.tail :], self._table(prompt)
-            tails.start[row], tails.count[row] = len(prompt.plain), prompt.tail
-        adapters = self.bank.rows_of(entries, ROWS)
-        self.pool, logits, adjustments = finish(self._treedef, self._leaves, self.pool, adapters, tails)
-        for prompt in prompts:
-            prompt.made = logits, one_row(adjustments, prompt.row)
-
     def _no_lanes(self) -> Lanes:
         row, number, count = (np.zeros(self.lanes, np.int32) for _ in range(3))
         tokens, table = np.zeros((self.lanes, self.size), np.int32), np.zeros((self.rows, self._longest), np.int32)
         return Lanes(tokens, row, number, count, table, np.zeros(self.rows, np.int32))
+
+    def _no_tails(self) -> Tails:
+        return Tails(
+            np.full(self.lanes, -1, np.int32),
+            *(np.zeros(n, np.int32) for n in (self.lanes, ROWS)),
+            np.ones(ROWS, np.int32),
+        )
 
     # ------------------------------------------------------------------------------------------------------ the prompts
 
@@ -353,12 +332,6 @@ class Prefills:
                 del self._suspects[prompt.key]
                 raise PromptFailed(prompt, error)
 
-    def _tail_size(self, prompt: ChunkedPrompt) -> int:
-        """Tokens of its adapter's tails, rounded up to a power of two, for fewer programs; 0 without an adapter."""
-        if prompt.entry is None:
-            return 0
-        return min(1 << (scope_of(prompt.entry.config)[1] - 1).bit_length(), self._longest * self.size)
-
     def _empty(self, leaf) -> jax.Array:
         return empty_held((self.cache.blocks, leaf.shape[1], self.size, leaf.shape[3]), leaf.dtype)
 
@@ -373,25 +346,18 @@ def token_bytes(row: DecodeState) -> int:
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def prefill_chunk(treedef, leaves, pool, lanes: Lanes):
-    """The pool with the lanes' blocks, and the logits of each row's last token. The model is passed flat; the given
-    pool is donated."""
-    pool, logits = prefill_blocks(jax.tree.unflatten(treedef, leaves), pool, lanes)
-    return constrain_held(pool), constrain(logits, (None, "vocab"))  # whole ones would gather the head's weights
+def prefill_chunk(treedef, leaves, pool, lanes: Lanes, adapters=None, tails: Tails | None = None):
+    """prefill_blocks, with the adjustments as decode carries them. The model is passed flat; the given pool is
+    donated."""
+    model = jax.tree.unflatten(treedef, leaves)
+    pool, logits, adjustments = prefill_blocks(model, pool, lanes, adapters, tails)
+    logits = constrain(logits, (None, "vocab"))  # whole ones would gather the head's weights
+    return constrain_held(pool), logits, replicate(jax.tree.map(lambda a: a.astype(model.dtype), adjustments))
 
 
 @jax.jit
 def take_rows(chosen, logits) -> jax.Array:
     return constrain(logits[chosen], (None, "vocab"))
-
-
-@partial(jax.jit, static_argnums=0, donate_argnums=2)
-def finish(treedef, leaves, pool, adapters, tails: Tails) -> tuple:
-    """run_tails, with the adjustments as decode carries them. The model is passed flat; the given pool is donated."""
-    model = jax.tree.unflatten(treedef, leaves)
-    pool, logits, adjustments = run_tails(model, adapters, pool, tails)
-    adjustments = replicate(jax.tree.map(lambda a: a.astype(model.dtype), adjustments))
-    return constrain_held(pool), constrain(logits, (None, "vocab")), adjustments
 
 
 @jax.jit

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from para_jax.backbone.block_pool import rows_of_blocks, write_blocks, write_tokens
+from para_jax.backbone.block_pool import rows_of_blocks, write_blocks
 
 BLOCKS, KV, SIZE, WIDTH = 6, 2, 4, 3
 
@@ -27,13 +27,3 @@ def test_a_row_holds_its_blocks_in_the_order_of_its_table():
     np.testing.assert_array_equal(keys[0, :, :SIZE], pool[3])
     np.testing.assert_array_equal(keys[0, :, SIZE:], pool[0])
     np.testing.assert_array_equal(keys[1, :, :SIZE], pool[5])
-
-
-def test_tokens_are_written_at_their_places_and_nowhere_outside_the_pool():
-    pool, new = (values(BLOCKS, KV, SIZE, WIDTH),) * 2, (values(2, KV, 3, WIDTH),) * 2
-    block, place = np.array([[4, 4, 1], [2, BLOCKS, BLOCKS]]), np.array([[2, 3, 0], [1, 0, 1]])
-    for held in write_tokens(pool, jnp.asarray(block), jnp.asarray(place), new):
-        expected = np.array(pool[0])
-        for lane, token in ((0, 0), (0, 1), (0, 2), (1, 0)):
-            expected[block[lane, token], :, place[lane, token]] = new[0][lane, :, token]
-        np.testing.assert_array_equal(held, expected)

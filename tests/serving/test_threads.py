@@ -39,7 +39,7 @@ NAMES = [*CONFIGS, None]
 #: The compiled programs, and where the engine looks them up.
 PLACES = {
     "prefill": decoder, "insert": decoder, "steps": decoder, "insert_prompt": decoder, "prefill_chunk": prefills,
-    "finish": prefills, "one_row": prefills,
+    "take_rows": prefills, "one_row": prefills,
 }  # fmt: skip
 
 
