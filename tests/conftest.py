@@ -64,15 +64,12 @@ def bucket():
     import buckets
 
     from para_jax.storage.bucket import bucket_path
-    from para_jax.storage.lines import close_unused
 
     server, port = buckets.start()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in buckets.environment(port).items():
             patch.setenv(name, value)
         yield bucket_path(f"gs://{buckets.BUCKET}")
-    gc.collect()
-    close_unused()  # while the bucket is there
     server.stop()
 
 

@@ -15,11 +15,9 @@ from weakref import WeakValueDictionary
 
 from .. import atomic
 from ..config import shorten
-from ..messages import say
 from ..record_file import lock_output
 from ..storage.bucket import BucketPath, Place
-from ..storage.lines import BucketLines
-from ..storage.pieces import open_pieces, pieces
+from ..storage.pieces import BucketLines, open_pieces, pieces
 from .questions import Answer, Scored, Written
 
 #: The start of each line; `Journal.add` and `answers_of` agree on it.
@@ -29,14 +27,13 @@ LONGEST = 1 << 24
 TYPES = {Scored: (float, bool), Written: (str, int, bool)}
 #: This process's open files, by device and inode: journals of one file share it and its lock.
 OPEN: WeakValueDictionary[tuple[int, int], BinaryIO] = WeakValueDictionary()
-#: The same for files in a bucket.
-OPEN_LINES: WeakValueDictionary[BucketPath, BucketLines] = WeakValueDictionary()
 #: Held by the thread that opens a journal or adds a line.
 LOCK = threading.Lock()
 
 
 class Journal:
-    """Answers by key, in memory and in a JSON-lines file that one process at a time may write."""
+    """Answers by key, in memory and in a JSON-lines file that one process at a time may write. A bucket has no
+    lock, but processes that write the same file there lose no answers."""
 
     def __init__(self, file: Place | None = None):
         """
@@ -51,17 +48,8 @@ class Journal:
         self._stream = self._lines = None
         if file is not None:
             if isinstance(file, BucketPath):
-                with LOCK:
-                    lines = OPEN_LINES.get(file) or BucketLines(file, say)
-                    try:
-                        lines.flush()
-                        self._answers |= answers_of(file)
-                    except BaseException:
-                        if not lines.users:
-                            lines.close()
-                        raise
-                    lines.users += 1
-                    self._lines = OPEN_LINES[file] = lines
+                self._lines = BucketLines(file)
+                self._answers |= answers_of(file)
                 return
             if file.exists() and not file.is_file():
                 raise ValueError(f"{file}: not a regular file; choose another folder")
@@ -88,8 +76,7 @@ class Journal:
             raise ValueError(f"{self.file}: this journal is closed")
         line = json.dumps({"key": key, **line_fields(answer)}, ensure_ascii=False) + "\n"
         if self._lines is not None:
-            with LOCK:
-                self._lines.add(line.encode())
+            self._lines.add(line.encode())
         if self._stream is not None:
             try:
                 with LOCK:  # opening the journal in another thread would cut off half a line
@@ -101,8 +88,7 @@ class Journal:
     def sync(self) -> None:
         """Forces the file to the disk, so that its answers survive a power failure too."""
         if self._lines is not None:
-            with LOCK:
-                self._lines.flush()
+            self._lines.flush()
         if self._stream is not None:
             os.fsync(self._stream.fileno())
 
@@ -110,13 +96,9 @@ class Journal:
         """Unlocks the file, unless other journals share it. Answers stay, and no more may be added. A journal that is
         not closed holds the lock until it is no longer used."""
         self._stream = None
-        if self._lines is not None:
-            lines, self._lines = self._lines, None
-            with LOCK:
-                lines.users -= 1
-                if not lines.users:
-                    OPEN_LINES.pop(lines.appender.file, None)
-                    lines.close()
+        lines, self._lines = self._lines, None
+        if lines is not None:
+            lines.flush()
 
 
 def line_fields(answer: Answer) -> dict:

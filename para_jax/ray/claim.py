@@ -21,7 +21,7 @@ MAX_BYTES = 2**26
 @contextmanager
 def claimed(output: Place, folder: Place, line: Sequence[str], shards: int) -> Iterator[None]:
     """As `claim_output`, and no other process may begin or continue a call of this output during the block. Raises
-    ValueError, naming the folder, if one is at work already."""
+    ValueError, naming the folder, if one is at work already. A bucket has no lock; there the launcher sees to it."""
     require_free(output, folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):

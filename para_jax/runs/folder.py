@@ -1,4 +1,4 @@
-"""A run's output folder: which run it holds, the lock of the process that writes there, and what resuming repairs."""
+"""A run's output folder: which run it holds, its lock, and what resuming repairs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +17,8 @@ from typing import TYPE_CHECKING, Any
 from .. import atomic
 from ..config import PLAIN_LEARNING_RATE, RunConfig, config_dict, expanded, load_config, save_config, shorten
 from ..data.example_arrays import add_to_digest
-from ..messages import say
 from ..record_file import lock_output
 from ..storage.bucket import BucketPath, Place
-from ..storage.lock import bucket_lock
 from ..training.metrics_file import Reached, is_log, read_metrics, write_metrics
 from ..training.same_run import CONFIG_OF_RUN
 from .chosen import TRIALS, chosen_rates, is_auto, resolved, with_rate
@@ -56,7 +54,7 @@ TRIAL, RENAMED = "rename", "-renamed"
 @contextmanager
 def locked_folder(config: RunConfig) -> Iterator[None]:
     """Keeps every other process out of the output folder, and makes it if it is missing. A killed process leaves no
-    lock. Deletes what killed writes left.
+    lock. Deletes what killed writes left. A bucket has no lock: the launcher sees to it that a run has one writer.
 
     Raises ValueError for a folder that another process is writing. Also, before anything is written, for one that holds
     another run or other files, or a tenant of a run of many.
@@ -66,11 +64,8 @@ def locked_folder(config: RunConfig) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         require_renames(folder)
-        if folder.parent == folder or not (folder.parent / LOCK).is_file():  # a bucket is its own parent
-            delete_leftovers(folder)
-            yield
-            return
-        with locked(folder.parent):  # a tenant's folder in that of a run of many
+        above = folder.parent if (folder.parent / LOCK).is_file() else None  # perhaps that of a run of many
+        with nullcontext() if above is None else locked(above):
             require_own_run(config, folder)
             delete_leftovers(folder)
             yield
@@ -91,11 +86,10 @@ def require_own_run(config: RunConfig, folder: Place) -> None:
 
 @contextmanager
 def locked(folder: Place) -> Iterator[None]:
-    """Holds the lock of a folder, on a disk or in a bucket, during the block. Where a disk can't lock, says so. Raises
+    """Holds the lock of a folder during the block. Where a disk can't lock, says so; a bucket has none. Raises
     ValueError, naming the folder, if another process holds it, and OSError for a lock that is a link."""
     if isinstance(folder, BucketPath):
-        with bucket_lock(folder / LOCK, say):
-            yield
+        yield
         return
     try:
         descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)

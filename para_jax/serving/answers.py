@@ -1,5 +1,6 @@
 """The file of a job's answers: JSON lines, added as they come. A kill leaves at most a torn last line, which is cut off
-when the file is opened again. Only one process at a time may write it."""
+when the file is opened again. Only one process at a time may write it. On a disk a lock sees to that, in a bucket the
+launcher."""
 
 from __future__ import annotations
 
@@ -15,12 +16,10 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from ..atomic import append, is_torn, replacing
 from ..config import shorten
-from ..messages import say
 from ..record_file import lock_output
 from ..shards import Shard, begin_part, job_shard_file
 from ..storage.bucket import BucketPath, Place
-from ..storage.lines import BucketLines
-from ..storage.pieces import join_pieces, open_pieces, pieces
+from ..storage.pieces import BucketLines, join_pieces, open_pieces, pieces
 from .request import MAX_SAMPLES
 
 #: How each answer begins.
@@ -42,7 +41,7 @@ class KeptAnswer(NamedTuple):
 
 
 class Answers:
-    """An open file of answers, locked until it is closed."""
+    """An open file of answers. On a disk it is locked until it is closed."""
 
     def __init__(self, file: Place):
         """Opens or creates the file. A pipe or a device is only written to; it is neither read back nor locked.
@@ -61,14 +60,15 @@ class Answers:
         self._stream: Any = None
         self._lines: BucketLines | None = None
         if isinstance(file, BucketPath):
-            self._lines = BucketLines(file, say)
+            self._lines = BucketLines(file)
         else:
             self._stream = locked(file) if self.regular else file.open("wb", buffering=0)
         try:
             if self.regular:
                 self._read()
         except BaseException:
-            (self._lines or self._stream).close()
+            if self._stream:
+                self._stream.close()
             raise
 
     @property
@@ -115,9 +115,9 @@ class Answers:
             os.fsync(self._stream.fileno())
 
     def close(self) -> None:
-        """Releases the lock. Removes a file that was created here and got no answer."""
+        """Writes what waits, and releases the lock. Removes a file that was created here and got no answer."""
         if self._lines:
-            self._lines.close()
+            self._lines.flush()
             return
         if not self._stream.closed and self._made and not os.fstat(self._stream.fileno()).st_size:
             self.file.unlink(missing_ok=True)

@@ -1,2 +1,3 @@
 """Google Cloud Storage: paths (bucket.py), the connection (service.py), local copies (cache.py), a folder that is
-replaced atomically (folder.py), a lock (lock.py), and files that grow (pieces.py, lines.py)."""
+replaced atomically (folder.py), and files that grow (pieces.py). A bucket has no locks: the launcher
+sees to it that a folder has one writer."""

@@ -7,13 +7,9 @@ is written completely or not at all. Nothing can be renamed.
 from __future__ import annotations
 
 import io
-import json
 import re
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
-from email.utils import parsedate_to_datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,15 +25,6 @@ CONCURRENCY = 16
 BUCKET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 #: The maximum length of an object's name, in bytes.
 MAX_NAME_BYTES = 1024
-#: Until when (by `clock`) this process may write in each folder that it has locked; see lock.py.
-DEADLINES: dict[BucketPath, float] = {}
-
-
-def clock() -> float:
-    """Seconds, with the time that the host was suspended if its system counts it: another process may have taken a lock
-    over meanwhile."""
-    boot = getattr(time, "CLOCK_BOOTTIME", None)
-    return time.monotonic() if boot is None else time.clock_gettime(boot)
 
 
 def bucket_path(text: str | Path | BucketPath) -> BucketPath | None:
@@ -74,8 +61,6 @@ class Stat(NamedTuple):
     st_size: int
     generation: int
     """a number that changes with each new content"""
-    age: float
-    """seconds since it was written, by the clock of the service"""
 
 
 class BucketPath:
@@ -138,10 +123,8 @@ class BucketPath:
 
     @one_line_errors
     def stat(self) -> Stat:
-        headers, body = file_system().call("GET", "b/{}/o/{}", self.bucket, self.key)
-        found = json.loads(body)
-        now, written = parsedate_to_datetime(headers["Date"]), datetime.fromisoformat(found["updated"])
-        return Stat(int(found["size"]), int(found["generation"]), (now - written).total_seconds())
+        found = file_system().call("GET", "b/{}/o/{}", self.bucket, self.key, json_out=True)
+        return Stat(int(found["size"]), int(found["generation"]))
 
     def is_file(self) -> bool:
         if self._folder is not None:
@@ -243,46 +226,37 @@ class BucketPath:
         """Does nothing: a folder exists once it contains an object."""
 
     @one_line_errors
-    def write_bytes(self, data: bytes, *, generation: int | None = None, is_lock: bool = False) -> int:
-        """Writes the object and returns its new generation (0 if unknown).
+    def write_bytes(self, data: bytes, *, new: bool = False) -> None:
+        """Writes the object.
 
         Args:
-            generation: replace only this generation (0: only if there is no object); else raise FileExistsError.
-            is_lock: the object is the lock of its folder, which may be renewed late.
+            new: raise FileExistsError if there is one already.
         """
-        if not is_lock:
-            self.require_held()
         files = file_system()
-        if len(data) > SINGLE_REQUEST and generation is None:
+        if len(data) > SINGLE_REQUEST and not new:
             files.pipe_file(f"{self.bucket}/{self.key}", data)
-            return 0
-        if_match = {} if generation is None else {"ifGenerationMatch": str(generation)}
+            return
+        if_match = {"ifGenerationMatch": "0"} if new else {}
         place = f"{files._location}/upload/storage/v1/b/{self.bucket}/o"
         octets = {"Content-Type": "application/octet-stream"}
-        done = files.call(
-            "POST", place, uploadType="media", name=self.key, headers=octets, data=data, json_out=True, **if_match
-        )
-        return int(done["generation"])
+        files.call("POST", place, uploadType="media", name=self.key, headers=octets, data=data, **if_match)
 
     def create(self, data: bytes) -> None:
         """Writes a new object. Raises FileExistsError if there is one with other content."""
         try:
-            self.write_bytes(data, generation=0)
+            self.write_bytes(data, new=True)
         except FileExistsError:
             if self.read_bytes() != data:  # equal content: gcsfs sent this request twice
                 raise
 
     @one_line_errors
     def copy_to(self, other: BucketPath) -> None:
-        other.require_held()
         file_system().cp_file(f"{self.bucket}/{self.key}", f"{other.bucket}/{other.key}")
 
     @one_line_errors
-    def unlink(self, missing_ok: bool = False, generation: int | None = None) -> None:
-        self.require_held()
-        if_match = {} if generation is None else {"ifGenerationMatch": str(generation)}
+    def unlink(self, missing_ok: bool = False) -> None:
         try:
-            file_system().call("DELETE", "b/{}/o/{}", self.bucket, self.key, **if_match)
+            file_system().call("DELETE", "b/{}/o/{}", self.bucket, self.key)
         except FileNotFoundError:
             if not missing_ok:
                 raise
@@ -291,12 +265,6 @@ class BucketPath:
         """Deletes every object in the folder."""
         for file in self.all_files():
             file.unlink(missing_ok=True)
-
-    def require_held(self) -> None:
-        """Raises OSError if this process locked a folder of the path, but another one may have taken over the lock."""
-        for folder, deadline in list(DEADLINES.items()):
-            if clock() > deadline and (folder == self or folder in self.parents):
-                raise OSError(16, "its lock could not be renewed, and another process may have taken over", str(folder))
 
 
 #: A Path or a BucketPath.

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import io
 import re
+import time
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from .bucket import BLOCK, BucketPath, Place
 
 NAME = re.compile(r"(\d{4,9})-(\d{6,9})\.jsonl")
+#: Seconds and bytes after which waiting lines are written when another one is added.
+MAX_SECONDS, MAX_BYTES = 10.0, 2**20
 
 
 def pieces(file: BucketPath) -> list[BucketPath]:
@@ -76,7 +79,7 @@ def piece(file: BucketPath, version: int, number: int) -> BucketPath:
 
 
 class Appender:
-    """Adds pieces to a file, which only one process at a time may do."""
+    """Adds pieces to a file. A process that adds to it at the same time has pieces of its own."""
 
     def __init__(self, file: BucketPath):
         self.file = file
@@ -86,13 +89,42 @@ class Appender:
         if (self.version, 0) not in old and plain.is_file():
             self.version, last = (self.version + 1, 0) if old else (1, 0)
             plain.copy_to(piece(file, self.version, 0))
-            plain.unlink()
+            plain.unlink(missing_ok=True)
         self.number = last + 1
 
     def add(self, data: bytes) -> None:
         """Adds complete lines. They are in the bucket when this returns."""
-        piece(self.file, self.version, self.number).create(data)
-        self.number += 1
+        while True:
+            try:
+                piece(self.file, self.version, self.number).create(data)
+                return
+            except FileExistsError:  # of another process
+                continue
+            finally:
+                self.number += 1
+
+
+class BucketLines:
+    """A file to which lines are added, one piece every few seconds. A kill loses the lines since the last `flush`."""
+
+    def __init__(self, file: BucketPath):
+        """Raises ValueError if the file is a folder with other content."""
+        if others := [path.name for path in file.iterdir() if not NAME.fullmatch(path.name)]:
+            raise ValueError(f"{file} is a folder, with {others[0]!r} in it; give the path of a file")
+        self.appender, self.waiting, self.flushed = Appender(file), bytearray(), time.monotonic()
+
+    def add(self, data: bytes) -> None:
+        """Adds complete lines."""
+        self.waiting += data
+        if len(self.waiting) > MAX_BYTES or time.monotonic() > self.flushed + MAX_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes the waiting lines. They survive a kill once this returns."""
+        if self.waiting:
+            self.appender.add(bytes(self.waiting))
+        self.waiting.clear()
+        self.flushed = time.monotonic()
 
 
 def join_pieces(file: BucketPath, without: set[int] | frozenset[int] = frozenset()) -> None:

@@ -111,8 +111,6 @@ def start_saving(checkpoints, arrays: dict[str, Any], progress: Any) -> None:
 
     finish_saving(checkpoints)
     folder = expanded(str(checkpoints.directory))
-    if isinstance(folder, BucketPath):
-        folder.require_held()
     arrays = {name: np.array(array) for name, array in arrays.items()}  # copies: the next step reuses this memory
     if not all(np.isfinite(array).all() for array in arrays.values()):
         raise ValueError(f"step {progress.step}: the state is not finite, and is not saved; lower train.learning_rate")

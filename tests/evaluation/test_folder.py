@@ -248,7 +248,6 @@ def test_one_adapter_goes_to_a_folder_without_the_base_model(folder, config, tmp
     output = (tmp_path if kind == "folder" else bucket) / "of-one-adapter"
     assert main([*config, "--adapter", str(folder / "A" / "adapter"), "--output", str(output)]) == 0
     assert {path.name for path in output.iterdir()} == {"A.json", "answers.jsonl", "table.csv", "table.md"}
-    assert kind == "folder" or not (output / "answers.jsonl" / ".lock").exists()
 
 
 @pytest.mark.long

@@ -29,6 +29,14 @@ def cluster(cpus: int) -> Iterator[None]:
             ray.shutdown()
 
 
+def only_actor() -> int:
+    """The process of the one actor that is alive."""
+    from ray._private import state
+
+    (found,) = [actor["Pid"] for actor in state.actors().values() if actor["State"] == "ALIVE"]
+    return found
+
+
 def process_that_writes(file: Path) -> int | None:
     """The process, other than this one, that has a file locked. One file of the system is read for it, because a worker
     that writes few lines soon ends. Its lines: "1: FLOCK ADVISORY WRITE 123 fe:00:456 0 EOF", process and inode."""

@@ -57,11 +57,9 @@ def test_a_call_goes_on_in_a_bucket(bucket):
         claim(bucket / "claimed", shards=3)
 
 
-@pytest.mark.parametrize("kind", ["folder", pytest.param("bucket", marks=pytest.mark.long)])
-def test_one_process_at_a_time_works_on_an_output(tmp_path, request, kind):
+def test_one_process_at_a_time_works_on_an_output(tmp_path):
     """Two calls that begin at the same moment: the second is refused, whether it is the same call or another one."""
-    place = tmp_path if kind == "folder" else request.getfixturevalue("bucket") / "held"
-    given = place / "out", place / "out.shards"
+    given = tmp_path / "out", tmp_path / "out.shards"
     with claimed(*given, LINE, 4):
         for line in (LINE, [*LINE, "--limit=4"]):
             with pytest.raises(ValueError, match="another process"), claimed(*given, line, 4):

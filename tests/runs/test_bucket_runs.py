@@ -98,14 +98,11 @@ def test_a_run_killed_and_resumed_on_another_host_ends_with_the_same_bits(kind, 
     for disk, word, times in (("b", "written", 2), ("c", "save", 1))[: 2 if kind == "one" else 1]:
         host = Host(tmp_path / disk, "train", there / f"{kind}.yaml", f"output_dir={killed}", linger="0.2")
         host.kill_after(word, times)
-        assert (killed / ".lock").exists()
-        (killed / ".lock").unlink()  # as if a minute had passed; test_buckets.py has locks that die
     whole.ended()
     said = Host(tmp_path / "d", "train", there / f"{kind}.yaml", f"output_dir={killed}").ended()
     assert "Traceback" not in said
     weights, logs = result(killed)
     assert (weights, logs) == result(unkilled) and len(weights) == (1 if kind == "one" else 2)
-    assert not (killed / ".lock").exists()
 
 
 @pytest.mark.long

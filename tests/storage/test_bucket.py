@@ -1,19 +1,13 @@
-"""gs:// paths, on an emulator: names, objects, locks, lines in pieces, and adapters that are replaced atomically."""
+"""gs:// paths, on an emulator: names, objects, lines in pieces, and adapters that are replaced atomically."""
 
-import asyncio
-import gc
-import json
 import os
 import re
 import shutil
 import socket
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -27,17 +21,13 @@ from para_jax.adapters.files import read_adapter_config, save_adapter
 from para_jax.adapters.folder import mend_folder
 from para_jax.adapters.preview import load_previewed, previews
 from para_jax.backbone.load import load_model_config
-from para_jax.config import RunConfig
 from para_jax.evaluation.journal import Journal
 from para_jax.evaluation.questions import Scored
 from para_jax.hub import cache_folder, resolve_backbone
-from para_jax.runs import folder as run_folder
-from para_jax.storage import bucket as buckets
-from para_jax.storage import cache, lines, lock, service
+from para_jax.storage import cache, service
 from para_jax.storage.bucket import BucketPath, bucket_path
 from para_jax.storage.folder import MANIFEST
-from para_jax.storage.lines import BucketLines
-from para_jax.storage.pieces import Appender, join_pieces, open_pieces, pieces, replace_pieces
+from para_jax.storage.pieces import Appender, BucketLines, join_pieces, open_pieces, pieces, replace_pieces
 from para_jax.training.checkpoint import open_checkpoints, set_aside, steps_in
 from para_jax.training.metrics_file import MetricsWriter, read_metrics, write_metrics
 
@@ -166,81 +156,6 @@ def test_an_unfinished_checkpoint_is_deleted_and_a_damaged_one_renamed(folder):
         assert steps_in(folder) == [5] and (folder / "6.damaged" / "state" / "x").read_bytes() == b"6/state/x"
     with open_checkpoints(folder):
         eventually(lambda: sorted(path.name for path in folder.iterdir()) == ["5", "6.damaged"])  # in the background
-
-
-# --------------------------------------------------------------------------------------------------------------- locks
-
-
-@pytest.mark.long
-def test_a_lock_lasts_while_its_owner_lives_and_one_lease_longer(folder, monkeypatch):
-    monkeypatch.setattr(lock, "LEASE", 2.0)
-    monkeypatch.setattr(lock, "RENEW", 0.1)
-    said = []
-    with lock.bucket_lock(folder / ".lock", said.append):
-        with pytest.raises(ValueError, match=f"{folder}: another process"):
-            with lock.bucket_lock(folder / ".lock", said.append):
-                pass
-    assert said and not (folder / ".lock").exists()
-    (folder / ".lock").write_bytes(json.dumps({"host": "gone", "pid": 7}).encode())  # of a host that is no more
-    with lock.bucket_lock(folder / ".lock", said.append):
-        assert b"gone" not in (folder / ".lock").read_bytes()
-    assert "'gone', process 7" in said[-1]
-
-
-def test_a_process_that_lost_the_lock_writes_nothing_more(folder, monkeypatch):
-    monkeypatch.setattr(lock, "RENEW", 0.05)
-    with pytest.raises(OSError, match="taken over"):
-        with lock.bucket_lock(folder / ".lock", print):
-            (folder / "before").write_bytes(b"")
-            (folder / ".lock").write_bytes(b"another's")
-            while buckets.DEADLINES[folder]:
-                time.sleep(0.01)
-            (folder / "after").write_bytes(b"")
-    assert (folder / "before").exists() and not (folder / "after").exists()
-    assert (folder / ".lock").read_bytes() == b"another's"
-    (folder / "free").write_bytes(b"")
-
-
-def test_a_run_in_the_root_of_a_bucket_does_not_wait_for_its_own_lock(bucket, monkeypatch):
-    monkeypatch.setattr(run_folder, "check_folder", lambda config: None)  # other tests' folders are there
-    whole = BucketPath(bucket.bucket, "")
-    with run_folder.locked_folder(RunConfig(output_dir=str(whole))):
-        assert (whole / run_folder.LOCK).is_file()
-    assert not (whole / run_folder.LOCK).exists()
-
-
-def test_a_host_that_was_suspended_writes_nothing_before_it_has_renewed_its_lock(folder, monkeypatch):
-    real, clock = time.clock_gettime, getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-    monkeypatch.setattr(time, "CLOCK_BOOTTIME", clock, raising=False)
-    with lock.bucket_lock(folder / ".lock", print), monkeypatch.context() as awake:
-        (folder / "before").write_bytes(b"")
-        awake.setattr(time, "clock_gettime", lambda which: real(which) + lock.LEASE)  # unlike time.monotonic
-        with pytest.raises(OSError, match="taken over"):
-            (folder / "after").write_bytes(b"")
-    assert (folder / "before").exists() and not (folder / "after").exists()
-
-
-def test_a_lock_is_renewed_after_a_long_outage_of_the_service(folder, monkeypatch):
-    monkeypatch.setattr(lock, "RENEW", 0.05)
-    real, passed = buckets.clock, []
-    for module in (lock, buckets):
-        monkeypatch.setattr(module, "clock", lambda: real() + sum(passed))
-
-    def no_answer():
-        raise OSError("no answer")
-
-    with lock.bucket_lock(folder / ".lock", print):
-        with monkeypatch.context() as away:
-            away.setattr(buckets, "file_system", no_answer)
-            passed.append(lock.LEASE)
-            for change in (lambda: (folder / "file").write_bytes(b""), lambda: (folder / "file").unlink()):
-                with pytest.raises(OSError, match="taken over"):
-                    change()
-        limit = buckets.clock() + 30
-        while buckets.DEADLINES[folder] < buckets.clock() < limit:
-            time.sleep(0.01)
-        (folder / "file").write_bytes(b"")
-    assert not (folder / ".lock").exists()
 
 
 # -------------------------------------------------------------------------------------------------------------- pieces
@@ -417,84 +332,29 @@ def test_a_killed_first_save_is_no_adapter_and_is_removed(folder, monkeypatch):
     assert not folder.exists()
 
 
-def test_a_journal_in_a_bucket_is_shared_within_a_process(folder, monkeypatch):
-    monkeypatch.setattr(lock, "RENEW", 0.1)
+def test_two_writers_of_one_file_lose_and_overwrite_nothing(folder):
+    """No lock keeps a second one out, such as a worker that was given up and still runs."""
     file, answer = folder / "answers.jsonl", Scored(-1.5, True)
     first, second = Journal(file), Journal(file)
-    first.add("a", answer)
-    second.add("b", answer)
-    with pytest.raises(ValueError, match="another process"):
-        BucketLines(file, print)
+    for number in range(3):
+        for name, journal in (("first", first), ("second", second)):
+            journal.add(f"{name} {number}", answer)
+            journal.sync()
+    second.add("second 3", answer)
     first.close()
-    assert (file / ".lock").exists()
     second.close()
-    assert not (file / ".lock").exists()
-    again = Journal(file)
-    assert again["a"] == again["b"] == answer
+    assert Journal(file)._answers == dict.fromkeys(
+        [f"{name} {number}" for name in ("first", "second") for number in range(3)] + ["second 3"], answer
+    )
     with pytest.raises(ValueError, match="answers.jsonl: .*closed"):
         first.add("c", answer)
-
-
-def test_a_fork_leaves_the_journal_of_its_parent_alone(folder, monkeypatch):
-    file = folder / "answers.jsonl"
-    journal = Journal(file)
-    journal.add("a", Scored(-1.5, True))
-    with monkeypatch.context() as child:
-        child.setattr(os, "getpid", lambda: 1)
-        journal._lines._close()  # what a child would do that drops its copy
-        held = lock.bucket_lock(folder / ".lock", print)
-        held.__enter__()
-        child.setattr(os, "getpid", lambda: 2)
-        held.__exit__(None, None, None)
-    assert (folder / ".lock").exists()
-    assert (file / ".lock").exists() and pieces(file) == []
-    journal.close()
-    assert Journal(file)["a"] == Scored(-1.5, True)
-
-
-def test_a_file_that_fails_to_close_keeps_no_others_waiting(capfd):
-    lines.close_unused()
-    lines.UNUSED.put(lambda: 1 / 0)
-    lines.UNUSED.put(sys.exit)  # no Exception
-    after = threading.Thread(target=lines.close_unused, daemon=True)
-    after.start()
-    after.join(30)
-    assert not after.is_alive() and "division" in capfd.readouterr().err
-
-
-@pytest.mark.long
-def test_a_journal_that_is_found_unused_in_the_thread_of_requests_loses_nothing(folder):
-    import fsspec.asyn
-
-    file, kept = folder / "answers.jsonl", SimpleNamespace()
-    kept.itself, kept.journal = kept, Journal(file)  # the garbage collector finds it
-    kept.journal.add("a", Scored(-1.5, True))
-    del kept
-
-    async def collect():
-        return gc.collect()
-
-    assert asyncio.run_coroutine_threadsafe(collect(), fsspec.asyn.get_loop()).result(60)
-    assert Journal(file)["a"] == Scored(-1.5, True)
-
-
-@pytest.mark.long
-def test_a_journal_that_is_open_at_the_exit_of_its_process_loses_nothing(folder):
-    file = folder / "answers.jsonl"
-    code = (
-        "from para_jax.evaluation.journal import Journal; from para_jax.evaluation.questions import Scored\n"
-        "from para_jax.storage.bucket import bucket_path\n"
-        f"journal = Journal(bucket_path('{file}')); journal.add('a', Scored(-1.5, True))"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
-    assert not (file / ".lock").exists() and Journal(file)["a"] == Scored(-1.5, True)
 
 
 def test_a_folder_is_not_a_file_of_lines_and_errors_name_the_address(folder):
     model, (first, *_) = adapters()
     save_adapter(first, folder / "adapter")
     with pytest.raises(ValueError, match=f"{folder}/adapter"):
-        BucketLines(folder / "adapter", print)
+        BucketLines(folder / "adapter")
     (folder / "adapter" / MANIFEST).unlink()
     (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"cut")
     with pytest.raises(ValueError, match=f"{folder}/adapter.*truncated"):
