@@ -29,11 +29,12 @@ def cluster(cpus: int) -> Iterator[None]:
             ray.shutdown()
 
 
-def only_actor() -> int:
-    """The process of the one actor that is alive."""
+def only_worker() -> int:
+    """The process of the one worker of Ray Data that is alive."""
     from ray._private import state
 
-    (found,) = [actor["Pid"] for actor in state.actors().values() if actor["State"] == "ALIVE"]
+    alive = [actor for actor in state.actors().values() if actor["State"] == "ALIVE"]
+    (found,) = [actor["Pid"] for actor in alive if "MapWorker" in actor["ActorClassName"]]
     return found
 
 

@@ -9,7 +9,7 @@ from _thread import interrupt_main
 
 import pytest
 from jax._src import xla_bridge
-from local_ray import cluster, only_actor, process_that_writes
+from local_ray import cluster, only_worker, process_that_writes
 from stub_worker import StubWorker
 from tiny_run import rows_of_text, strong_adapters, words, write_rows
 
@@ -301,7 +301,7 @@ def test_a_killed_worker_is_replaced_and_its_shard_goes_on_in_a_bucket(folder, t
     def kill_the_worker():
         while not begun.exists():
             time.sleep(0.01)
-        os.kill(only_actor(), signal.SIGKILL)
+        os.kill(only_worker(), signal.SIGKILL)
 
     killer = threading.Thread(target=kill_the_worker, daemon=True)
     killer.start()
