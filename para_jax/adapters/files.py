@@ -21,7 +21,6 @@ import numpy as np
 from ..config import ModelConfig, expanded, one_of, shorten
 from ..hub import BUILT_IN, BUILT_IN_HUB_ID, resolve_adapter
 from ..storage.bucket import BucketPath
-from ..storage.folder import require_matching_manifest
 from ..text_part import has_image_part, whole_name
 from ..untrusted import one_line, read_json
 from .adapter import Adapter, abstract, require_model_config, require_one, with_leaves
@@ -76,7 +75,8 @@ def save_adapter(
     card: str | Iterable[str] = (),
     example: str | list[dict] = "a prompt",
 ) -> None:
-    """Writes an adapter folder. It replaces an older one as a whole, or leaves it untouched.
+    """Writes an adapter folder. It replaces an older one as a whole, or leaves it untouched (in a bucket see
+    `folder.write_to_bucket`).
 
     Args:
         base_model: where the backbone comes from, for the model card and adapter_config.json (None or "": not named).
@@ -137,7 +137,6 @@ def copy_for_peft(source: Path, folder: str | Path | BucketPath, *, base_model: 
 
 def files_for_peft(source: Path, base_model: str) -> dict[str, bytes]:
     """The files of copy_for_peft, by name."""
-    require_matching_manifest(source)
     method, config, _, named = read_config(source)
     require_peft_fits(str(source), method, config)
     base_model = hub_name(one_line(base_model) or named)
@@ -202,7 +201,6 @@ def of_folder(source: str | Path | BucketPath, read: Callable[[Path], T]) -> T:
 
 def read_adapter(folder: Path, source: str | Path | BucketPath, model_config: ModelConfig, model) -> Adapter:
     """The adapter of a folder; `source` is the name that the user gave it."""
-    require_matching_manifest(folder)
     method, config, backbone, base_model = read_config(folder, model_config.model_type)
     if not method.in_peft:
         try:

@@ -16,7 +16,6 @@ from typing import TypeVar
 import numpy as np
 
 from ..atomic import OLD, folders_left, old_folder, sync_folder, temporary_name
-from ..storage import folder as bucket_folder
 from ..storage.bucket import BucketPath, Place
 from ..tensor_file import StoredTensor, stored_tensors
 from ..text_part import text_tensors
@@ -158,7 +157,7 @@ def require_undamaged(data: bytes, where: str) -> None:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def require_replaceable(folder: Path) -> None:
+def require_replaceable(folder: Place) -> None:
     """Raises ValueError for a folder with files that no adapter has."""
     if folder.exists():
         others = sorted({path.name for path in folder.iterdir()} - FILES) if folder.is_dir() else [folder.name]
@@ -171,10 +170,10 @@ def require_replaceable(folder: Path) -> None:
 
 def replace_folder(folder: Place, files: dict[str, bytes]) -> None:
     """Makes `folder` hold exactly these files. If that fails, the old folder stays."""
-    if isinstance(folder, BucketPath):
-        bucket_folder.replace_folder(folder, files)
-        return
     require_replaceable(folder)
+    if isinstance(folder, BucketPath):
+        write_to_bucket(folder, files)
+        return
     new = temporary_name(folder)
     try:
         new.mkdir(parents=True)
@@ -190,6 +189,22 @@ def replace_folder(folder: Place, files: dict[str, bytes]) -> None:
         raise OSError(f"{folder}: not saved ({reason}); what was there before is unchanged") from None
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def write_to_bucket(folder: BucketPath, files: dict[str, bytes]) -> None:
+    """Writes the weights first and the config last: a folder with a config is whole.
+
+    If the config changes, the old one is deleted first, so a kill may leave no adapter. If it stays the same, as in a
+    run, a kill leaves the old adapter or the new one, because the weights are one object.
+    """
+    config = folder / CONFIG
+    try:
+        if config.is_file() and config.read_bytes() != files[CONFIG]:
+            config.unlink()
+        for name in (WEIGHTS, CARD, CONFIG):
+            (folder / name).write_bytes(files[name])
+    except OSError as error:
+        raise OSError(f"{folder}: not saved ({error.strerror or error}); save the adapter again") from None
 
 
 def swap(new: Path, folder: Path) -> None:
@@ -211,12 +226,10 @@ def swap(new: Path, folder: Path) -> None:
 
 def mend_folder(folder: Place) -> None:
     """Tidies up after a replacement that was killed. If the new folder was not in place yet, the old one comes back.
+    In a bucket there is nothing to tidy up.
 
     Raises ValueError for other files in the folder: the next save would do so, perhaps hours later.
     """
-    if isinstance(folder, BucketPath):
-        bucket_folder.remove_unfinished(folder)
-        return
     old = old_folder(folder)
     if old is not None and not folder.exists():
         os.rename(old, folder)

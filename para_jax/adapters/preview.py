@@ -16,7 +16,6 @@ import jax
 from ..config import ModelConfig, expanded
 from ..hub import resolve_adapter
 from ..storage.bucket import BucketPath, Place
-from ..storage.folder import VERSIONS
 from ..untrusted import MAX_JSON_BYTES, json_mapping
 from .adapter import Adapter, abstract
 from .files import load_adapter, of_folder, read_adapter, require_rank
@@ -77,9 +76,9 @@ def load_previewed(found: Preview, model_config: ModelConfig, *, model=None) -> 
 def read_ends(source: str) -> tuple[Place, bytes, str]:
     """An adapter's folder, its adapter_config.json, and the hash of its files."""
     place = expanded(source)
-    if isinstance(place, BucketPath) and not (place / VERSIONS).is_dir():
+    if isinstance(place, BucketPath):
         folder, files = place, (place / CONFIG, place / WEIGHTS)
-    else:  # a local folder, or one in a bucket that is being replaced: the local copy is of one version
+    else:
         folder = resolve_adapter(source)
         refuse_pickles(folder)
         files = own_file(folder, CONFIG), own_file(folder, WEIGHTS)

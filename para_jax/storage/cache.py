@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .bucket import BLOCK, BucketPath
-from .folder import read_folder
 
 try:
     import fcntl
@@ -29,6 +28,8 @@ CONCURRENCY = 8
 REQUEST_BYTES = 4 * BLOCK
 #: How many versions of an adapter are kept.
 KEPT_VERSIONS = 3
+#: How often an adapter is read that is replaced meanwhile.
+TRIES = 5
 #: The suffix of a copy while it is made.
 PART = ".part"
 
@@ -84,8 +85,37 @@ def fetch(file: BucketPath, to: Path, generation: int) -> None:
 
 
 def fetched_adapter(folder: BucketPath, cache: Path, names: list[str], max_bytes: int) -> Path:
-    """A local folder with the files of an adapter, all of one version; see `read_folder`."""
-    return adapter_copy(cache / "buckets" / short_digest(str(folder)), read_folder(folder, names, max_bytes))
+    """A local folder with those of an adapter's files that exist.
+
+    Args:
+        names: the first is the config, which is written last and deleted first. If it has changed after the files were
+            read, they are read again, so that the config of one adapter is never combined with the weights of another.
+    """
+    for _ in range(TRIES):
+        before = generation(folder / names[0])
+        files = {name: data for name in names if (data := read(folder / name, max_bytes)) is not None}
+        if generation(folder / names[0]) == before:
+            return adapter_copy(cache / "buckets" / short_digest(str(folder)), files)
+    raise ValueError(f"{folder} was replaced every time it was read; try again when nothing writes to it")
+
+
+def generation(file: BucketPath) -> int | None:
+    """The generation of an object; None if there is none."""
+    try:
+        return file.stat().generation
+    except FileNotFoundError:
+        return None
+
+
+def read(file: BucketPath, max_bytes: int) -> bytes | None:
+    """The content of an object; None if it does not exist or is deleted meanwhile."""
+    try:
+        size = file.stat().st_size
+        if size > max_bytes:
+            raise ValueError(f"{file} has {size} bytes, more than the allowed {max_bytes}")
+        return file.read_bytes()
+    except FileNotFoundError:
+        return None
 
 
 def adapter_copy(versions: Path, files: dict[str, bytes]) -> Path:
