@@ -226,28 +226,15 @@ class BucketPath:
         """Does nothing: a folder exists once it contains an object."""
 
     @one_line_errors
-    def write_bytes(self, data: bytes, *, new: bool = False) -> None:
-        """Writes the object.
-
-        Args:
-            new: raise FileExistsError if there is one already.
-        """
+    def write_bytes(self, data: bytes) -> None:
+        """Replaces the object."""
         files = file_system()
-        if len(data) > SINGLE_REQUEST and not new:
+        if len(data) > SINGLE_REQUEST:
             files.pipe_file(f"{self.bucket}/{self.key}", data)
             return
-        if_match = {"ifGenerationMatch": "0"} if new else {}
         place = f"{files._location}/upload/storage/v1/b/{self.bucket}/o"
         octets = {"Content-Type": "application/octet-stream"}
-        files.call("POST", place, uploadType="media", name=self.key, headers=octets, data=data, **if_match)
-
-    def create(self, data: bytes) -> None:
-        """Writes a new object. Raises FileExistsError if there is one with other content."""
-        try:
-            self.write_bytes(data, new=True)
-        except FileExistsError:
-            if self.read_bytes() != data:  # equal content: gcsfs sent this request twice
-                raise
+        files.call("POST", place, uploadType="media", name=self.key, headers=octets, data=data)
 
     @one_line_errors
     def copy_to(self, other: BucketPath) -> None:

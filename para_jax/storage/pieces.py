@@ -1,39 +1,47 @@
-"""A file of lines in a bucket. Objects can't grow, so the lines are in pieces: FILE/0001-000000.jsonl, ...
+"""A file of lines in a bucket. Objects can't grow, so the lines are in pieces: FILE/0001-000000-1f0c92ab.jsonl, ...
 
 The first number is the version: it counts how often the file was replaced. Only the pieces of the newest version count,
-so one write replaces them all. The second number is the position of the piece in the file. An object with the file's
-own name is read if there are no pieces, or if the first piece is gone: then the pieces had been joined into that object
-before a kill left the others.
+so one write replaces them all. The second number is the position of the piece in the file. The last part is random and
+differs from writer to writer, so a worker that was given up and still runs overwrites nothing of its successor.
+
+An object with the file's own name is read if there are no pieces, or if the first piece is gone: then the pieces had
+been joined into that object before a kill left the others.
 """
 
 from __future__ import annotations
 
 import io
 import re
+import secrets
 import time
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from .bucket import BLOCK, BucketPath, Place
 
-NAME = re.compile(r"(\d{4,9})-(\d{6,9})\.jsonl")
+NAME = re.compile(r"(\d{4,9})-(\d{6,9})-([0-9a-f]{8})\.jsonl")
 #: Seconds and bytes after which waiting lines are written when another one is added.
-MAX_SECONDS, MAX_BYTES = 10.0, 2**20
+MAX_SECONDS, MAX_BYTES = 30.0, 2**20
 
 
 def pieces(file: BucketPath) -> list[BucketPath]:
     """The objects that make up the file, in order; none if it does not exist."""
     found, plain = numbered(file), BucketPath(file.bucket, file.key)
-    newest = max((version for version, _ in found), default=0)
-    if (newest, 0) not in found and plain.is_file():
+    newest = max((version for version, *_ in found), default=0)
+    if not begins(found, newest) and plain.is_file():
         return [plain]
-    return [path for (version, _), path in sorted(found.items()) if version == newest]
+    return [path for (version, *_), path in sorted(found.items()) if version == newest]
 
 
-def numbered(file: BucketPath) -> dict[tuple[int, int], BucketPath]:
-    """All pieces of the file by version and position, also of older versions."""
+def numbered(file: BucketPath) -> dict[tuple[int, int, str], BucketPath]:
+    """All pieces of the file by version, position and writer, also of older versions."""
     matches = ((NAME.fullmatch(path.name), path) for path in file.iterdir())
-    return {(int(match[1]), int(match[2])): path for match, path in matches if match}
+    return {(int(match[1]), int(match[2]), match[3]): path for match, path in matches if match}
+
+
+def begins(found: dict[tuple[int, int, str], BucketPath], version: int) -> bool:
+    """Whether the first piece of a version is there."""
+    return any(place[:2] == (version, 0) for place in found)
 
 
 def open_pieces(file: Place) -> BinaryIO:
@@ -67,41 +75,35 @@ class ChainReader(io.RawIOBase):
 def replace_pieces(file: BucketPath, data: bytes) -> None:
     """Replaces the content of the file. A kill leaves the old content or the new."""
     old = numbered(file)
-    version = 1 + max((version for version, _ in old), default=0)
-    piece(file, version, 0).create(data)
+    version = 1 + max((version for version, *_ in old), default=0)
+    piece(file, version, 0, secrets.token_hex(4)).write_bytes(data)
     for path in old.values():
         path.unlink(missing_ok=True)
     file.unlink(missing_ok=True)
 
 
-def piece(file: BucketPath, version: int, number: int) -> BucketPath:
-    return file / f"{version:04d}-{number:06d}.jsonl"
+def piece(file: BucketPath, version: int, number: int, writer: str) -> BucketPath:
+    return file / f"{version:04d}-{number:06d}-{writer}.jsonl"
 
 
 class Appender:
-    """Adds pieces to a file. A process that adds to it at the same time has pieces of its own."""
+    """Adds pieces to a file. Another one that adds to it at the same time has pieces of its own."""
 
     def __init__(self, file: BucketPath):
-        self.file = file
+        self.file, self.writer = file, secrets.token_hex(4)
         old = numbered(file)
         plain = BucketPath(file.bucket, file.key)
-        self.version, last = max(old, default=(1, -1))
-        if (self.version, 0) not in old and plain.is_file():
+        self.version, last, _ = max(old, default=(1, -1, ""))
+        if not begins(old, self.version) and plain.is_file():
             self.version, last = (self.version + 1, 0) if old else (1, 0)
-            plain.copy_to(piece(file, self.version, 0))
+            plain.copy_to(piece(file, self.version, 0, self.writer))
             plain.unlink(missing_ok=True)
         self.number = last + 1
 
     def add(self, data: bytes) -> None:
         """Adds complete lines. They are in the bucket when this returns."""
-        while True:
-            try:
-                piece(self.file, self.version, self.number).create(data)
-                return
-            except FileExistsError:  # of another process
-                continue
-            finally:
-                self.number += 1
+        piece(self.file, self.version, self.number, self.writer).write_bytes(data)
+        self.number += 1
 
 
 class BucketLines:

@@ -41,8 +41,6 @@ def one_line_errors(method: Callable) -> Callable:
             return method(self, *arguments, **settings)
         except FileNotFoundError:
             raise FileNotFoundError(2, "no such object", str(self)) from None
-        except FileExistsError:
-            raise FileExistsError(17, "another process has changed or created it", str(self)) from None
         except ImportError:
             raise ValueError(f"{self}: gs:// needs gcsfs; run `pip install 'para_jax[gcs]'`") from None
         except (ValueError, OSError) as error:

@@ -25,7 +25,7 @@ class Reached(NamedTuple):
 HEAD = b'{"step": '
 MAX_LINE_BYTES = 2**20
 #: Seconds between two writes of rows, in a bucket (True) and elsewhere.
-FLUSH_SECONDS = {True: 60.0, False: 10.0}
+FLUSH_SECONDS = {True: 30.0, False: 10.0}
 
 
 def read_metrics(file: Path) -> Iterator[dict[str, float]]:

@@ -135,14 +135,6 @@ def test_a_stream_never_mixes_two_versions_of_an_object(folder, monkeypatch):
             stream.read()
 
 
-def test_only_one_of_several_creates_an_object(folder):
-    (folder / "one").create(b"mine")
-    (folder / "one").create(b"mine")  # a request that was sent twice
-    with pytest.raises(FileExistsError):
-        (folder / "one").create(b"theirs")
-    assert (folder / "one").read_bytes() == b"mine"
-
-
 def test_an_unfinished_checkpoint_is_deleted_and_a_damaged_one_renamed(folder):
     for name in ("5/commit_success.txt", "5/state/x", "6/commit_success.txt", "6/state/x", "7/state/x"):
         (folder / name).write_bytes(name.encode())
