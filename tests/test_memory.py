@@ -24,7 +24,6 @@ from para_jax.memory import (
     run_mesh,
     with_own_kernel,
 )
-from para_jax.runs.folder import differences, run_digests
 
 V5E, H100 = 16 * GIB, int(0.75 * 80e9)
 ON_7B = "configs/llama2-7b-squad.yaml"
@@ -155,9 +154,3 @@ def test_the_memory_is_the_devices_own_or_that_of_its_kind():
     assert device_memory(device("TPU v5 lite", {"bytes_limit": 17})) == 17
     assert device_memory(device("TPU v5 lite", None)) == 16 * GIB
     assert device_memory(device("TPU v99", {})) is None
-
-
-def test_a_run_from_before_mesh_fsdp_was_chosen_is_the_same_run():
-    config = load_config(ON_7B)
-    old = replace(config, mesh=replace(config.mesh, fsdp=1))
-    assert differences(old, config) == [] and run_digests(old, "", []) == run_digests(config, "", [])

@@ -200,7 +200,7 @@ saving, peak = peak, 0
 del state
 fresh = placed({name: 0 * array for name, array in values.items()})
 with open_checkpoints(Path(sys.argv[3]) / "checkpoints") as checkpoints:
-    state, progress = restore_checkpoint(checkpoints, fresh, Progress)
+    state, progress = restore_checkpoint(checkpoints, fresh, Progress, {})
 same = all((processes.full_arrays(state)[name] == array).all() for name, array in values.items())
 print(json.dumps({"share": share, "saving": saving, "restoring": peak, "same": same, "step": progress.step,
                   "as it lay": all(state[name].sharding == spread[name] for name in spread)}))

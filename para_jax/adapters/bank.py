@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..config import SITES, ModelConfig, config_text, listed, shorten
+from ..config import SITES, ModelConfig, listed, shorten
 from ..sharding import place
 from ..storage.bucket import BucketPath
 from .adapter import Adapter, named_leaves, require_model_config
@@ -410,7 +410,7 @@ def names_among(name: str, given: Any, choices: tuple[str, ...]) -> tuple[str, .
 
 def content_hash(adapter: Adapter) -> str:
     """A hash of an adapter's config, backbone and weights."""
-    return with_weights(hashlib.sha256(f"({config_text(adapter.config)}, {adapter.backbone!r})".encode()), adapter)
+    return with_weights(hashlib.sha256(f"({adapter.config!r}, {adapter.backbone!r})".encode()), adapter)
 
 
 def weights_hash(adapter: Adapter) -> str:

@@ -5,7 +5,6 @@ from .adapter import AdapterConfig as AdapterConfig
 from .adapter import Ia3Config as Ia3Config
 from .adapter import LoraConfig as LoraConfig
 from .adapter import ParaConfig as ParaConfig
-from .adapter import config_text as config_text
 from .adapter import given_fields as given_fields
 from .adapter import listed as listed
 from .adapter import sites_in_order as sites_in_order
@@ -36,7 +35,6 @@ from .model import ModelConfig as ModelConfig
 from .model import RotaryConfig as RotaryConfig
 from .run import ASSUMED_LENGTH as ASSUMED_LENGTH
 from .run import ATTENTION as ATTENTION
-from .run import PLAIN_LEARNING_RATE as PLAIN_LEARNING_RATE
 from .run import BackboneSection as BackboneSection
 from .run import CheckpointSection as CheckpointSection
 from .run import DataSection as DataSection

@@ -10,7 +10,7 @@ from .bounds import Bounds, PositiveFloat, PositiveInt, check_fields
 from .check import require
 from .model import SITES
 
-#: Marks a field that adapter folders may leave out: they were written before it existed, or it has its default.
+#: Marks a field that adapter folders leave out where it has its default.
 OPTIONAL = {"optional": True}
 
 
@@ -18,6 +18,7 @@ OPTIONAL = {"optional": True}
 class AdapterConfig:
     """What the configs of all methods have."""
 
+    default_learning_rate: ClassVar[float] = 1e-3
     scope: Literal["all", "prompt", "response"] = field(default="all", metadata=OPTIONAL)
     """the positions where the adapter acts [our choice]. all: every one. response: the last `scope_window` prompt
     tokens and the completion; the tokens before them run through the plain backbone, so every tenant can share them.
@@ -160,11 +161,6 @@ def given_fields(config: Any) -> dict[str, Any]:
     """The fields of a config without those that are marked OPTIONAL and have their default."""
     held = {one.name: (one, getattr(config, one.name)) for one in fields(config)}
     return {k: value for k, (one, value) in held.items() if not one.metadata.get("optional") or value != one.default}
-
-
-def config_text(config: Any) -> str:
-    """The repr of a config with its `given_fields`: the text is the same as before the other fields existed."""
-    return f"{type(config).__name__}({', '.join(f'{name}={value!r}' for name, value in given_fields(config).items())})"
 
 
 def sites_in_order(target_modules: Any) -> tuple[str, ...]:

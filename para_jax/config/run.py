@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Annotated, Any, Literal
 
-from .adapter import ADAPTER_CONFIGS, ParaConfig, find_methods, with_scope_of
+from .adapter import ADAPTER_CONFIGS, AdapterConfig, ParaConfig, find_methods, with_scope_of
 from .bounds import (
     Bounds,
     Fraction,
@@ -22,9 +22,6 @@ from .template_variables import template_variables
 
 #: Tokens of an example, for estimates without the data.
 ASSUMED_LENGTH = 512
-#: The learning rate of a method whose config has no default_learning_rate. Until methods had rates of their own it was
-#: everybody's default, and runs from then resume (runs/folder.py).
-PLAIN_LEARNING_RATE = 1e-3
 #: Metrics of written answers.
 AnswerMetric = Literal[
     "exact_match", "macro_f1", "matthews", "squad", "squad_exact", "f1", "final_number", "sql_match"
@@ -174,11 +171,10 @@ class TrainSection:
 
     @property
     def peak_learning_rate(self) -> float:
-        """learning_rate as a number. A section of its own, which no RunConfig has given its method's rate, has
-        PLAIN_LEARNING_RATE."""
+        """learning_rate as a number. A section without a RunConfig has no method, and the default of most."""
         if self.learning_rate == "auto":
             raise ValueError("train.learning_rate is auto, and no trials have chosen a rate yet; give a number")
-        return PLAIN_LEARNING_RATE if self.learning_rate is None else float(self.learning_rate)
+        return AdapterConfig.default_learning_rate if self.learning_rate is None else float(self.learning_rate)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,7 +356,7 @@ class RunConfig:
         if self.sweep.method:
             self.check_methods()
         if self.train.learning_rate is None and not (self.sweep.learning_rate or self.sweep.method):
-            rate = getattr(self.adapter, "default_learning_rate", PLAIN_LEARNING_RATE)
+            rate = self.adapter.default_learning_rate
             object.__setattr__(self, "train", replace(self.train, learning_rate=rate))
         if self.data.tenants and self.sweep:
             raise ValueError("sweep can't be used together with data.tenants; remove one of them")

@@ -102,7 +102,7 @@ class Journal:
 
 
 def line_fields(answer: Answer) -> dict:
-    """An answer as a line has it. `finite` is written only where it is false: earlier versions don't know it."""
+    """An answer as a line has it. `finite` is written only where it is false."""
     fields = answer._asdict()
     return {name: value for name, value in fields.items() if (name, value) != ("finite", True)}
 

@@ -95,7 +95,7 @@ def fit(
                 standing = scoring.without_removed(standing, changed)
                 standing = scoring.with_kept_best(state, standing) if resumed else standing
                 standing = scoring.rescored(state, standing, scoring.with_changed(standing, "validation", changed))
-                if resumed and standing.scores is not None:  # an earlier version had none
+                if resumed:
                     for i in range(len(tenants)):
                         health.compare_with(i, standing.records(i))
                 if not all(standing.over):
@@ -172,7 +172,7 @@ def accepted_changes(standing: Standing, run: dict[str, str]) -> tuple[list[str]
     standing, now as one of the new data."""
     changed = changed_data(standing.run, run)
     if changed:
-        said = describe_changes(changed, standing.run or {}, run)
+        said = describe_changes(changed, standing.run, run)
         say(f"data.changed=accept: the checkpoint of step {standing.step} is of {said}; the run resumes from it")
     return changed, standing._replace(run=run)
 
@@ -187,7 +187,7 @@ def with_starts(standing: Standing, tenants: Sequence[Tenant], model_config: Mod
     starts = on_first_process(lambda: starts_of(waiting, model_config))
     for name, own in waiting.items():
         require_same_start(name, own, standing.starts, starts[name])
-    return standing._replace(starts=(standing.starts or {}) | starts)
+    return standing._replace(starts=standing.starts | starts)
 
 
 def describe_position(standing: Standing, tenants: Sequence[Tenant]) -> str:

@@ -10,17 +10,15 @@ import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import atomic
-from ..config import PLAIN_LEARNING_RATE, RunConfig, config_dict, expanded, load_config, save_config, shorten
+from ..config import RunConfig, config_dict, expanded, load_config, save_config, shorten
 from ..data.example_arrays import add_to_digest
 from ..record_file import lock_output
 from ..storage.bucket import BucketPath, Place
 from ..training.metrics_file import Reached, is_log, read_metrics, write_metrics
-from ..training.same_run import CONFIG_OF_RUN
 from .chosen import TRIALS, chosen_rates, is_auto, resolved, with_rate
 from .tenant_file import AT_ONCE, OWN_FIELDS
 
@@ -75,7 +73,7 @@ def require_own_run(config: RunConfig, folder: Place) -> None:
     """Raises ValueError for the folder of a tenant of a run of many, which has no checkpoints: the config there would
     start again, and replace the tenant's adapter and log."""
     above = folder.parent / "config.yaml"
-    if config.many or not (folder / "config.yaml").is_file() or (folder / "checkpoints").is_dir():
+    if config.many or not (folder / "config.yaml").is_file():
         return
     if above.is_file() and load_config(above).many:
         raise ValueError(
@@ -280,30 +278,22 @@ def drop_unsure(standing: Standing, file: Place) -> None:
 def differences(found: RunConfig, wanted: RunConfig) -> list[str]:
     """The fields that make two configs different runs: "train.learning_rate (0.1 there, 0.2 here)"."""
     there, here = fields_of_run(found), fields_of_run(wanted)
-    free = {name for fields in (there, here) for name in fields.keys() - without_memory(fields).keys()}
+    free = PASSES_NAMES * any(config.train.batch_size is not None for config in (found, wanted))
     names = [name for name in there | here if name not in free and there.get(name) != here.get(name)]
     return [f"{name} ({shorten(there.get(name))} there, {shorten(here.get(name))} here)" for name in names]
 
 
 def fields_of_run(config: RunConfig) -> dict[str, Any]:
-    """The fields that identified a run in earlier versions, by their dotted names."""
+    """The fields that identify a run, by their dotted names."""
 
     def flat(value, name=""):
         if not isinstance(value, dict):
             return {name: value}
         return {k: v for key, part in value.items() for k, v in flat(part, f"{name}.{key}" if name else key).items()}
 
+    free = FREE_NAMES + MEMORY_NAMES + PASSES_NAMES * (config.train.batch_size is not None)
     fields: dict[str, Any] = flat(config_dict(config))
-    if fields["train.learning_rate"] is None:  # unused, because a sweep has rates; old runs have a number there
-        fields["train.learning_rate"] = PLAIN_LEARNING_RATE
-    fields["mesh.fsdp"] = fields["mesh.fsdp"] or 1  # null: chosen; the default was 1 before, and old runs resume
-    return {k: v for k, v in fields.items() if k.split(".")[0] not in FREE_FIELDS and k not in FREE_NAMES}
-
-
-def without_memory(fields: dict[str, Any]) -> dict[str, Any]:
-    """Those of `fields_of_run` that identify a run."""
-    free = MEMORY_NAMES + PASSES_NAMES * (fields["train.batch_size"] is not None)
-    return {k: v for k, v in fields.items() if k not in free}
+    return {k: v for k, v in fields.items() if k.split(".")[0] not in FREE_FIELDS and k not in free}
 
 
 def run_digests(config: RunConfig, backbone: str | None, tenants: Sequence[Tenant]) -> dict[str, str]:
@@ -312,30 +302,21 @@ def run_digests(config: RunConfig, backbone: str | None, tenants: Sequence[Tenan
     Args:
         backbone: the model's fingerprint.
     """
-    default = fields_of_run(replace(RunConfig(), adapter=type(config.adapter)()))
-    default["train.learning_rate"] = PLAIN_LEARNING_RATE  # whatever the method: it was the default of old runs
     fields = {k: v for k, v in fields_of_run(config).items() if k not in PLACES}
-
-    def config_digest(fields: dict[str, Any]) -> str:
-        own = {k: v for k, v in fields.items() if default.get(k) != v}  # so that a new field changes no old digest
-        return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
-
-    everything, parts = hashlib.sha256(), {}
+    parts = {"config": hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()}
+    parts["backbone"] = backbone or ""
     for tenant in tenants:
         examples = tenant.data.examples
         tokens = hashlib.sha256()
-        for found in (everything, tokens):
-            add_to_digest(found, examples)
+        add_to_digest(tokens, examples)
         parts[tenant.part("training")] = part_digest(tokens, len(examples))
         for name, task in (("validation", tenant.validation), ("test", tenant.test)):
             rows = None if task is None else [record._replace(place="") for record in task.records]
             text = json.dumps(rows, default=str).encode()
-            everything.update(text)
             # How answers are scored may follow from the training data: the choices are its completions by default.
             scoring = "" if task is None else json.dumps([task.metric, task.choices, task.max_new_tokens])
             parts[tenant.part(name)] = part_digest(hashlib.sha256(text + scoring.encode()), len(rows or ()))
-    configs = {"config": config_digest(fields), CONFIG_OF_RUN: config_digest(without_memory(fields))}
-    return configs | {"data": everything.hexdigest(), "backbone": backbone or ""} | parts
+    return parts
 
 
 def part_digest(content, count: int) -> str:

@@ -60,14 +60,14 @@ def starts_of(configs: Mapping[str, RunConfig], model_config: ModelConfig) -> di
     return {name: hashes[own.train.init_from or ""] for name, own in configs.items()}
 
 
-def require_same_start(name: str, own: RunConfig, held: dict[str, str] | None, found: str) -> None:
+def require_same_start(name: str, own: RunConfig, held: dict[str, str], found: str) -> None:
     """Raises ValueError if a tenant would start from another adapter than it would have when the run began.
 
     Args:
-        held: what `starts_of` gave then; a checkpoint of an earlier version has none.
+        held: what `starts_of` gave then, of the tenants that waited.
         found: a hash of the adapter that is there now.
     """
-    if (held or {}).get(name, found) != found:
+    if held.get(name, found) != found:
         raise ValueError(
             f"train.init_from {own.train.init_from}: another adapter than when this run began, and {name} starts from "
             "it\nput that adapter back, or choose another output_dir"

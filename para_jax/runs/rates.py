@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from .. import atomic
-from ..config import PLAIN_LEARNING_RATE, CheckpointSection, EvalSection, ProfilerSection, RunConfig, SweepSection
+from ..config import CheckpointSection, EvalSection, ProfilerSection, RunConfig, SweepSection
 from ..data.batches import for_mixed_rows
 from ..evaluation.score import with_error
 from ..evaluation.tasks import EvalTask
@@ -93,7 +93,7 @@ def choose_rates(
 
 
 def default_rate(config: RunConfig) -> float:
-    return float(getattr(config.adapter, "default_learning_rate", PLAIN_LEARNING_RATE))
+    return float(config.adapter.default_learning_rate)
 
 
 def rate_of(default: float, step: int) -> float:

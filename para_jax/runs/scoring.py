@@ -110,10 +110,10 @@ class Scoring(NamedTuple):
     def with_kept_best(self, state: TrainState, standing: Standing) -> Standing:
         """The standing at a resume. Where a tenant's folder does not hold the best adapter that the checkpoint knows,
         but one from steps that were lost, the next score begins a new search."""
-        known, like = standing.kept or {}, jax.eval_shape(tenant_of, state.adapters, jnp.int32(0))
+        known, like = standing.kept, jax.eval_shape(tenant_of, state.adapters, jnp.int32(0))
         for tenant in standing.running:
             name, folder = standing.names[tenant], self.tenants[tenant].folder
-            if standing.best_score[tenant] is None or name not in known:
+            if standing.best_score[tenant] is None:
                 continue
             there = on_first_process((folder / "adapter").exists)
             if not there or weights_hash(self.kept(tenant, like)) != known[name]:
@@ -235,9 +235,7 @@ class Scoring(NamedTuple):
     def with_changed(self, standing: Standing, split: str, changed: list[str]) -> list[int]:
         """The tenants that have not ended and whose data of this split changed."""
         return [
-            i
-            for i, tenant in enumerate(self.tenants)
-            if standing.ended[i] is None and {tenant.part(split), "data"} & set(changed)
+            i for i, tenant in enumerate(self.tenants) if standing.ended[i] is None and tenant.part(split) in changed
         ]
 
     def without_removed(self, standing: Standing, changed: list[str]) -> Standing:

@@ -35,19 +35,17 @@ class Standing(NamedTuple):
     """the step of the run at which its loss or gradient was not finite"""
     ended: list[str | None]
     """why: "done", "patience" or "not finite\""""
-    run: dict[str, str] | None = None
-    """digests of what the run is made of, by name: "config", "backbone", what digests_of_run adds, "data" (all of it)
-    and its parts ("training data", ...; "training data of NAME"), which also say their number of examples"""
-    scores: dict[str, dict[str, dict[str, str | int | dict[str, float] | list[float] | list[list[str]]]]] | None = None
-    """each tenant's records by its name, as training/scores_file.py describes them; None: an earlier version began the
-    run"""
-    starts: dict[str, str] | None = None
-    """a hash of the adapter that each tenant which waits for a slot will start from, by its name (train.init_from);
-    None: the checkpoint of an earlier version"""
-    kept: dict[str, str] | None = None
-    """a hash of each tenant's best adapter, which its folder holds, by its name; None: as for scores"""
-    rows: int | None = None
-    """of each tenant in one of its steps; None: as for scores"""
+    run: dict[str, str]
+    """digests of what the run is made of, by name: "config", "backbone", what digests_of_run adds, and the parts of the
+    data ("training data", ...; "training data of NAME"), which also say their number of examples"""
+    rows: int
+    """of each tenant in one of its steps"""
+    scores: dict[str, dict[str, dict[str, str | int | dict[str, float] | list[float] | list[list[str]]]]] = {}
+    """each tenant's records by its name, as training/scores_file.py describes them"""
+    starts: dict[str, str] = {}
+    """a hash of the adapter that each tenant which waits for a slot will start from, by its name (train.init_from)"""
+    kept: dict[str, str] = {}
+    """a hash of each tenant's best adapter, which its folder holds, by its name"""
     entries: dict[str, dict[str, str | int | float | None]] = {}
     """of each tenant when it ended, by its name, as tenants.json says it but for the scores"""
 
@@ -64,37 +62,37 @@ class Standing(NamedTuple):
     def with_score(self, tenant: int, what: str, record: dict[str, Any]) -> Standing:
         """The standing with a record of a tenant."""
         name = self.names[tenant]
-        return self._replace(scores=(self.scores or {}) | {name: self.records(tenant) | {what: record}})
+        return self._replace(scores=self.scores | {name: self.records(tenant) | {what: record}})
 
     def with_kept(self, tenant: int, adapter: str) -> Standing:
         """The standing where this is the hash of a tenant's best adapter."""
-        return self if self.kept is None else self._replace(kept=self.kept | {self.names[tenant]: adapter})
+        return self._replace(kept=self.kept | {self.names[tenant]: adapter})
 
     def without_best(self, tenant: int) -> Standing:
         """The standing where a tenant has no best adapter so far."""
         name = self.names[tenant]
         records = {what: record for what, record in self.records(tenant).items() if what != "validation"}
-        kept = {other: adapter for other, adapter in (self.kept or {}).items() if other != name}
+        kept = {other: adapter for other, adapter in self.kept.items() if other != name}
         standing = self.changed(tenant, best_score=None, best_step=0, since_best=0)
-        return standing._replace(scores=(self.scores or {}) | {name: records}, kept=kept)
+        return standing._replace(scores=self.scores | {name: records}, kept=kept)
 
     def without_scores(self, tenant: int, split: str) -> Standing:
         """The standing where neither the tenant nor the base model has scores on data of this split."""
         gone = split, f"{split}_base"
         records = {what: record for what, record in self.records(tenant).items() if what not in gone}
         standing = self.changed(tenant, test_before=None) if split == "test" else self
-        return standing._replace(scores=(self.scores or {}) | {self.names[tenant]: records})
+        return standing._replace(scores=self.scores | {self.names[tenant]: records})
 
     def records(self, tenant: int) -> Records:
         """A tenant's records."""
-        return (self.scores or {}).get(self.names[tenant], {})
+        return self.scores.get(self.names[tenant], {})
 
     def entry(self, tenant: int) -> dict[str, Any]:
         """What tenants.json says of a tenant that has ended."""
         return self.entries[self.names[tenant]] | {"scores": self.records(tenant)}
 
     def best_loss(self, tenant: int) -> float:
-        """The validation loss of a tenant's best adapter; -inf where an earlier version did not keep it."""
+        """The validation loss of a tenant's best adapter; -inf where a score of it was not finite, and none is kept."""
         values: Any = self.records(tenant).get("validation", {}).get("values", {})
         return values.get("loss", -math.inf)
 
@@ -120,7 +118,7 @@ def fresh_standing(tenants: Sequence[Tenant], layout: Layout, run: dict[str, str
     nothing: list[Any] = [None] * len(tenants)
     names = [tenant.name for tenant in tenants]
     lists = [-1] * layout.slots, zeros, nothing, zeros, zeros, zeros, nothing, nothing, nothing
-    return Standing(0, names, *lists, run=run, scores={}, kept={})
+    return Standing(0, names, *lists, run, layout.tenant_rows)
 
 
 def require_same_tenants(standing: Standing, tenants: Sequence[Tenant], layout: Layout) -> None:

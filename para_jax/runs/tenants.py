@@ -30,7 +30,6 @@ from ..evaluation.tasks import EvalTask, say_long, task_of_run, with_limit
 from ..hub import resolve_backbone
 from ..messages import say, warn
 from ..storage.bucket import Place
-from ..training.checkpoint import steps_in
 from ..training.passes import Layout
 from ..training.prompt_cache import PromptCache
 from .initial import initial_places
@@ -371,18 +370,13 @@ def sweep_configs(config: RunConfig) -> dict[str, RunConfig]:
 
 
 def require_validation(config: RunConfig, validation: Sequence[EvalTask | None]) -> None:
-    """Raises ValueError for eval.patience where no tenant has validation data: only its scores could end a run early.
-    A run that an earlier version began like this resumes, and a line says that patience ends nothing."""
+    """Raises ValueError for eval.patience where no tenant has validation data, whose scores alone end a run early."""
     if config.eval.patience is None or any(validation):
         return
     missing = "validation data (data.validation, data.validation_split, or validation.jsonl in the folder of the data)"
     if share := config.data.validation_split:
         missing = f"validation data (data.validation_split={share} holds out none of so few rows)"
-    checkpoints = expanded(config.output_dir) / "checkpoints"
-    resumes = checkpoints.is_dir() and bool(steps_in(checkpoints))
-    if not resumes:
-        raise ValueError(f"eval.patience ({config.eval.patience}) needs {missing}; or set eval.patience=null")
-    warn(f"eval.patience ends nothing here: there is no {missing}")
+    raise ValueError(f"eval.patience ({config.eval.patience}) needs {missing}; or set eval.patience=null")
 
 
 def require_room(model: ModelConfig, data: TrainingData, tasks: Iterable[EvalTask | None]) -> None:

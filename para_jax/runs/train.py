@@ -271,9 +271,9 @@ def kept_as_reported(folder: Place, model, last: Adapter, standing: Standing) ->
     Args:
         last: the one after the last step, for its shapes.
     """
-    there, known = on_first_process((folder / "adapter").exists), (standing.kept or {}).get(standing.names[0])
+    there, known = on_first_process((folder / "adapter").exists), standing.kept[standing.names[0]]
     kept = kept_adapter(folder, model, last) if there else None
-    if kept is None or (known is not None and weights_hash(kept) != known):
+    if kept is None or weights_hash(kept) != known:
         raise ValueError(
             f"{folder / 'adapter'} is not the adapter of step {standing.best_step[0]} that this run kept; restore it "
             "from a copy, or train into another output_dir"

@@ -150,7 +150,7 @@ def require_saved(checkpoints) -> None:
 
 
 def restore_checkpoint(
-    checkpoints, state: Any, kind: type, run: dict[str, str] | None = None, accept_data: bool = False
+    checkpoints, state: Any, kind: type, run: dict[str, str], accept_data: bool = False
 ) -> tuple[Any, Any] | None:
     """The newest checkpoint of this run, in the shapes and shardings of `state`, and its progress; None if there is
     none. Newer ones that are damaged, or belong to another run, are set aside with a warning.
@@ -160,8 +160,7 @@ def restore_checkpoint(
 
     Args:
         kind: the type of the progress.
-        run: what the run is made of; see runs.standing.Standing. A checkpoint that does not say it is taken if its
-            arrays have the same names and shapes.
+        run: what the run is made of; see runs.standing.Standing.
         accept_data: take a checkpoint of other data too. The progress then says which, for `changed_data`.
 
     Raises ValueError if there are checkpoints and none of them can be used, or if the newest is of other data.
@@ -180,32 +179,26 @@ def restore_checkpoint(
     for name, leaf in arrays_by_path(state).items():
         leaves.append(placed_like(leaf, broadcast_arrays(arrays.pop(name))))
         leaf.delete()
-    held = progress.get("run") if accept_data else None
-    return jax.tree.unflatten(jax.tree.structure(state), leaves), kind(**progress | {"run": held or run})
+    return jax.tree.unflatten(jax.tree.structure(state), leaves), kind(**progress)
 
 
 def newest_whole(
-    checkpoints, wanted: dict[str, np.ndarray], kind: type, run: dict[str, str] | None, accept_data: bool
+    checkpoints, wanted: dict[str, np.ndarray], kind: type, run: dict[str, str], accept_data: bool
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
     folder, problems = expanded(str(checkpoints.directory)), {}
     for step in steps_in(folder):
         try:
             found = read_twice(checkpoints, step, wanted)
             check_progress(found[1], step, kind)
-            check_run(found[1], run, accept_data)
+            check_run(found[1]["run"], run, accept_data)
         except OtherData as error:  # an older one may be of these data, but the adapter in the folder is not
             raise ValueError(
                 f"{folder / str(step)}: {error}; data.changed=accept continues with what is there now, "
                 "another output_dir starts again"
             ) from None
-        except OtherBackbone as error:  # an older one may not say so
+        except OtherBackbone as error:  # an older one may be of a backbone in another dtype
             raise ValueError(
                 f"{folder / str(step)}: {error}; put that backbone back, or choose another output_dir"
-            ) from None
-        except OldForm:
-            raise ValueError(
-                f"{folder / str(step)}: an earlier version of para-jax wrote this checkpoint, and it can't be resumed; "
-                "choose another output_dir to train again (evaluate and generate still take the adapter)"
             ) from None
         except Exception as error:  # the readers below orbax raise anything for damaged files
             problems[step] = reason(error)
@@ -231,8 +224,6 @@ def read_twice(checkpoints, step: int, wanted: dict[str, np.ndarray]) -> tuple[d
     can't be read is given up."""
     try:
         return read_checkpoint(checkpoints, step, wanted)
-    except OldForm:
-        raise
     except Exception:  # the readers below orbax raise anything
         return read_checkpoint(checkpoints, step, wanted)
 
@@ -245,8 +236,6 @@ def read_checkpoint(
 
     handler: Any = ocp.StandardCheckpointHandler()
     stored = handler.metadata(checkpoints.directory / str(step) / "state")
-    if any(name.startswith(OLD_NAMES) for name in stored):
-        raise OldForm
     check_shapes({name: tuple(leaf.shape) for name, leaf in stored.items()}, wanted)
     read = ocp.args.Composite(state=ocp.args.StandardRestore(wanted), progress=ocp.args.JsonRestore())
     restored = checkpoints.restore(step, args=read)
@@ -292,14 +281,6 @@ def of_type(value: Any, hint: Any) -> bool:
     if kind is dict:
         return isinstance(value, dict) and all(of_type(one, parts[1]) for one in value.values())
     return type(value) in ((int, float) if hint is float else (hint,))
-
-
-#: Arrays of checkpoints in which a run of one adapter had a form of its own.
-OLD_NAMES = (".adapter.", ".sound")
-
-
-class OldForm(ValueError):
-    """A checkpoint is in a form that an earlier version wrote."""
 
 
 #: What orbax writes last into a checkpoint. In a bucket it alone tells a whole one from one that a kill broke off.

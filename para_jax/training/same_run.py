@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ..config import printable, shorten
 
 
@@ -15,26 +13,12 @@ class OtherData(ValueError):
     """A checkpoint belongs to this run, but the data have changed since."""
 
 
-#: The digest of the config fields that identify a run. "config", which earlier versions wrote alone, is that of more.
-CONFIG_OF_RUN = "config of the run"
-#: What "config" also has. The config.yaml next to such a checkpoint may have other values by now.
-MAY_CHANGE = "mesh, train.remat, eval.batch_size and the passes of train.batch_size"
-
-
-def check_run(about: dict[str, Any], run: dict[str, str] | None, accept_data: bool = False) -> None:
-    """Raises ValueError, naming what differs, for the progress of another run. Raises OtherData if only the data differ
+def check_run(held: dict[str, str], run: dict[str, str], accept_data: bool = False) -> None:
+    """Raises ValueError, naming what differs, for the digests of another run. Raises OtherData if only the data differ
     and that is not accepted."""
-    held = about.get("run")
-    if not held or not run:
-        return
-    common = held.keys() & run.keys()  # earlier versions kept fewer
-    if CONFIG_OF_RUN in common:
-        common -= {"config"}
-    names = [name for name in common if not is_data(name) and held[name] != run[name]]
-    names = sorted("config" if name == CONFIG_OF_RUN else name for name in names)
+    common = held.keys() & run.keys()  # a backbone in another dtype has another name
+    names = sorted(name for name in common if not is_data(name) and held[name] != run[name])
     other = [f"another {shorten(name)}" for name in names]
-    if names == ["config"] and CONFIG_OF_RUN in run.keys() - held.keys():
-        other = [f"{other[0]} (an earlier version wrote it: put {MAY_CHANGE} back as they were)"]
     changed = [] if accept_data else changed_data(held, run)
     kind = ValueError if other else OtherData
     if any(name != "config" for name in names):
@@ -50,13 +34,9 @@ def is_data(name: str) -> bool:
     return name.partition(" ")[0] not in ("config", "backbone")
 
 
-def changed_data(held: dict[str, str] | None, run: dict[str, str] | None) -> list[str]:
-    """The parts of the data that differ between two runs; "data" if a checkpoint of an earlier version does not say
-    which part."""
-    if not held or not run:
-        return []
-    parts = [{name for name in names if is_data(name)} - {"data"} for names in (held, run)]
-    names = sorted(parts[0] | parts[1]) if all(parts) else ["data"]
+def changed_data(held: dict[str, str], run: dict[str, str]) -> list[str]:
+    """The parts of the data that differ between two runs."""
+    names = filter(is_data, sorted(held | run))
     return [name for name in names if held.get(name) != run.get(name)]
 
 
@@ -64,8 +44,6 @@ def describe_changes(changed: list[str], held: dict[str, str], run: dict[str, st
     """other training data (20 examples there, 24 here)"""
 
     def described(name: str) -> str:
-        if name == "data":
-            return "another 'data'"
         there, here = (digests.get(name, "0").partition(" ")[0] for digests in (held, run))
         count = f"{there} examples there, {here} here" if there != here else f"{here} examples, not the same"
         return f"other {printable(name, 150)} ({count})"

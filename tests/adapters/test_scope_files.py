@@ -1,6 +1,5 @@
 """An adapter's scope in its folder: kept bit for bit, refused where it is wrong, and never lost in PEFT's format."""
 
-import hashlib
 import shutil
 from dataclasses import replace
 
@@ -23,7 +22,6 @@ from para_jax import (
     save_adapter,
     train,
 )
-from para_jax.adapters.bank import content_hash
 from para_jax.adapters.files import copy_for_peft, read_adapter_config
 from para_jax.adapters.methods import METHODS, method_of
 from para_jax.config import SITES
@@ -69,7 +67,6 @@ def test_a_fresh_adapter_of_phi3_keeps_its_sites(tmp_path, config):
 
 @pytest.mark.parametrize("config", [ParaConfig(r=2), LoraConfig(r=2), Ia3Config()], ids=str)
 def test_a_folder_of_scope_all_says_nothing_of_scopes(tmp_path, config):
-    """As before scopes existed, so that such folders load, and older versions load ours."""
     save_adapter(made(config), tmp_path / "adapter")
     said = saved_config(tmp_path / "adapter")
     assert said["peft_type"] == method_of(config).peft_type
@@ -259,14 +256,3 @@ def test_activated_loras_share_a_group_and_keep_their_own_tokens():
         assert bank.entry(name).config == config
     assert len({bank.entry(name).group for name in bank.names}) == 1
     assert len({bank.entry(name).content for name in bank.names}) == 3
-
-
-def test_the_content_of_an_adapter_of_scope_all_is_what_it_was_before_scopes():
-    """So that the answers in older journals still count. The text is that of the config before it had these fields."""
-    adapter = made(LoraConfig(r=4))
-    text = "(LoraConfig(r=4, lora_alpha=8, use_rslora=False, target_modules=('q_proj', 'v_proj')), "
-    digest = hashlib.sha256(f"{text}{adapter.backbone!r})".encode())
-    for half in "ab":
-        for site in ("q_proj", "v_proj"):
-            digest.update(f"{half}.{site}".encode() + np.asarray(getattr(adapter, half)[site]).tobytes())
-    assert content_hash(adapter) == digest.hexdigest()

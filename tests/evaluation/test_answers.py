@@ -242,7 +242,7 @@ def test_an_adapter_that_overflows_answers_nothing_and_the_others_answer_as_with
             given = dict(rows=ROWS, engine=engine, journal=journal, backbone="b")
             again = Answerer(model, bank, tokenizer(), **given).answer([("wild", questions[0]), ("A", questions[0])])
         assert again == [found[1], found[0]] and [one.getMessage() for one in caplog.records].count(said) == 1
-    assert (tmp_path / "answers.jsonl").read_text().count('"finite"') == 1  # earlier versions don't know it
+    assert (tmp_path / "answers.jsonl").read_text().count('"finite"') == 1
 
 
 @pytest.mark.parametrize("limit", ["queue_limit", "queue_limit_per_tenant"])

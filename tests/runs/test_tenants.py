@@ -404,7 +404,7 @@ def test_a_step_in_which_no_tenant_is_finite_has_no_loss_in_the_runs_log(folder,
         run=SimpleNamespace(step=lambda done, values, *_: shown.append(values)), write=lambda *_, **__: None
     )
     made = loop.Loop(config, None, tenants, (), *[None] * 3, logs, None, None)
-    standing = loop.Standing(0, [t.name for t in tenants], [0, 1], *[[None] * 2 for _ in range(8)])
+    standing = loop.Standing(0, [t.name for t in tenants], [0, 1], *[[None] * 2 for _ in range(8)], {}, 1)
     for loss in (nan, np.float32(3)):
         one = {"loss": loss, "grad_norm": loss, "learning_rate": 0.1, "tokens": 5.0, "finite": np.isfinite(loss)}
         done = loop.Done(1, {name: np.array([value, value]) for name, value in one.items()}, 10, None, 0.0)

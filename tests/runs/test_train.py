@@ -57,7 +57,7 @@ from para_jax.evaluation.evaluate import Tasks
 from para_jax.evaluation.score import Score
 from para_jax.evaluation.tasks import task_of_run
 from para_jax.inference import generate as generation
-from para_jax.inspect import dry_run, folder_report
+from para_jax.inspect import dry_run
 from para_jax.roofline import matrix_weights
 from para_jax.runs import loop, scoring
 from para_jax.runs import train as runs
@@ -65,7 +65,7 @@ from para_jax.runs.folder import claim_folder
 from para_jax.runs.health import Health
 from para_jax.runs.loop import places
 from para_jax.runs.scoring import Scoring
-from para_jax.runs.tenants import read_inputs, require_validation, steps_of
+from para_jax.runs.tenants import read_inputs, steps_of
 from para_jax.training.log import TIMES
 from para_jax.training.optimizer import learning_rates
 from para_jax.training.passes import lay_out
@@ -612,14 +612,6 @@ def test_patience_without_validation_data_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_that_began_with_patience_and_no_validation_data_goes_on(config, tmp_path, capsys):
-    """As earlier versions allowed."""
-    config = replace(config, eval=replace(config.eval, patience=2))
-    (Path(config.output_dir) / "checkpoints" / "3").mkdir(parents=True)
-    require_validation(config, [None])
-    assert "warning: eval.patience ends nothing" in capsys.readouterr().err
-
-
 def test_patience_goes_on_counting_after_an_interruption(config, monkeypatch):
     config = replace(config, eval=replace(config.eval, every=1, patience=2))
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
@@ -917,24 +909,6 @@ def test_an_evaluation_that_a_stop_interrupted_is_saved_once_it_is_done(config, 
     for _ in range(2):
         train_interrupted(config, at_step=5)
     assert evaluated == [3]
-
-
-def test_a_run_of_an_earlier_version_loads_and_is_not_resumed(folder, tmp_path):
-    """tests/fixtures/old_run: two steps, of which the first was the best, in the form of 0.1's first checkpoints."""
-    old = Path(shutil.copytree(FIXTURES / "old_run", tmp_path / "run"))
-    file = old / "config.yaml"
-    file.write_text(file.read_text().replace("FOLDER/run", str(old)).replace("FOLDER", str(folder)))
-    config = load_config(file)
-    kept = load_adapter(old / "adapter", load_model_config(config.backbone.source))
-    task = task_of_run(config, "validation", tokenizer())
-    report = evaluate(load_backbone(config.backbone.source), kept, [task], tokenizer=tokenizer())
-    scored = [row["validation_loss"] for row in metrics(config) if "validation_loss" in row]
-    assert report.scores[0].loss == pytest.approx(scored[0], abs=1e-5)
-    assert "step 1" in folder_report(old) and "para" in folder_report(old).lower()
-    before = contents(old / "checkpoints")
-    with pytest.raises(ValueError, match="checkpoints/2: .*earlier version.*output_dir") as error:
-        train(replace(config, train=replace(config.train, max_steps=4)))
-    assert "\n" not in str(error.value) and contents(old / "checkpoints") == before
 
 
 # ------------------------------------------------------------------------------------------------------ what goes wrong

@@ -43,7 +43,7 @@ class Progress(NamedTuple):
     best_score: float | None
     best_step: int
     since_best: int
-    run: dict[str, str] | None = None
+    run: dict[str, str] = {}
 
 
 def state_on(mesh, seed, adapter=ADAPTER):
@@ -67,7 +67,7 @@ def test_what_is_restored_is_bit_for_bit_what_was_saved(tmp_path, sizes):
         save_checkpoint(checkpoints, saved, progress)
     wanted = state_on(mesh, seed=2)
     with jax.set_mesh(mesh), open_checkpoints(tmp_path / "checkpoints") as checkpoints:
-        state, found = restore_checkpoint(checkpoints, wanted, Progress)
+        state, found = restore_checkpoint(checkpoints, wanted, Progress, {})
     assert found == progress and jax.tree.structure(state) == jax.tree.structure(saved) and state.step == 4
     for mine, other in zip(jax.tree.leaves(state), jax.tree.leaves(saved), strict=True):
         np.testing.assert_array_equal(mine, other)
@@ -80,7 +80,7 @@ def test_what_is_restored_is_bit_for_bit_what_was_saved(tmp_path, sizes):
 
 def test_an_empty_folder_holds_no_checkpoint(tmp_path):
     with open_checkpoints(tmp_path / "checkpoints") as checkpoints:
-        assert restore_checkpoint(checkpoints, state_on(make_mesh(), seed=1), Progress) is None
+        assert restore_checkpoint(checkpoints, state_on(make_mesh(), seed=1), Progress, {}) is None
 
 
 def test_the_newest_few_are_kept_and_an_interrupted_save_is_not_taken_for_a_whole_one(tmp_path):
@@ -93,7 +93,7 @@ def test_the_newest_few_are_kept_and_an_interrupted_save_is_not_taken_for_a_whol
         folder / "6" / "state", folder / "8.orbax-checkpoint-tmp" / "state"
     )  # as orbax names what it writes
     with open_checkpoints(folder) as checkpoints:
-        assert restore_checkpoint(checkpoints, state, Progress)[1].step == 6
+        assert restore_checkpoint(checkpoints, state, Progress, {})[1].step == 6
 
 
 def test_a_checkpoint_of_the_same_step_and_state_gets_the_new_progress(tmp_path):
@@ -102,7 +102,7 @@ def test_a_checkpoint_of_the_same_step_and_state_gets_the_new_progress(tmp_path)
         for best, state in enumerate(states):
             save_checkpoint(checkpoints, state, Progress(4, 0.5, best, 0))
     with open_checkpoints(tmp_path / "checkpoints") as checkpoints:
-        state, found = restore_checkpoint(checkpoints, state_on(make_mesh(), seed=3), Progress)
+        state, found = restore_checkpoint(checkpoints, state_on(make_mesh(), seed=3), Progress, {})
     assert found == Progress(4, 0.5, 1, 0)  # the third state is another one, and changes nothing
     for mine, other in zip(jax.tree.leaves(state), jax.tree.leaves(states[0]), strict=True):
         np.testing.assert_array_equal(mine, other)
@@ -151,7 +151,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(dam
     state = state_on(make_mesh(), seed=3)
     DAMAGES[damage](folder / "6")
     with open_checkpoints(folder) as checkpoints:
-        restored, progress = restore_checkpoint(checkpoints, state, Progress)
+        restored, progress = restore_checkpoint(checkpoints, state, Progress, {})
         assert progress.step == restored.step == 4
         warned = capsys.readouterr().err
         assert len(warned.splitlines()) == 1
@@ -182,7 +182,7 @@ def test_a_read_that_fails_once_costs_no_checkpoint(saved_twice, tmp_path, monke
 
     monkeypatch.setattr(checkpoint, "read_checkpoint", read)
     with open_checkpoints(folder) as checkpoints:
-        assert restore_checkpoint(checkpoints, state_on(make_mesh(), seed=3), Progress)[1].step == 6
+        assert restore_checkpoint(checkpoints, state_on(make_mesh(), seed=3), Progress, {})[1].step == 6
     assert sorted(path.name for path in folder.iterdir()) == ["4", "6"] and "warning" not in capsys.readouterr().err
 
 
@@ -194,7 +194,7 @@ def test_where_no_checkpoint_can_be_read_nothing_is_touched(saved_twice, tmp_pat
         open_checkpoints(folder) as checkpoints,
         pytest.raises(ValueError, match="none of the .* start again") as error,
     ):
-        restore_checkpoint(checkpoints, state_on(make_mesh(), seed=3), Progress)
+        restore_checkpoint(checkpoints, state_on(make_mesh(), seed=3), Progress, {})
     assert "\n" not in str(error.value) and str(folder) in str(error.value)
     assert sorted(path.name for path in folder.iterdir()) == ["4", "6"]
 
@@ -202,10 +202,10 @@ def test_where_no_checkpoint_can_be_read_nothing_is_touched(saved_twice, tmp_pat
 # ----------------------------------------------------------------------------------------------- of another run, forged
 
 
-RUN = {"config": "c1", "data": "d1"}
+RUN = {"config": "c1", "training data": "20 d1"}
 
 
-def restored_step(folder, state, run=None, kind=Progress):
+def restored_step(folder, state, run, kind=Progress):
     with open_checkpoints(folder) as checkpoints:
         return restore_checkpoint(checkpoints, state, kind, run)[1].step
 
@@ -229,29 +229,27 @@ def forged(folder, change):
 def test_a_checkpoint_of_other_arrays_is_refused_with_its_path_and_the_array(adapter, named, saved_twice, tmp_path):
     folder = Path(shutil.copytree(saved_twice, tmp_path / "checkpoints"))
     with pytest.raises(ValueError, match=f"{folder / '6'}: it is of another run: {named}") as error:
-        restored_step(folder, state_on(make_mesh(), 3, adapter))
+        restored_step(folder, state_on(make_mesh(), 3, adapter), {})
     assert "\n" not in str(error.value)
     assert sorted(path.name for path in folder.iterdir()) == ["4", "6"]
 
 
 def test_a_checkpoint_of_another_run_of_the_same_shape_is_set_aside_by_name(saved_twice, tmp_path, capsys):
     folder, state = Path(shutil.copytree(saved_twice, tmp_path / "checkpoints")), state_on(make_mesh(), seed=3)
-    with open_checkpoints(folder) as checkpoints:
-        save_checkpoint(checkpoints, moved(state), Progress(8, None, 0, 0, run=RUN))
-    assert restored_step(folder, state, RUN) == 8
     other = RUN | {"config": "c2"}
-    assert restored_step(folder, state, other) == 6  # which does not say what it is of
+    with open_checkpoints(folder) as checkpoints:
+        save_checkpoint(checkpoints, moved(state), Progress(8, None, 0, 0, run=other))
+        save_checkpoint(checkpoints, moved(state), Progress(9, None, 0, 0, run=RUN))
+    assert restored_step(folder, state, RUN) == 9
+    assert restored_step(folder, state, other) == 8
     assert (
-        f"{folder / '8'}: the checkpoint can't be used (it is of another run: another 'config')"
+        f"{folder / '9'}: the checkpoint can't be used (it is of another run: another 'config')"
         in capsys.readouterr().err
     )
-    with open_checkpoints(folder) as checkpoints:
-        found = restore_checkpoint(checkpoints, state, Progress, run=other)[1]
-    assert found.run == other  # and is of this one from now on
 
 
-def test_a_checkpoint_of_another_backbone_ends_the_resume_although_an_older_one_says_nothing(saved_twice, tmp_path):
-    """Going on from the older one would train with the other backbone."""
+def test_a_checkpoint_of_another_backbone_ends_the_resume(saved_twice, tmp_path):
+    """Going on from an older one of this backbone would lose steps."""
     folder, state = Path(shutil.copytree(saved_twice, tmp_path / "checkpoints")), state_on(make_mesh(), seed=3)
     with open_checkpoints(folder) as checkpoints:
         save_checkpoint(checkpoints, moved(state), Progress(8, None, 0, 0, run=RUN | {"backbone in float32": "b1"}))
@@ -261,21 +259,19 @@ def test_a_checkpoint_of_another_backbone_ends_the_resume_although_an_older_one_
     assert restored_step(folder, state, RUN | {"backbone in bfloat16": "b3"}) == 8
 
 
-def test_a_checkpoint_that_says_the_data_in_one_is_compared_by_it(saved_twice, tmp_path):
-    """Checkpoints of earlier versions, and what a run says today."""
+def test_a_checkpoint_of_other_data_ends_the_resume_unless_they_are_accepted(saved_twice, tmp_path):
     folder, state = Path(shutil.copytree(saved_twice, tmp_path / "checkpoints")), state_on(make_mesh(), seed=3)
     for step in ("4", "6"):
         shutil.rmtree(folder / step)
     with open_checkpoints(folder) as checkpoints:
         save_checkpoint(checkpoints, moved(state), Progress(8, None, 0, 0, run=RUN))
-    today = RUN | {"training data": "20 t1", "validation data": "8 v1"}
-    assert restored_step(folder, state, today) == 8
-    other = today | {"data": "d2"}
-    with pytest.raises(ValueError, match="another 'data'; data.changed=accept"):
+    other = RUN | {"training data": "24 d2", "validation data": "8 v1"}
+    said = r"training data \(20 examples there, 24 here\), .*validation data.*; data.changed=accept"
+    with pytest.raises(ValueError, match=said):
         restored_step(folder, state, other)
     with open_checkpoints(folder) as checkpoints:
         held = restore_checkpoint(checkpoints, state, Progress, run=other, accept_data=True)[1].run
-        assert held == RUN and changed_data(held, other) == ["data"]
+        assert held == RUN and changed_data(held, other) == ["training data", "validation data"]
         with pytest.raises(ValueError, match="another 'config'"):
             restore_checkpoint(checkpoints, state, Progress, run=other | {"config": "c2"}, accept_data=True)
 
@@ -286,7 +282,7 @@ def test_a_checkpoint_that_says_the_data_in_one_is_compared_by_it(saved_twice, t
     (lambda about: about.update({"best_step": "3"}), "progress.best_step must be int.*; got '3'"),
     (lambda about: about.update({"since_best": True}), "progress.since_best .* True"),
     (lambda about: about.update({"best_score": [1]}), r"progress.best_score .* \[1\]"),
-    (lambda about: about.update({"run": {"data": 1}}), "progress.run .* {'data': 1}"),
+    (lambda about: about.update({"run": {"config": 1}}), "progress.run .* {'config': 1}"),
     (lambda about: about.update({"step": 7}), "progress.step must be 6.*; got 7"),
 ])  # fmt: skip
 def test_a_forged_progress_is_refused_by_the_name_of_its_key(change, named, saved_twice, tmp_path):
@@ -294,20 +290,14 @@ def test_a_forged_progress_is_refused_by_the_name_of_its_key(change, named, save
     shutil.rmtree(folder / "4")
     forged(folder, change)
     with pytest.raises(ValueError, match=f"{folder / '6'}: {named}"):
-        restored_step(folder, state_on(make_mesh(), seed=3))
-
-
-def test_a_checkpoint_of_an_earlier_version_which_does_not_say_what_it_is_of_is_taken(saved_twice, tmp_path):
-    folder = Path(shutil.copytree(saved_twice, tmp_path / "checkpoints"))
-    forged(folder, lambda about: about.pop("run"))
-    assert restored_step(folder, state_on(make_mesh(), seed=3), RUN) == 6
+        restored_step(folder, state_on(make_mesh(), seed=3), {})
 
 
 @pytest.mark.parametrize("damage", ["5", '["x"]', '{"init_timestamp_nsecs": "x"}', '{"metrics": 7}', "", "{"])
 def test_damaged_times_of_a_checkpoint_cost_nothing(damage, saved_twice, tmp_path):
     folder = Path(shutil.copytree(saved_twice, tmp_path / "checkpoints"))
     (folder / "6" / "_CHECKPOINT_METADATA").write_text(damage)
-    assert restored_step(folder, state_on(make_mesh(), seed=3)) == 6
+    assert restored_step(folder, state_on(make_mesh(), seed=3), {}) == 6
 
 
 def test_reads_that_fail_together_leave_no_traceback_behind(saved_twice, tmp_path, capfd, caplog):
@@ -315,7 +305,7 @@ def test_reads_that_fail_together_leave_no_traceback_behind(saved_twice, tmp_pat
     for manifest in (folder / "6").rglob("manifest.ocdbt"):
         manifest.write_bytes(b"")
     with open_checkpoints(folder) as checkpoints:
-        assert restore_checkpoint(checkpoints, state_on(make_mesh(), seed=3), Progress)[1].step == 4
+        assert restore_checkpoint(checkpoints, state_on(make_mesh(), seed=3), Progress, {})[1].step == 4
         gc.collect()
     assert "Traceback" not in capfd.readouterr().err and not [r for r in caplog.records if r.name == "asyncio"]
 
@@ -329,7 +319,7 @@ def test_what_is_saved_is_what_the_state_was_although_the_next_step_reuses_its_m
         for _ in range(5):
             state = donating(state)
         finish_saving(checkpoints)
-        restored, _ = restore_checkpoint(checkpoints, state, Progress)
+        restored, _ = restore_checkpoint(checkpoints, state, Progress, {})
     for mine, other in zip(jax.tree.leaves(restored), before, strict=True):
         np.testing.assert_array_equal(mine, other)
 
@@ -357,7 +347,7 @@ def test_a_save_that_fails_in_the_background_is_one_error_and_keeps_earlier_save
     assert "\n" not in str(error.value) and str(folder) in str(error.value)
     assert capfd.readouterr().err == "" and not [r for r in caplog.records if "orbax" in r.pathname]
     with open_checkpoints(folder) as checkpoints:
-        assert restore_checkpoint(checkpoints, state, Progress)[1].step == 6
+        assert restore_checkpoint(checkpoints, state, Progress, {})[1].step == 6
     assert sorted(path.name for path in folder.iterdir() if path.name.isdecimal()) == ["4", "6"]
 
 
