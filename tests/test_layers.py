@@ -106,6 +106,9 @@ def test_circles_are_found_through_functions_and_other_modules(texts, found):
         ("adapters/para.py", "from para_jax.model import forward", True),
         ("adapters/para.py", "from para_jax import forward", True),
         ("config/file.py", "from ..hub import fetch", True),
+        ("config/file.py", "importlib.import_module('para_jax.adapters.methods')", True),
+        ("config/file.py", "def f():\n    import_module('..adapters.methods', __package__)", True),
+        ("adapters/methods.py", "import_module('..config.file', __package__)", False),
         ("runs/train.py", "from ..quickstart import quickstart", True),
         ("data/examples.py", "from ..unheard_of import x", True),
         ("data/examples.py", "from .tasks import TASKS\nfrom ..hub import fetch\nimport json", False),
@@ -114,6 +117,11 @@ def test_circles_are_found_through_functions_and_other_modules(texts, found):
 )
 def test_the_reader_of_imports_tells_up_and_sideways_from_down(file, text, wrong):
     assert bool(list(wrong_imports(file, text))) == wrong
+
+
+def test_a_module_that_is_loaded_by_a_name_made_at_run_time_is_refused():
+    with pytest.raises(AssertionError, match="config/file.py: import_module.name. hides"):
+        list(imported("config/file.py", "import_module(name)"))
 
 
 def test_importing_para_jax_brings_nothing_but_itself():

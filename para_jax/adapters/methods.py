@@ -1,10 +1,9 @@
-"""The adapter methods. A new method is one file in this folder, and an import and an entry here."""
+"""The adapter methods. A new method is a file in this folder, an entry here, and a config in config/adapter.py."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ..config import ADAPTER_CONFIGS
 from .ia3 import IA3
 from .lora import LORA
 from .method import Method
@@ -16,8 +15,6 @@ METHODS: tuple[Method, ...] = (
     LORA,
     IA3,
 )
-
-ADAPTER_CONFIGS.update({method.name: method.config for method in METHODS})  # so that a run's config may name them
 
 
 def method_of(config: Any) -> Method:

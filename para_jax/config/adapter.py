@@ -3,7 +3,6 @@ unless `train.learning_rate` is set."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from importlib import import_module
 from typing import Annotated, Any, ClassVar, Literal
 
 from .bounds import Bounds, PositiveFloat, PositiveInt, check_fields
@@ -176,12 +175,9 @@ def listed(names: Any) -> tuple | None:
     return None if isinstance(names, str) or not isinstance(names, Iterable) else tuple(names)
 
 
-#: The adapter methods and their configs. adapters/methods.py adds the methods that only its table has.
-ADAPTER_CONFIGS = {"para": ParaConfig, "lora": LoraConfig, "ia3": Ia3Config}
-
-
-def find_methods(*names: Any) -> None:
-    """Loads the table of adapters/methods.py if ADAPTER_CONFIGS lacks one of these methods. Only then, because the
-    table needs JAX, and by name, because it imports this package."""
-    if not all(name in tuple(ADAPTER_CONFIGS) for name in names):
-        import_module("para_jax.adapters.methods")
+#: The configs of the adapter methods by name. adapters/methods.py has the methods themselves, which need JAX.
+ADAPTER_CONFIGS: dict[str, Any] = {
+    "para": ParaConfig,
+    "lora": LoraConfig,
+    "ia3": Ia3Config,
+}

@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import atomic
 from ..yaml_text import MAX_LENGTH, dump_yaml, parse_yaml
-from .adapter import ADAPTER_CONFIGS, find_methods
+from .adapter import ADAPTER_CONFIGS
 from .check import expanded, near_name, nearest, printable, require, require_one_of, shorten
 from .fields import typed_fields
 from .run import RunConfig, TrainSection
@@ -44,7 +44,6 @@ def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str
         changes["train"] = {"num_epochs": TrainSection.num_epochs} | train
     file_method = named_method(in_file, "para")
     method = named_method(changes, file_method)
-    find_methods(method)
     require_one_of(ADAPTER_CONFIGS, "adapter.method", method)
     if method != file_method:
         in_file["adapter"] = kept_scope(in_file.get("adapter", {}), changes.get("adapter", {}))

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Annotated, Any, Literal
 
-from .adapter import ADAPTER_CONFIGS, AdapterConfig, ParaConfig, find_methods, with_scope_of
+from .adapter import ADAPTER_CONFIGS, AdapterConfig, ParaConfig, with_scope_of
 from .bounds import (
     Bounds,
     Fraction,
@@ -379,7 +379,6 @@ class RunConfig:
     def check_methods(self) -> None:
         """Raises ValueError for sweep.method with unknown methods, tenants, or adapter fields that no method takes."""
         methods = self.sweep.method
-        find_methods(*methods)
         for method in methods:
             require_one_of(ADAPTER_CONFIGS, "sweep.method", method)
         if self.data.tenants:

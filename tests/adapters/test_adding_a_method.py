@@ -1,4 +1,4 @@
-"""docs/adding_a_method.md holds: its file and its entry, in a copy of the package, make a method that works."""
+"""docs/adding_a_method.md holds: its config, file and entry, in a copy of the package, make a method that works."""
 
 import os
 import re
@@ -21,18 +21,28 @@ def code_blocks() -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
+def replace_table(file: Path, table: str, block: str) -> list[str]:
+    """Puts the block in the place of the table, and returns the lines that are new."""
+    before = file.read_text()
+    after, count = re.subn(table, lambda _: block, before, flags=re.MULTILINE | re.DOTALL)
+    assert count == 1
+    file.write_text(after)
+    return [line for line in after.splitlines() if line.strip() and line not in before.splitlines()]
+
+
 @pytest.mark.long
-def test_the_documented_method_works_after_one_file_and_one_entry(tmp_path):
-    file, entry = code_blocks()
+def test_the_documented_method_works_after_a_config_a_file_and_two_entries(tmp_path):
+    config, file, entry = code_blocks()
     shutil.copytree(ROOT / "para_jax", tmp_path / "para_jax", ignore=shutil.ignore_patterns("__pycache__"))
     adapters = tmp_path / "para_jax" / "adapters"
     (adapters / "bias.py").write_text(file)
-    before = (adapters / "methods.py").read_text()
-    after, count = re.subn(r"^METHODS\b.*?^\)\n", lambda _: entry, before, flags=re.MULTILINE | re.DOTALL)
-    assert count == 1
-    added = [line for line in after.splitlines() if line.strip() and line not in before.splitlines()]
-    assert added == ["from .bias import BIAS", "    BIAS,"]
-    (adapters / "methods.py").write_text(after)
+    assert replace_table(adapters / "methods.py", r"^METHODS\b.*?^\)\n", entry) == [
+        "from .bias import BIAS",
+        "    BIAS,",
+    ]
+    table = tmp_path / "para_jax" / "config" / "adapter.py"
+    added = replace_table(table, r"^ADAPTER_CONFIGS\b.*?^\}\n", config)
+    assert added[0] == "class BiasConfig(AdapterConfig):" and added[-1] == '    "bias": BiasConfig,'
 
     names = "[load_config(None, [f]) for f in ('adapter.method=bias', 'sweep.method=[para, bias]')]"
     first = f"from para_jax import load_config; {names}"  # as the command line does, before anything has loaded JAX

@@ -25,6 +25,21 @@ def imported(file: str, text: str) -> Iterator[str]:
             yield from (".".join([*node.module.split(".")[1:], name.name]) for name in node.names)
         elif isinstance(node, ast.Import):
             yield from (name.name[9:] for name in node.names if name.name.startswith("para_jax"))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            yield from loaded_by_name(file, node)
+
+
+def loaded_by_name(file: str, call: ast.Call) -> Iterator[str]:
+    """What `import_module` loads. A package's face may load the modules of its table; others spell the name out."""
+    name = call.args[0]
+    if not isinstance(name, ast.Constant):
+        assert file.endswith("__init__.py"), f"{file}: import_module({ast.unparse(name)}) hides what it imports"
+    elif name.value.startswith("."):
+        package = file.split("/")[:-1]
+        dots = len(name.value) - len(name.value.lstrip("."))
+        yield ".".join([*package[: len(package) + 1 - dots], name.value.lstrip(".")])
+    elif name.value.startswith("para_jax"):
+        yield name.value[9:]
 
 
 def module(file: str) -> str:
