@@ -227,7 +227,7 @@ def rational(
     return jnp.polyval(numerator[::-1], x) / (1 + jnp.abs(x * jnp.polyval(denominator[::-1], x)))
 
 
-#: The rate at which the raw summary learnt best on a Gemma model, on three tasks (docs/experiments.md).
+#: The rate at which the raw summary learnt best on a Gemma model, on three tasks (scripts/experiments/README.md).
 LARGEST_GEMMA_RATE = 1e-4
 
 

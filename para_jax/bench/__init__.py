@@ -1,4 +1,4 @@
-"""`para-jax bench NAME`: what loading, decoding, serving and training cost on this machine, and the record of it.
+"""`para-jax bench NAME`: what decoding, serving and training cost on this machine, and the record of it.
 
 Sides that are compared take turns, one measurement each per round, so that a change in the machine's load meets all of
 them. The result is the median over the rounds.
@@ -19,28 +19,15 @@ from ..inspect import new_record
 from ..plots import decode_plot
 from ..record_file import check_record_file
 from .decode import bench_decode
-from .evaluate import bench_evaluate
-from .http import bench_http
-from .load import bench_load
 from .record import report
-from .sampling import bench_sampling
-from .scopes import bench_scopes
 from .serve import bench_serve
-from .tenants import bench_tenants
-from .train import bench_packing, bench_train
+from .train import bench_train
 
 #: The names of `para-jax bench`. Each function returns {"unit", "medians", "rounds", ...} for a backbone.
 BENCHMARKS: dict[str, Callable[..., dict]] = {
-    "load": bench_load,
     "decode": bench_decode,
     "serve": bench_serve,
-    "http": bench_http,
-    "evaluate": bench_evaluate,
     "train": bench_train,
-    "scopes": bench_scopes,
-    "packing": bench_packing,
-    "tenants": bench_tenants,
-    "sampling": bench_sampling,
 }
 
 
@@ -67,7 +54,7 @@ def run(name: str, backbone: str = "smollm2-135m", output: str | Path | None = N
 
 
 def check_options(name: str, options: dict) -> None:
-    """Raises ValueError for an unknown benchmark, and for options that it lacks or does not have."""
+    """Raises ValueError for an unknown benchmark, and for options that it does not have."""
     if name not in BENCHMARKS:
         raise ValueError(f"bench: {shorten(name)} is no benchmark; choose one of {', '.join(BENCHMARKS)}")
     _, *known = inspect.signature(BENCHMARKS[name]).parameters.values()
@@ -75,9 +62,6 @@ def check_options(name: str, options: dict) -> None:
     unknown = [option for option in options if option not in names]
     if unknown:
         raise ValueError(f"bench {name} has no option {', '.join(unknown)}; it has {', '.join(names)}")
-    missing = [p.name for p in known if p.default is p.empty and p.name not in options]
-    if missing:
-        raise ValueError(f"bench {name}: needs {' and '.join(f'--{option}' for option in missing)}")
 
 
 def command_line(name: str, backbone: str, options: dict) -> str:

@@ -6,12 +6,12 @@ from ..config import one_of, shorten
 from . import options as shared
 
 #: The benchmarks; bench.BENCHMARKS holds their functions.
-NAMES = ("load", "decode", "serve", "http", "evaluate", "train", "scopes", "packing", "tenants", "sampling")
-NUMBERS = ("context", "rounds", "packed", "length", "requests")
+NAMES = ("decode", "serve", "train")
+NUMBERS = ("context", "rounds", "packed", "requests")
 
 
 def add(commands) -> None:
-    text = "measure on this machine: load, decode, serve, http, evaluate, train, scopes, packing, tenants or sampling"
+    text = "measure on this machine: decode, serve or train"
     parser = shared.add_command(
         commands, "bench", text, "decode --rows 1,8,32 --output results/decode.json", [shared.backbone("smollm2-135m")]
     )
@@ -20,17 +20,13 @@ def add(commands) -> None:
         "--output", type=shared.local, metavar="FILE", help="write the measurement to this JSON file (default: none)"
     )
     group = parser.add_argument_group("what is measured", "Each benchmark has its own defaults.")
-    group.add_argument("--rows", help="rows of a batch; decode: sizes such as 1,8,32; tenants: of each tenant")
+    group.add_argument("--rows", help="rows of a batch; decode: sizes such as 1,8,32")
     group.add_argument("--rounds", type=int, metavar="N", help="how often each side is measured")
     group.add_argument("--context", type=int, metavar="N", help="decode: tokens that each row holds")
     group.add_argument("--random", action="store_true", help="decode, train: random weights of the backbone's shape")
     group.add_argument("--packed", type=int, metavar="N", help="train: examples per row, of 64 tokens each")
-    group.add_argument("--remat", help="train: the choices to compare, such as none,dots,block; packing: one of them")
-    group.add_argument(
-        "--data", type=shared.filled, help="packing (required there): a .jsonl file or a folder with train.jsonl"
-    )
-    group.add_argument("--requests", type=int, metavar="N", help="serve, http: requests of each side in a round")
-    group.add_argument("--length", type=int, metavar="N", help="packing: tokens of a packed row")
+    group.add_argument("--remat", help="train: the choices to compare, such as none,dots,block")
+    group.add_argument("--requests", type=int, metavar="N", help="serve: requests of each side in a round")
     parser.set_defaults(run=run)
 
 
@@ -40,7 +36,7 @@ def run(options) -> None:
 
     if options.name not in NAMES:
         raise ValueError(f"bench: {shorten(options.name)} is no benchmark; choose {one_of(NAMES)}")
-    given = {name: value for name in (*NUMBERS, "data") if (value := getattr(options, name)) is not None}
+    given = {name: value for name in NUMBERS if (value := getattr(options, name)) is not None}
     for name in NUMBERS:
         if given.get(name, 1) < 1:
             raise ValueError(f"--{name} is {given[name]}\ngive a number of at least 1")
@@ -52,7 +48,7 @@ def run(options) -> None:
             raise ValueError(f"--rows is {options.rows}\ngive sizes such as 1,8,32")
         given["rows"] = tuple(map(int, sizes))
     if options.remat:
-        given["remat"] = tuple(options.remat.split(",")) if options.name == "train" else options.remat
+        given["remat"] = tuple(options.remat.split(","))
     if options.output:
         check_record_file("--output", options.output)
     check_backbone(options.backbone)

@@ -1,4 +1,4 @@
-"""`para-jax plot`: learning curves, scores, the factors of prompts, or how much they differ."""
+"""`para-jax plot`: learning curves, the factors of prompts, or how much they differ."""
 
 from __future__ import annotations
 
@@ -10,21 +10,13 @@ PROMPTS = 100
 
 
 def add(commands) -> None:
-    text = "draw learning curves or scores of runs, the factors of prompts, or how much factors differ"
+    text = "draw learning curves of runs, the factors of prompts, or how much factors differ"
     example = "runs/mine runs/other --output runs/curves.png"
     parents = [shared.backbone(), shared.dtype(), shared.runtime()]
     parser = shared.add_command(commands, "plot", text, example, parents)
     parser.add_argument("runs", nargs="*", type=shared.place, metavar="RUN", help="run folders: their learning curves")
     parser.add_argument(
         "--output", type=shared.place, required=True, metavar="FILE", help="the picture: .png, .pdf or .svg"
-    )
-    parser.add_argument(
-        "--scores",
-        nargs="+",
-        default=[],
-        type=shared.place,
-        metavar="FOLDER",
-        help="draw scores with their errors: of run folders, or of the --output folder of `para-jax evaluate`",
     )
     group = parser.add_argument_group("factors")
     group.add_argument(
@@ -64,16 +56,15 @@ def run(options) -> None:
     if options.limit < 2:
         raise ValueError(f"--limit {options.limit} is too few\ngive at least 2 prompts")
     adapters, prompts = len(options.adapter), len(options.prompt)
-    curves = options.runs and not (adapters or prompts or options.data or options.scores)
-    scores = options.scores and not (adapters or prompts or options.data or options.runs)
-    maps = adapters == 1 and prompts in (1, 2) and not (options.runs or options.data or options.scores)
-    spread = adapters and options.data and not (options.runs or prompts or options.scores)
-    if not (curves or scores or maps or spread):
+    curves = options.runs and not (adapters or prompts or options.data)
+    maps = adapters == 1 and prompts in (1, 2) and not (options.runs or options.data)
+    spread = adapters and options.data and not (options.runs or prompts)
+    if not (curves or maps or spread):
         raise ValueError(
-            "plot draws one of four things\ngive RUN... (learning curves), --scores FOLDER..., one --adapter with one "
-            "or two --prompt (factors), or --adapter once or more with --data FILE (how much factors differ)"
+            "plot draws one of three things\ngive RUN... (learning curves), one --adapter with one or two --prompt "
+            "(factors), or --adapter once or more with --data FILE (how much factors differ)"
         )
-    check_runs([*options.runs, *options.scores])
+    check_runs(options.runs)
     if options.data:
         check_data_file(options.data)
     check_adapters(options.adapter)
@@ -81,15 +72,8 @@ def run(options) -> None:
     if options.adapter:
         options.backbone = chosen_backbone(options.backbone, options.adapter)
     from ..plots import curves_plot, save
-    from ..score_plots import read_scores, scores_plot
 
-    if curves:
-        figure = curves_plot(options.runs)
-    elif scores:
-        figure = scores_plot(read_scores(options.scores))
-    else:
-        figure = factors_figure(options)
-    save(figure, options.output)
+    save(curves_plot(options.runs) if curves else factors_figure(options), options.output)
     print(f"wrote {options.output}")
 
 

@@ -1,27 +1,18 @@
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 from golden_models import FIXTURES, backbone, prompts
-from tiny_run import backbone_folder, rows_of_text, tokenizer, write_rows
+from tiny_run import tokenizer
 
-from para_jax import Engine, Transformer, bench, devices, forward
+from para_jax import Engine, bench, devices, forward
 from para_jax.bench import decode as bench_decode
-from para_jax.bench import evaluate as bench_evaluate
-from para_jax.bench import http as bench_http
-from para_jax.bench import load as bench_load
 from para_jax.bench import prefix as bench_prefix
-from para_jax.bench import scopes as bench_scopes
 from para_jax.bench import serve as bench_serve
-from para_jax.bench import tenants as bench_tenants
 from para_jax.bench import train as bench_train
 from para_jax.bench.rounds import interleaved, measurement, paired
-from para_jax.data.batches import plan_buckets
-from para_jax.data.examples import Example
 from para_jax.inference.generate import next_token
 from para_jax.plots import decode_plot
 from para_jax.record_file import check_record_file, write_record
@@ -39,23 +30,6 @@ def test_sides_are_measured_in_turn_and_the_first_run_does_not_count():
     assert calls == list("abababab")
     assert rounds == [{"a": 3, "b": 4}, {"a": 5, "b": 6}, {"a": 7, "b": 8}]
     assert measurement("s", rounds)["medians"] == {"a": 5, "b": 6}
-
-
-@pytest.mark.long
-def test_loading_is_measured_in_a_new_process_against_a_limit(monkeypatch):
-    measured = bench.BENCHMARKS["load"](BACKBONE, rounds=1)
-    assert measured["within_limit"] and measured["limit_above_weights"] == 300
-    assert 0 < measured["medians"]["weights"] < measured["medians"]["peak"] < 300
-    monkeypatch.setattr(bench_load, "LOAD_LIMIT", 0)
-    assert not bench.BENCHMARKS["load"](BACKBONE, rounds=1)["within_limit"]
-
-
-def test_a_backbone_that_does_not_load_gives_a_one_line_error(tmp_path):
-    (tmp_path / "config.json").write_bytes((FIXTURES / "smollm2" / "config.json").read_bytes())
-    (tmp_path / "model.safetensors").write_bytes((FIXTURES / "smollm2" / "model.safetensors").read_bytes()[:1000])
-    with pytest.raises(ValueError, match="^bench load: .*safetensors") as error:
-        bench.BENCHMARKS["load"](str(tmp_path))
-    assert "\n" not in str(error.value) and "ValueError" not in str(error.value)
 
 
 @pytest.fixture(scope="module")
@@ -139,56 +113,6 @@ def test_the_training_step_is_measured_by_what_the_backward_pass_keeps(monkeypat
     assert share == pytest.approx(rate * 4 * matrix_weights(backbone("smollm2").config) / 1e9)
 
 
-@pytest.mark.slow
-def test_the_training_step_is_measured_by_scope(monkeypatch):
-    monkeypatch.setattr(bench_scopes, "METHODS", {"(IA)^3": bench_scopes.METHODS["(IA)^3"]})
-    measured = bench.BENCHMARKS["scopes"](BACKBONE, rows=(2,), lengths=((4, 3), (9, 3)), rounds=2)
-    sides = [f"(IA)^3, {scope}, {length}" for length in ("4 + 3", "9 + 3") for scope in bench_scopes.SCOPES]
-    assert list(measured["medians"]) == sides and all(value > 0 for value in measured["medians"].values())
-    ratios = measured["ratios"]
-    assert ratios["(IA)^3, 9 + 3: response / all"] == paired(measured["rounds"], sides[4], sides[3])
-    assert ratios["(IA)^3, 9 + 3: response with cached prompts / all"] == paired(measured["rounds"], sides[5], sides[3])
-
-
-@pytest.mark.long
-def test_packing_is_measured_with_the_padding_that_it_removes(tmp_path):
-    backbone_folder(tmp_path / "backbone")
-    data = write_rows(tmp_path / "train.jsonl", rows_of_text(40, seed=0))
-    measured = bench.BENCHMARKS["packing"](str(tmp_path / "backbone"), data=str(data), length=64, rows=(2,), rounds=1)
-    assert list(measured["medians"]) == ["packed", "3 buckets", "1 bucket"]
-    full = measured["share_of_real_tokens"]
-    assert 1 >= full["packed"] > full["1 bucket"] and full["3 buckets"] >= full["1 bucket"]
-    removed = measured["ratios"]["packed / 1 bucket, by the padding removed"]
-    assert removed == full["packed"] / full["1 bucket"]
-    assert measured["ratios"]["packed / 1 bucket"] == paired(measured["rounds"], "packed", "1 bucket")
-
-
-def test_a_rare_bucket_counts_as_often_as_an_epoch_has_it():
-    """One example of a hundred is long: of five measured steps, one of them would else hold most of the tokens."""
-    draw = np.random.default_rng(0)
-    examples = [Example(draw.integers(3, 256, 470 if i % 100 == 0 else 20 + i % 20).tolist(), [1]) for i in range(1000)]
-    buckets, real = plan_buckets(examples, 3), sum(len(one.prompt_ids) + 1 for one in examples)
-    for epoch in (bench_train.packed_epoch(examples, 512, 2), bench_train.padded_epoch(examples, 3, 1024)):
-        assert epoch.real == real and 5 >= len(epoch.steps) >= 3
-    rows = epoch.steps[0].batch.tokens.shape[1]
-    lengths = np.array([bucket.length for bucket in buckets])
-    padded = lengths[np.searchsorted(lengths, [len(one.prompt_ids) + 1 for one in examples])]
-    steps = sum(-(-np.count_nonzero(padded == length) // rows) * length for length in lengths)
-    assert sum(one.count * one.batch.tokens.shape[2] for one in epoch.steps) == pytest.approx(steps)
-    assert epoch.share_of_real_tokens == pytest.approx(real / (steps * rows))
-
-
-@pytest.mark.long
-def test_the_step_of_many_tenants_is_measured_against_one(monkeypatch):
-    monkeypatch.setattr(bench_tenants, "METHODS", {"(IA)^3": bench_tenants.METHODS["(IA)^3"]})
-    measured = bench.BENCHMARKS["tenants"](BACKBONE, rows=(1,), rounds=2)
-    where = "(IA)^3, 16 x 1 rows"
-    assert list(measured["medians"]) == [f"{where}, {s}" for s in ("one tenant", "tenants", "of 64")]
-    assert all(value > 0 for value in measured["medians"].values()) and len(measured["rounds"]) == 2
-    expected = paired(measured["rounds"], f"{where}, tenants", f"{where}, one tenant")
-    assert measured["ratios"][f"{where}: tenants / one tenant"] == expected and len(measured["ratios"]) == 2
-
-
 @pytest.mark.long
 def test_a_run_prints_a_table_and_writes_what_it_returns(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(
@@ -241,19 +165,6 @@ def test_shared_prefixes_are_measured_by_scope_and_with_every_tokens_answer(monk
     assert len(bench_prefix.bench_gaps(model, tokenizer(), 1)["medians"]) == 4
 
 
-@pytest.mark.long
-def test_http_is_measured_against_the_engine_with_every_token_of_the_same_work(monkeypatch, tmp_path):
-    for name, value in dict(CLIENTS=3, TENANTS=2, LIGHT=2, LONGEST=32).items():
-        monkeypatch.setattr(bench_http, name, value)
-    work = bench_serve.Workload([[3, 4], [5], [6, 7, 8], [9]], [9, 3, 12, 5])
-    monkeypatch.setattr(bench_http, "ragged", lambda requests, vocab_size: work)
-    found = bench.BENCHMARKS["http"](str(backbone_folder(tmp_path / "backbone")), rows=(2,), requests=4, rounds=1)
-    assert list(found["medians"]) == ["engine in process", "HTTP, 3 clients"]
-    assert all(value > 0 for value in found["medians"].values())
-    assert 0 < found["latencies_ms"]["HTTP, 3 clients"]["first token p50"]
-    assert set(found["parts"]["first token, one request at a time"]["medians"]) == {"engine in process", "HTTP"}
-
-
 def test_a_first_token_comes_with_the_round_that_takes_its_request():
     ended = [(0, 5), (3, 13), (3, 1)]  # the second has 5, 4 and 4 tokens in the rounds 1 to 3
     served = bench_serve.ServingTimes([1.0, 2.0, 4.0, 8.0], ended, [2, 1, 1, 2], [True, True, False, False])
@@ -265,19 +176,10 @@ def test_a_first_token_comes_with_the_round_that_takes_its_request():
     assert idle.latencies()["longest gap"] == 1000.0
 
 
-def test_sampling_is_measured_for_greedy_and_sampled_rows():
-    measured = bench.BENCHMARKS["sampling"](BACKBONE, rows=(3,), rounds=2)
-    assert len(measured["medians"]) == 7 and len(measured["ratios"]) == 6 and measured["rows"] == 3
-    assert all(value > 0 for value in measured["medians"].values())
-
-
-@pytest.mark.parametrize(("name", "options"), [
-    ("train", {}), ("scopes", {}), ("sampling", {}), ("serve", {}), ("evaluate", {}),
-    ("packing", {"data": "train.jsonl"}),
-])  # fmt: skip
-def test_a_list_of_rows_is_refused_by_name_where_one_number_is_measured(name, options, tmp_path):
+@pytest.mark.parametrize("name", ["train", "serve"])
+def test_a_list_of_rows_is_refused_by_name_where_one_number_is_measured(name, tmp_path):
     with pytest.raises(ValueError, match="--rows is 1,8.*one number"):
-        bench.run(name, BACKBONE, tmp_path / "record.json", rows=(1, 8), **options)
+        bench.run(name, BACKBONE, tmp_path / "record.json", rows=(1, 8))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -312,40 +214,10 @@ def test_a_record_goes_through_a_pipe_or_a_link_and_replaces_a_file_whole(tmp_pa
 
 
 def test_an_unknown_benchmark_is_an_error_that_names_the_known_ones():
-    with pytest.raises(ValueError, match="bench: 'speed'.* load, decode, serve, http, evaluate, train"):
+    with pytest.raises(ValueError, match="bench: 'speed'.* decode, serve, train"):
         bench.run("speed", BACKBONE)
 
 
 def test_options_of_decode_are_not_for_others(tmp_path):
-    with pytest.raises(ValueError, match="bench load has no option context; it has rounds"):
-        bench.run("load", BACKBONE, context=3)
-
-
-@pytest.mark.slow
-def test_a_mixed_pass_is_measured_against_a_loop_over_adapters(tmp_path, monkeypatch, compiled):
-    monkeypatch.setattr(bench_evaluate, "PROMPT", 8)
-    monkeypatch.setattr(bench_evaluate, "NEW", 4)
-    shape = backbone("llama").config
-    small = Transformer(replace(shape, kinds=shape.kinds[:1]), rngs=nnx.Rngs(0))  # it compiles eight times
-    monkeypatch.setattr(bench_evaluate, "load_backbone", lambda source: small)
-    folder, counts = backbone_folder(tmp_path / "backbone"), []
-    real = bench_evaluate.timed
-
-    def counting(*arguments):
-        before, seconds = len(compiled), real(*arguments)
-        counts.append(len(compiled) - before)
-        return seconds
-
-    monkeypatch.setattr(bench_evaluate, "timed", counting)
-    measured = bench.BENCHMARKS["evaluate"](str(folder), rows=(4,), adapters=(6, 2), rounds=1)
-    names = [
-        f"{work}, {side}"
-        for work in ("6 adapters x 2 examples", "2 adapters x 4 examples")
-        for side in ("mixed", "loop")
-    ]
-    assert list(measured["medians"]) == list(measured["first_run"]) == names
-    assert set(measured["equal_texts"].values()) == {1.0}
-    first = [counts[0:2], counts[5:7]]  # of both sides, then an uncounted run of one, and a round of both
-    assert min(first[0]) > 2 and first[0] == first[1]  # the second workload compiles what the first did
-    assert counts[3:5] == counts[8:10] == [0, 0]
-    assert measured["ratios"]["6 adapters x 2 examples: mixed / loop"] == paired(measured["rounds"], *names[:2])
+    with pytest.raises(ValueError, match="bench train has no option context; it has rows"):
+        bench.run("train", BACKBONE, context=3)

@@ -128,7 +128,7 @@ MISTAKES = [
     ("inspect --data run.yaml data.train=dota", "data.train.*dota"),
     ("plot runs/nope --output x.png", "runs/nope: no run is there"),
     ("plot runs/mine --output x.gif", "--output x.gif"),
-    ("bench speed", "bench: 'speed'.* load, decode"),
+    ("bench speed", "bench: 'speed'.* decode, serve"),
     ("convert nope.gguf made", "nope.gguf: no such file"),
     ("convert model made", "model is a folder; .*.gguf"),
     ("convert run.yaml data", "data exists and is not an empty folder"),

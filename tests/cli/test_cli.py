@@ -167,7 +167,6 @@ def test_plot_draws_curves_factors_and_their_spread(folder, trained, tmp_path, c
     adapter, data = ("--adapter", trained / "adapter"), folder / "data" / "test.jsonl"
     for name, options in {
         "curves": [trained],
-        "scores": ["--scores", trained],
         "one": [*adapter, "--prompt", "w20 w30", *backbone],
         "two": [*adapter, "--prompt", "w20 w30", "--prompt", "w40\\nw60", *backbone],
         "spread": [*adapter, "--data", data, "--limit", 3, *backbone],
@@ -556,7 +555,6 @@ def parser_of(name):
         (["train", "."], "config \\. is a folder.*.yaml"),
         (["generate", "--prompt", "a", "--backbone", "~nobody-here/model"], "~nobody-here/model.*home folder"),
         (["generate", "--prompt", "a", "--adapters", "~nobody-here/runs"], "~nobody-here/runs.*home folder"),
-        (["bench", "packing"], "bench packing: needs --data"),
         (["bench", "decode", "--rows", "8,x"], "--rows is 8,x\ngive sizes such as 1,8,32"),
         (["bench", "decode", "--rounds", "0"], "--rounds is 0"),
         (["train", "{config}", "--topology", "v5e:4x4"], "--topology v5e:4x4 requires --dry-run\nadd --dry-run"),
@@ -575,7 +573,7 @@ def parser_of(name):
         (["inspect", "nowhere"], "nowhere: no such folder; .*run or adapter"),
         (["plot", "runs", "--limit", "3", "--output", "a.png"], "--limit requires --data"),
         (["plot", "runs", "--backbone", "m", "--output", "a.png"], "--backbone m requires --adapter"),
-        (["plot", "--scores", "runs", "--dtype", "float32", "--output", "a.png"], "--dtype float32 requires --adapter"),
+        (["plot", "runs", "--dtype", "float32", "--output", "a.png"], "--dtype float32 requires --adapter"),
         (["convert", "nowhere.gguf", "made"], "nowhere.gguf: no such file"),
         (["quickstart", "train.max_steps=0"], "train.max_steps must .* 0"),
     ],

@@ -38,7 +38,7 @@ from para_jax.model import decode_step
 from para_jax.prompt_blocks import Lanes, Tails, prefill_blocks
 from para_jax.sharding import place
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "experiments"))
 
 from program_excess import excess  # noqa: E402
 from tpu_compile import abstract_backbone, compile_decode  # noqa: E402

@@ -28,7 +28,6 @@ from para_jax.runs import compare
 from para_jax.runs import train as runs
 from para_jax.runs.compare import MethodScore, compared, comparison_table, method_configs
 from para_jax.runs.scoring import NotFinite
-from para_jax.score_plots import read_scores as read_panels
 from para_jax.training.scores_file import read_scores
 from para_jax.training.stop import Stopped, StopSignal
 
@@ -208,8 +207,7 @@ def test_the_command_trains_all_methods_with_one_backbone_and_resumes(folder, tm
     assert named_adapters([str(tmp_path / "run")]) == {
         method: str(tmp_path / "run" / method / "adapter") for method in ("ia3", "para")
     }
-    (drawn,) = read_panels([tmp_path / "run"]).values()
-    assert set(drawn.bars) == {"ia3", "para"}
+    assert (tmp_path / "run" / "scores.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="METHOD/adapter"):
         resolve_adapter(tmp_path / "run")
     assert [*found, base] == json.loads((tmp_path / "results.json").read_text())["scores"]["methods"]

@@ -1,4 +1,4 @@
-"""docs/other_servers.md and its check, scripts/check_hooks.py: the page's code computes what para_jax does."""
+"""docs/other_servers.md and its check, scripts/experiments/check_hooks.py: the page's code computes what para_jax does."""
 
 import sys
 from dataclasses import fields
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "experiments"))
 
 from check_hooks import CONFIGS, LIMIT, MOVED, ROOT, Case, page_code  # noqa: E402
 from long_cases import quick  # noqa: E402

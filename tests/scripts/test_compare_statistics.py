@@ -1,4 +1,4 @@
-"""scripts/compare_statistics.py: verdicts on cases whose answer is known."""
+"""scripts/experiments/compare_statistics.py: verdicts on cases whose answer is known."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "experiments"))
 
 import compare_statistics as statistics  # noqa: E402
 

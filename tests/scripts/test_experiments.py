@@ -1,0 +1,78 @@
+"""scripts/experiments: a measurement writes its record, and the results in git are read and give their report."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from golden_models import FIXTURES
+
+from para_jax.score_plots import Bar
+
+ROOT = Path(__file__).parents[2]
+EXPERIMENTS = ROOT / "scripts" / "experiments"
+sys.path.insert(0, str(EXPERIMENTS))
+
+import compare_cells  # noqa: E402
+import compare_report  # noqa: E402
+import measure  # noqa: E402
+import plot_scores  # noqa: E402
+from bench_sampling import bench_sampling  # noqa: E402
+
+RESULTS = ROOT / "results" / "compare_methods"
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare_methods")
+    for name in ("cells", "rows"):
+        shutil.copy(RESULTS / f"{name}.parquet", folder)
+    compare_cells.unpack(folder)
+    return folder
+
+
+@pytest.mark.parametrize("script", sorted(EXPERIMENTS.glob("*.py")), ids=lambda file: file.stem)
+def test_every_script_compiles(script):
+    compile(script.read_text(), script, "exec")
+
+
+def test_a_measurement_writes_its_record(tmp_path, monkeypatch, capsys):
+    given = ["--backbone", FIXTURES / "smollm2", "--rows", 3, "--rounds", 2, "--output", tmp_path / "a.json"]
+    monkeypatch.setattr(sys, "argv", ["bench_sampling.py", *map(str, given)])
+    measure.main(bench_sampling)
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert len(record["medians"]) == 7 and record["rows"] == 3 and "all greedy" in capsys.readouterr().out
+
+
+def test_the_tables_hold_what_the_files_said(unpacked, tmp_path):
+    files = {file.relative_to(unpacked) for file in unpacked.rglob("*.json")}
+    assert len(files) > 500
+    for name in ("sst2-PARA-r-12-trained", "sms_spam--IA--3-seed-0-tested", "boolq_closed--IA--3-seed-0-forgetting"):
+        shutil.copy(unpacked / f"{name}.json", tmp_path)
+    before = {file.name: compare_cells.read(file) for file in tmp_path.glob("*.json")}
+    compare_cells.pack(tmp_path)
+    for name in before:
+        (tmp_path / name).unlink()
+    compare_cells.unpack(tmp_path)
+    assert {file.name: compare_cells.read(file) for file in tmp_path.glob("*.json")} == before
+
+
+@pytest.mark.long
+def test_the_report_is_that_of_the_tables(unpacked):
+    assert compare_report.write_report(unpacked) == (RESULTS / "report.md").read_text()
+
+
+def test_scores_of_a_folder_of_results_are_bars(tmp_path):
+    values = {"alias": "t", "accuracy,none": 0.5, "accuracy_stderr,none": 0.05}
+    record = {"results": {"t": values}, "n-samples": {"t": {"original": 90, "effective": 60}}}
+    (tmp_path / "acme.json").write_text(json.dumps(record))
+    (scores,) = plot_scores.read_scores([tmp_path]).values()
+    assert scores.bars == {"acme": Bar(0.5, 0.05, 60)}
+
+
+@pytest.mark.parametrize("name", ["bench_http", "bench_packing", "compare_methods", "sweep_rates"])
+def test_a_script_tells_its_options(name):
+    run = [sys.executable, str(EXPERIMENTS / f"{name}.py"), "--help"]
+    assert "--output" in subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True).stdout
