@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from humanize import naturalsize
 
 from . import devices
 from .adapters.adapter import count_parameters
@@ -355,12 +356,8 @@ def carried_line(found: Described) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes for people: 1.23 GB (powers of ten)."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.4g} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
+    """Bytes for people: 1.234 GB (powers of ten)."""
+    return naturalsize(count, format="%.4g")
 
 
 def new_record(command: str, found: dict) -> dict:
