@@ -31,10 +31,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 
 import buckets
 import rehearse_run
+from rehearse_programs import compile_programs
 
 from para_jax import inspect
 from para_jax.config import RunConfig, load_config
-from para_jax.dry_run.programs import compile_programs
 from para_jax.dry_run.topology import Compiled, parsed_topology, topology_devices
 from para_jax.memory import CHIP_GIB, GIB, choose_mesh, run_bytes
 from para_jax.memory import abstract_mesh as mesh_of

@@ -1,8 +1,10 @@
 """The dry run for a slice compiles the run's own step, with the arguments that the run would hand over. The devices are
 virtual CPU devices where the TPU's compiler would add nothing."""
 
+import sys
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,6 @@ from para_jax.config import load_config
 from para_jax.data.given import with_tenants
 from para_jax.data.packing import Packed
 from para_jax.dry_run.hlo_counts import collectives_run
-from para_jax.dry_run.programs import compile_programs, shares_prompts
 from para_jax.dry_run.topology import (
     TOO_MUCH,
     compile_step,
@@ -35,6 +36,10 @@ from para_jax.roofline import matrix_weights
 from para_jax.runs.fit import empty_state
 from para_jax.sharding import shard_rows
 from para_jax.training.passes import lay_out
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+
+from rehearse_programs import compile_programs, shares_prompts  # noqa: E402
 
 ON_7B = ("configs/llama2-7b-squad.yaml", ["mesh.data=1", "mesh.fsdp=16", "train.gradient_accumulation_steps=1"])
 

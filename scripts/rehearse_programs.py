@@ -1,5 +1,8 @@
 """The programs of a run and of what comes after it, each compiled for a slice by the TPU's compiler: the training step,
-evaluation, prefill and decode."""
+evaluation, prefill and decode. Part (1) of rehearse.py.
+
+Command: `python scripts/rehearse.py v5e:4x4 configs/llama2-7b-boolq.yaml --no-runs`.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +12,20 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ..adapters.methods import has_plain_prompts
-from ..adapters.rows import Rows, Stack
-from ..config import RunConfig
-from ..data.batches import Batch, rounded_up
-from ..evaluation.likelihood import continuation_scores, together
-from ..inference.generate import next_token
-from ..longest_row import longest_split
-from ..memory import abstract_adapter, abstract_model, step_arguments
-from ..model import _prefill, prefill_after
-from ..sharding import with_sharding
-from ..tail import prompt_states
-from ..training.passes import batch_devices
-from ..training.step import eval_nll
-from .topology import Compiled, ask_compiler, compile_step
+from para_jax.adapters.methods import has_plain_prompts
+from para_jax.adapters.rows import Rows, Stack
+from para_jax.config import RunConfig
+from para_jax.data.batches import Batch, rounded_up
+from para_jax.dry_run.topology import Compiled, ask_compiler, compile_step
+from para_jax.evaluation.likelihood import continuation_scores, together
+from para_jax.inference.generate import next_token
+from para_jax.longest_row import longest_split
+from para_jax.memory import abstract_adapter, abstract_model, step_arguments
+from para_jax.model import _prefill, prefill_after
+from para_jax.sharding import with_sharding
+from para_jax.tail import prompt_states
+from para_jax.training.passes import batch_devices
+from para_jax.training.step import eval_nll
 
 #: Tokens of the answers that are ranked.
 ANSWER = 4
