@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from .adapter import ADAPTER_CONFIGS, AdapterConfig, ParaConfig, with_scope_of
@@ -348,8 +348,8 @@ class RunConfig:
 
     def __post_init__(self):
         check_fields(self)
-        of_a_method = is_dataclass(self.adapter) and not isinstance(self.adapter, type)
-        require(of_a_method, "adapter", self.adapter, "a ParaConfig, LoraConfig or Ia3Config")
+        is_config = isinstance(self.adapter, AdapterConfig)
+        require(is_config, "adapter", self.adapter, "a ParaConfig, LoraConfig or Ia3Config")
         require_location("output_dir", self.output_dir)
         if self.output_dir.startswith("~"):
             object.__setattr__(self, "output_dir", str(expanded(self.output_dir)))
