@@ -193,7 +193,7 @@ def sources_of(options) -> dict[str, str]:
 
 def check_sources(options, config) -> None:
     """Raises ValueError, before JAX is loaded, for a backbone, an adapter or data that is not there."""
-    from ..data.sources import source_of
+    from ..data.sources import open_split
     from ..record_file import check_results_folder, check_writable
     from .checks import check_adapters, check_backbone, check_data, check_new_folder, check_tasks, is_elsewhere
 
@@ -211,7 +211,7 @@ def check_sources(options, config) -> None:
         warn_of_unused(options, config)
     if not options.tasks:
         check_data(config, [options.split])
-        if not is_elsewhere(config.data, options.split) and source_of(config.data, options.split) is None:
+        if not is_elsewhere(config.data, options.split) and open_split(config.data, options.split) is None:
             raise no_data(options, config)
 
 
@@ -271,9 +271,9 @@ def run_task(options, config, tokenizer):
 
 
 def no_data(options, config) -> ValueError:
-    from ..data.sources import source_of
+    from ..data.sources import open_split
 
-    source_of(config.data, "train")  # a ValueError where it should be but is not: the split would be next to it
+    open_split(config.data, "train")  # a ValueError where it should be but is not: the split would be next to it
     return ValueError(
         f"data.{options.split} is not set: give a .jsonl file, {options.split}.jsonl in data.train's folder, or "
         "tfds:NAME or hf:NAME" + ("; a tenant's own config is in its folder of the run" if config.data.tenants else "")

@@ -9,77 +9,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..config import expanded, nearest, printable, shorten
 from ..hub import HUB_ID, inside_folder, is_inside_folder
-from .arrow_files import as_written, float32_columns, hides_labels, json_columns, without_media
-from .plain_values import plain_value
-from .tfds import require_forward
+from .row_files import dataset_rows
+from .split import DataSet, Split
 
 SCHEME = "hf:"
 FORMATS = ("json", "parquet")
 SOURCE = re.compile(r"hf:(?P<name>[^:]+)(:(?P<config>[^:]*)(:(?P<split>.+))?)?")
-READ_AT_ONCE = 1000  # rows
-
-
-class HfSplit(NamedTuple):
-    """One split of a data set in the cache of `datasets`."""
-
-    label: str
-    """the source with its config and split: hf:NAME:CONFIG:SPLIT"""
-    split: str
-    dataset: Any
-    """a datasets.Dataset"""
-
-    def files(self) -> list[Path]:
-        """The Arrow files in the cache that hold the rows."""
-        return sorted(Path(file["filename"]) for file in self.dataset.cache_files)
-
-    def rows(self) -> Iterator[tuple[str, dict]]:
-        """Each row's place, "hf:NAME:CONFIG:SPLIT[index]", and its columns. A null counts as a missing column."""
-        index, in_json, short = 0, json_columns(self.dataset), float32_columns(self.dataset.features or {})
-        for columns in without_media(self.dataset).iter(batch_size=READ_AT_ONCE):
-            for values in zip(*columns.values(), strict=True):
-                place = f"{self.label}[{index}]"
-                row = as_written(dict(zip(columns, values, strict=True)), in_json, short)
-                yield place, {name: plain_value(value) for name, value in row.items()}
-                index += 1
-
-    def has_labels(self) -> bool:
-        return not hides_labels(self.dataset)
 
 
 def is_hf(source: str | None) -> bool:
     return source is not None and source.startswith(SCHEME)
 
 
-def find_split(source: str, split: str) -> HfSplit:
-    """The data of an hf: source, downloaded into the cache if it is not there.
-
-    Args:
-        split: the split to read if the source names none. "test" becomes "validation" if there is no test split, or
-            its labels are hidden, as in GLUE.
-    """
+def open_data_set(source: str) -> DataSet:
+    """The data set of an hf: source, downloaded into the cache if it is not there."""
     name, config, named = parse_hf(source)
     builder = prepared_builder(name, config)
-    if named is None:
-        options = (split, "validation") if split == "test" else (split,)
-        found = (read_split(builder, name, config, option) for option in options if option in builder.info.splits)
-        named = next((one.split for one in found if one.has_labels()), split)
-    require_forward(source, named)
-    return read_split(builder, name, config, named)
-
-
-def sibling_split(source: str, split: str) -> HfSplit | None:
-    """The validation or test split next to the training data, an hf: source. None if the source names its split, or the
-    data set has no such split."""
-    name, config, named = parse_hf(source)
-    if named is not None:
-        return None
-    builder = prepared_builder(name, config)
-    return read_split(builder, name, config, split) if split in builder.info.splits else None
+    return DataSet(named, list(builder.info.splits), partial(read_split, builder, name, config))
 
 
 def parse_hf(source: str) -> tuple[str, str | None, str | None]:
@@ -142,7 +94,7 @@ def load_failure(error: Exception) -> str:
     return text
 
 
-def read_split(builder: Any, name: str, config: str | None, split: str) -> HfSplit:
+def read_split(builder: Any, name: str, config: str | None, split: str) -> Split:
     try:
         dataset = builder.as_dataset(split=split)
     except ValueError:
@@ -150,4 +102,9 @@ def read_split(builder: Any, name: str, config: str | None, split: str) -> HfSpl
             f"{SCHEME}{name}: no split {shorten(split)}, or no rows in it; choose one of "
             f"{', '.join(builder.info.splits)}, or a part of one, such as train[:90%]"
         ) from None
-    return HfSplit(f"{SCHEME}{name}:{config or ''}:{split}", split, dataset)
+    label, files = f"{SCHEME}{name}:{config or ''}:{split}", [Path(file["filename"]) for file in dataset.cache_files]
+    return Split(label, split, f"{label}[", partial(enumerated, dataset), files)
+
+
+def enumerated(dataset: Any) -> Iterator[tuple[int, dict]]:
+    return enumerate(dataset_rows(dataset))

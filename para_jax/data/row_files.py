@@ -1,72 +1,50 @@
-"""The rows of one data file, each with its place for errors: JSON lines, a JSON array, CSV, TSV or Parquet."""
+"""The rows of data files: JSON by ourselves, and CSV, Parquet and folders that `save_to_disk` wrote by pyarrow."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..config import without_repeats
-from ..storage.bucket import Place
-from ..untrusted import require_unicode
-from .arrow_files import MAGIC, parquet_rows
-from .csv_file import DELIMITERS, csv_rows
+from ..config import printable, shorten
+from ..storage.bucket import BucketPath, Place
+from .split import DataSet, Split
 
-#: The longest line of JSON, and the largest JSON array, in bytes. Other files may have any size.
-MAX_LINE, MAX_ARRAY = 2**26, 2**28
+#: The delimiter of a table of text. A .csv file without a comma in its header has semicolons.
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
 #: The endings of a split's file in a folder, such as train.csv. The first that exists is read.
-ENDINGS = (".jsonl", ".json", *DELIMITERS, ".parquet")
-#: The first bytes of files that hold a table in packed form, and what they are.
-PACKED = {
-    b"\x1f\x8b": "a gzip file", b"PK\x03\x04": "a zip file, as .xlsx is", b"\x28\xb5\x2f\xfd": "a zstd file",
-    b"BZh": "a bzip2 file", b"\xfd7zXZ": "an xz file",
-}  # fmt: skip
-#: How the names of packed files end, which are not read.
-PACKED_ENDINGS = (".gz", ".zst", ".bz2", ".xz")
+ENDINGS = (".jsonl", ".json", ".ndjson", *DELIMITERS, ".parquet")
 #: What others call the validation data. It is not read by these names.
 OTHER_NAMES = ("valid", "val", "dev", "eval")
-#: Another ending for JSON lines. No file is found by it.
-OTHER_LINES = ".ndjson"
+#: The file in which `save_to_disk` lists the splits.
+SPLITS = "dataset_dict.json"
+#: Columns of a CSV file that hold JSON. An empty cell in these, or in `label`, is a missing value.
+JSON_COLUMNS = ("messages", "references")
+#: Bytes that are read at once of a CSV file. A row must fit.
+CSV_BLOCK = 2**24
+READ_AT_ONCE = 1000  # rows
 
 
-def read_rows(path: Any, seen=None) -> Iterator[tuple[str, dict]]:
-    """Each row's place, "file:line" or "file[index]", and its columns. Empty lines are skipped.
+# --------------------------------------------------------------------------------------------------------------- files
 
-    The name says which file is CSV (.csv) or TSV (.tsv). Parquet and JSON are recognised by their content.
 
-    Args:
-        seen: a hash that is updated with the bytes as they are read, except those of Parquet.
-    """
+def open_file(path: Place, split: str = "train") -> Split:
+    """The rows of a data file, by its ending: .csv, .tsv, .parquet, else JSON lines or a JSON array."""
     if not path.is_file():
         problem = "is a folder" if path.is_dir() else "does not exist"
         raise ValueError(f"{path} {problem}; name a .jsonl, .csv or .parquet file")
-    form = form_of(path)
-    if form == "parquet":
-        return parquet_rows(path)
-    if form in DELIMITERS:
-        return csv_rows(path, DELIMITERS[form], seen)
-    return array_rows(path, seen) if form == "array" else line_rows(path, seen)
-
-
-def form_of(path: Place) -> str:
-    """What a file holds: parquet, .csv, .tsv, a JSON array or JSON lines ("array", "lines"). Raises ValueError for a
-    packed file."""
-    with path.open("rb") as stream:
-        start = stream.read(512)
-    if start.startswith(MAGIC):
-        return "parquet"
-    if packed := [kind for first, kind in PACKED.items() if start.startswith(first)]:
-        raise ValueError(f"{path} is {packed[0]}; unpack it, or save the table as .csv or .jsonl")
-    if path.suffix.lower() in DELIMITERS:
-        return path.suffix.lower()
-    return "array" if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[") else "lines"
-
-
-def place_prefix(path: Place) -> str:
-    """What a row's place begins with, before its number."""
-    return f"{path}[" if form_of(path) in ("parquet", "array") else f"{path}:"
+    ending = path.suffix.lower()
+    if ending in DELIMITERS:
+        read = partial(arrow_rows, path, csv_rows)
+    elif ending == ".parquet":
+        read = partial(arrow_rows, path, parquet_rows)
+    else:
+        is_array = starts_array(path)
+        read = partial(array_rows if is_array else line_rows, path)
+        return Split(str(path), split, f"{path}[" if is_array else f"{path}:", read, (path,))
+    return Split(str(path), split, f"{path}[", read, (path,))
 
 
 def split_file(folder: Place, split: str) -> Place | None:
@@ -75,47 +53,28 @@ def split_file(folder: Place, split: str) -> Place | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def misnamed_split(folder: Path, split: str) -> Path | None:
-    """The file in a folder that was probably meant as this split, such as validation.jsonl.gz, validation.CSV or
-    dev.jsonl; None if there is none, or data of this split."""
-    if split_file(folder, split) is not None:
-        return None
-    names = (split, *OTHER_NAMES) if split == "validation" else (split,)
-    endings = (*ENDINGS, OTHER_LINES, *(ending + packed for ending in ENDINGS for packed in PACKED_ENDINGS))
-    meant = {f"{name}{ending}" for name in names for ending in endings}
-    try:
-        found = sorted(name for name in os.listdir(folder) if name.lower() in meant)
-    except OSError:  # a folder that may not be listed
-        found = []
-    return next((folder / name for name in found if (folder / name).is_file()), None)
-
-
-def line_rows(path: Place, seen) -> Iterator[tuple[str, dict]]:
+def starts_array(path: Place) -> bool:
     with path.open("rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), start=1):
-            place = f"{path}:{number}"
-            if seen is not None:
-                seen.update(line)
-            if len(line) > MAX_LINE:
-                raise ValueError(f"{place}: the line is longer than {MAX_LINE} bytes; split it")
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(str(line, "utf-8-sig"), object_pairs_hook=without_repeats)
-                require_unicode("a text", row)  # half a surrogate pair is JSON
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{place}: not JSON: {not_utf8(error)}") from None
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{place}: not JSON: {json_problem(error)}{advice(number, line)}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{place}: the line is a {type(row).__name__}, not a JSON object")
-            yield place, row
+        return file.read(512).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 
-def not_utf8(error: UnicodeDecodeError) -> str:
-    return f"it is not UTF-8 text ({error.reason}); save the file as UTF-8"
+def line_rows(path: Place) -> Iterator[tuple[int, dict]]:
+    """Each object and its line. Empty lines are skipped."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, json_object(f"{path}:{number}", line)
+
+
+def json_object(place: str, line: bytes) -> dict:
+    try:
+        row = json.loads(str(line, "utf-8-sig"))
+    except ValueError as error:
+        advice = "write a JSON object per line, in UTF-8; a table with a header line must be named .csv or .tsv"
+        raise ValueError(f"{place}: not JSON: {json_problem(error)}\n{advice}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}: the line is a {type(row).__name__}, not a JSON object")
+    return row
 
 
 def json_problem(error: Exception) -> str:
@@ -125,33 +84,135 @@ def json_problem(error: Exception) -> str:
     return str(error)[:100]
 
 
-def advice(number: int, line: bytes) -> str:
-    """What to do about a first line that is not JSON: the file may be another kind of table."""
-    if number > 1 or line.lstrip().startswith(b"{"):
-        return ""
-    return "\nthe file must hold a JSON object per line; a table with a header line must be named .csv or .tsv"
-
-
-def array_rows(path: Place, seen) -> Iterator[tuple[str, dict]]:
+def array_rows(path: Place) -> Iterator[tuple[int, dict]]:
     """The objects of a JSON array, which is read at once."""
     with path.open("rb") as file:
-        text = file.read(MAX_ARRAY + 1)
-    if len(text) > MAX_ARRAY:
-        raise ValueError(f"{path}: a JSON array of more than {MAX_ARRAY} bytes; write an object per line instead")
-    if seen is not None:
-        seen.update(text)
-    try:
-        rows = json.loads(str(text, "utf-8-sig"), object_pairs_hook=without_repeats)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a JSON array: {not_utf8(error)}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a JSON array: {error}") from None
-    for index, row in enumerate(rows):
-        place = f"{path}[{index}]"
         try:
-            require_unicode("a text", row)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{place}: {error}") from None
+            rows = json.loads(str(file.read(), "utf-8-sig"))
+        except ValueError as error:
+            raise ValueError(f"{path}: not a JSON array: {error}") from None
+    for index, row in enumerate(rows):
         if not isinstance(row, dict):
-            raise ValueError(f"{place}: the item is a {type(row).__name__}, not a JSON object")
-        yield place, row
+            raise ValueError(f"{path}[{index}]: the item is a {type(row).__name__}, not a JSON object")
+        yield index, row
+
+
+# --------------------------------------------------------------------------------------------------------------- arrow
+
+
+def arrow_rows(path: Any, rows: Callable[[Any], Iterator[dict]]) -> Iterator[tuple[int, dict]]:
+    """The rows of a file or folder that pyarrow reads. Its errors name the file."""
+    import pyarrow
+
+    try:
+        yield from enumerate(rows(path))
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise ValueError(f"{path}: {printable(str(error), 300)}") from None
+
+
+def csv_rows(path: Place) -> Iterator[dict]:
+    """The rows of a CSV file. Its cells are texts, except those of `messages` and `references`, which hold JSON."""
+    import pyarrow
+    from pyarrow import csv
+
+    with path.open("rb") as stream:
+        header = stream.readline()
+    delimiter = DELIMITERS[path.suffix.lower()]
+    delimiter = ";" if delimiter == "," and b"," not in header else delimiter
+    parse, read = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True), csv.ReadOptions(block_size=CSV_BLOCK)
+    with path.open("rb") as stream:
+        names = csv.open_csv(stream, read, parse).schema.names
+    texts = csv.ConvertOptions(column_types=dict.fromkeys(names, pyarrow.string()))
+    with path.open("rb") as stream:
+        for batch in csv.open_csv(stream, read, parse, texts):
+            yield from map(with_json, batch.to_pylist())
+
+
+def with_json(cells: dict[str, str]) -> dict:
+    empty = [name for name in (*JSON_COLUMNS, "label") if not cells.get(name, "filled").strip()]
+    row: dict[str, Any] = {name: cell for name, cell in cells.items() if name not in empty}
+    return row | {name: json.loads(row[name]) for name in JSON_COLUMNS if name in row}
+
+
+def parquet_rows(path: Place) -> Iterator[dict]:
+    from pyarrow.parquet import ParquetFile
+
+    with path.open("rb") as stream:
+        for batch in ParquetFile(stream).iter_batches(READ_AT_ONCE):
+            yield from batch_rows(batch)
+
+
+def saved_rows(folder: Path) -> Iterator[dict]:
+    import pyarrow
+    import pyarrow.ipc
+
+    for file in saved_files(folder):
+        with pyarrow.memory_map(str(file)) as stream:
+            for batch in pyarrow.ipc.open_stream(stream):
+                yield from batch_rows(batch)
+
+
+def dataset_rows(dataset: Any) -> Iterator[dict]:
+    """The rows of a datasets.Dataset. Images and the like stay as they are stored."""
+    for table in dataset.with_format("arrow").iter(READ_AT_ONCE):
+        yield from batch_rows(table)
+
+
+def batch_rows(batch: Any) -> list[dict]:
+    """The rows of a record batch or table, as they were before Arrow gave every object all fields of its column."""
+    kinds = {field.name: field.type for field in batch.schema if "arrow.json" in str(field.type)}
+    rows = batch.to_pylist()
+    for row in rows if kinds else ():
+        row |= {name: decoded(row[name], kind) for name, kind in kinds.items()}
+    return without_nulls(rows)
+
+
+def decoded(value: Any, kind: Any) -> Any:
+    """The value of a column of an Arrow type, with each JSON text in it as what it holds. Hugging Face datasets stores
+    values of mixed types so."""
+    if value is None or "arrow.json" not in str(kind):
+        return value
+    if isinstance(value, dict):
+        return {field.name: decoded(value[field.name], field.type) for field in kind}
+    return json.loads(value) if isinstance(value, str) else [decoded(item, kind.value_type) for item in value]
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without the fields of its objects that are null. A chat template would write them."""
+    if isinstance(value, dict):
+        return {name: without_nulls(part) for name, part in value.items() if part is not None}
+    return [without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
+# --------------------------------------------------------------------------------------------------------- save_to_disk
+
+
+def is_saved(folder: Place) -> bool:
+    """Whether `save_to_disk` wrote the folder: a data set, or one with splits."""
+    if isinstance(folder, BucketPath) or not folder.is_dir():
+        return False
+    return (folder / SPLITS).is_file() or (folder / "state.json").is_file()
+
+
+def splits_of_saved(folder: Path) -> list[str]:
+    """The splits of a folder that `save_to_disk` wrote; none where it is one data set."""
+    return sorted(file.parent.name for file in folder.glob("*/state.json")) if (folder / SPLITS).is_file() else []
+
+
+def saved_data_set(folder: Path, named: str | None = None) -> DataSet:
+    """A folder that `save_to_disk` wrote."""
+    return DataSet(named, splits_of_saved(folder), partial(open_saved, folder))
+
+
+def open_saved(folder: Path, split: str) -> Split:
+    """A split of a folder that `save_to_disk` wrote. A data set without splits is the one that it is named for."""
+    own = folder / split if (folder / SPLITS).is_file() else folder
+    if not (own / "state.json").is_file() or "[" in split:
+        there = printable(", ".join(splits_of_saved(folder)), 200) or "none"
+        raise ValueError(f"{folder}: no split {shorten(split)}; it has {there}; choose one with hf:{folder}::SPLIT")
+    return Split(str(own), split, f"{own}[", partial(arrow_rows, own, saved_rows), saved_files(own))
+
+
+def saved_files(folder: Path) -> list[Path]:
+    """The Arrow files of a split, in the order of the rows."""
+    return [folder / file["filename"] for file in json.loads((folder / "state.json").read_bytes())["_data_files"]]

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from ..config import BASE, DataSection, expanded
 from ..storage.bucket import Place
-from .arrow_files import SPLITS, is_saved, splits_of_saved
 from .given import PYTHON, is_given
-from .row_files import ENDINGS, OTHER_LINES, OTHER_NAMES, PACKED_ENDINGS, split_file
+from .row_files import ENDINGS, OTHER_NAMES, SPLITS, is_saved, split_file, splits_of_saved
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 #: What a tenant sets of its own (runs/tenant_file.py), in its sub-folder.
@@ -43,10 +42,6 @@ def tenant_sections(folder: str | Path, section: DataSection) -> dict[str, DataS
         )
     found: dict[str, DataSection] = {}
     for path in shown(root):
-        if path.suffix.lower() in PACKED_ENDINGS and Path(path.stem).suffix.lower() in ENDINGS:
-            raise ValueError(f"data.tenants: {path} is packed and would not be read; unpack it, or move it elsewhere")
-        if path.suffix.lower() == OTHER_LINES and not path.is_dir():
-            raise ValueError(f"data.tenants: {path} would not be read; rename it to {path.stem}.jsonl")
         if not (path.is_dir() or path.suffix.lower() in ENDINGS):
             continue
         name = path.name if path.is_dir() else path.stem

@@ -9,16 +9,15 @@ import re
 import shlex
 from collections.abc import Iterator
 from contextlib import redirect_stdout
+from functools import partial
 from io import StringIO
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from ..config import TFDS as SCHEME
 from ..config import expanded, printable, shorten
 from ..config import is_tfds as is_tfds
-from .plain_values import plain_value
+from .split import DataSet, Split
 
 CATALOG = "https://www.tensorflow.org/datasets/catalog"
 READ_AT_ONCE = 1000  # examples
@@ -26,43 +25,6 @@ READ_AT_ONCE = 1000  # examples
 
 class NotPrepared(ValueError):
     """The data set is not on disk. The message names the folder, and the command that prepares the data set."""
-
-
-class TfdsSplit(NamedTuple):
-    """One split of a data set on disk."""
-
-    label: str
-    """the source with its split: tfds:NAME/CONFIG:SPLIT"""
-    split: str
-    folder: Path
-    """the folder of the newest version"""
-
-    def files(self) -> list[Path]:
-        """The files of the data set, those of its other splits included."""
-        return sorted(file for file in self.folder.iterdir() if file.is_file())
-
-    def rows(self) -> Iterator[tuple[str, dict]]:
-        """Each example's place, "tfds:NAME:SPLIT[index]", and its fields: text, numbers, lists and dicts of them."""
-        builder = builder_at(self.folder)
-        source, short = builder.as_data_source(split=self.split), float32_fields(builder)
-        for start in range(0, len(source), READ_AT_ONCE):
-            indices = range(len(source))[start : start + READ_AT_ONCE]
-            for index, example in zip(indices, source.__getitems__(indices), strict=True):
-                place = f"{self.label}[{index}]"
-                fields = example | {name: np.float32(example[name]) for name in short}
-                yield place, {name: plain_value(value) for name, value in fields.items()}
-
-    def has_labels(self) -> bool:
-        """Whether the labels are known: -1 means a hidden label."""
-        source = builder_at(self.folder).as_data_source(split=self.split)
-        return not len(source) or all(source[0][name] != -1 for name in self.class_labels())
-
-    def class_labels(self) -> dict[str, list[str]]:
-        """The names of the classes of each ClassLabel field."""
-        from tensorflow_datasets.core.features import ClassLabel
-
-        features = builder_at(self.folder).info.features.items()
-        return {name: list(feature.names) for name, feature in features if isinstance(feature, ClassLabel)}
 
 
 def parse_tfds(source: str) -> tuple[str, str | None]:
@@ -73,50 +35,32 @@ def parse_tfds(source: str) -> tuple[str, str | None]:
     return found[1], found[2]
 
 
-def require_forward(source: str, split: str) -> None:
-    """Raises ValueError for a part that ends where it begins or before, such as train[50%:45%]. Both libraries read
-    some of these as all the rows from there on."""
-    for start, _, end in re.findall(r"\[([\d_]+)(%?):([\d_]+)\2\]", split):
-        if int(start) >= int(end):
-            raise ValueError(f"{source}: {split} ends at {end}, which is not after {start}, so it has no rows")
-
-
-def find_split(source: str, split: str, data_dir: str | None) -> TfdsSplit:
-    """The prepared data of a tfds: source. Nothing is downloaded.
-
-    Args:
-        split: the split to read if the source names none. "test" becomes "validation" if there is no test split, or
-            its labels are hidden, as in GLUE and SuperGLUE.
-    """
+def open_data_set(source: str, data_dir: str | None) -> DataSet:
+    """The prepared data of a tfds: source. Nothing is downloaded."""
     name, named = parse_tfds(source)
     folder = newest(name, data_dir)
-    if named is None:
-        options = (split, "validation") if split == "test" else (split,)
-        found = (split_at(name, folder, option) for option in options)
-        named = next((one.split for one in found if one and one.has_labels()), split)
-    require_forward(source, named)
+    return DataSet(named, list(builder_at(folder).info.splits), partial(open_prepared, name, folder))
+
+
+def open_prepared(name: str, folder: Path, split: str) -> Split:
+    builder = builder_at(folder)
     try:
-        builder_at(folder).as_data_source(split=named)
+        builder.as_data_source(split=split)
     except ValueError:
-        there = ", ".join(builder_at(folder).info.splits)
         raise ValueError(
-            f"{SCHEME}{name}: no split {shorten(named)}, or no rows in it; choose one of {there}, or a part of one, "
-            "such as train[:90%]"
+            f"{SCHEME}{name}: no split {shorten(split)}, or no rows in it; choose one of "
+            f"{', '.join(builder.info.splits)}, or a part of one, such as train[:90%]"
         ) from None
-    return TfdsSplit(f"{SCHEME}{name}:{named}", named, folder)
+    label, files = f"{SCHEME}{name}:{split}", sorted(file for file in folder.iterdir() if file.is_file())
+    return Split(label, split, f"{label}[", partial(examples, folder, split), files)
 
 
-def sibling_split(source: str, split: str, data_dir: str | None) -> TfdsSplit | None:
-    """The validation or test split next to the training data, a tfds: source. None if the source names its split, or
-    the data set has no such split."""
-    name, named = parse_tfds(source)
-    folder = newest(name, data_dir)
-    return split_at(name, folder, split) if named is None else None
-
-
-def split_at(name: str, folder: Path, split: str) -> TfdsSplit | None:
-    there = split in builder_at(folder).info.splits
-    return TfdsSplit(f"{SCHEME}{name}:{split}", split, folder) if there else None
+def examples(folder: Path, split: str) -> Iterator[tuple[int, dict]]:
+    """Each example with its index."""
+    source = builder_at(folder).as_data_source(split=split)
+    for start in range(0, len(source), READ_AT_ONCE):
+        indices = range(len(source))[start : start + READ_AT_ONCE]
+        yield from zip(indices, source.__getitems__(indices), strict=True)
 
 
 def prepare(source: str, data_dir: str | None = None) -> Path:
@@ -187,13 +131,6 @@ def require_array_record(name: str, folder: Path) -> None:
             f"{SCHEME}{name}: {folder} holds {held} files, but only array_record can be read without TensorFlow. "
             f"Run `para-jax prepare {SCHEME}{name} --data-dir DIR` with another folder, and set data.data_dir to it"
         )
-
-
-def float32_fields(builder: Any) -> list[str]:
-    """The fields that hold one float, which the files keep as float32, also if it is a float64, and a row gives as a
-    Python float: 0.1 is then 0.10000000149011612."""
-    features = builder.info.features.items()
-    return [name for name, one in features if one.shape == () and np.issubdtype(one.np_dtype, np.floating)]
 
 
 def builder_at(folder: Path) -> Any:

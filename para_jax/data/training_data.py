@@ -5,7 +5,6 @@ Reading and tokenising overlap. The ids are cached for the next start (token_cac
 
 from __future__ import annotations
 
-import hashlib
 import re
 import sys
 import time
@@ -26,8 +25,8 @@ from .encode_records import ENCODED_AT_ONCE, all_too_long, cut_left, encode_all,
 from .example_arrays import ExampleArrays, ExampleBuilder
 from .examples import Example
 from .records import Record, split_records
-from .row_files import form_of
-from .sources import DatasetSplit, Source, files_of, is_held_out, prefix_of, source_of, task_of
+from .sources import is_held_out, open_split, task_of
+from .split import Split, place_of
 from .token_cache import TokenisedExamples
 
 #: An example with this many times the tokens of 99 % of the others is reported.
@@ -53,7 +52,7 @@ class Places(Sequence[str]):
     def __getitem__(self, index) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return f"{self.prefix}{self.numbers[index]}{']' if self.prefix.endswith('[') else ''}"
+        return place_of(self.prefix, int(self.numbers[index]))
 
 
 class TrainingData(NamedTuple):
@@ -105,27 +104,22 @@ def load_training_data(section: DataSection, tokenizer) -> TrainingData:
 
     Raises ValueError as `load_records` and `encode_records` do, naming the place.
     """
-    source, key = source_of(section, "train"), None
-    if section.cache and is_large(source):
+    source, key, content = open_split(section, "train"), None, ""
+    if source and section.cache and sum(file.stat().st_size for file in source.files) >= token_cache.MIN_BYTES:
         key = token_cache.tokenizer_key(tokenizer, fields_of(source, section))
-    before = content_of(source) if key else ""
-    if key and (found := token_cache.load_tokens(key, before)):
+        content = token_cache.files_digest(source.files)
+    tokens = token_cache.load_tokens(key, content) if key else None
+    if tokens is not None:
         say(f"using cached token ids from {token_cache.folder()}")
-        return training_data(source, found)
-    begun, seen = time.monotonic(), hashlib.sha256() if key else None
-    tokens = tokenised(split_records(section, "train", seen) or [], tokenizer, section)
-    if time.monotonic() - begun > REPORTED_SECONDS:
-        say(f"tokenised {len(tokens.sizes)} examples in {time.monotonic() - begun:.0f} s")
-    if key and seen:  # a file may have changed since it was looked up: these ids are of the bytes that were read
-        content = seen.hexdigest() if reads_as_text(source) else content_of(source)
-        if reads_as_text(source) or content == before:
+    else:
+        begun = time.monotonic()
+        tokens = tokenised(split_records(section, "train") or [], tokenizer, section)
+        if time.monotonic() - begun > REPORTED_SECONDS:
+            say(f"tokenised {len(tokens.sizes)} examples in {time.monotonic() - begun:.0f} s")
+        if key:
             token_cache.store_tokens(key, content, tokens)
-    return training_data(source, tokens)
-
-
-def training_data(source: Source | None, tokens: TokenisedExamples) -> TrainingData:
-    examples = ExampleArrays(tokens.ids, tokens.sizes)
-    return TrainingData(examples, Places(prefix_of(source), tokens.numbers), tokens.cut, tokens.skipped)
+    places = Places(source.prefix if source else "", tokens.numbers)
+    return TrainingData(ExampleArrays(tokens.ids, tokens.sizes), places, tokens.cut, tokens.skipped)
 
 
 def tokenised(records: Iterable[Record], tokenizer, section: DataSection) -> TokenisedExamples:
@@ -180,24 +174,9 @@ def number_of(place: str) -> int:
 # ---------------------------------------------------------------------------------------------------------------- cache
 
 
-def fields_of(source: Source | None, section: DataSection) -> dict[str, Any]:
+def fields_of(source: Split, section: DataSection) -> dict[str, Any]:
     """Everything that the ids depend on besides the data's content and the tokenizer."""
     fields = {name: getattr(section, name) for name in ("prompt", "completion", "max_seq_length", "truncate")}
     if is_held_out(section):
         fields["validation_split"] = section.validation_split
-    if isinstance(source, DatasetSplit):
-        return fields | dict(task=task_of(section), split=source.split)
-    return fields | dict(task=task_of(section), split=None, form=source and form_of(source))
-
-
-def reads_as_text(source: Source | None) -> bool:
-    """Whether a source is a file whose bytes `split_records` adds to a hash as it reads them."""
-    return not isinstance(source, DatasetSplit) and form_of(source) != "parquet"
-
-
-def is_large(source: Source | None) -> bool:
-    return sum(file.stat().st_size for file in files_of(source)) >= token_cache.MIN_BYTES
-
-
-def content_of(source: Source | None) -> str:
-    return token_cache.files_digest(files_of(source))
+    return fields | dict(task=task_of(section), split=source.name, form=source.files[0].suffix)

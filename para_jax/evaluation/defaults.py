@@ -18,7 +18,7 @@ from ..data.batches import rounded_up
 from ..data.examples import encode_completion
 from ..data.given import described
 from ..data.records import Record, load_records, split_records
-from ..data.sources import source_of, task_of
+from ..data.sources import open_split, task_of
 from ..data.tasks import TASKS
 from ..messages import warn
 from ..progress import Progress
@@ -175,7 +175,7 @@ def missing_answer(records: Sequence[Record], limit: int) -> str | None:
 def is_there(section: DataSection) -> bool:
     """Whether there is training data. A run may be evaluated on a machine that has its test data only."""
     try:
-        return source_of(section, "train") is not None
+        return open_split(section, "train") is not None
     except ValueError:
         return False
 

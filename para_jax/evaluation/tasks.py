@@ -10,11 +10,10 @@ from shlex import quote
 from typing import Any, NamedTuple
 
 from ..backbone.load import load_model_config
-from ..config import DataSection, ModelConfig, RunConfig, is_tfds, shorten
+from ..config import DataSection, ModelConfig, RunConfig, shorten
 from ..data.encode_records import encode_records, report
 from ..data.examples import Example, answer_opening, encode_completion, encode_example
 from ..data.given import with_data
-from ..data.hf import is_hf
 from ..data.records import MissingColumn, Record, load_records, read_records, split_records
 from ..data.row_files import split_file
 from ..data.sources import task_of
@@ -156,9 +155,8 @@ def check_room(model: ModelConfig, encoded: EncodedTask) -> None:
 
 def warn_of_replaced(source: str | None, records: list[Record]) -> None:
     """Warns if the rows of the test data are those of a data set's validation split, which the source does not name."""
-    if source is None or not (is_hf(source) or is_tfds(source)):
-        return
-    if ":validation" not in source and ":validation[" in records[0].place:
+    place = records[0].place.rpartition("[")[0]
+    if source and "validation" not in source and place.endswith((":validation", "/validation")):
         warn(f"{source}: there is no test split with labels; the validation split is scored as the test data")
 
 

@@ -19,9 +19,8 @@ from ..data.encode_records import TooLong
 from ..data.example_arrays import ExampleArrays
 from ..data.examples import Example
 from ..data.packing import PackingPlan, RowShape, common_shape, plan_packing
-from ..data.row_files import ENDINGS, PACKED_ENDINGS
 from ..data.schedule import TenantOrder
-from ..data.sources import is_folder, is_held_out, local_place, unread
+from ..data.sources import is_folder, is_held_out, unread
 from ..data.tenants import tenant_sections
 from ..data.tokenizer import run_tokenizer
 from ..data.training_data import TrainingData, chosen_length, describe_lengths, load_training_data
@@ -211,11 +210,9 @@ def warn_of_unread(configs: Iterable[RunConfig]) -> None:
     found = sorted(filter(None, (unread(section, "validation") for section in sections.values())))
     if found:
         more = f", and neither are {len(found) - 1} more" if len(found) > 1 else ""
-        stem, suffix = found[0].stem, found[0].suffix.lower()
-        folders = [local_place(train) for train, _ in sections]
-        renamed = stem != "validation" and suffix in ENDINGS and found[0].parent in folders
-        advice = f"rename it to validation{suffix}, or " if renamed else ""
-        advice = "unpack it, or " if suffix in PACKED_ENDINGS else advice
+        name = f"validation{found[0].suffix.lower()}"
+        renames = found[0].name != name and any(is_folder(train) for train, _ in sections)
+        advice = f"rename it to {name}, or " if renames else ""
         warn(f"{found[0]} is not read{more}; {advice}set data.validation")
 
 

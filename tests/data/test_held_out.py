@@ -7,7 +7,7 @@ import pytest
 import tiny_tokenizers
 
 from para_jax.config import DataSection
-from para_jax.data import token_cache, training_data
+from para_jax.data import token_cache
 from para_jax.data.given import with_data
 from para_jax.data.held_out import part_of
 from para_jax.data.records import load_records
@@ -111,7 +111,6 @@ def test_the_cache_of_token_ids_knows_what_was_held_out(tmp_path, monkeypatch):
     for _ in range(2):  # written, then read
         for share, count in ((0.1, 36), (0.25, 30), (None, 40)):
             assert len(load_training_data(section(file, validation_split=share), tokenizer).examples) == count
-    assert training_data.fields_of(None, DataSection(train=str(file))).get("validation_split") is None
 
 
 def test_a_few_rows_are_all_trained_on(tmp_path):

@@ -9,11 +9,11 @@ import tiny_tokenizers
 from tiny_run import write_rows
 
 from para_jax.config import DataSection, load_config
-from para_jax.data import hf, token_cache
+from para_jax.data import token_cache
 from para_jax.data.encode_records import encode_records
-from para_jax.data.hf import find_split, parse_hf
+from para_jax.data.hf import open_data_set, parse_hf
 from para_jax.data.records import load_records, read_records
-from para_jax.data.sources import files_of, source_of
+from para_jax.data.sources import open_split
 from para_jax.data.training_data import load_training_data
 from para_jax.evaluation.tasks import warn_of_replaced
 from para_jax.inspect import data_lines
@@ -78,13 +78,6 @@ def test_a_null_counts_as_a_missing_column(tmp_path):
         load_records(DataSection(train=source), "train")
 
 
-def test_rows_are_the_same_however_many_are_read_at_once(tmp_path, monkeypatch):
-    source = folder_of(tmp_path / "rows", "parquet", train=ROWS)
-    whole = load_records(DataSection(train=source), "train")
-    monkeypatch.setattr(hf, "READ_AT_ONCE", 3)
-    assert load_records(DataSection(train=source), "train") == whole
-
-
 def test_columns_of_images_are_left_out(tmp_path):
     features = datasets.Features({name: datasets.Value("string") for name in ROWS[0]} | {"picture": datasets.Image()})
     rows = [row | {"picture": {"bytes": b"\xff", "path": None}} for row in ROWS]
@@ -99,7 +92,7 @@ def test_the_field_gives_the_split_unless_the_source_names_one(tmp_path):
     assert [len(load_records(section, split)) for split in ("train", "validation", "test")] == [7, 2, 3]
     parts = DataSection(train=f"{source}::train[:5]", validation=f"{source}:default:train[5:]")
     assert [len(load_records(parts, split)) for split in ("train", "validation")] == [5, 2]
-    assert source_of(parts, "test") is None
+    assert open_split(parts, "test") is None
 
 
 def test_a_test_split_with_hidden_labels_is_replaced_by_validation(tmp_path, capsys):
@@ -116,7 +109,7 @@ def test_a_test_split_with_hidden_labels_is_replaced_by_validation(tmp_path, cap
     assert capsys.readouterr().err == ""
     warn_of_replaced(section.test, found)
     assert f"warning: hf:{folder}: there is no test split with labels" in capsys.readouterr().err
-    assert source_of(DataSection(train=f"hf:{folder}"), "test") is None
+    assert open_split(DataSection(train=f"hf:{folder}"), "test") is None
 
 
 def test_a_config_of_a_data_set_is_chosen_by_name(tmp_path):
@@ -160,7 +153,7 @@ def test_training_data_is_cached_and_named_like_other_sources(tmp_path, monkeypa
     assert len(list(token_cache.folder().iterdir())) == before + 1
     part = load_training_data(DataSection(train=f"{source}::train[:5]"), tokenizer)
     assert list(part.examples) == list(plain.examples[:5])
-    assert all(file.suffix == ".arrow" for file in files_of(source_of(DataSection(train=source), "train")))
+    assert all(file.suffix == ".arrow" for file in open_split(DataSection(train=source), "train").files)
 
 
 def test_a_changed_file_is_read_again(tmp_path):
@@ -232,7 +225,7 @@ def test_an_unreachable_hub_is_one_line_and_a_revision_is_passed_on(monkeypatch)
 
     monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
     with pytest.raises(ValueError, match=r"hf:user/name@v1:main: Couldn't reach the hub after 5 tries$"):
-        find_split("hf:user/name@v1:main", "train")
+        open_data_set("hf:user/name@v1:main")
     assert asked == [("user/name", "main", "v1")]
 
 

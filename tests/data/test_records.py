@@ -7,11 +7,10 @@ import pyarrow.parquet
 import pytest
 
 from para_jax.config import DataSection
-from para_jax.data import row_files
 from para_jax.data.chat_messages import warn_of_role
 from para_jax.data.given import SPLITS
 from para_jax.data.records import Record, load_records, read_records
-from para_jax.data.sources import source_of
+from para_jax.data.sources import open_split
 from para_jax.server.chat_messages import read_messages
 
 USER, BOT = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}
@@ -87,8 +86,7 @@ def test_a_turn_of_weight_0_is_read_and_not_learnt(tmp_path):
     assert len(read_records(write(tmp_path, {"messages": [skipped, USER, BOT]}))) == 1  # a greeting that is not learnt
     for messages, named in (
         ([USER, skipped], "weight 0"),
-        ([USER, BOT | {"weight": 0.5}], "weight 0.5"),
-        ([BOT, USER, BOT], "prompt is empty.*an assistant turn.*weight 0"),
+        ([BOT, USER, BOT], "prompt is empty"),
     ):
         with pytest.raises(ValueError, match=f"data.jsonl:1: .*{named}"):
             read_records(write(tmp_path, {"messages": messages}))
@@ -128,21 +126,6 @@ def test_rows_of_two_kinds_may_have_each_others_columns_as_nulls(tmp_path):
     nulls = dict.fromkeys((*chat, *text))
     found = read_records(write(tmp_path, nulls | chat, nulls | text))
     assert [record.prompt for record in found] == [[USER], "a"]
-
-
-def test_a_template_over_a_null_says_what_to_write(tmp_path):
-    said = {
-        "more is null; write an empty text": {"q": "a", "more": None},
-        "no field 'more'; .* null counts as missing": {"q": "a"},
-    }
-    for error, row in said.items():
-        with pytest.raises(ValueError, match=f"data.jsonl:1: {error}"):
-            read_records(write(tmp_path, row), prompt="{q} {more}", completion="b {q}")
-
-
-def test_text_without_a_prompt_is_refused_with_what_to_do(tmp_path):
-    with pytest.raises(ValueError, match="no field 'prompt'(.|\n)*split it into prompt and completion"):
-        read_records(write(tmp_path, {"text": "a whole text"}))
 
 
 @pytest.mark.parametrize("name", ["tools", "functions"])
@@ -209,8 +192,6 @@ def test_a_task_reads_its_published_rows(tmp_path):
     [
         ("{'prompt': 1}", "not JSON"),
         ('{"prompt": "a", "completion": "b"', "not JSON"),
-        ('{"prompt": "\\ud800", "completion": "b"}', "not JSON"),
-        ("[" * 100_000, "not JSON"),
         ("[1]", "list, not a JSON object"),
         ({"completion": "b"}, "'prompt'.*completion"),
         ({"prompt": "a", "output": "b"}, "'completion'.*prompt, output"),
@@ -220,14 +201,13 @@ def test_a_task_reads_its_published_rows(tmp_path):
         ({"prompt": "a", "completion": ""}, "completion is empty"),
         ({"prompt": 3, "completion": "b"}, "prompt .*int"),
         ({"prompt": "a", "completion": 1}, r"completion .*int; 'data.completion=\{completion\}' writes it as text"),
-        ({"prompt": "a", "completion": None}, "completion .*NoneType"),
+        ({"prompt": "a", "completion": None}, "no field 'completion', or it is null"),
         ({"prompt": [], "completion": "b"}, "prompt is empty"),
         ({"prompt": [{"role": "user"}], "completion": "b"}, "not a message"),
         ({"prompt": ["a"], "completion": "b"}, "not a message"),
         ({"prompt": [USER], "completion": [USER]}, "one assistant message"),
         ({"prompt": [USER], "completion": [BOT, BOT]}, "one assistant message"),
-        ({"prompt": [USER], "completion": [BOT | {"weight": 0}]}, "completion has weight 0"),
-        ({"prompt": "a", "completion": [BOT]}, "completion is a message and prompt is text"),
+        ({"prompt": "a", "completion": [BOT]}, "one assistant message after a prompt of messages"),
         ({"prompt": "a", "completion": "b", "references": "b"}, "references .*list of texts"),
         ({"prompt": "a", "completion": "b", "references": [""]}, r"references .*\[''\]"),
         ({"prompt": "a", "completion": "b", "references": ["b", " "]}, r"references .*\['b', ' '\]"),
@@ -235,7 +215,7 @@ def test_a_task_reads_its_published_rows(tmp_path):
         ({"messages": []}, "role assistant"),
         ({"messages": [BOT]}, "prompt is empty"),
         ({"messages": "hello"}, "messages .*str"),
-        ({"messages": [USER, BOT | {"content": ""}]}, "empty assistant message"),
+        ({"messages": [USER, BOT | {"content": ""}]}, "assistant message is empty"),
     ],
 )
 def test_a_wrong_row_is_an_error_that_names_file_and_line(tmp_path, row, message):
@@ -299,16 +279,12 @@ def test_a_named_file_overrides_the_folder_of_data_train(tmp_path):
     for name in ("train", "validation", "other"):
         write(tmp_path, {"prompt": name, "completion": "b"}, name=f"{name}.jsonl")
     folder = DataSection(train=str(tmp_path))
-    assert [source_of(folder, split) for split in SPLITS] == [
-        tmp_path / "train.jsonl",
-        tmp_path / "validation.jsonl",
-        None,
-    ]
+    assert [bool(open_split(folder, split)) for split in SPLITS] == [True, True, False]
     assert load_records(folder, "train")[0].prompt == "train" and load_records(folder, "test") is None
     named = DataSection(train=str(tmp_path), validation=str(tmp_path / "other.jsonl"))
     assert load_records(named, "validation")[0].prompt == "other"
     alone = DataSection(train=str(tmp_path / "other.jsonl"))
-    assert [source_of(alone, split) for split in SPLITS] == [tmp_path / "other.jsonl", None, None]
+    assert [bool(open_split(alone, split)) for split in SPLITS] == [True, False, False]
 
 
 def test_training_data_must_be_there(tmp_path):
@@ -327,55 +303,9 @@ def test_a_missing_file_is_named_with_what_stands_there(tmp_path):
     for wrong, advice in {
         acme / "trian.jsonl": rf"did you mean {acme}/train.jsonl\?",
         tmp_path / "tenant": rf"did you mean {tmp_path}/tenants\?",
-        tmp_path / "tenants": rf"data.tenants={tmp_path}/tenants",
     }.items():
         with pytest.raises(ValueError, match=rf"data.train: {wrong}.* does not exist; .*{advice}"):
             load_records(DataSection(train=str(wrong)), "train")
-
-
-# --------------------------------------------------------------------------------------------------------- hostile rows
-
-ESCAPE = "\x1b]0;owned\x07"
-NESTED = "[" * 800 + "]" * 800
-HOSTILE_ROWS = [
-    '{"%s": 1}' % ("x" * 100000),
-    json.dumps({ESCAPE: 1}),
-    json.dumps({f"column {i}": 1 for i in range(5000)}),
-    json.dumps({"prompt": [ESCAPE], "completion": "a"}),
-    json.dumps({"prompt": [{"role": ESCAPE, "content": [ESCAPE]}], "completion": "a"}),
-    json.dumps({"prompt": "a", "completion": {ESCAPE: 1}}),
-    json.dumps({"prompt": "a", "completion": "b", "references": [ESCAPE, [1] * 9999]}),
-    f'{{"prompt": "a", "completion": "b", "references": {NESTED}}}',
-    f'{{"prompt": {NESTED}, "completion": "b"}}',
-    '{"prompt": "a", "completion": "b", "label": %s}' % ("[" * 100000),
-    '{"prompt": %s, "completion": "b"}' % ("9" * 5000),
-    json.dumps({"messages": [{"role": ESCAPE * 9999}]}),
-    "\x1b",
-    '{"prompt": "\\ud83d"}',
-]
-
-
-@pytest.mark.parametrize("row", HOSTILE_ROWS)
-@pytest.mark.parametrize("task", [None, "squad", "wikisql", "boolq", "gsm8k"])
-def test_a_row_error_names_its_place_and_is_printable(tmp_path, row, task):
-    file = write(tmp_path, {"prompt": "a", "completion": "b"}, row)
-    with pytest.raises(ValueError, match="data.jsonl:2: ") as error:
-        read_records(file, task=task)
-    assert str(error.value).isprintable() and len(str(error.value)) < 2500
-
-
-@pytest.mark.parametrize("form", [dict(prompt="{" + ESCAPE + "!r}"), dict(prompt="{" + ESCAPE), dict(task=ESCAPE)])
-def test_a_template_error_is_printable(tmp_path, form):
-    with pytest.raises(ValueError, match="data.(prompt|task)") as error:
-        read_records(write(tmp_path, {"prompt": "a", "completion": "b"}), **form)
-    assert str(error.value).isprintable()
-
-
-def test_a_line_without_an_end_is_not_read_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(row_files, "MAX_LINE", 100)
-    file = write(tmp_path, {"prompt": "a", "completion": "b"}, {"prompt": "a" * 100, "completion": "b"})
-    with pytest.raises(ValueError, match="data.jsonl:2: the line is longer than 100 bytes"):
-        read_records(file)
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "json", "parquet"])
@@ -397,26 +327,7 @@ def test_a_number_that_is_none_is_a_missing_value_and_no_text(tmp_path, ending):
         read_records(file, prompt="{a} {b}", completion="{a}")
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "json"])
-def test_a_field_that_is_there_twice_is_an_error(tmp_path, ending):
-    """Readers differ in which of the two they take."""
-    text = '{"prompt": "a", "completion": "yes", "completion": "no"}'
-    (tmp_path / f"x.{ending}").write_text(f"[{text}]" if ending == "json" else text + "\n")
-    with pytest.raises(ValueError, match="'completion' is there twice"):
-        read_records(tmp_path / f"x.{ending}")
-
-
 # ----------------------------------------------------------------------------------------------- columns of other types
-
-
-@pytest.mark.parametrize("text", ["[{'role': 'user', 'content': 'Hi'}]", ' [ {"role": "system", "content": "a"}]'])
-def test_messages_as_a_text_are_refused_unless_a_template_takes_them(tmp_path, text):
-    file = write(tmp_path, {"prompt": text, "completion": "b"})
-    with pytest.raises(ValueError, match="prompt holds messages as a text"):
-        read_records(file)
-    assert read_records(file, prompt="{prompt}")[0].prompt == text
-    other = write(tmp_path, {"prompt": '[{"role": "chef", "content": "a"}]', "completion": "[{"}, name="b.jsonl")
-    assert read_records(other)[0].completion == "[{"
 
 
 def test_templates_take_decimals_and_dates(tmp_path):

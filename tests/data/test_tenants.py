@@ -77,23 +77,10 @@ def test_a_link_in_a_data_set_of_save_to_disk_is_refused(tmp_path, kind):
         tenant_sections(tmp_path, DataSection())
 
 
-@pytest.mark.parametrize("name", ["y.jsonl.gz", "y.csv.zst", "y.parquet.xz"])
-def test_a_packed_file_is_no_tenant_that_is_left_out(tmp_path, name):
-    (tmp_path / "x.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    (tmp_path / name).touch()
-    with pytest.raises(ValueError, match=f"{name} is packed"):
-        tenant_sections(tmp_path, DataSection())
-    (tmp_path / name).rename(tmp_path / f".{name}")
-    assert list(tenant_sections(tmp_path, DataSection())) == ["x"]
-
-
-@pytest.mark.parametrize(
-    ("name", "said"), [("y.ndjson", "rename it to y.jsonl"), ("y/Tenant.yaml", "rename it to tenant.yaml")]
-)
-def test_a_file_with_a_wrong_name_is_not_left_out_either(tmp_path, name, said):
-    for file in ("x.jsonl", "y/train.jsonl", name):
+def test_a_tenant_yaml_with_a_wrong_name_is_refused(tmp_path):
+    for file in ("x.jsonl", "y/train.jsonl", "y/Tenant.yaml"):
         write(tmp_path / file)
-    with pytest.raises(ValueError, match=f"{name} would not be read; {said}"):
+    with pytest.raises(ValueError, match="y/Tenant.yaml would not be read; rename it to tenant.yaml"):
         tenant_sections(tmp_path, DataSection())
 
 

@@ -131,57 +131,7 @@ def test_data_that_moved_is_found_and_named_by_its_new_place(tmp_path, monkeypat
     assert found.places[4] == f"{moved}:9" and made.places[4] == f"{file}:9"
 
 
-def test_data_that_changes_while_read_is_cached_by_what_was_read(tmp_path, monkeypatch):
-    tokenizer, file = tiny_tokenizers.plain(), written(tmp_path)
-    old, hashed = file.read_bytes(), training_data.content_of
-
-    def then_changed(source):
-        found = hashed(source)
-        written(tmp_path, [{"prompt": "new", "completion": "rows"}])
-        return found
-
-    monkeypatch.setattr(training_data, "content_of", then_changed)
-    assert len(load_training_data(section_of(file), tokenizer).examples) == 1
-    monkeypatch.setattr(training_data, "content_of", hashed)
-    file.write_bytes(old)
-    assert len(load_training_data(section_of(file), tokenizer).examples) == 41
-
-
-def test_parquet_data_that_change_while_read_are_not_cached(tmp_path, monkeypatch):
-    """What was read can't be hashed on the way, so nothing tells which of the two contents the ids are of."""
-    parquet, table = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow").Table.from_pylist
-    tokenizer, file, read = tiny_tokenizers.plain(), tmp_path / "train.parquet", training_data.tokenised
-    parquet.write_table(table([{"prompt": "old", "completion": "rows"}] * 3), file)
-
-    def then_changed(*given):
-        found = read(*given)
-        parquet.write_table(table([{"prompt": "new", "completion": "rows"}]), file)
-        return found
-
-    monkeypatch.setattr(training_data, "tokenised", then_changed)
-    assert len(load_training_data(section_of(file), tokenizer).examples) == 3 and not cached()
-    monkeypatch.setattr(training_data, "tokenised", read)
-    assert len(load_training_data(section_of(file), tokenizer).examples) == 1 and len(cached()) == 1
-    monkeypatch.setattr(training_data, "tokenised", untouchable)
-    assert len(load_training_data(section_of(file), tokenizer).examples) == 1
-
-
-DAMAGE = {
-    "an id": lambda data: data[:-4] + b"\2\0\0\0",
-    "cut off": lambda data: data[:-1],
-    "longer": lambda data: data + b"\0",
-    "empty": lambda data: b"",
-    "no header": lambda data: b"[]\n" + data,
-    "nested": lambda data: b"[" * 999,
-    "huge": lambda data: data.replace(b'"tokens": ', b'"tokens": 99999999999'),
-    "negative": lambda data: data.replace(b'"cut": 0', b'"cut": -1'),
-    "a true": lambda data: data.replace(b'"cut": 0', b'"cut": true'),
-    "another version": lambda data: data.replace(b'"format": ', b'"format": 9'),
-    "another hash": lambda data: data.replace(b'"sha256": "', b'"sha256": "0'),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b""], ids=["cut off", "empty"])
 def test_a_damaged_file_is_named_and_made_again(tmp_path, monkeypatch, capsys, damage):
     tokenizer, section = tiny_tokenizers.plain(), section_of(written(tmp_path))
     made = load_training_data(section, tokenizer)
