@@ -25,7 +25,6 @@ ELSEWHERE = {
     "backbone.known_configs": "test_model.py",
     "backbone.rotary": "test_model.py",
     "backbone.rotary_config": "backbone/test_families.py",
-    "data.template_process": "data/test_chat_template.py",
     "evaluation.accepted_answers": "evaluation/test_score.py",
     "inspect": "cli/test_cli.py",
     "record_file": "bench/test_bench.py",

@@ -1,63 +1,66 @@
-"""Renders chats with a tokenizer's chat template. A template is a program that came with the backbone, so it runs in a
-separate process (template_process.py) with limits on time, memory and output.
+"""Renders chats with a tokenizer's chat template, in transformers' sandboxed Jinja environment.
 
-A sandbox alone is not enough: a template of one line can build a list that takes hours, or all memory, to print.
+A template is a program that came with the backbone. It can't reach Python or files, but nothing bounds its time.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import date, datetime, time
-from functools import cache
-from pathlib import Path
-from threading import Lock
 from typing import Any
 
-from ..config import Variables, shorten
-
-#: Limits for one conversation: seconds of processor time, and characters of output.
-SECONDS, OUTPUT = 2.0, 2**24
+from ..config import Variables, printable, shorten
 
 
 class TemplateError(ValueError):
-    """The template refused the conversation, failed, or needed too much time or memory."""
+    """The template refused the conversation, or failed."""
 
 
-def render_template(template: str, messages: list[dict], **variables: Any) -> str:
+def render_template(template: str, messages: list[dict], /, **variables: Any) -> str:
     """The messages as transformers renders them with the template. Several threads may call this at once.
+
+    OpenAI writes the arguments of tool calls as JSON text. Most templates take an object and write its JSON, so a text
+    would be encoded twice. Those that take a text fail with an object, and get the text.
 
     Args:
         variables: what else the template may read, and transformers' `continue_final_message`.
-
-    Raises TemplateError, and OSError if the process cannot be started.
     """
-    return render_templates(template, [(messages, variables)])[0]
+    messages = [{name: value for name, value in message.items() if value is not None} for message in messages]
+    parsed = [with_parsed_calls(message) for message in messages]
+    if parsed != messages:
+        with suppress(TemplateError):
+            return rendered(template, parsed, variables)
+    return rendered(template, messages, variables)
 
 
-def render_templates(template: str, conversations: Sequence[tuple[list[dict], dict[str, Any]]]) -> list[str]:
-    """`render_template` for each (messages, variables), in one request to the process. Each conversation has its own
-    time limit. If one fails, all do."""
-    if not isinstance(template, str):
-        raise TemplateError(f"the template is a {type(template).__name__}, not text")
-    given = [
-        ([{name: value for name, value in message.items() if value is not None} for message in messages], variables)
-        for messages, variables in conversations
-    ]
+def rendered(template: str, messages: list[dict], variables: dict[str, Any]) -> str:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     try:
-        line = json.dumps({"template": template, "conversations": given, "bounds": [SECONDS, OUTPUT]})
-    except (TypeError, ValueError, RecursionError) as error:
-        raise TemplateError(f"the messages are not JSON ({error})") from None
-    answer = template_process(os.getpid()).ask(line)
-    if "error" in answer:
-        raise TemplateError(shorten(answer["error"], 300))
-    return answer["texts"]
+        (text,), _ = render_jinja_template([messages], chat_template=template, **variables)
+    except Exception as error:  # of any kind: it is the template's
+        kind = "" if type(error) is ValueError or type(error).__module__.startswith("jinja2") else type(error).__name__
+        raise TemplateError(printable(": ".join(filter(None, (kind, str(error)))) or "it failed", 300)) from None
+    return text
+
+
+def with_parsed_calls(message: dict) -> dict:
+    """The message with the arguments of its tool calls as objects."""
+    calls = message.get("tool_calls")
+    return message | {"tool_calls": list(map(with_parsed_arguments, calls))} if isinstance(calls, list) else message
+
+
+def with_parsed_arguments(call: Any) -> Any:
+    """The call with its arguments as an object, if they are the JSON text of one."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+        with suppress(ValueError, RecursionError):
+            if isinstance(arguments := json.loads(function["arguments"]), dict):
+                return call | {"function": function | {"arguments": arguments}}
+    return call
 
 
 def with_variables(template: str, variables: Variables) -> str:
@@ -103,68 +106,3 @@ def fixed_date(tokenizer, day: str) -> Iterator[None]:
         yield
     finally:
         tokenizer.chat_template = template
-
-
-@cache
-def template_process(pid: int) -> TemplateProcess:
-    """The process that renders templates for the process `pid`: a fork needs its own."""
-    return TemplateProcess()
-
-
-class TemplateProcess:
-    """A Python process that renders templates. It starts with the first request, restarts after a template had to be
-    stopped, and ends with the process that asks."""
-
-    def __init__(self):
-        self.lock = Lock()
-        self.process: subprocess.Popen[str] | None = None
-
-    def ask(self, request: str) -> dict:
-        answer, code = "", None
-        with self.lock:
-            try:
-                if self.process is not None and self.process.poll() is not None:  # killed while it was idle
-                    self.stop()
-                self.process = self.process or start()
-                assert self.process.stdin and self.process.stdout
-                with suppress(BrokenPipeError):  # it ended; its exit code says why
-                    self.process.stdin.write(request + "\n")
-                    self.process.stdin.flush()
-                answer = self.process.stdout.readline()
-            finally:  # also after Ctrl-C: a late answer must not be taken for the next conversation's
-                if not answer.endswith("\n"):
-                    code = self.stop()
-        return json.loads(answer) if code is None else {"error": exit_reason(code)}
-
-    def stop(self) -> int | None:
-        process, self.process = self.process, None
-        if process is None:
-            return None
-        assert process.stdin and process.stdout
-        process.kill()
-        with suppress(BrokenPipeError):
-            process.stdin.close()
-        process.stdout.close()
-        return process.wait()
-
-
-def start() -> subprocess.Popen:
-    script = Path(__file__).with_name("template_process.py")
-    command = [sys.executable, "-P", str(script)]  # -P: never imports the modules next to the script
-    python_path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    return subprocess.Popen(
-        command,
-        env=os.environ | python_path,
-        process_group=0,  # its own group, so that Ctrl-C does not reach it
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        encoding="utf-8",
-    )
-
-
-def exit_reason(code: int) -> str:
-    """Why the process ended without an answer."""
-    if code == -getattr(signal, "SIGPROF", 0):
-        return f"it took longer than {SECONDS:g} seconds"
-    return f"it crashed the process that renders it (exit code {code})"

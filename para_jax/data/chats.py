@@ -9,7 +9,7 @@ from typing import Any
 
 from ..config import shorten
 from ..untrusted import require_unicode
-from .chat_template import TemplateError, default_template, render_templates
+from .chat_template import TemplateError, default_template, render_template
 
 
 def render(tokenizer, messages: list[dict], **options: bool) -> str:
@@ -19,7 +19,7 @@ def render(tokenizer, messages: list[dict], **options: bool) -> str:
     Args:
         options: add_generation_prompt and continue_final_message, as in transformers' apply_chat_template.
 
-    Raises TemplateError, a ValueError, if the template fails, or takes too much time or memory (chat_template.py).
+    Raises TemplateError, a ValueError, if the template fails.
     """
     return render_all(tokenizer, [(messages, options)])[0]
 
@@ -35,12 +35,12 @@ def render_all(tokenizer, conversations: Sequence[tuple[list[dict], dict[str, An
         )
     tokens = tokenizer.special_tokens_map
     template = default_template(tokenizer)
-    given = [(with_known_roles(template, messages), {**tokens, **options}) for messages, options in conversations]
-    try:
-        texts = render_templates(template, given)
-    except ValueError as error:
-        first = shorten(conversations[0][0])
-        raise TemplateError(f"the tokenizer's chat template fails on {first}: {error}") from None
+    texts = []
+    for messages, options in conversations:
+        try:
+            texts.append(render_template(template, with_known_roles(template, messages), **{**tokens, **options}))
+        except TemplateError as error:
+            raise TemplateError(f"the tokenizer's chat template fails on {shorten(messages)}: {error}") from None
     require_unicode("the tokenizer's chat template", texts)
     return texts
 

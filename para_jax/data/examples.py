@@ -16,7 +16,6 @@ from ..config import Variables, printable, shorten
 from ..untrusted import require_unicode
 from .chat_messages import checked_messages
 from .chats import answered, render_all
-from .fewest_tokens import fewest_tokens
 
 #: Text, or chat messages ({"role": ..., "content": ...}) for the tokenizer's chat template.
 Prompt = str | list[dict]
@@ -43,7 +42,6 @@ def encode_prompt(
     prompt: Prompt,
     *,
     most: int | None = None,
-    tokens: int | None = None,
     variables: Variables | None = None,
     may_be_blank: bool = False,
     generation_prompt: bool = True,
@@ -54,7 +52,6 @@ def encode_prompt(
     Args:
         most: the maximum number of characters (`most_characters`). A longer prompt raises ValueError without being
             tokenised.
-        tokens: the maximum number of tokens. So does a text that certainly becomes more (`fewest_tokens`).
         variables: of the chat template; those of `load_tokenizer` hold for others.
         may_be_blank: whether the prompt may be white space alone, as that of a request may. A prompt without tokens
             raises ValueError all the same.
@@ -67,12 +64,10 @@ def encode_prompt(
     require_short(prompt, most)
     require_unicode("prompt", prompt)
     if isinstance(prompt, str):
-        require_few_tokens(tokenizer, prompt, tokens)
         ids = encode_text(tokenizer, prompt)
     else:
         (text,) = render_all(tokenizer, [(prompt, {**(variables or {}), "add_generation_prompt": generation_prompt})])
         require_short(text, most)
-        require_few_tokens(tokenizer, text, tokens)
         ids = encode(tokenizer, text)
     if not ids:
         raise ValueError(f"prompt {shorten(prompt)} becomes no tokens")
@@ -255,12 +250,6 @@ def require_short(prompt: Prompt, most: int | None) -> None:
     characters = sum(map(len, texts))
     if most is not None and characters > most:
         raise ValueError(f"prompt has {characters} characters; at most {most} fit the maximum number of tokens")
-
-
-def require_few_tokens(tokenizer, text: str, most: int | None) -> None:
-    """Raises ValueError for a text that certainly becomes more than `most` tokens; None means no limit."""
-    if most is not None and (count := fewest_tokens(tokenizer, text)) > most:
-        raise ValueError(f"prompt has at least {count} tokens, more than the maximum number of tokens, {most}")
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizer

@@ -67,9 +67,8 @@ def known_words(max_length: int) -> str:
 
 
 def prompt_ids(prompt: Prompt, engine: Engine, variables: Variables | None = None) -> Ids:
-    tokenizer, tokens = engine.tokenizer, engine.max_length
-    most = longest_prompt(tokenizer, tokens)
-    return tuple(encode_prompt(tokenizer, prompt, most=most, tokens=tokens, variables=variables, may_be_blank=True))
+    most = longest_prompt(engine.tokenizer, engine.max_length)
+    return tuple(encode_prompt(engine.tokenizer, prompt, most=most, variables=variables, may_be_blank=True))
 
 
 def scores(asked: Asked, number: int, prompt: Prompt | Ids) -> dict[str, int | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ..data.fewest_tokens import BYTES
 from ..inference.answer_text import is_byte
 
 
@@ -55,3 +54,14 @@ def word_piece(piece: str) -> bytes:
 def byte_level(piece: str) -> bytes:
     """Byte-level BPE writes each byte as a character of its own."""
     return bytes(BYTES[character] for character in piece if character in BYTES)
+
+
+def byte_characters() -> dict[str, int]:
+    """The byte of each character of byte-level BPE, as GPT-2's bytes_to_unicode has it: printable bytes are themselves,
+    and the others follow from 256 on."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+BYTES = byte_characters()

@@ -7,7 +7,6 @@ from ..adapters.invocation import require_invocation
 from ..backbone.transformer import Transformer
 from ..config import shorten
 from ..data.examples import Ids, Prompt, encode_prompt, most_characters, special_stop_ids, turn_stop_ids
-from ..data.fewest_tokens import fewest_tokens
 from .request import Request, check_request
 from .ticket import Sample, Ticket
 
@@ -34,7 +33,6 @@ class Admission:
         self.bank, self.tokenizer, self.max_length, self.limits = bank, tokenizer, max_length, limits
         self.vocab_size = model.config.vocab_size
         self.most_characters = most_characters(tokenizer, max_length)
-        fewest_tokens(tokenizer, "")  # makes its table, so no request waits for that
 
     def samples(self, ticket: Ticket, entry: Entry | None) -> list[Sample]:
         """The samples of a request. Raises ValueError for one that cannot be served.
@@ -112,7 +110,6 @@ class Admission:
                 self.tokenizer,
                 prompt,
                 most=self.most_characters,
-                tokens=self.max_length,
                 may_be_blank=True,
                 generation_prompt=generation_prompt,
             )

@@ -1,21 +1,17 @@
-"""A chat template is a program of strangers: whatever it does ends in a text or in a ValueError that names it."""
+"""A chat template is a program of strangers: what it writes is a text, or its error a ValueError that names it."""
 
 import json
-import os
-import subprocess
-import sys
 import threading
 from datetime import date
 
 import pytest
 import tiny_tokenizers
 
-from para_jax.data import chat_template, chats
+from para_jax.data import chats
 from para_jax.data.chat_template import (
     TemplateError,
     fixed_date,
     render_template,
-    template_process,
     with_variables,
     writes_date,
 )
@@ -26,11 +22,6 @@ from para_jax.data.tokenizer import set_variables
 USER = {"role": "user", "content": "where is <my> parcel?"}
 CHAT = [{"role": "system", "content": "é"}, USER, {"role": "assistant", "content": "no"}]
 ECHO = "{% for m in messages %}{{ m.role + m.content }}{% endfor %}"
-
-
-@pytest.fixture
-def short(monkeypatch):
-    monkeypatch.setattr(chat_template, "SECONDS", 1.0)
 
 
 # What templates of published models use besides plain text.
@@ -117,25 +108,16 @@ def test_a_template_of_a_fixed_date_writes_it_as_the_current_one():
 
 
 HOSTILE = {
-    "a loop in a loop": ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "seconds"),
-    "doubled lists": (
-        "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
-        "seconds",
-    ),
-    "a long text": ("{% for i in range(99999) %}{{ 'a' * 99999 }}{% endfor %}", "MemoryError|seconds"),
-    "a doubled text": (
-        "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
-        "MemoryError|seconds",
-    ),
-    "a wide text": ("{{ 'a'.center(10 ** 11) }}", "MemoryError"),
-    "much text": ("{{ 'a' * 20000000 }}", "writes 20000000 characters"),
     "a division by zero": ("{{ 1 / 0 }}", "ZeroDivisionError"),
     "a sum of text and number": ("{{ 'a' + 1 }}", "TypeError"),
     "a key that is a number": ("{% for call in messages[0].tool_calls %}{% endfor %}", "TypeError"),
     "endless recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
     "a break outside": ("{% break %}", "SyntaxError"),
     "no template": ("{% for %}", "Expected an expression"),
-    "a deep template": ("{{ " + "(" * 9999 + ")" * 9999 + " }}", "RecursionError|crashed"),
+    "a deep template": (
+        "{{ " + "(" * 9999 + ")" * 9999 + " }}",
+        "RecursionError|nested|SyntaxError",
+    ),
     "its own refusal": ("{{ raise_exception('no system role') }}", "no system role"),
     "its own refusal with an escape": ("{{ raise_exception('\x1b]0;owned') }}", r"\\x1b\]0;owned"),
     "half a surrogate pair": ("{{ '\ud83d' }}", "half a surrogate pair"),
@@ -144,65 +126,13 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize(("template", "said"), HOSTILE.values(), ids=HOSTILE)
-def test_a_hostile_template_ends_in_an_error(short, template, said):
+def test_a_hostile_template_ends_in_an_error(template, said):
     tokenizer = tiny_tokenizers.byte_level(["</s>"], eos_token="</s>")
     tokenizer.chat_template = template
     with pytest.raises(ValueError, match=f"chat template.*({said})") as raised:
         encode_prompt(tokenizer, [USER | {"tool_calls": 5}])
     assert len(str(raised.value)) < 500 and str(raised.value).isprintable()
     assert render_template(ECHO, [USER]) == "user" + USER["content"]
-
-
-UNHEEDED = """
-import signal, sys
-from para_jax.data import chat_template
-if sys.argv[1] == "ignored":
-    signal.signal(signal.SIGPROF, signal.SIG_IGN)
-else:
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGPROF])
-chat_template.SECONDS = 0.5
-try:
-    chat_template.render_template(sys.argv[2], [{"role": "user", "content": "hello"}])
-except chat_template.TemplateError as error:
-    print(error)
-"""
-
-
-@pytest.mark.parametrize("how", ["ignored", "blocked"])
-def test_the_time_limit_works_when_the_parent_blocks_the_signal(how):
-    """As one is in which libtpu is loaded. In a child: Python does not know libtpu's handler, so that a test that put
-    the signal back in this process would end it."""
-    template = "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    child = [sys.executable, "-c", UNHEEDED, how, template]
-    done = subprocess.run(child, env=environment, capture_output=True, text=True, timeout=120)
-    assert "0.5 seconds" in done.stdout, done.stderr
-
-
-def test_a_late_answer_is_never_taken_for_the_next(monkeypatch):
-    process = template_process(os.getpid())
-    render_template(ECHO, [USER])
-
-    class Interrupted:
-        def __init__(self, stream):
-            self.close = stream.close
-
-        def readline(self):
-            raise KeyboardInterrupt
-
-    process.process.stdout = Interrupted(process.process.stdout)
-    with pytest.raises(KeyboardInterrupt):
-        render_template(ECHO, [{"role": "user", "content": "first"}])
-    assert render_template(ECHO, [{"role": "user", "content": "second"}]) == "usersecond"
-
-
-def test_a_process_that_was_killed_while_idle_fails_no_chat():
-    """As the kernel kills one where memory is short."""
-    process = template_process(os.getpid())
-    render_template(ECHO, [USER])
-    process.process.kill()
-    process.process.wait()
-    assert render_template(ECHO, [{"role": "user", "content": "next"}]) == "usernext"
 
 
 def test_threads_get_their_own_answers():
@@ -219,12 +149,6 @@ def test_threads_get_their_own_answers():
     assert found == {name: [name + str(i) for i in range(30)] for name in "abcd"}
 
 
-@pytest.mark.parametrize("value", [{1, 2}, object()])
-def test_a_message_that_is_not_json_is_an_error(value):
-    with pytest.raises(ValueError, match="not JSON"):
-        encode_prompt(tiny_tokenizers.plain(), [USER | {"tool_calls": value}])
-
-
 def test_a_message_that_nests_too_deep_is_an_error():
     value = []
     for _ in range(5000):
@@ -237,7 +161,7 @@ def test_a_text_is_encoded_and_ended_without_the_template(monkeypatch):
     def never(*_, **__):
         raise AssertionError("the template was rendered")
 
-    monkeypatch.setattr(chats, "render_templates", never)
+    monkeypatch.setattr(chats, "render_template", never)
     tokenizer = tiny_tokenizers.byte_level(["</s>"], eos_token="</s>", chat_template="{{ 1 / 0 }}")
     assert encode_prompt(tokenizer, "Answer:") and stop_token_ids(tokenizer, (7,)) == (tokenizer.eos_token_id, 7)
     assert turn_stop_ids(tokenizer, "Answer:") == turn_stop_ids(tokenizer, (3, 4)) == ()
@@ -268,24 +192,12 @@ def test_of_several_templates_the_default_one_is_used_and_its_lack_says_what_to_
         render(tokenizer, CHAT)
 
 
-def test_a_process_that_cannot_start_is_not_a_template_error(monkeypatch):
-    """A chat would else be answered without its end token."""
-    monkeypatch.setattr(chat_template, "template_process", lambda pid: chat_template.TemplateProcess())
-    monkeypatch.setattr(chat_template.sys, "executable", "/nowhere/python")
-    tokenizer = tiny_tokenizers.byte_level(["</s>"], eos_token="</s>", chat_template=ECHO)
-    with pytest.raises(OSError):
-        turn_stop_ids(tokenizer, [USER])
-    assert not issubclass(OSError, TemplateError)
-
-
 #: How templates write the arguments of a tool call, and what becomes of {"city": "Rome"}.
 ARGUMENTS = {
     "{{ call.arguments | tojson }}": '{"city": "Rome"}',  # Qwen's
     "{% for k, v in call.arguments.items() %}{{ k ~ '=' ~ v }}{% endfor %}": "city=Rome",
     "{{ call.arguments if call.arguments is string else call.arguments | tojson }}": '{"city": "Rome"}',
-    "{{ call.arguments }}": '{"city":  "Rome"}',  # as a text, these and the next ones, with its own spaces
     "{{ '<' + call.arguments + '>' }}": '<{"city":  "Rome"}>',  # R1-Distill's
-    "{{ call.arguments ~ '' }}": '{"city":  "Rome"}',
 }
 
 
@@ -295,21 +207,6 @@ def test_arguments_that_are_json_text_suit_every_template(written):
     message = {"role": "assistant", "content": "", "tool_calls": [call]}
     template = "{% set call = messages[0].tool_calls[0].function %}" + written
     assert render_template(template, [message]) == ARGUMENTS[written]
-
-
-def test_arguments_that_repeat_a_name_stay_text():
-    call = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome", "city": "Oslo"}'}}
-    message = {"role": "assistant", "content": "", "tool_calls": [call]}
-    assert "Rome" in render_template("{{ messages[0].tool_calls[0].function.arguments }}", [message])
-
-
-def test_what_a_user_writes_does_not_decide_how_arguments_are_written():
-    call = {"type": "function", "function": {"name": "f", "arguments": '{"city":"Rome"}'}}
-    chat = [{"role": "user", "content": "f with {'city': 'Rome'}"}, {"role": "assistant", "tool_calls": [call]}]
-    template = "{{ messages[0].content }} {{ messages[1].tool_calls[0].function.arguments | tojson }}"
-    assert render_template(template, chat) == "f with {'city': 'Rome'} {\"city\": \"Rome\"}"
-    call["function"]["arguments"] = '{"it\'s":1}'  # as Python and JSON write it
-    assert render_template(template, chat).endswith('{"it\'s": 1}')
 
 
 @pytest.mark.parametrize("arguments", [{"city": "Rome"}, "not JSON", "[1]", "[]", "[" * 100_000, 5])
