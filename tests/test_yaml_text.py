@@ -1,8 +1,8 @@
-"""YAML files hold plain values only, within bounds, and each key once."""
+"""YAML files hold plain values only, and each key once."""
 
 import pytest
 
-from para_jax.yaml_text import MAX_LENGTH, MAX_LEVELS, MAX_VALUES, as_text, parse_yaml
+from para_jax.yaml_text import as_text, parse_yaml
 
 
 @pytest.mark.parametrize(
@@ -30,30 +30,10 @@ def test_a_number_knows_how_it_was_written():
     [
         ("a: 1\na: 2", "duplicate key a.*line 2"),
         ("a: [1", "line 1"),
-        ("1: a", "key 1"),
+        ("1: a", "key '1' is not text.*line 1"),
         ("a: !!python/object/apply:os.getcwd []", "os.getcwd.*line 1"),
-        ("a: !!set {b}", "set"),
-        ("a: 9223372036854775808", "64 bits"),
-        ("a: " + "x" * MAX_LENGTH, str(MAX_LENGTH)),
-        ("[" * 40 + "]" * 40, str(MAX_LEVELS)),
-        ("[" * 5000 + "]" * 5000, str(MAX_LEVELS)),
-        ("[" + "1, " * MAX_VALUES + "1]", str(MAX_VALUES)),
-        ("a: &a [*a]", str(MAX_LEVELS)),
     ],
 )
 def test_anything_else_is_named(text, named):
     with pytest.raises(ValueError, match=named):
         parse_yaml(text)
-
-
-def test_aliases_count_as_the_values_they_repeat():
-    lines = ["a0: &a0 [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]"]
-    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 5)]
-    with pytest.raises(ValueError, match=str(MAX_VALUES)):
-        parse_yaml("\n".join(lines))
-
-
-def test_an_alias_gives_a_copy():
-    read = parse_yaml("a: &one [1]\nb: *one")
-    read["a"].append(2)
-    assert read["b"] == [1]

@@ -7,7 +7,7 @@ from shlex import quote
 from typing import Any
 
 from .. import atomic
-from ..yaml_text import MAX_LENGTH, dump_yaml, parse_yaml
+from ..yaml_text import dump_yaml, parse_yaml
 from .adapter import ADAPTER_CONFIGS
 from .check import expanded, near_name, nearest, printable, require, require_one_of, shorten
 from .fields import typed_fields
@@ -165,9 +165,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
         if any((file / f"train{end}").is_file() for end in (*DATA, ".json")):
             advice = f"it holds data\n{data_advice(file)}"
         raise ValueError(f"config {file} is a folder; {f'did you mean {inside}?' if inside.is_file() else advice}")
-    if not file.is_file():
-        if file.exists():
-            raise ValueError(f"config {file} is a pipe or a device; give a .yaml file")
+    if not file.exists():
         shipped = shipped_configs()
         others = f"; give the path of a .yaml file, or the name of a shipped config: {', '.join(shipped)}"
         advice = nearest(file) or near_name(file.stem.replace("_", "-"), shipped) or others
@@ -175,10 +173,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     if file.suffix in DATA:
         raise ValueError(f"config {file} is a file of data\n{data_advice(file)}")
     try:
-        with file.open("rb") as stream:  # the file may have any size
-            read = parse_yaml(str(stream.read(4 * MAX_LENGTH + 1), "utf-8")) or {}
-    except UnicodeDecodeError as error:
-        raise ValueError(f"config {file} is not text: {error}") from None
+        read = parse_yaml(str(file.read_bytes(), "utf-8")) or {}
     except ValueError as error:
         raise ValueError(f"config {file}: {printable(str(error))}") from None
     if not isinstance(read, dict):

@@ -1,5 +1,5 @@
 """tenant.yaml, next to a tenant's train.jsonl: the fields that are set for this tenant alone, in the form of a run's
-config. The file is trusted as little as the data."""
+config."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def with_own_fields(config: RunConfig, folder: Place) -> RunConfig:
     Its own eval.metric resets the run's eval.also and eval.choices, and its own train.num_epochs the run's
     train.max_steps.
 
-    Raises ValueError, naming the file and the field, for a file that is not YAML within bounds, a field that no tenant
+    Raises ValueError, naming the file and the field, for a file that is not YAML, a field that no tenant
     can set, and a value that the field does not accept.
     """
     file = folder / OWN_FILE

@@ -658,7 +658,7 @@ def test_a_wrong_run_is_refused_before_anything_is_written(capsys, config, tmp_p
         ("train:\n\tmax_steps: 3\n", "line 2"),
         ("adapter: [1]\n", r"adapter.*\[1\]"),
         ("train: 5\n", "5"),
-        (b"\xff\xfe", "not text"),
+        (b"\xff\xfe", "bad.yaml.*utf-8"),
     ],
 )
 def test_a_config_file_that_is_none_is_named(capsys, tmp_path, text, said):

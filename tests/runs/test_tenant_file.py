@@ -1,7 +1,6 @@
 """tenant.yaml: what a tenant sets of its own trains, scores and resumes; everything else is refused by name."""
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -198,10 +197,6 @@ def test_the_evaluation_that_needs_the_most_memory_chooses_the_mesh():
         ("- eval", "not a mapping"),
         ("eval: {every: 2}\neval: {every: 3}", "duplicate key"),
         ("eval: !!python/object/apply:os.system [ls]", "tenant.yaml: .*"),
-        ("eval: {choices: &a [*a]}", "nested deeper|recursive"),
-        ("a: &a [x,x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b]\n"
-         "d: &d [*c,*c,*c,*c,*c]\ne: [*d,*d,*d,*d,*d]", "more than 10000 values"),
-        ("x" * 300_000, "longer than"),
         ('"\\e[31m": 1', r"\\x1b"),
     ],
 )  # fmt: skip
@@ -213,9 +208,9 @@ def test_everything_else_is_refused_by_file_and_field(text, named, tmp_path):
     assert len(str(error.value)) < 2000
 
 
-def test_bytes_a_folder_and_a_pipe_are_no_tenant_file(tmp_path):
+def test_bytes_and_a_folder_are_no_tenant_file(tmp_path):
     file = tmp_path / "tenant.yaml"
-    for make in (lambda: file.write_bytes(b"\xff\xfe"), file.mkdir, lambda: os.mkfifo(file)):
+    for make in (lambda: file.write_bytes(b"\xff\xfe"), file.mkdir):
         make()
         with pytest.raises(ValueError, match=r"tenant\.yaml") as error:
             with_own_fields(RunConfig(), tmp_path)
