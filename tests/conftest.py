@@ -75,21 +75,7 @@ def bucket():
 
 def pytest_addoption(parser):
     parser.addoption("--first-cases", action="store_true", help="of each parametrized test, run the first case only")
-    parser.addoption("--fuzz-cases", type=int, default=100, help="cases of each target of tests/fuzz (slow ones: less)")
-    parser.addoption("--stress-requests", type=int, default=2000, help="requests of the engine's stress in tests/fuzz")
     parser.addoption("--soak-seconds", type=float, default=5, help="seconds of tests/server/test_soak.py's long day")
-
-
-def pytest_terminal_summary(terminalreporter):
-    """Shows how the cases of tests/fuzz ended, by target."""
-    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
-    rows = {}
-    for report in reports:
-        rows |= dict(report.user_properties).get("fuzz", {})
-    if rows:
-        from fuzz.runner import table
-
-        terminalreporter.write_line("\n" + table(rows))
 
 
 #: Files of few but long tests. They start first: a worker that began one last would keep the others waiting.
