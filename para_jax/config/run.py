@@ -86,9 +86,6 @@ class DataSection:
     packing: bool = False
     """put several examples into each training row of max_seq_length tokens (`buckets` is then unused). Evaluation keeps
     one example per row"""
-    changed: Literal["refuse", "accept"] = "refuse"
-    """what a resumed run does when its data changed since it began. accept: continue with the new data, and score the
-    best adapter again if the validation data changed"""
     given: Any = field(default=None, repr=False, compare=False, metadata={"in_file": False})
     """the rows that train(config, data=...) was given, by split (data/given.py); never written to a file"""
 

@@ -26,7 +26,6 @@ from ..training.metrics_file import Reached
 from ..training.passes import Layout
 from ..training.profiler import Profiler
 from ..training.prompt_cache import PromptCache
-from ..training.same_run import changed_data, describe_changes
 from ..training.step import TrainState, init_state
 from ..training.stop import Interrupted, stop_signals
 from ..training.tenants_file import read_entries
@@ -70,7 +69,7 @@ def fit(
         run = run_digests(config, model.fingerprint, tenants)
         require_same("the data", lambda: run)  # also what the ids don't show, such as references
         run |= backbone
-        state, standing, changed, resumed = resumed_or_fresh(config, model, tenants, layout, mesh, checkpoints, run)
+        state, standing, resumed = resumed_or_fresh(config, model, tenants, layout, mesh, checkpoints, run)
         log = open_log(config, folder, model, mesh, standing if resumed else None)
         on_first_process(lambda: mend_folders(config, standing, tenants, folder / "metrics.jsonl", resumed=resumed))
         others = {} if part.alone else on_first_process(lambda: read_entries(expanded(config.output_dir)))
@@ -90,14 +89,12 @@ def fit(
             scoring.write_ended(standing)
             loop = Loop(config, model, tenants, buckets, layout, scoring, checkpoints, logs, profiler, stop)
             try:
-                if not quiet:
-                    standing = with_base_scores(scoring, state, standing, changed if resumed else None)
-                standing = scoring.without_removed(standing, changed)
-                standing = scoring.with_kept_best(state, standing) if resumed else standing
-                standing = scoring.rescored(state, standing, scoring.with_changed(standing, "validation", changed))
                 if resumed:
+                    standing = scoring.with_kept_best(state, standing)
                     for i in range(len(tenants)):
                         health.compare_with(i, standing.records(i))
+                elif config.eval.base and not quiet:  # those on test data are measured when a tenant ends
+                    standing = scoring.score_backbone(state, standing, "validation", list(range(len(tenants))))
                 if not all(standing.over):
                     with stop.interrupting():
                         loop = loop._replace(prompts=prompts())
@@ -108,33 +105,17 @@ def fit(
 
 def resumed_or_fresh(
     config: RunConfig, model, tenants: Sequence[Tenant], layout: Layout, mesh, checkpoints, run: dict[str, str]
-) -> tuple[TrainState, Standing, list[str], bool]:
-    """The state and the standing that a run goes on from, the parts of its data that changed before, and whether it
-    resumes from a checkpoint."""
+) -> tuple[TrainState, Standing, bool]:
+    """The state and the standing that a run goes on from, and whether it resumes from a checkpoint."""
     state = empty_state(config, model, layout.slots, mesh)
-    restored = restore_checkpoint(checkpoints, state, Standing, run, config.data.changed == "accept")
+    restored = restore_checkpoint(checkpoints, state, Standing, run)
     state, standing = restored or (state, fresh_standing(tenants, layout, run))
-    changed, standing = accepted_changes(standing, run)
     require_same_tenants(standing, tenants, layout)
-    standing = reopened(standing, tenants, changed)._replace(rows=layout.tenant_rows)
+    standing = reopened(standing, tenants)._replace(rows=layout.tenant_rows)
     standing = with_starts(standing, tenants, model.config)
     if restored:
         say(describe_position(standing, tenants))
-    return state, standing, changed, restored is not None
-
-
-def with_base_scores(scoring: Scoring, state: TrainState, standing: Standing, changed: list[str] | None) -> Standing:
-    """The standing with the base model's scores on validation data. No step waits for those on test data: they are
-    measured when a tenant ends.
-
-    Args:
-        changed: the parts of the data that changed before a resume, which alone are scored again; None: a new run.
-    """
-    everyone = list(range(len(scoring.tenants)))
-    asked = everyone if changed is None else scoring.with_changed(standing, "validation", changed)
-    if not scoring.config.eval.base:  # but a score of other data is replaced
-        asked = [tenant for tenant in asked if standing.has_base(tenant, "validation")]
-    return scoring.score_backbone(state, standing, "validation", asked)
+    return state, standing, restored is not None
 
 
 def tasks_of(model, tokenizer, tenants: Sequence[Tenant]) -> tuple[Tasks, Tasks]:
@@ -165,16 +146,6 @@ def empty_state(config: RunConfig, model, slots: int, mesh) -> TrainState:
     shardings = tenants_shardings(jax.eval_shape(fresh), mesh, model.config)
     # A constraint, not out_shardings: then a restored state has the very layouts that a step gives, and one program.
     return jax.jit(lambda: jax.lax.with_sharding_constraint(fresh(), shardings))()
-
-
-def accepted_changes(standing: Standing, run: dict[str, str]) -> tuple[list[str], Standing]:
-    """The parts of the data that changed since a checkpoint was written, which the config accepts. Also returns its
-    standing, now as one of the new data."""
-    changed = changed_data(standing.run, run)
-    if changed:
-        said = describe_changes(changed, standing.run, run)
-        say(f"data.changed=accept: the checkpoint of step {standing.step} is of {said}; the run resumes from it")
-    return changed, standing._replace(run=run)
 
 
 def with_starts(standing: Standing, tenants: Sequence[Tenant], model_config: ModelConfig) -> Standing:

@@ -32,7 +32,7 @@ FREE_FIELDS = ("output_dir", "checkpoint", "logging", "profiler", "runtime")
 HOST_FIELDS = tuple(name for name in FREE_FIELDS if name != "checkpoint")
 #: Fields of other sections that do not make it another run either. A longer run is the same run.
 FREE_NAMES = (
-    "backbone.attention", "data.cache", "data.changed", "eval.base", "train.cache_prompts", "train.max_steps",
+    "backbone.attention", "data.cache", "eval.base", "train.cache_prompts", "train.max_steps",
     "train.num_epochs",
 )  # fmt: skip
 #: Fields that say where and in which pieces a run computes. They change its numbers by rounding alone.

@@ -232,43 +232,6 @@ class Scoring(NamedTuple):
         rows = what in ("validation", "validation_base") and not self.config.data.tenants
         return standing.with_score(tenant, what, record_of(score, samples=not self.config.many, rows=rows))
 
-    def with_changed(self, standing: Standing, split: str, changed: list[str]) -> list[int]:
-        """The tenants that have not ended and whose data of this split changed."""
-        return [
-            i for i, tenant in enumerate(self.tenants) if standing.ended[i] is None and tenant.part(split) in changed
-        ]
-
-    def without_removed(self, standing: Standing, changed: list[str]) -> Standing:
-        """The standing without the scores on data that was removed. They are of other adapters than the next ones."""
-        for split, tasks in ("validation", self.validation), ("test", self.test):
-            for tenant in self.with_changed(standing, split, changed):
-                if tenant not in tasks.encoded:
-                    standing = standing.without_scores(tenant, split)
-        return standing
-
-    def rescored(self, state: TrainState, standing: Standing, asked: list[int]) -> Standing:
-        """The standing where these tenants' validation data changed: their kept adapters are scored on the new data,
-        because scores of two data sets are never compared."""
-        for tenant in asked:
-            own, was, found = self.tenants[tenant], standing.best_score[tenant], None
-            if standing.best_step[tenant] and own.validation:
-                like = jax.eval_shape(tenant_of, state.adapters, jnp.int32(0))
-                kept = self.kept(tenant, like)
-                with self.stop.interrupting():
-                    score = self.validation.scores(self.alone(kept), {tenant: 0})[tenant]
-                step, whose = standing.best_step[tenant], f"{own.name}: " if own.name else ""
-                if math.isfinite(score.loss):
-                    found = score.score
-                    before = "" if was is None else f" ({shown_score(score.metric, was):.4f} on the data before)"
-                    now = f"{score.metric} {shown_score(score.metric, found):.4f}"
-                    say(f"{whose}the best adapter so far, of step {step}: {now}{before}")
-                    self.keep(tenant, kept, step, score, base_score(standing, tenant, score))
-                    standing = self.with_score(standing, tenant, "validation", score)
-                else:
-                    self.require_many(step, score)
-            standing = standing.changed(tenant, best_score=found, since_best=0)
-        return standing
-
 
 def answers_of(encoded: EncodedTask) -> int:
     """How many answers a task asks for."""

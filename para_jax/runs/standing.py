@@ -76,13 +76,6 @@ class Standing(NamedTuple):
         standing = self.changed(tenant, best_score=None, best_step=0, since_best=0)
         return standing._replace(scores=self.scores | {name: records}, kept=kept)
 
-    def without_scores(self, tenant: int, split: str) -> Standing:
-        """The standing where neither the tenant nor the base model has scores on data of this split."""
-        gone = split, f"{split}_base"
-        records = {what: record for what, record in self.records(tenant).items() if what not in gone}
-        standing = self.changed(tenant, test_before=None) if split == "test" else self
-        return standing._replace(scores=self.scores | {self.names[tenant]: records})
-
     def records(self, tenant: int) -> Records:
         """A tenant's records."""
         return self.scores.get(self.names[tenant], {})
@@ -141,15 +134,8 @@ def require_same_tenants(standing: Standing, tenants: Sequence[Tenant], layout: 
             )
 
 
-def reopened(standing: Standing, tenants: Sequence[Tenant], changed: Sequence[str]) -> Standing:
-    """The standing of a run that was made longer: tenants that had done all their steps go on. So does a run of one
-    adapter whose data changed: it is scored on the new data, and its patience starts again.
-
-    Args:
-        changed: the parts of the data that changed since, and that the config accepts.
-    """
-    if changed and not tenants[0].name:
-        return standing.changed(0, ended=None)
+def reopened(standing: Standing, tenants: Sequence[Tenant]) -> Standing:
+    """The standing of a run that was made longer: tenants that had done all their steps go on."""
     for i, tenant in enumerate(tenants):
         if standing.ended[i] == "done" and standing.steps[i] < tenant.order.total_steps:
             standing = standing.changed(i, ended=None)

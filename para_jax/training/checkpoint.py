@@ -150,7 +150,7 @@ def require_saved(checkpoints) -> None:
 
 
 def restore_checkpoint(
-    checkpoints, state: Any, kind: type, run: dict[str, str], accept_data: bool = False
+    checkpoints, state: Any, kind: type, run: dict[str, str]
 ) -> tuple[Any, Any] | None:
     """The newest checkpoint of this run, in the shapes and shardings of `state`, and its progress; None if there is
     none. Newer ones that are damaged, or belong to another run, are set aside with a warning.
@@ -161,14 +161,13 @@ def restore_checkpoint(
     Args:
         kind: the type of the progress.
         run: what the run is made of; see runs.standing.Standing.
-        accept_data: take a checkpoint of other data too. The progress then says which, for `changed_data`.
 
     Raises ValueError if there are checkpoints and none of them can be used, or if the newest is of other data.
     """
     arrays = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in arrays_by_path(state).items()}
 
     def read_first() -> dict[str, Any] | None:
-        found = newest_whole(checkpoints, arrays, kind, run, accept_data)
+        found = newest_whole(checkpoints, arrays, kind, run)
         arrays.update(found[0] if found else {})
         return found and found[1]
 
@@ -183,18 +182,18 @@ def restore_checkpoint(
 
 
 def newest_whole(
-    checkpoints, wanted: dict[str, np.ndarray], kind: type, run: dict[str, str], accept_data: bool
+    checkpoints, wanted: dict[str, np.ndarray], kind: type, run: dict[str, str]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
     folder, problems = expanded(str(checkpoints.directory)), {}
     for step in steps_in(folder):
         try:
             found = read_twice(checkpoints, step, wanted)
             check_progress(found[1], step, kind)
-            check_run(found[1]["run"], run, accept_data)
+            check_run(found[1]["run"], run)
         except OtherData as error:  # an older one may be of these data, but the adapter in the folder is not
             raise ValueError(
-                f"{folder / str(step)}: {error}; data.changed=accept continues with what is there now, "
-                "another output_dir starts again"
+                f"{folder / str(step)}: {error}; put that data back, or choose another output_dir "
+                "(train.init_from starts from an adapter)"
             ) from None
         except OtherBackbone as error:  # an older one may be of a backbone in another dtype
             raise ValueError(

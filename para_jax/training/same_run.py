@@ -13,13 +13,12 @@ class OtherData(ValueError):
     """A checkpoint belongs to this run, but the data have changed since."""
 
 
-def check_run(held: dict[str, str], run: dict[str, str], accept_data: bool = False) -> None:
-    """Raises ValueError, naming what differs, for the digests of another run. Raises OtherData if only the data differ
-    and that is not accepted."""
+def check_run(held: dict[str, str], run: dict[str, str]) -> None:
+    """Raises ValueError, naming what differs, for the digests of another run; OtherData if only the data differ."""
     common = held.keys() & run.keys()  # a backbone in another dtype has another name
     names = sorted(name for name in common if not is_data(name) and held[name] != run[name])
     other = [f"another {shorten(name)}" for name in names]
-    changed = [] if accept_data else changed_data(held, run)
+    changed = changed_data(held, run)
     kind = ValueError if other else OtherData
     if any(name != "config" for name in names):
         kind = OtherBackbone

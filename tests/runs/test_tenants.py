@@ -5,7 +5,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -533,37 +532,6 @@ def test_a_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not(at, whole
     monkeypatch.undo()
     train_tenants(config)
     assert all_that_stays(tmp_path / "run") == all_that_stays(whole[1].output_dir)
-
-
-@pytest.mark.long
-def test_a_run_goes_on_with_one_tenants_other_data_only_if_told_to(whole, folder, tmp_path, monkeypatch):
-    shutil.copytree(folder / "tenants", tmp_path / "tenants")
-    options = f"data.tenants={tmp_path / 'tenants'}", "eval.test=true", "checkpoint.every=2"
-    config = tenants_config(folder, tmp_path / "run", *options)
-    real = StopSignal.reached
-    with monkeypatch.context() as patched, pytest.raises(Stopped):
-        patched.setattr(StopSignal, "reached", lambda self, step: step == 7 or real(self, step))
-        train_tenants(config)
-    write_rows(tmp_path / "tenants" / "acme" / "validation.jsonl", rows_of_text(4, seed=7))
-    with pytest.raises(ValueError, match="other validation data of acme .6 examples there, 4 here.; data.changed"):
-        train_tenants(config)
-    kept, rescored = adapter_of(config, "acme"), []
-    real_scores = Tasks.scores
-
-    def scores(self, stack, slots):
-        found = real_scores(self, stack, slots)
-        if -1 not in slots.values():  # the base model is scored on the new data too
-            rescored.append((stack.adapters, slots, found))
-        return found
-
-    monkeypatch.setattr(Tasks, "scores", scores)
-    result = train_tenants(tenants_config(folder, tmp_path / "run", *options, "data.changed=accept"))
-    asked = [one for one in rescored if one[1]]  # the kept adapter of acme first, and of nobody else
-    assert asked[0][1] == {0: 0} and list(asked[0][2]) == [0]
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0], b), asked[0][0], kept)
-    of_new_data = [found[0].score for stack, slots, found in asked if 0 in found and found[0].count == 4]
-    assert result.tenants["acme"]["best_score"] == max(of_new_data)
-    assert result.tenants["globex"] == whole[1].tenants["globex"]
 
 
 def test_a_finished_run_that_is_started_again_changes_nothing(whole):

@@ -1,4 +1,4 @@
-"""docs/other_servers.md and its check, scripts/experiments/check_hooks.py: the page's code computes what para_jax does."""
+"""docs/other_servers.md and its check, check_hooks.py: the page's code computes what para_jax does."""
 
 import sys
 from dataclasses import fields
