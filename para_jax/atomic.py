@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import json
 import os
 import re
 import secrets
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from .storage.bucket import BucketPath
 
@@ -148,3 +149,11 @@ def lock(stream: IO, name: str | Path) -> None:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"{name}: another process is writing it; wait until it ends, or choose another") from None
+
+
+def read_json(file: Any, advice: str) -> Any:
+    """What a JSON file that we wrote holds. Raises ValueError, naming the file, for what is not JSON."""
+    try:
+        return json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON ({error}). {advice}") from None

@@ -24,8 +24,8 @@ def tenant_sections(folder: str | Path, section: DataSection) -> dict[str, DataS
     validation.jsonl, test.jsonl and tenant.yaml) or a file NAME.jsonl; or .csv, .parquet and so on. Other files and
     hidden files are ignored. Tenants that a program gave (data/given.py) are in no folder.
 
-    Raises ValueError for a folder without tenants, a name that is unsafe as a folder name, two tenants with one name,
-    and a link.
+    Raises ValueError for a folder without tenants, a name that is unsafe as a folder name, and two tenants with one
+    name.
     """
     if is_given(str(folder)):
         return given_tenants(section)
@@ -48,9 +48,7 @@ def tenant_sections(folder: str | Path, section: DataSection) -> dict[str, DataS
         require_name(path, name)
         if name.lower() in {other.lower() for other in found}:
             raise ValueError(f"data.tenants: {path} is a second tenant named {name!r}; rename one of them")
-        for file in [path, *files_inside(path)]:
-            if file.is_symlink():  # it could point to another tenant's data, or out of the folder
-                raise ValueError(f"data.tenants: {file} is a link, and links are not followed; copy the file")
+        for file in path.iterdir() if path.is_dir() else ():
             if is_own(file) and file.name != OWN_FILE:
                 raise ValueError(f"data.tenants: {file} would not be read; rename it to {OWN_FILE}")
         if path.is_dir() and not is_saved(path) and split_file(path, "train") is None:
@@ -59,15 +57,6 @@ def tenant_sections(folder: str | Path, section: DataSection) -> dict[str, DataS
     if not found:
         raise ValueError(f"data.tenants: {folder} has no tenants; add a subfolder or .jsonl file for each")
     return dict(sorted(found.items()))
-
-
-def files_inside(path: Place) -> list[Place]:
-    """The files of a tenant's folder that are read; none for a file."""
-    if not path.is_dir():
-        return []
-    if is_saved(path):
-        return [*path.rglob("*")]
-    return [file for file in path.iterdir() if file.suffix in ENDINGS or is_own(file)]
 
 
 def files_of_one(root: Place) -> str | None:

@@ -13,15 +13,15 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from .. import atomic
-from ..config import RunConfig, expanded, shorten
+from ..config import RunConfig, expanded
 from ..processes import on_first_process
 from ..storage.bucket import Place
 from ..training.tenants_file import read_entries
-from ..untrusted import read_json, safe_names
+from ..untrusted import safe_names
 from .chosen import TRIALS
 from .folder import delete_leftovers
 
-FILE, MAX_BYTES = "tenants.json", 2**26
+FILE = "tenants.json"
 
 
 class Part(NamedTuple):
@@ -95,7 +95,4 @@ def write_parts(parts: Sequence[Part]) -> None:
 
 
 def read_names(file: Place) -> set[str]:
-    found = read_json(file, MAX_BYTES).get("tenants")
-    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
-        raise ValueError(f"{file}: {shorten(found)} is not a list of tenants; restore the file from a copy")
-    return set(found)
+    return set(atomic.read_json(file, "Restore it from a copy")["tenants"])

@@ -13,34 +13,19 @@ import json
 from typing import Any
 
 from .. import atomic
-from ..config import shorten
 from ..storage.bucket import Place
-from .metrics_file import is_log, is_number, is_step, read_metrics
+from .metrics_file import is_log, read_metrics
 
 FILE = "scores.json"
 NAMES = ("validation_base", "validation", "test_base", "test")
 #: One record by name.
 Records = dict[str, dict[str, Any]]
-MAX_BYTES = 2**26
-#: Samples of a record, and characters of a name.
-MOST_SAMPLES, MOST_CHARACTERS = 100, 2000
 
 
 def read_scores(folder: Place) -> Records:
-    """The records of a run folder; none if the file does not exist. Raises ValueError for a file that no run wrote."""
+    """The records of a run folder; none if the file does not exist."""
     file = folder / FILE
-    if not file.exists():
-        return {}
-    what = f"not a file of at most {MAX_BYTES} bytes"
-    if file.is_file() and file.stat().st_size <= MAX_BYTES:
-        try:
-            found = json.loads(file.read_bytes().decode())
-            if is_records(found):
-                return found
-            what = f"{shorten(found)} are not the scores of a run"
-        except (ValueError, RecursionError) as error:
-            what = f"not JSON ({shorten(str(error))})"
-    raise ValueError(f"{file}: {what}. Delete it, and the same command writes it again")
+    return atomic.read_json(file, "Delete it, and the same command writes it again") if file.exists() else {}
 
 
 def logged_records(log: Place, count: int | None = None) -> Records:
@@ -71,25 +56,3 @@ def logged_records(log: Place, count: int | None = None) -> Records:
 
 def write_scores(folder: Place, records: Records) -> None:
     atomic.write_text(folder / FILE, json.dumps(records, indent=1) + "\n")
-
-
-def is_records(value: Any) -> bool:
-    """Whether a JSON value is what a run writes. Names are printable, because a terminal shows them."""
-    return isinstance(value, dict) and all(name in NAMES and is_record(one) for name, one in value.items())
-
-
-def is_record(value: Any) -> bool:
-    if not isinstance(value, dict) or not {"metric", "count", "values"} <= value.keys():
-        return False
-    values, samples = value["values"], value.get("samples", [])
-    numbers = isinstance(values, dict) and all(is_text(name) and is_number(one) for name, one in values.items())
-    texts = isinstance(samples, list) and len(samples) <= MOST_SAMPLES and all(map(is_sample, samples))
-    return is_text(value["metric"]) and is_step(value["count"]) and numbers and texts and "loss" in values
-
-
-def is_sample(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(isinstance(text, str) for text in value)
-
-
-def is_text(value: Any) -> bool:
-    return isinstance(value, str) and value.isprintable() and len(value) <= MOST_CHARACTERS

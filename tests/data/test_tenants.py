@@ -40,54 +40,11 @@ def test_an_unsafe_tenant_name_is_refused(tmp_path, name, kind):
     assert repr(name) in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("kind", ["folder", "file", "file in a folder"])
-def test_links_in_a_tenant_folder_are_refused(tmp_path, kind):
-    outside = tmp_path / "outside"
-    write(outside / "train.jsonl")
-    root = tmp_path / "tenants"
-    write(root / "good" / "train.jsonl")
-    if kind == "file in a folder":
-        (root / "bad").mkdir()
-    link, to = {
-        "folder": (root / "bad", outside),
-        "file": (root / "bad.jsonl", outside / "train.jsonl"),
-        "file in a folder": (root / "bad" / "train.jsonl", outside / "train.jsonl"),
-    }[kind]
-    link.symlink_to(root / "good" / "train.jsonl" if kind != "folder" else root / "good")
-    with pytest.raises(ValueError, match="a link"):
-        tenant_sections(root, DataSection())
-    link.unlink()
-    link.symlink_to(to)
-    with pytest.raises(ValueError, match="a link"):
-        tenant_sections(root, DataSection())
-
-
-@pytest.mark.parametrize("kind", ["dataset", "dict"])
-def test_a_link_in_a_data_set_of_save_to_disk_is_refused(tmp_path, kind):
-    data = datasets.Dataset.from_list([{"prompt": "a", "completion": "b"}])
-    for name in ("acme", "globex"):
-        made = data if kind == "dataset" else datasets.DatasetDict(train=data)
-        made.save_to_disk(tmp_path / name)
-    assert list(tenant_sections(tmp_path, DataSection())) == ["acme", "globex"]
-    theirs = next((tmp_path / "acme").rglob("*.arrow"))
-    own = tmp_path / "globex" / theirs.relative_to(tmp_path / "acme")
-    own.unlink()
-    own.symlink_to(theirs)
-    with pytest.raises(ValueError, match="globex.*arrow is a link"):
-        tenant_sections(tmp_path, DataSection())
-
-
 def test_a_tenant_yaml_with_a_wrong_name_is_refused(tmp_path):
     for file in ("x.jsonl", "y/train.jsonl", "y/Tenant.yaml"):
         write(tmp_path / file)
     with pytest.raises(ValueError, match="y/Tenant.yaml would not be read; rename it to tenant.yaml"):
         tenant_sections(tmp_path, DataSection())
-
-
-def test_a_folder_may_have_any_name_and_what_is_not_read_may_be_a_link(tmp_path):
-    write(tmp_path / "y.ndjson" / "train.jsonl")
-    (tmp_path / "y.ndjson" / "OLD.CSV").symlink_to(tmp_path / "elsewhere")
-    assert list(tenant_sections(tmp_path, DataSection())) == ["y.ndjson"]
 
 
 def test_wrong_tenant_folders_are_named(tmp_path):

@@ -244,16 +244,12 @@ def test_all_fields_that_a_tenant_may_set_are_fields_of_a_run():
         assert hasattr(getattr(config, section), field)
 
 
-def test_links_and_other_names_of_the_file_are_refused(folder, tmp_path):
+def test_other_names_of_the_file_are_refused(folder, tmp_path):
     write_tenants(tmp_path / "tenants", {"acme": 5})
     config = load_config(None, [f"data.tenants={tmp_path / 'tenants'}"])
     wrong = tmp_path / "tenants" / "acme" / "tenant.yml"
     wrong.write_text("eval: {every: 2}")
     with pytest.raises(ValueError, match=r"tenant\.yml would not be read; rename it to tenant\.yaml"):
-        tenant_configs(config)
-    wrong.rename(tmp_path / "outside.yaml")
-    (tmp_path / "tenants" / "acme" / "tenant.yaml").symlink_to(tmp_path / "outside.yaml")
-    with pytest.raises(ValueError, match="a link"):
         tenant_configs(config)
 
 
