@@ -7,10 +7,13 @@ from collections.abc import Iterator
 from fractions import Fraction
 from itertools import count
 from math import ceil
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
-def part_of(rows: Iterator[tuple[str, dict]], share: float, *, held_out: bool) -> Iterator[tuple[str, dict]]:
-    """The rows that are held out, or the others, each with its place. A row's number alone decides. So sorted data is
+def part_of(rows: Iterator[T], share: float, *, held_out: bool) -> Iterator[T]:
+    """The rows that are held out, or the others. A row's number alone decides. So sorted data is
     held out evenly, and rows that are added at the end change nothing before them."""
     chosen = validation_rows(Fraction(str(share)))  # 0.1 is a tenth
     following = next(chosen)
