@@ -33,7 +33,7 @@ from para_jax.memory import USABLE
 from para_jax.server.app import create_app
 from para_jax.server.models import Models
 from para_jax.server.serve import LAST_BYTES_SECONDS
-from para_jax.serving.capacity import KEPT
+from para_jax.serving.capacity import ROWS
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "scripts" / "k8s"
@@ -303,7 +303,7 @@ def test_the_server_s_slots_fit_its_chip():
     chip = scale.CHIP[KINDS[pod(SERVE)["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"]]]
     assert options.backbone.endswith("llama2-7b")
     model = load_model_config("meta-llama/Llama-2-7b-hf")
-    slots = (options.slots + KEPT) * options.max_length * scale.cache_bytes(model)
+    slots = (options.slots + ROWS) * options.max_length * scale.cache_bytes(model)
     needed = scale.weight_bytes(model, options.quantize) + slots + 1e9 * options.prefix_cache_gb
     assert needed < 0.9 * USABLE * chip.memory
 
