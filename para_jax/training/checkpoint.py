@@ -149,9 +149,7 @@ def require_saved(checkpoints) -> None:
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def restore_checkpoint(
-    checkpoints, state: Any, kind: type, run: dict[str, str]
-) -> tuple[Any, Any] | None:
+def restore_checkpoint(checkpoints, state: Any, kind: type, run: dict[str, str]) -> tuple[Any, Any] | None:
     """The newest checkpoint of this run, in the shapes and shardings of `state`, and its progress; None if there is
     none. Newer ones that are damaged, or belong to another run, are set aside with a warning.
 
