@@ -163,7 +163,7 @@ class Prefills:
                 self._drop(prompt)
         self._drop_old()
         for key, ids in pinned.items():
-            if not all(map(self.cache.knows, self.pins[ids])) and self.has_room(key, ids):
+            if not all(map(self.cache.knows, self.pins[ids])) and self._fits(ids, self._working.values()):
                 held = self._kept.get(key)
                 if isinstance(held, ChunkedPrompt):  # finished before it was pinned, and its blocks were given up since
                     self._drop(held)
@@ -288,11 +288,8 @@ class Prefills:
         return Lanes(tokens, row, number, count, table, np.zeros(self.rows, np.int32))
 
     def _no_tails(self) -> Tails:
-        return Tails(
-            np.full(self.lanes, -1, np.int32),
-            *(np.zeros(n, np.int32) for n in (self.lanes, ROWS)),
-            np.ones(ROWS, np.int32),
-        )
+        start, lane = (np.zeros(count, np.int32) for count in (self.lanes, ROWS))
+        return Tails(np.full(self.lanes, -1, np.int32), start, lane, np.ones(ROWS, np.int32))
 
     # ------------------------------------------------------------------------------------------------------ the prompts
 
@@ -301,10 +298,8 @@ class Prefills:
 
     def _fits(self, ids: Sequence[int], others: Iterable[ChunkedPrompt]) -> bool:
         """Whether there are a row and blocks for one more prompt next to these."""
-        others = list(others)
-        return (
-            len(others) < self.rows and sum(self._blocks(one.ids) for one in others) + self._blocks(ids) <= self._room
-        )
+        blocks = [self._blocks(one.ids) for one in others]
+        return len(blocks) < self.rows and sum(blocks) + self._blocks(ids) <= self._room
 
     def _kept_in_blocks(self) -> Iterable[ChunkedPrompt]:
         return (prompt for prompt in self._kept.values() if isinstance(prompt, ChunkedPrompt))
