@@ -1,7 +1,5 @@
 """The longest rows of a run, from its config alone."""
 
-from dataclasses import dataclass, replace
-
 import pytest
 from golden_models import backbone
 
@@ -44,12 +42,3 @@ def test_a_named_kernel_is_that_of_the_machine_that_has_it():
     assert [part.kernel for part in parts_of_row(cudnn, model)] == ["cudnn", "plain"]  # as tail.py has it
     with pytest.raises(ValueError, match="this is a TPU"):
         kernel_of_run(cudnn, model)
-
-
-def test_a_method_of_ones_own_may_lack_a_scope():
-    @dataclass(frozen=True)
-    class Own:
-        r: int = 4
-
-    own, model = replace(config_of(), adapter=Own()), backbone("llama").config
-    assert longest_split(own) == (256, 256) and parts_of_row(own, model) == parts_of_row(config_of(), model)

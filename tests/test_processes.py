@@ -162,7 +162,7 @@ from typing import NamedTuple
 from para_jax.training.checkpoint import open_checkpoints, restore_checkpoint, save_checkpoint
 class Progress(NamedTuple):
     step: int
-    run: dict[str, str] | None = None
+    run: dict[str, str] = {}
 processes.PIECE = 1 << 14
 mesh = make_mesh(2, 2, 2)
 # tenants over all devices, over some of them, and one array that lies whole everywhere

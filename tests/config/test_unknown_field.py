@@ -58,8 +58,7 @@ def test_an_adapters_fields_are_those_of_its_method():
 def test_rows_of_a_program_are_no_field_of_a_file():
     with pytest.raises(ValueError) as error:
         load_config(None, ["data.given=1"])
-    assert str(error.value).startswith("data.given: no such field of data\n") and "packing, changed" in str(error.value)
-    assert not str(error.value).endswith("given")
+    assert str(error.value).startswith("data.given: no such field of data\n") and str(error.value).endswith("packing")
 
 
 def test_a_field_that_resembles_none_is_listed_with_those_there_are():

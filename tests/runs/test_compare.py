@@ -2,12 +2,10 @@
 
 import itertools
 import json
-import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny_run import rows_of_text, run_config, run_folder, write_rows
+from tiny_run import rows_of_text, run_config, run_folder
 
 from para_jax import (
     LoraConfig,
@@ -234,19 +232,6 @@ def test_the_command_trains_all_methods_with_one_backbone_and_resumes(folder, tm
 
 
 @pytest.mark.long
-def test_a_table_has_the_scores_of_the_data_that_it_counts(folder, tmp_path):
-    """Also where the validation data changed between two starts, and the log still has the scores of the old data."""
-    shutil.copytree(folder / "data", tmp_path / "data")
-    config = methods_config(folder, tmp_path / "run", "sweep.method=[para, ia3]", f"data.train={tmp_path / 'data'}")
-    before = {one.method: one for one in compare_methods(config).methods}
-    write_rows(tmp_path / "data" / "validation.jsonl", rows_of_text(6, seed=9))
-    for one in compare_methods(replace(config, data=replace(config.data, changed="accept"))).methods:
-        record, old = read_scores(Path(one.folder))["validation"], before[one.method]
-        values = record["values"]
-        assert (one.score, one.stderr, one.loss) == (values["loss"], values["loss_stderr"], values["loss"])
-        assert (one.count, one.step) == (record["count"], 2) == (6, old.step) and one.score != old.score
-
-
 @pytest.mark.long
 def test_a_method_that_is_not_finite_is_listed_and_the_others_continue(folder, tmp_path, monkeypatch):
     """Its adapter of the first score is there. The rows come from Python, and only the test data are scored."""
