@@ -40,6 +40,7 @@ ELSEWHERE = {
     "tensor_file": "backbone/test_safetensors.py",
     "training.passes": "runs/test_batch_size.py",
     "training.quiet_orbax": "training/test_checkpoint.py",
+    "training.same_run": "runs/test_folder.py",
 }
 
 

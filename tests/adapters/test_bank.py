@@ -154,7 +154,9 @@ def test_decode_carries_the_same_whatever_the_tenants_scopes(model, methods):
         return jax.eval_shape(lambda: prefill(model, rows, prompts(model)[:1], 5, max_length=16)[1])
 
     empty, config = carried(None), {"para": ParaConfig, "lora": LoraConfig}[methods[-1]]
-    for scope, window in (("prompt", 1), ("response", 1), ("all", 1), ("response", 1 if config is ParaConfig else 3)):
+    for scope, window in (("prompt", 1), ("response", 1), ("all", 1), ("response", 3))[
+        : 3 if config is ParaConfig else 4
+    ]:
         bank.add(f"{scope}{window}", init_adapter(config(scope=scope, scope_window=window), model.config))
         assert carried(f"{scope}{window}") == carried(None) == empty
 
