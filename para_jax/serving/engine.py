@@ -2,9 +2,9 @@
 and the next request takes it while the other rows continue.
 
 Any thread may submit, cancel and stream. One thread at a time drives: it makes rounds. In each, free slots are filled,
-prompts advance by a chunk, and all rows decode a few tokens. If an exception or an interrupt ends a round halfway, the
-next round starts again from the open requests: unfinished answers are decoded once more from their prompts, to the same
-tokens.
+prompts advance by a chunk, and all rows decode a few tokens. Ctrl-C waits for the end of the round. After an exception
+the next round starts again from the open requests: unfinished answers are decoded once more from their prompts, to the
+same tokens.
 """
 
 from __future__ import annotations
@@ -302,7 +302,7 @@ class Engine:
         with self._claimed():
             self._rounds.make()
             with self._requests.lock:
-                return [self._requests.take(number) for number in list(self._requests.done)]
+                return [self._requests.done.pop(number) for number in list(self._requests.done)]
 
     @contextmanager
     def _claimed(self) -> Iterator[None]:
@@ -311,8 +311,6 @@ class Engine:
             if before is not None and before is not me and before.is_alive():
                 raise RuntimeError(f"the thread {before.name} drives the engine; only one may, by run() or step()")
             self._driver, self._paused = me, False
-            if self._requests.torn or self._rounds.broken:
-                self._requests.settle()
         try:
             yield
         finally:

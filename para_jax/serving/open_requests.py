@@ -1,7 +1,6 @@
 """Which of an engine's requests are open, which samples wait for a slot, and which answers run() has yet to give.
 
-An interrupt may end any method halfway. The open tickets and the answers are always right; `settle` and `requeue`
-rebuild the rest from them.
+The open tickets and the answers are always right. After an exception in a round, `requeue` makes the queue from them.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class QueueFull(ValueError):
 
 
 class OpenRequests:
-    """All tickets, samples and answers of one engine. `take`, `settle` and `requeue` are called with the lock held."""
+    """All tickets, samples and answers of one engine. `requeue` is called with the lock held."""
 
     def __init__(self, tokenizer, seed: int, limit: int | None, limit_per_tenant: int | None):
         """
@@ -52,10 +51,6 @@ class OpenRequests:
         """answers that run() has yet to give, by the sample's number"""
         self.dropped: SimpleQueue[Ticket] = SimpleQueue()
         """requests whose streams were dropped: to be cancelled"""
-        self.torn = False
-        """whether the queue is being changed; still True after an interrupt that left it halfway"""
-        self._refused: dict[int, str | None] = {}
-        """the tenants of refused requests in `done`: these count as waiting, so that their number is bounded too"""
         self._request_numbers, self._sample_numbers = itertools.count(), itertools.count()
         """in the order of submission"""
 
@@ -87,15 +82,12 @@ class OpenRequests:
                 ticket.error = error
                 if not ticket.streamed:
                     self.done[first] = Completion(ticket.id, 0, "", [], "error", error)
-                    self._refused[first] = tenant
                 return
-            self.torn = True
             for sample in samples:
                 sample.number = first if sample is samples[0] else next(self._sample_numbers)
                 self.queue.put(tenant, sample.number, sample)
             ticket.samples = samples
             self.tickets[ticket.id] = ticket
-            self.torn = False
 
     def end(self, sample: Sample, reason: str, error: str | None = None) -> None:
         """Gives a sample its answer, unless it has one."""
@@ -108,14 +100,12 @@ class OpenRequests:
             logprobs = None if sample.request.logprobs is None else sample.logprobs
             found = sample.tokens, reason, error, logprobs, sample.prompt_logprobs
             completion = Completion(sample.ticket.id, sample.index, text, *found)
-            self.torn = True
             self.queue.remove(sample.request.tenant, sample.number)
             if not sample.ticket.streamed:
                 self.done[sample.number] = completion
             sample.completion = completion
             if sample.ticket.ended and self.tickets.get(sample.ticket.id) is sample.ticket:
                 self._close(sample.ticket)
-            self.torn = False
 
     def cancel(self, ticket: Ticket) -> bool:
         """Gives the samples without an answer the error "cancelled". Returns whether the request was open."""
@@ -159,30 +149,15 @@ class OpenRequests:
         with self.lock:
             return list(self.queue)
 
-    def take(self, number: int) -> Completion:
-        """Takes an answer out of those that run() has yet to give."""
-        self._refused.pop(number, None)
-        return self.done.pop(number)
-
-    def settle(self) -> None:
-        """Completes an `end` that was interrupted: an answer in `done` has been given."""
-        for ticket in list(self.tickets.values()):
-            for sample in ticket.samples:
-                sample.completion = sample.completion or self.done.get(sample.number)
-            if ticket.ended:
-                self._close(ticket)
-
     def requeue(self) -> None:
         """Queues all samples without an answer again, in the order they came. They start from their prompts; sampling
         depends on seed and position only, so their tokens will be the same."""
         self.queue = empty_queue()
-        self.settle()
         for ticket in self.tickets.values():
             for sample in ticket.samples:
                 if sample.completion is None:
                     sample.restart(self.tokenizer)
                     self.queue.put(sample.request.tenant, sample.number, sample)
-        self.torn = False
 
     def _close(self, ticket: Ticket) -> None:
         ticket.times.ended = time.monotonic()
@@ -193,17 +168,15 @@ class OpenRequests:
         del self.tickets[ticket.id]
 
     def _require_room(self, tenant: str | None, new: int) -> None:
-        """Raises QueueFull if the queue has no room for new samples of a tenant. Refused requests count until their
-        errors are taken."""
+        """Raises QueueFull if the queue has no room for new samples of a tenant. Errors that nobody has taken yet
+        count as waiting, so that refused requests are bounded too."""
         if self.limit is None and self.limit_per_tenant is None:
-            self._refused.clear()
             return
-        self._refused = {number: name for number, name in self._refused.items() if number in self.done}
-        waiting = len(self.queue) + len(self._refused)
+        waiting = len(self.queue) + sum(completion.error is not None for completion in self.done.values())
         if self.limit is not None and waiting + new > self.limit:
             message = f"the queue holds {waiting} of {self.limit} samples; take answers first"
             raise QueueFull(message)
-        own = self.queue.waiting(tenant) + sum(name == tenant for name in self._refused.values())
+        own = self.queue.waiting(tenant)
         if self.limit_per_tenant is not None and own + new > self.limit_per_tenant:
             message = f"the queue holds {own} of {self.limit_per_tenant} samples of tenant {shorten(tenant)}; "
             raise QueueFull(message + "take answers first", tenant_full=True)

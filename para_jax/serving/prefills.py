@@ -186,8 +186,7 @@ class Prefills:
         try:
             finished = self._compute(working)
         except Exception as error:
-            if not isinstance(error, SystemError):  # C code turns an interrupt into a SystemError
-                self._suspect(working, error)
+            self._suspect(working, error)
             raise
         for prompt in finished:
             self._kept[prompt.key] = self._working.pop(prompt.key)

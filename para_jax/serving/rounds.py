@@ -1,13 +1,15 @@
 """One round of the engine: free slots are filled, prompts are computed up to a bound, and all rows decode a few tokens.
 
-If an exception or an interrupt ends a round halfway, the next one starts again from the open requests.
+After an exception in a round, the next one starts again from the open requests. Ctrl-C waits for the end of the round.
 """
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import jax
@@ -80,17 +82,13 @@ class Rounds:
         """the arrival number of the sample that is next but can't start yet"""
         self._overtaken = 0
         """how many prompts in blocks have started before it"""
-        self.broken = False
-        """True during a round; if it is True when the next one starts, something ended that round halfway"""
 
     def warm_up(self) -> None:
         """Compiles everything. Raises ValueError while requests are open."""
-        with self._driving, using(self._decoder.mesh):
-            if self._requests.tickets:
-                raise ValueError(f"warm_up: {len(self._requests.tickets)} requests are open; take their answers first")
-            self._begin()
+        if self._requests.tickets:
+            raise ValueError(f"warm_up: {len(self._requests.tickets)} requests are open; take their answers first")
+        with self._round():
             self._decoder.warm_up()
-            self.broken = False
 
     @property
     def keeps_ended(self) -> bool:
@@ -101,13 +99,14 @@ class Rounds:
     def make(self) -> None:
         """Fills free slots, decodes a few tokens, and adds them to the answers. Raises the error of a prompt that is to
         be tried again only if nothing else could be computed: one tenant's prompt stops no others."""
-        with self._driving, using(self._decoder.mesh):
-            self._begin()
+        with self._round():
+            self._requests.cancel_dropped()
             self._prefills.pin(self._pins.kept)
             empty = [slot for slot, sample in enumerate(self._rows) if sample is None or sample.completion]
             most = len(empty) + self._requests.queue.count(kind=False)
             started, self.decoding = Started(int(self._limit * min(PER_SAMPLE * most, 1))), 0
             if not self._fill(started, empty):
+                self._start_again()
                 return
             active = [(slot, sample) for slot, sample in enumerate(self._rows) if sample and not sample.completion]
             decoded, scored = self._decode(active) if active else None, started.scored
@@ -121,20 +120,26 @@ class Rounds:
                     self._extend(sample, *new_tokens(sample, first.get(slot), decoded, slot))
             with self._requests.lock:
                 self._rows = [sample if sample and not sample.completion else None for sample in self._rows]
-                self.broken = False
                 self._requests.news.notify_all()
-            if started.failed and not (active or scored or self._waiting):
-                raise next(iter(started.failed.values()))
+        if started.failed and not (active or scored or self._waiting):
+            raise next(iter(started.failed.values()))
 
-    def _begin(self) -> None:
-        """Notes that a round has begun. If the last one did not end, empties the slots and queues its samples again."""
+    @contextmanager
+    def _round(self) -> Iterator[None]:
+        """A round of this thread: the body. If it raises, the next round starts again from the open requests."""
+        with self._driving, using(self._decoder.mesh), interrupts_held_back():
+            try:
+                yield
+            except BaseException:
+                self._start_again()
+                raise
+
+    def _start_again(self) -> None:
+        """Empties the slots and queues the samples without an answer again."""
         with self._requests.lock:
-            if self.broken or self._requests.torn:
-                self._rows, self._waiting = [None] * len(self._rows), {}
-                self._decoder.reset()
-                self._requests.requeue()
-            self._requests.cancel_dropped()
-            self.broken = True
+            self._rows, self._waiting = [None] * len(self._rows), {}
+            self._requests.requeue()
+        self._decoder.reset()  # last: if it raises, so does the next round, and it is tried again
 
     def _fill(self, started: Started, empty: list[int]) -> bool:
         """Moves queued samples into free slots until no slot is free, no sample can start, or the round has computed as
@@ -184,8 +189,6 @@ class Rounds:
                     continue
                 prefilled = self._decoder.prefilled(sample)
             except Exception as error:
-                if isinstance(error, SystemError):  # C code turns an interrupt into a SystemError
-                    raise
                 sample.failures += 1
                 if sample.failures == 2:
                     self._fail(sample, error)
@@ -310,6 +313,28 @@ class Rounds:
                     raise
                 message = f"the answer's tokens have no text: {shorten(str(error), 200)}"
                 self._requests.end(sample, "error", message)
+
+
+@contextmanager
+def interrupts_held_back() -> Iterator[None]:
+    """Ctrl-C waits for the end of the body: inside JAX, an interrupt can leave JAX without its own state. A second one
+    ends the body at once. Threads other than the main one receive no signals."""
+    handler, received = signal.getsignal(signal.SIGINT), []
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+
+    def hold_back(*arguments) -> None:
+        signal.signal(signal.SIGINT, handler)
+        received.append(arguments)
+
+    signal.signal(signal.SIGINT, hold_back)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if received:
+            handler(*received[0])
 
 
 def new_tokens(sample: Sample, first: tuple | None, decoded: tuple, slot: int) -> tuple[list[int], list[TokenLogprob]]:

@@ -111,7 +111,7 @@ def pieces_of_ended(requests: OpenRequests, id: Hashable) -> list[Piece]:
         found.append(number)
     if not found:
         raise ValueError(f"stream: no open request has the id {shorten(id)}; give the id of one, or a Request")
-    ended = [requests.take(number) for number in found]
+    ended = [requests.done.pop(number) for number in found]
     if all(completion.error is not None for completion in ended):
         raise ValueError(ended[0].error)
     return [Piece(c.index, c.text, c.tokens, c.finish_reason, c.error, c.logprobs) for c in ended]
