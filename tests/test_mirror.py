@@ -11,14 +11,8 @@ TESTS = Path(__file__).parent
 #: The test file of a module that has none of its own name, and that no test in its folder imports.
 ELSEWHERE = {
     "__main__": "cli/test_cli.py",
-    "adapters.ia3_format": "adapters/test_peft_format.py",
-    "adapters.lora_format": "adapters/test_peft_format.py",
     "adapters.method": "adapters/test_adding_a_method.py",
-    "adapters.own_tensors": "adapters/test_files.py",
     "adapters.para": "test_model.py",
-    "adapters.para_format": "adapters/test_files.py",
-    "adapters.peft_config": "adapters/test_peft_format.py",
-    "adapters.peft_linears": "adapters/test_peft_format.py",
     "backbone.attention": "backbone/test_cache.py",
     "backbone.config_values": "backbone/test_families.py",
     "backbone.feedforward": "test_model.py",

@@ -26,8 +26,7 @@ from ..config import SITES, ModelConfig, listed, shorten
 from ..sharding import place
 from ..storage.bucket import BucketPath
 from .adapter import Adapter, named_leaves, require_model_config
-from .files import load_adapter
-from .folder import require_finite
+from .files import load_adapter, require_finite
 from .methods import METHODS, method_of
 from .padding import Held, group_template, held_leaves, host_leaves, stacked
 from .rows import Rows, Stack, check_fits

@@ -11,9 +11,8 @@ import yaml
 
 from ..config import expanded, printable
 from ..hub import BUILT_IN, BUILT_IN_HUB_ID, BUILT_IN_WEIGHTS, HUB_ID, name_and_revision
-from .invocation import invocation_tokens
 from .method import Method
-from .scope import scope_of
+from .scope import invocation_tokens, scope_of
 
 #: What users of PEFT must know about activated LoRA.
 ALORA_LINES = (

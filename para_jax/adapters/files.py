@@ -1,18 +1,21 @@
 """The adapter folder: adapter_config.json, adapter_model.safetensors and a model card, as in Hugging Face PEFT.
 
-Methods that PEFT knows are read and written in its format (peft_config.py), the others in our own (own_config.py), and
-so are scopes that PEFT doesn't know. Only the first two files are ever opened.
+Methods that PEFT knows are read and written in its format (formats/peft.py), the others in our own (formats/own.py),
+and so are scopes that PEFT doesn't know.
+
+A folder may come from a hub, so its content is not trusted: no pickle is read, no link is followed, sizes are bounded,
+and a field or a tensor that is not known is refused. Only the first two files are opened.
 """
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from types import NoneType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,31 +24,18 @@ import numpy as np
 from ..config import ModelConfig, expanded, one_of, shorten
 from ..hub import BUILT_IN, BUILT_IN_HUB_ID, resolve_adapter
 from ..storage.bucket import BucketPath
-from ..text_part import has_image_part, whole_name
-from ..untrusted import one_line, read_json
+from ..tensor_file import StoredTensor, stored_tensors
+from ..text_part import has_image_part, text_tensors, whole_name
+from ..untrusted import one_line, read_json, safe_names
 from .adapter import Adapter, abstract, require_model_config, require_one, with_leaves
 from .card import example_of, given_lines, model_card, with_test_score
-from .folder import (
-    CARD,
-    CONFIG,
-    WEIGHTS,
-    own_file,
-    read_tensors,
-    read_whole,
-    replace_folder,
-    require_finite,
-    safetensors_bytes,
-    tensor_shapes,
-)
+from .folder import CARD, CONFIG, WEIGHTS, replace_folder
+from .formats.own import ValueCounts, own_config, read_own_config, require_same_backbone
+from .formats.peft import in_text_model, peft_base, peft_config, peft_tensors
 from .method import Method, require_peft_fits
 from .methods import METHODS, form_named, method_of
-from .own_config import own_config, read_own_config, require_same_backbone
-from .own_tensors import ValueCounts
-from .peft_config import in_text_model, peft_base, peft_config, peft_tensors
 from .rows import check_fits
 from .scope import scope_of
-
-T = TypeVar("T")
 
 #: The largest rank of a folder's adapter; a larger one is taken for damage.
 MAX_RANK = 2**16
@@ -89,6 +79,8 @@ def save_adapter(
     Raises ValueError for a stack of adapters, for weights that are not finite and for a folder that holds other files,
     OSError where it can't be written (a full disk).
     """
+    from safetensors.numpy import save
+
     base_model, folder = hub_name(one_line(str(base_model or ""))), expanded(folder).resolve()
     if not isinstance(adapter, Adapter):
         raise ValueError(f"save_adapter takes one adapter; got {type(adapter).__name__}")
@@ -105,7 +97,7 @@ def save_adapter(
     require_finite("save_adapter", tensors)
     files = {
         CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
-        WEIGHTS: safetensors_bytes(tensors),
+        WEIGHTS: save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, {"format": "pt"}),
         CARD: model_card(method, adapter.config, base_model, card, example).encode(),
     }
     replace_folder(folder, files)
@@ -131,28 +123,22 @@ def copy_for_peft(source: Path, folder: str | Path | BucketPath, *, base_model: 
 
     Raises ValueError for an adapter that PEFT does not know, or that names no base model.
     """
-    files = read_whole(lambda: source, lambda path: files_for_peft(path, base_model))
-    replace_folder(expanded(folder).resolve(), files)
-
-
-def files_for_peft(source: Path, base_model: str) -> dict[str, bytes]:
-    """The files of copy_for_peft, by name."""
     method, config, _, named = read_config(source)
     require_peft_fits(str(source), method, config)
     base_model = hub_name(one_line(base_model) or named)
     if not base_model:
         raise ValueError(f"{source} names no base model, and PEFT needs one; give its hub id")
-    weights = own_file(source, WEIGHTS).read_bytes()
-    require_finite(str(source), read_tensors(source, tensor_shapes(source)))
+    read_tensors(source, tensor_shapes(source))  # raises if they are damaged
     held = {key: value for key, value in read_json(own_file(source, CONFIG)).items() if key != "revision"}
     written = held | peft_base(base_model)
     card = (source / CARD).read_bytes() if (source / CARD).is_file() and not (source / CARD).is_symlink() else b""
     text = str(card, "utf-8", "replace")
-    return {
+    files = {
         CONFIG: (json.dumps(written, indent=2) + "\n").encode(),
-        WEIGHTS: weights,
+        WEIGHTS: own_file(source, WEIGHTS).read_bytes(),
         CARD: model_card(method, config, base_model, given_lines(text), example_of(text)).encode(),
     }
+    replace_folder(expanded(folder).resolve(), files)
 
 
 def add_test_score(folder: str | Path | BucketPath, line: str) -> None:
@@ -186,13 +172,8 @@ def load_adapter(source: str | Path | BucketPath, model_config: ModelConfig, *, 
     require_model_config(model_config)
     if model is not None:
         require_model(model)
-    return of_folder(source, lambda folder: read_adapter(folder, source, model_config, model))
-
-
-def of_folder(source: str | Path | BucketPath, read: Callable[[Path], T]) -> T:
-    """What `read` makes of an adapter's local folder, all of one version. Its errors name the source."""
     try:
-        return read_whole(lambda: resolve_adapter(source), read)
+        return read_adapter(resolve_adapter(source), source, model_config, model)
     except ValueError as error:
         if "://" in str(source) and str(source) not in str(error):  # it names the local copy
             raise ValueError(f"{source}: {error}") from None
@@ -212,7 +193,7 @@ def read_adapter(folder: Path, source: str | Path | BucketPath, model_config: Mo
         warnings.warn(
             f"{source}: the adapter was trained on other weights of this shape, or on the same in another dtype (the "
             f"fingerprint of its backbone's first q_proj is {shorten(theirs, 16)}, this one's {shorten(ours, 16)})",
-            stacklevel=6,
+            stacklevel=3,
         )
     tensors = read_tensors(folder, expected_shapes(method, config, model_config))
     config, leaves = method.from_tensors(config, model_config, tensors)
@@ -287,3 +268,66 @@ def require_rank(rank: int) -> None:
     """Raises ValueError for a rank that no folder may have: arrays of any size could follow from a small file."""
     if rank > MAX_RANK:
         raise ValueError(f"r {shorten(rank)} is too large; a rank is at most {MAX_RANK}")
+
+
+def own_file(folder: Path, name: str) -> Path:
+    """folder/name, if it is a plain file. Raises ValueError for a link, which may lead out of the folder."""
+    file = folder / name
+    if file.is_symlink():
+        raise ValueError(f"{file} is a link, which may lead out of the folder; put the file itself there")
+    if not file.is_file():
+        raise ValueError(f"{folder} has no {name}; choose the folder of an adapter")
+    return file
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the folder's tensors, by name. Their content is not read."""
+    return {name: tensor.shape for name, tensor in weights_of(folder).items()}
+
+
+def read_tensors(folder: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """The folder's tensors as float32. Raises ValueError unless they are finite and have the expected names and
+    shapes."""
+    stored = weights_of(folder)
+    require_as_expected(folder / WEIGHTS, stored, expected)
+    tensors = {name: tensor.read().astype(np.float32, copy=False) for name, tensor in stored.items()}
+    require_finite(str(folder / WEIGHTS), tensors)
+    return tensors
+
+
+def weights_of(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors in the folder's weights file, by name."""
+    refuse_pickles(folder)
+    return text_tensors(stored_tensors(own_file(folder, WEIGHTS)))
+
+
+def require_as_expected(file: Path, stored: dict[str, StoredTensor], expected: dict[str, tuple[int, ...]]) -> None:
+    problems = {
+        "missing": [name for name in expected if name not in stored],
+        "unknown": [name for name in stored if name not in expected],
+        "misshapen": [
+            f"{name} {list(tensor.shape)} (expected {list(expected[name])})"
+            for name, tensor in stored.items()
+            if name in expected and tensor.shape != expected[name]
+        ],
+        "not of F32, F16 or BF16": [n for n, tensor in stored.items() if tensor.dtype not in ("F32", "F16", "BF16")],
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{what}: {safe_names(names)}" for what, names in problems.items() if names)
+        raise ValueError(f"{file}: the tensors do not match {CONFIG}. {listed}")
+
+
+def require_finite(where: str, tensors: dict[str, np.ndarray]) -> None:
+    broken = [name for name, value in tensors.items() if not np.isfinite(value).all()]
+    if broken:
+        raise ValueError(f"{where}: these tensors have NaN or infinite values: {safe_names(broken)}")
+
+
+def refuse_pickles(folder: Path) -> None:
+    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+    if pickles and not (folder / WEIGHTS).exists():
+        raise ValueError(
+            f"{folder}: weights only as a pickle ({safe_names(pickles)}), which is not read because it could run code. "
+            "Convert it:\n"
+            f"safetensors.torch.save_file(torch.load({pickles[0]!r}, weights_only=True), {WEIGHTS!r})"
+        )

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from ..config import ModelConfig
 from .adapter import Adapter, Backbone
-from .own_tensors import ValueCounts, count_by_shape, leaves_of_tensors, tensors_of_leaves
+from .formats.own import ValueCounts, count_by_shape, leaves_of_tensors, tensors_of_leaves
 from .scope import scope_of
 
 Shapes = dict[str, tuple[int, ...]]

@@ -18,10 +18,10 @@ from ..hub import resolve_adapter
 from ..storage.bucket import BucketPath, Place
 from ..untrusted import MAX_JSON_BYTES, json_mapping
 from .adapter import Adapter, abstract
-from .files import load_adapter, of_folder, read_adapter, require_rank
-from .folder import CONFIG, WEIGHTS, own_file, refuse_pickles
+from .files import load_adapter, own_file, refuse_pickles, require_rank
+from .folder import CONFIG, WEIGHTS
+from .formats.own import read_own_config, require_same_backbone
 from .methods import form_named
-from .own_config import read_own_config, require_same_backbone
 from .padding import held_bytes
 
 #: Bytes at each end of the weights that the hash covers.
@@ -38,8 +38,7 @@ class Preview(NamedTuple):
     nbytes: int
     """of host memory that it takes in a float32 bank, at most"""
     digest: str
-    """sha256 of adapter_config.json, and of the size and both ends of the weights: the same for equal files. Weights
-    that para_jax saved begin with a hash of the whole (folder.safetensors_bytes)"""
+    """sha256 of adapter_config.json, and of the size and both ends of the weights: the same for equal files"""
 
 
 def previews(sources: Iterable[str], model_config: ModelConfig) -> list[Preview]:
@@ -64,11 +63,8 @@ def previews(sources: Iterable[str], model_config: ModelConfig) -> list[Preview]
 def load_previewed(found: Preview, model_config: ModelConfig, *, model=None) -> Adapter:
     """The adapter that was looked at. Raises ValueError as load_adapter does, and if another one has replaced it: what
     is known of the first one would be wrong."""
-    adapter, digest = of_folder(
-        found.place,
-        lambda folder: (read_adapter(folder, found.place, model_config, model), read_ends(str(folder))[2]),
-    )
-    if digest != found.digest:
+    adapter = load_adapter(found.place, model_config, model=model)
+    if read_ends(str(found.place))[2] != found.digest:
         raise ValueError(f"{found.place}: another adapter has replaced it since this command began; run it again")
     return adapter
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from .adapter import (
     make_adjustment,
     require_one,
 )
-from .scope import Reach, reach_of_config, reach_of_configs
+from .scope import Reach, invocation_tokens, reach_of_config, reach_of_configs
 
 
 @jax.tree_util.register_dataclass
@@ -289,3 +289,15 @@ def check_fits(adapters, model: ModelConfig) -> None:
         expected = describe(model)
         if adapter.backbone != expected:
             raise ValueError(f"the adapter was made for another backbone: {adapter.backbone}. This one is {expected}")
+
+
+def row_configs(adapters: Any, rows: int) -> Iterable[Any]:
+    """The config of each row's adapter, where any of them has invocation tokens. A bank's Rows have none: they hold
+    adapters in a form that several tenants share."""
+    if isinstance(adapters, Adapter):
+        return [adapters.config] * rows
+    configs = [stack.adapters.config for stack in adapters.stacks] if isinstance(adapters, Rows) else []
+    if not any(map(invocation_tokens, configs)):
+        return [None] * rows
+    used = np.asarray(adapters.by_row().index) >= 0
+    return [next((configs[i] for i in np.flatnonzero(row)), None) for row in used.T]

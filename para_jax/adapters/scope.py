@@ -9,10 +9,19 @@ With p prompt tokens and a window of w, an adapter acts at position t where
 With `response`, the tokens before the window are the plain backbone's, and the window's are ordinary steps after them.
 PARA has w = 1: the prompt's last token passes through the layers once. In each layer it makes the factors, from the
 stream that enters the layer in this same pass, and is the first token that they act on.
+
+Activated LoRA in Hugging Face PEFT (read in version 0.21.2, tuners/lora/variants.py) looks for the last occurrence of
+`alora_invocation_tokens` in the tokens it is given, and acts from the first of them on. `generate` looks in the prompt
+alone. Without an occurrence, PEFT silently runs the plain base model.
+
+So where a prompt ends with its w invocation tokens, PEFT computes what a LoRA adapter of scope `response` with a window
+of w computes. Elsewhere the two differ, and the prompt is refused. One difference is left: PEFT's training and
+teacher-forced passes look in prompt and completion together, and start later if a completion has the tokens again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +29,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from ..config import shorten
 from .segments import Segments
 
 #: More tokens than any row has.
@@ -99,3 +109,23 @@ def reach_of_configs(configs: list[Any], index: Int[Array, "configs rows"]) -> R
     counts = jnp.array([reach_of_scope(*scope) for scope in scopes], jnp.int32)  # [configs, 2]
     before, after = jnp.sum(jnp.where((index >= 0)[..., None], counts[:, None], 0), axis=0).T
     return Reach(before, after, tuple(sorted(set(scopes))))
+
+
+def require_invocation(config: Any, prompt: Sequence[int], what: str) -> None:
+    """Raises ValueError where the adapter of this config has invocation tokens, and a prompt does not end with them.
+
+    Args:
+        what: the prompt's name in the error.
+    """
+    tokens = invocation_tokens(config)
+    end = tuple(int(token) for token in prompt[-len(tokens) :]) if tokens else ()
+    if end != tokens:
+        raise ValueError(
+            f"{what} must end with the adapter's alora_invocation_tokens, {shorten(list(tokens))}; it ends with "
+            f"{shorten(list(end))}"
+        )
+
+
+def invocation_tokens(config: Any) -> tuple[int, ...]:
+    """The tokens that every prompt of this adapter ends with; none for most adapters."""
+    return getattr(config, "alora_invocation_tokens", None) or ()

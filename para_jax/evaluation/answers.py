@@ -11,7 +11,7 @@ from collections.abc import Generator, Hashable, Sequence
 from contextlib import closing
 from typing import Any
 
-from ..adapters.invocation import require_invocation
+from ..adapters.scope import require_invocation
 from ..backbone.transformer import Transformer
 from ..data.batches import rounded_up
 from ..data.examples import stop_token_ids

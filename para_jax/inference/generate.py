@@ -15,8 +15,8 @@ import numpy as np
 
 from ..adapters.adapter import Adapter
 from ..adapters.bank import AdapterBank
-from ..adapters.invocation import require_invocation, row_configs
-from ..adapters.rows import Adjustments, Rows
+from ..adapters.rows import Adjustments, Rows, row_configs
+from ..adapters.scope import require_invocation
 from ..backbone.transformer import Transformer
 from ..config import shorten
 from ..data.batches import right_padded, rounded_up

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..adapters.invocation import invocation_tokens, require_invocation
+from ..adapters.scope import invocation_tokens, require_invocation
 from ..backbone.load import load_model_config
 from ..config import ModelConfig, RunConfig, expanded, require
 from ..data.batches import Bucket, Plan, example_lengths, for_mixed_rows, lengths_worth_compiling, plan_buckets_of_sizes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..adapters.bank import AdapterBank, Entry
-from ..adapters.invocation import require_invocation
+from ..adapters.scope import require_invocation
 from ..backbone.transformer import Transformer
 from ..config import shorten
 from ..data.examples import Ids, Prompt, encode_prompt, most_characters, special_stop_ids, turn_stop_ids

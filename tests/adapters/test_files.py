@@ -29,7 +29,6 @@ from para_jax import (
     stack_adapters,
     vectors,
 )
-from para_jax.adapters import files
 from para_jax.adapters.files import load_adapter, read_adapter_config, save_adapter
 from para_jax.adapters.folder import mend_folder
 from para_jax.adapters.preview import previews
@@ -300,28 +299,6 @@ def test_of_several_old_folders_the_latest_comes_back(folder, tmp_path):
     assert os.listdir(tmp_path) == ["adapter"]
 
 
-@pytest.mark.parametrize("times", [1, 99])
-def test_an_adapter_that_is_replaced_while_it_is_read_is_read_again(folder, monkeypatch, times):
-    """The config of one version is never taken with the weights of another."""
-    read, left = files.read_config, [times]
-
-    def replaced_after(folder, *model_type):
-        found = read(folder, *model_type)
-        if left[0]:
-            left[0] -= 1
-            save_adapter(trained(2, activation="relu"), folder)
-        return found
-
-    monkeypatch.setattr(files, "read_config", replaced_after)
-    if times > 10:
-        with pytest.raises(ValueError, match="adapter was replaced every time"):
-            load(folder)
-    else:
-        loaded = load(folder)
-        assert loaded.config.activation == "relu"
-        np.testing.assert_array_equal(loaded.up["q_proj"][...], trained(2).up["q_proj"][...])
-
-
 def test_other_files_are_named_before_a_run_goes_on(folder):
     """Its next save would refuse them, perhaps hours later."""
     (folder / ".DS_Store").write_bytes(b"")
@@ -348,17 +325,6 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, bad):
 
 
 # ---------------------------------------------------------------------------------------------------- another backbone
-
-
-def test_a_flipped_bit_is_refused_where_the_file_has_a_hash(folder):
-    file = folder / WEIGHTS
-    data = bytearray(file.read_bytes())
-    data[-3] ^= 4
-    file.write_bytes(data)
-    with pytest.raises(ValueError, match=f"{file}: .* damaged"):
-        load(folder)
-    save_file(load_file(file), file)  # as another program may: without the hash
-    assert load(folder)
 
 
 def test_without_a_base_model_none_is_named(tmp_path):
@@ -431,6 +397,8 @@ SHAPE = {
         ({"pooler": "first"}, "pooler .*last, mean.*'first'"),
         ({"activation": ["gelu"]}, "activation"),
         ({"r": True}, "r must be .*True"),
+        ({"up_bias": 1}, "up_bias must be .*1"),
+        ({"layers_to_transform": [[1]]}, "layers_to_transform must be .*"),
         ({"r": 10**12}, "r 1000000000000 .*65536"),
         ({"r": 4.0}, "r must be .*4.0"),
         ({"target_modules": "q_proj"}, "target_modules must be a list.*'q_proj'"),
@@ -441,14 +409,11 @@ SHAPE = {
         ({"backbone": SHAPE | {"depth": 3}}, "unknown keys: backbone.depth"),
         ({"backbone": SHAPE | {"width": "64"}}, "width must be .*'64'"),
         ({"backbone": SHAPE | {"fingerprint": 7}}, "backbone.fingerprint .*7"),
-        ({"backbone": SHAPE | {"fingerprint": "x"}}, "backbone.fingerprint .*64.*'x'"),
         ({"backbone": SHAPE | {"model_type": "\x1b[31m" * 200}}, r"model_type .*'\\x1b.*\.\.\."),
         ({"backbone": SHAPE | {"num_layers": 2**31}}, "num_layers .*2147483648"),
         ({"backbone": SHAPE | {"num_layers": 2**31 - 1, "width": 2**31 - 1}}, "num_layers 2147483647, not 3"),
         ({"task_type": "SEQ_CLS"}, "task_type 'SEQ_CLS'.*CAUSAL_LM"),
         ({"task_type": ["CAUSAL_LM"]}, "task_type .'CAUSAL_LM'."),
-        ({"inference_mode": "yes"}, "inference_mode .*'yes'"),
-        ({"para_jax_version": {}}, "para_jax_version .*{}"),
         ({"base_model_name_or_path": ["x"]}, "base_model_name_or_path .*'x'"),
         ({"pooler": [[[["last"]]]] * 10_000}, "pooler .*[.][.][.]"),
         ({"backbone": SHAPE | {"num_layers": 4}}, "num_layers 4, not 3"),

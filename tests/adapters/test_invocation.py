@@ -21,7 +21,8 @@ from para_jax import (
     stack_adapters,
     train,
 )
-from para_jax.adapters.invocation import require_invocation, row_configs
+from para_jax.adapters.rows import row_configs
+from para_jax.adapters.scope import require_invocation
 from para_jax.evaluation.answers import Answerer
 from para_jax.evaluation.batch_adapters import StackBank
 from para_jax.evaluation.evaluate import evaluate

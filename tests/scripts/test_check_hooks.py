@@ -12,7 +12,7 @@ from check_hooks import CONFIGS, LIMIT, MOVED, ROOT, Case, page_code  # noqa: E4
 from long_cases import quick  # noqa: E402
 
 from para_jax import ParaConfig, init_adapter, load_backbone, save_adapter  # noqa: E402
-from para_jax.adapters.para_format import EXTRAS  # noqa: E402
+from para_jax.adapters.para import EXTRAS  # noqa: E402
 from para_jax.config import SITES  # noqa: E402
 
 LLAMA = ROOT / "tests" / "fixtures" / "llama"

@@ -1,5 +1,8 @@
-"""adapter_config.json in the format of Hugging Face PEFT: written, read, or refused where it asks for more than we
-compute."""
+"""An adapter folder in the format of Hugging Face PEFT: adapter_config.json, refused where it asks for more than we
+compute, and the names of linears. Each method has its own tensors (lora.py, ia3.py).
+
+The linears differ from sites where a model has its own, which may hold several sites, as in Phi-3.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,12 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from ..config import FEEDFORWARD_NAMES, FUSED, OWN_LINEARS, SITES, one_of, shorten
-from ..hub import name_and_revision
-from ..text_part import has_image_part
-from ..untrusted import safe_names
-from .adapter import Backbone
-from .own_tensors import PREFIX
-from .peft_linears import names_of, sites_of
+from ...config import FEEDFORWARD_NAMES, FUSED, OWN_LINEARS, SITES, one_of, shorten
+from ...hub import name_and_revision
+from ...text_part import has_image_part
+from ...untrusted import safe_names
+from ..adapter import Backbone
+from .own import PREFIX
 
 FEEDFORWARDS = "|".join(["mlp", *FEEDFORWARD_NAMES.values()])
 NAME = re.compile(re.escape(PREFIX) + rf"(\d{{1,6}})\.(?:self_attn|{FEEDFORWARDS})\.(\w+)\.[\w.]+")
@@ -136,3 +138,30 @@ def peft_tensors(shapes: Iterable[str]) -> Iterator[tuple[str, str, int]]:
         match = NAME.fullmatch(name)
         if match:
             yield name, match[2], int(match[1])
+
+
+# --------------------------------------------------------------------------------------------------------- the linears
+
+
+def linears_of(model_type: str, sites: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """The linears of a layer that hold these sites, as the model names them, each with all the sites it holds."""
+    own = {site: (name, parts) for name, parts in OWN_LINEARS.get(model_type, {}).items() for site in parts}
+    held = [own.get(site, (site, (site,))) for site in SITES if site in sites]
+    attention, feedforward = SITES[:4], FEEDFORWARD_NAMES.get(model_type, "mlp")
+    return {f"{'self_attn' if parts[0] in attention else feedforward}.{name}": parts for name, parts in held}
+
+
+def names_of(model_type: str, sites: tuple[str, ...]) -> list[str]:
+    """The names of the linears that hold these sites, without their layer's."""
+    return [name.partition(".")[2] for name in linears_of(model_type, sites)]
+
+
+def sites_of(linears: tuple[str, ...]) -> tuple[str, ...]:
+    """The sites that these linears hold."""
+    return tuple(site for name in linears for site in FUSED.get(name, (name,)))
+
+
+def used_sites(linears: dict[str, tuple[str, ...]], unused: set[str]) -> tuple[str, ...]:
+    """The sites of the linears, without the unused ones that share a linear with a used one."""
+    used = [[site for site in parts if site not in unused] or parts for parts in linears.values()]
+    return tuple(site for parts in used for site in parts)

@@ -1,0 +1,1 @@
+"""The formats of adapter folders: Hugging Face PEFT's and our own."""
