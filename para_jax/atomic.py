@@ -111,10 +111,6 @@ def remedy(number: int | None) -> str:
     return "make room there" if number in FULL else "make sure that the folder can be written and renamed in"
 
 
-#: The suffix of the old folder while a new folder replaces it.
-OLD = ".old"
-
-
 def temporary_name(path: Path) -> Path:
     """An unpredictable name in the same folder, for the file or folder that will replace the path."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
@@ -132,11 +128,6 @@ def folders_left(path: Path, ending: str = "") -> list[Path]:
                 with suppress(OSError):  # deleted meanwhile
                     found.append((other.stat().st_ctime_ns, path.with_name(other.name)))
     return [other for _, other in sorted(found, reverse=True)]
-
-
-def old_folder(folder: Path) -> Path | None:
-    """The old folder, if a replacement was killed between renaming the old one and renaming the new one."""
-    return next(iter(folders_left(folder, OLD)), None)
 
 
 def lock(stream: IO, name: str | Path) -> None:

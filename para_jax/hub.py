@@ -12,13 +12,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import warnings
 import zipfile
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
-from .atomic import old_folder
 from .config import expanded, nearest, printable
 from .messages import LOGGER
 from .storage.bucket import BucketPath, Place
@@ -135,13 +133,6 @@ def local_adapter(source: str | Place) -> Path | None:
     path = expanded(source)
     if isinstance(path, BucketPath):
         return None
-    if not path.is_dir() and (old := old_folder(path.resolve())):
-        warnings.warn(
-            f"{source}: a save was interrupted or is running, so the previous adapter is used, from {old}. Save it "
-            "again, or rename that folder",
-            stacklevel=4,
-        )
-        path = old
     if not path.is_dir():
         parse_hub_id(source, AN_ADAPTER)
         return None

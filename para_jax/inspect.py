@@ -18,8 +18,7 @@ from humanize import naturalsize
 from . import devices
 from .adapters.adapter import count_parameters
 from .adapters.card import scope_outline
-from .adapters.files import Described, read_adapter_config
-from .adapters.folder import CONFIG
+from .adapters.files import CONFIG, Described, read_adapter_config
 from .backbone.load import abstract_backbone, load_model_config
 from .backbone.weights import parameter_shapes
 from .config import (

@@ -42,7 +42,7 @@ ELSEWHERE = {
 def imported_by_tests(folder: str) -> set[str]:
     """The names inside para_jax that the test files of a folder import."""
     files = (TESTS / folder).glob("test_*.py")
-    return {name for file in files for name in imported("tests.py", file.read_text())}
+    return {name for file in files for name in imported("__init__.py", file.read_text())}
 
 
 def own_test_file(file: str) -> Path:

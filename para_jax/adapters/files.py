@@ -21,15 +21,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..atomic import files_left, replacing, write_bytes
 from ..config import ModelConfig, expanded, one_of, shorten
 from ..hub import BUILT_IN, BUILT_IN_HUB_ID, resolve_adapter
-from ..storage.bucket import BucketPath
+from ..storage.bucket import BucketPath, Place
 from ..tensor_file import StoredTensor, stored_tensors
 from ..text_part import has_image_part, text_tensors, whole_name
 from ..untrusted import one_line, read_json, safe_names
 from .adapter import Adapter, abstract, require_model_config, require_one, with_leaves
 from .card import example_of, given_lines, model_card, with_test_score
-from .folder import CARD, CONFIG, WEIGHTS, replace_folder
 from .formats.own import ValueCounts, own_config, read_own_config, require_same_backbone
 from .formats.peft import in_text_model, peft_base, peft_config, peft_tensors
 from .method import Method, require_peft_fits
@@ -37,6 +37,7 @@ from .methods import METHODS, form_named, method_of
 from .rows import check_fits
 from .scope import scope_of
 
+CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 #: The largest rank of a folder's adapter; a larger one is taken for damage.
 MAX_RANK = 2**16
 
@@ -65,8 +66,7 @@ def save_adapter(
     card: str | Iterable[str] = (),
     example: str | list[dict] = "a prompt",
 ) -> None:
-    """Writes an adapter folder. It replaces an older one as a whole, or leaves it untouched (in a bucket see
-    `folder.write_to_bucket`).
+    """Writes an adapter folder, or replaces the adapter in it as `write_folder` does.
 
     Args:
         base_model: where the backbone comes from, for the model card and adapter_config.json (None or "": not named).
@@ -100,7 +100,7 @@ def save_adapter(
         WEIGHTS: save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, {"format": "pt"}),
         CARD: model_card(method, adapter.config, base_model, card, example).encode(),
     }
-    replace_folder(folder, files)
+    write_folder(folder, files)
 
 
 def require_model(model: object) -> None:
@@ -138,16 +138,47 @@ def copy_for_peft(source: Path, folder: str | Path | BucketPath, *, base_model: 
         WEIGHTS: own_file(source, WEIGHTS).read_bytes(),
         CARD: model_card(method, config, base_model, given_lines(text), example_of(text)).encode(),
     }
-    replace_folder(expanded(folder).resolve(), files)
+    write_folder(expanded(folder).resolve(), files)
 
 
 def add_test_score(folder: str | Path | BucketPath, line: str) -> None:
     """Adds a line with the test score to the model card of an adapter that was saved."""
-    place = expanded(folder)
-    local = resolve_adapter(place)
-    files = {name: (local / name).read_bytes() for name in (CONFIG, WEIGHTS, CARD)}
-    files[CARD] = with_test_score(files[CARD].decode(), line).encode()
-    replace_folder(place.resolve(), files)
+    card = expanded(folder).resolve() / CARD
+    write_bytes(card, with_test_score(card.read_bytes().decode(), line).encode())
+
+
+def write_folder(folder: Place, files: dict[str, bytes]) -> None:
+    """Writes the weights first and the config last, each atomically: a folder with a config is whole.
+
+    If the config changes, the old one is deleted first, so a kill may leave no adapter. If it stays the same, as in a
+    run, a kill leaves the old adapter or the new one, because the weights are one file.
+    """
+    require_replaceable(folder)
+    config = folder / CONFIG
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in [left for name in files for left in files_left(folder / name)]:
+            left.unlink()
+        with replacing(folder / WEIGHTS) as stream:
+            stream.write(files[WEIGHTS])
+            if config.is_file() and config.read_bytes() != files[CONFIG]:
+                config.unlink()
+        for name in (CARD, CONFIG):
+            write_bytes(folder / name, files[name])
+    except OSError as error:
+        raise OSError(f"{folder}: not saved ({error.strerror or error}); save the adapter again") from None
+
+
+def require_replaceable(folder: Place) -> None:
+    """Raises ValueError for a folder with files that no adapter has: its README.md may be another one's."""
+    if folder.exists():
+        names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+        left = {left.name for name in (CONFIG, WEIGHTS, CARD) for left in files_left(folder / name)}
+        if others := sorted(names - {CONFIG, WEIGHTS, CARD} - left):
+            raise ValueError(
+                f"{folder} holds other files ({safe_names(others)}), so it is not an adapter's alone; move them away, "
+                "or choose another folder"
+            )
 
 
 def config_json(method: Method, adapter: Adapter, base_model: str, fingerprint: str | None) -> dict:

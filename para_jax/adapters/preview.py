@@ -18,8 +18,7 @@ from ..hub import resolve_adapter
 from ..storage.bucket import BucketPath, Place
 from ..untrusted import MAX_JSON_BYTES, json_mapping
 from .adapter import Adapter, abstract
-from .files import load_adapter, own_file, refuse_pickles, require_rank
-from .folder import CONFIG, WEIGHTS
+from .files import CONFIG, WEIGHTS, load_adapter, own_file, refuse_pickles, require_rank
 from .formats.own import read_own_config, require_same_backbone
 from .methods import form_named
 from .padding import held_bytes

@@ -74,8 +74,7 @@ def run(options) -> None:
 
 def export_factors(options, folder, base_model: str) -> None:
     """Exports an adapter that makes factors, as it computes them on its backbone."""
-    from ..adapters.files import load_adapter
-    from ..adapters.folder import require_replaceable
+    from ..adapters.files import load_adapter, require_replaceable
     from ..backbone.load import load_backbone
     from ..data.tokenizer import load_tokenizer
     from ..hub import backbone_of

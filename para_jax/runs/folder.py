@@ -242,16 +242,16 @@ def mend_folders(
     Args:
         log: the metrics.jsonl of their part of the run, which is ready already.
     """
-    from ..adapters.folder import mend_folder
+    from ..adapters.files import require_replaceable
     from ..training.log import drop_rows
 
     if not config.many:
-        mend_folder(tenants[0].folder / "adapter")
+        require_replaceable(tenants[0].folder / "adapter")
         return
 
     def mend(i: int) -> None:
         own = tenants[i].folder
-        mend_folder(own / "adapter")
+        require_replaceable(own / "adapter")  # the next save would refuse it, perhaps hours later
         reached = Reached(standing.steps[i], standing.evaluated[i]) if resumed else None
         drop_rows(own / "metrics.jsonl", reached, ended=standing.over[i])
 

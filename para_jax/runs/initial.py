@@ -9,8 +9,7 @@ from typing import Any
 
 from ..adapters.adapter import Adapter
 from ..adapters.bank import weights_hash
-from ..adapters.files import load_adapter
-from ..adapters.folder import CONFIG
+from ..adapters.files import CONFIG, load_adapter
 from ..adapters.methods import method_of
 from ..config import ModelConfig, RunConfig, expanded, shorten
 from .tenant_file import AT_ONCE

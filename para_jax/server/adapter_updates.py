@@ -13,7 +13,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from ..atomic import old_folder
 from ..config import BASE, expanded, printable, shorten
 from ..hub import HUB_ID, is_inside_folder
 from ..messages import say
@@ -124,7 +123,7 @@ class AdapterUpdates:
         try:
             folder = (self.root / path).resolve()
             inside = self.root in folder.parents and not folder.is_symlink()  # from 3.13 on a circle of links stays one
-            if inside and (folder.is_dir() or old_folder(folder)):  # a save was killed between its two renames
+            if inside and folder.is_dir():
                 return folder
         except (OSError, ValueError, RuntimeError):  # NUL, too long, links in a circle
             raise outside from None

@@ -25,7 +25,7 @@ from tiny_gguf import write_gguf
 from tiny_run import backbone_folder, tokenizer, write_rows
 from tokenizers.pre_tokenizers import ByteLevel
 
-import para_jax.adapters.folder
+import para_jax.adapters.files
 from para_jax import (
     Ia3Config,
     LoraConfig,
@@ -812,18 +812,17 @@ def test_convert_refuses_a_folder_that_is_not_empty_and_a_broken_file(capsys, tm
 
 def test_a_full_disk_while_saving_keeps_the_previous_adapter(capsys, folder, config, tmp_path, monkeypatch):
     """The adapter of step 2 is written, and the disk is full at step 4: without validation data each is kept."""
-    written = []
+    real, written = para_jax.adapters.files.replacing, []
 
-    def fsync(descriptor):
-        written.append(descriptor)
-        if (
-            len(written) > 5
-        ):  # a folder has three files, and is synced itself: 4; so this is the second file of the next
+    def replacing(file):
+        written.append(file)
+        if len(written) == 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(file)
 
     run, data = tmp_path / "run", f"data.train={folder / 'data' / 'train.jsonl'}"
     with monkeypatch.context() as patch:
-        patch.setattr(para_jax.adapters.folder, "os", SimpleNamespace(**{**vars(os), "fsync": fsync}))
+        patch.setattr(para_jax.adapters.files, "replacing", replacing)
         said = mistake(capsys, "train", config, f"output_dir={run}", data, "eval.test=false")
     assert_says(said, "adapter.*No space left on device")
     assert "Trained for 2 steps" in (run / "adapter" / "README.md").read_text()

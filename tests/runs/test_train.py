@@ -420,17 +420,6 @@ def test_checkpoints_come_as_often_as_asked_and_the_newest_are_kept(whole, confi
     assert checkpoints(config) == [2, 4, 6]
 
 
-def test_a_killed_replacement_of_the_adapter_leaves_no_litter(whole, config):
-    config = replace(config, eval=whole[0].eval)
-    shutil.copytree(whole[1].output_dir, config.output_dir)
-    adapter = Path(config.output_dir) / "adapter"
-    adapter.rename(adapter.with_name(".adapter.0123abcd.old"))  # killed between the two renames
-    adapter.with_name(".adapter.0123abcd").mkdir()
-    train(config)
-    assert contents(adapter) == contents(whole[1].output_dir / "adapter")
-    assert not list(Path(config.output_dir).glob(".adapter*"))
-
-
 def test_a_full_disk_stops_the_run_with_one_line_and_keeps_what_was_saved(whole, config, monkeypatch, capfd):
     config = replace(config, eval=whole[0].eval, checkpoint=CheckpointSection(every=1))
     with monkeypatch.context() as patched, pytest.raises(ValueError) as error:
