@@ -33,6 +33,7 @@ ELSEWHERE = {
     "server.logprobs": "server/test_answering.py",
     "tensor_file": "backbone/test_safetensors.py",
     "training.passes": "runs/test_batch_size.py",
+    "training.same_run": "training/test_checkpoint.py",
     "training.quiet_orbax": "training/test_checkpoint.py",
     "training.same_run": "runs/test_folder.py",
 }

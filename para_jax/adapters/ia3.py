@@ -100,34 +100,20 @@ def ia3_outline(config: Ia3Config) -> str:
 # --------------------------------------------------------------------------------------------------------- the tensors
 
 
-def ia3_tensors(adapter: Adapter) -> dict[str, np.ndarray]:
+def ia3_tensors(adapter: Adapter) -> dict[str, Array]:
     linears = linears_of(adapter.backbone.model_type, adapter.config.target_modules)
     stacks = {name: vector_of_linear(adapter, parts) for name, parts in linears.items()}
     layers = range(adapter.backbone.num_layers)
     return {layer_name(i, f"{name}.ia3_l"): stack[i] for i in layers for name, stack in stacks.items()}
 
 
-def vector_of_linear(adapter: Adapter, parts: tuple[str, ...]) -> np.ndarray:
+def vector_of_linear(adapter: Adapter, parts: tuple[str, ...]) -> Array:
     """The vectors of one linear, [layers, out, 1], or [layers, 1, in] if they scale its input."""
     leaves, widths = named_leaves(adapter), dict(adapter.backbone.site_widths)
     if parts[0] in adapter.config.feedforward_modules:
-        return np.asarray(leaves[f"scale.{parts[0]}"])[:, None]
-    vectors = []
-    for site in parts:
-        ones = np.ones((adapter.backbone.num_layers, widths[site]), np.float32)
-        vectors.append(np.asarray(leaves.get(f"scale.{site}", ones)))
-    return np.concatenate(vectors, axis=1)[:, :, None]
-
-
-def ia3_shapes(config: Ia3Config, model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    shapes = {}
-    linears = linears_of(model.model_type, config.target_modules)
-    for i in range(model.num_layers):
-        for name, parts in linears.items():
-            on_input = parts[0] in config.feedforward_modules
-            shape = (1, model.site_input_width(parts[0])) if on_input else (sum(map(model.site_width, parts)), 1)
-            shapes[layer_name(i, f"{name}.ia3_l")] = shape
-    return shapes
+        return leaves[f"scale.{parts[0]}"][:, None]
+    ones = {site: jnp.ones((adapter.backbone.num_layers, widths[site])) for site in parts}
+    return jnp.concatenate([leaves.get(f"scale.{site}", ones[site]) for site in parts], axis=1)[:, :, None]
 
 
 def ia3_leaves(
@@ -165,7 +151,6 @@ IA3 = Method(
     outline=ia3_outline,
     to_tensors=ia3_tensors,
     from_tensors=ia3_leaves,
-    tensor_shapes=ia3_shapes,
     count_values=ia3_values,
     to_peft_config=ia3_peft_config,
     from_peft_config=read_ia3_config,
