@@ -65,12 +65,15 @@ class Decoder:
         lanes = -(-chunk // block_size)
         self.prefills = Prefills(model, bank, self.row, size=block_size, longest=longest, lanes=lanes, cached=cached)
 
+    def drop(self) -> None:
+        """Lets go of the slots and the prompts after an exception: each program donates them, so they may be lost."""
+        self._state = self.prefills.pool = None
+
     def reset(self) -> None:
-        """Empties all slots and forgets the kept prompts. Works after an interrupt, when the state may be lost: each
-        program donates it."""
-        self._state = None
-        self._state = empty_slots(self.row, self.slots)
-        self.prefills.reset()
+        """Makes the slots and the prompts' blocks again, all empty, if they were dropped."""
+        if self._state is None:
+            self.prefills.reset()
+            self._state = empty_slots(self.row, self.slots)
 
     def warm_up(self) -> None:
         """Compiles everything that the base model and the bank's adapters need, held or expected; for an empty bank,

@@ -168,8 +168,8 @@ class OpenRequests:
         del self.tickets[ticket.id]
 
     def _require_room(self, tenant: str | None, new: int) -> None:
-        """Raises QueueFull if the queue has no room for new samples of a tenant. Errors that nobody has taken yet
-        count as waiting, so that refused requests are bounded too."""
+        """Raises QueueFull if the queue has no room for new samples of a tenant. Errors that are not taken yet count
+        as waiting, so that refused requests are bounded too."""
         if self.limit is None and self.limit_per_tenant is None:
             return
         waiting = len(self.queue) + sum(completion.error is not None for completion in self.done.values())

@@ -129,6 +129,7 @@ class Rounds:
         """A round of this thread: the body. If it raises, the next round starts again from the open requests."""
         with self._driving, using(self._decoder.mesh), interrupts_held_back():
             try:
+                self._decoder.reset()
                 yield
             except BaseException:
                 self._start_again()
@@ -139,7 +140,7 @@ class Rounds:
         with self._requests.lock:
             self._rows, self._waiting = [None] * len(self._rows), {}
             self._requests.requeue()
-        self._decoder.reset()  # last: if it raises, so does the next round, and it is tried again
+        self._decoder.drop()  # the next round makes its state again, when the exception's frames hold no memory
 
     def _fill(self, started: Started, empty: list[int]) -> bool:
         """Moves queued samples into free slots until no slot is free, no sample can start, or the round has computed as

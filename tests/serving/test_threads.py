@@ -278,7 +278,7 @@ def test_ctrl_c_waits_for_the_end_of_the_round(model, bank, alone, monkeypatch, 
         return real(*arguments, **options)
 
     monkeypatch.setattr(PLACES[place], place, interrupted)
-    monkeypatch.setattr(decoder.Decoder, "reset", lambda _: pytest.fail("the round was made again"))
+    monkeypatch.setattr(decoder.Decoder, "drop", lambda _: pytest.fail("the round was made again"))
     for i, request in enumerate(asked):
         engine.submit(Request(**{**vars(request), "id": i}))
     found, raised = answers_despite(engine)
