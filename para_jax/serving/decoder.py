@@ -3,6 +3,8 @@ time may use it."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import numpy as np
 
@@ -57,7 +59,8 @@ class Decoder:
         one, base = np.zeros((1, 1), np.int32), self._adapters(None)
         self.row = jax.eval_shape(lambda: prefill(model, base, one, 1, max_length=max_length)[1])
         """the abstract state of one row"""
-        self._state = empty_slots(self.row, slots)
+        self._state: Any = empty_slots(self.row, slots)
+        """None once an exception has dropped it, until the next round"""
         longest = -(-max_length // block_size)
         cached = max(slots * longest // 2, longest)
         if cache_bytes is not None:
