@@ -12,11 +12,11 @@ from typing import NamedTuple, TypeVar
 from ..config import printable
 from .answer import Answer
 from .api_keys import Access
-from .body import BodyBytes, ClientLeft, HeldBody, json_object, read_body
+from .body import ClientLeft, json_object, read_body
 from .choices import Choice, choices_of
 from .engine_loop import EngineLoop
-from .engine_requests import engine_requests, refused, require_few
-from .errors import ApiError
+from .engine_requests import MAX_LOGPROBS, engine_requests, logprobs_of, refused, require_few
+from .errors import ApiError, retry_later
 from .metrics import Metrics
 from .models import Models
 from .outcome import Outcome
@@ -28,6 +28,8 @@ T = TypeVar("T")
 
 #: Seconds in which a client must take the last words of a stream that has passed its deadline.
 LAST_SECONDS = 1.0
+#: Log-probabilities that all open requests may ask for together, alternatives included.
+OPEN_LOGPROBS = 2 * MAX_LOGPROBS
 #: Characters of a prompt in the log, if prompts are logged.
 LOGGED = 2000
 
@@ -37,8 +39,6 @@ class Limits(NamedTuple):
 
     max_body: int = 8 * 2**20
     """bytes"""
-    all_bodies: int = 256 * 2**20
-    """bytes of the bodies of all requests that are read or wait to become tokens"""
     body_seconds: float = 30
     """within which the body must have come"""
     timeout: float = 600
@@ -57,27 +57,27 @@ class Answering:
         models: Models,
         limits: Limits,
         metrics: Metrics,
-        held: BodyBytes,
+        logprobs: dict[Answer, int],
         loading: ThreadPoolExecutor,
         threads: ThreadPoolExecutor,
     ):
         """
         Args:
-            held: counts the bodies of all endpoints.
+            logprobs: how many each open request of all endpoints asks for.
             loading: where adapters are loaded that the bank does not hold, so that other requests find a thread.
             threads: where bodies are parsed and prompts become tokens.
         """
         self.read, self.shape, self.loop, self.models, self.limits = read, shape, loop, models, limits
-        self.metrics, self.held = metrics, held
+        self.metrics, self.logprobs = metrics, logprobs
         self.threads, self.loading, self.tokens = threads, loading, TokenTexts(loop.engine.tokenizer)
 
     async def __call__(self, scope, receive, send) -> None:
         outcome: Outcome = scope["state"]["outcome"]
-        work, watch, held = None, None, HeldBody(self.held)
+        work, watch = None, None
         try:
             self.loop.require_ready()
-            await read_body(scope, receive, held, most=self.limits.max_body, seconds=self.limits.body_seconds)
-            work = asyncio.create_task(self._answer(held, scope["state"]["access"], outcome, send))
+            body = await read_body(scope, receive, most=self.limits.max_body, seconds=self.limits.body_seconds)
+            work = asyncio.create_task(self._answer(body, scope["state"]["access"], outcome, send))
             watch = asyncio.create_task(left(receive))
             await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
@@ -88,23 +88,22 @@ class Answering:
         finally:
             await end(work)
             await end(watch)
-            held.drop()
 
-    async def _answer(self, held: HeldBody, access: Access, outcome: Outcome, send) -> None:
+    async def _answer(self, body: bytes, access: Access, outcome: Outcome, send) -> None:
         answer, began = Answer(), asyncio.get_running_loop().time()
         try:
             self.loop.accept(answer)
             async with asyncio.timeout_at(began + self.limits.timeout) as deadline:
-                asked = await self._in_thread(self.threads, answer, self._read, held)
+                asked = await self._in_thread(self.threads, answer, self._read, body)
                 if asked.timeout is not None:
                     deadline.reschedule(began + min(asked.timeout, self.limits.timeout))
+                self._reserve_logprobs(asked, answer)
                 found = None
                 if self.models.must_load(asked.model, access):
                     found = await self._in_thread(self.loading, answer, self.models.resolve, asked.model, access)
                 await self._in_thread(self.threads, answer, self._open, asked, found, access, answer, outcome)
                 outcome.served = True
                 self.metrics.begin(outcome)
-                held.drop()
                 choices = choices_of(asked, answer.streams, self.loop.engine, self.tokens)
                 writer = Writer(self.shape, asked.model, outcome.request_id, include_usage=asked.include_usage)
                 give = self._stream if asked.stream else self._whole
@@ -117,6 +116,7 @@ class Answering:
         finally:
             note_times(answer, outcome)
             self.loop.close(answer)
+            self.logprobs.pop(answer, None)
             deadline = None  # noqa: F841  # it refers to the task of this frame, and the circle would keep the adapter
 
     async def _in_thread(self, threads: ThreadPoolExecutor, answer: Answer, call: Callable[..., T], *arguments) -> T:
@@ -129,9 +129,18 @@ class Answering:
             job.add_done_callback(lambda job: self.loop.close(answer))
             raise
 
-    def _read(self, held: HeldBody) -> Asked:
-        require_few(held.body, self.loop.engine.max_length)
-        return self.read(json_object(held.body))
+    def _read(self, body: bytes) -> Asked:
+        require_few(body, self.loop.engine.max_length)
+        return self.read(json_object(body))
+
+    def _reserve_logprobs(self, asked: Asked, answer: Answer) -> None:
+        """Raises ApiError 503 if these have no room next to the log-probabilities of other open requests."""
+        count = logprobs_of(asked, self.loop.engine.max_length)
+        if count and self.logprobs and sum(self.logprobs.values()) + count > OPEN_LOGPROBS:
+            message = "open requests ask for as many log-probabilities as the memory has room for; try again"
+            raise retry_later(503, 1, message, "overloaded")
+        if count:
+            self.logprobs[answer] = count
 
     def _open(self, asked: Asked, found: tuple | None, access: Access, answer: Answer, outcome: Outcome) -> None:
         """Opens the streams of a request.

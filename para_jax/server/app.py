@@ -19,8 +19,6 @@ from ..data.examples import turn_stop_ids
 from ..serving.engine import Engine
 from .answering import Answering, Limits
 from .api_keys import ApiKeys, require_unlimited
-from .body import BodyBytes
-from .concurrency import ConcurrencyLimit
 from .engine_loop import EngineLoop
 from .errors import ApiError
 from .gate import Gate
@@ -43,7 +41,6 @@ def create_app(
     metrics: Metrics | None = None,
     routes: Sequence[BaseRoute] = (),
     local: bool = False,
-    max_requests: int | None = None,
 ) -> Starlette:
     """The application. Its lifespan starts the thread that warms the engine up and drives it.
 
@@ -51,7 +48,6 @@ def create_app(
         metrics: what /metrics shows.
         routes: further ones. In their endpoints, `request.state.access` says what the client may use.
         local: whether only requests to a name of this machine are taken.
-        max_requests: how many may wait for answers at the same time. None: no limit.
 
     `app.state.loop` is its EngineLoop.
     """
@@ -60,7 +56,7 @@ def create_app(
     loop = EngineLoop(engine, metrics.count_engine_failure, limits.timeout)
     chats, texts = (ThreadPoolExecutor(THREADS, f"para-jax-{name}") for name in ("chats", "server"))
     loading = ThreadPoolExecutor(1, "para-jax-loading")
-    given = (loop, models, limits, metrics, BodyBytes(max(limits.all_bodies, limits.max_body)), loading)
+    given = (loop, models, limits, metrics, {}, loading)
 
     @asynccontextmanager
     async def lifespan(app):
@@ -81,10 +77,9 @@ def create_app(
         Route("/version", version),
         Route("/metrics", partial(show_metrics, metrics)),
     ]
-    limit = [] if max_requests is None else [Middleware(ConcurrencyLimit, most=max_requests)]
     app = Starlette(
         routes=[*own, *routes],
-        middleware=[Middleware(Gate, keys=keys, metrics=metrics, local=local), *limit],
+        middleware=[Middleware(Gate, keys=keys, metrics=metrics, local=local)],
         exception_handlers={HTTPException: http_error},  # pyright: ignore[reportArgumentType]
         lifespan=lifespan,
     )

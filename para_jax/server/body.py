@@ -9,42 +9,16 @@ import sys
 from ..config import shorten, without_repeats
 from ..data.row_files import json_problem
 from ..untrusted import MAX_DEPTH, bounded_int, require_flat
-from .errors import ApiError, retry_later
+from .errors import ApiError
 
 
 class ClientLeft(Exception):
     """The client closed the connection before its request was complete."""
 
 
-class BodyBytes:
-    """Bytes of bodies that are in memory, of all requests together. Used in asyncio's thread alone."""
-
-    def __init__(self, most: int):
-        self.most, self.now = most, 0
-
-
-class HeldBody:
-    """One request's body, and its share of them."""
-
-    def __init__(self, all_bodies: BodyBytes):
-        self._all, self.size, self.body = all_bodies, 0, b""
-
-    def grow(self, count: int) -> None:
-        """Raises ApiError 503 if all bodies together become too large."""
-        if self._all.now + count > self._all.most:
-            raise retry_later(503, 1, "the server holds too many large requests at the moment; try again", "overloaded")
-        self._all.now += count
-        self.size += count
-
-    def drop(self) -> None:
-        """The body is not needed any more."""
-        self._all.now -= self.size
-        self.size, self.body = 0, b""
-
-
-async def read_body(scope, receive, held: HeldBody | None = None, *, most: int, seconds: float) -> bytes:
-    """The body of a POST of JSON, which `held` keeps too. Raises ApiError 413 before it holds more than `most` bytes,
-    408 if the body takes longer than `seconds`, and 415 for another content type.
+async def read_body(scope, receive, *, most: int, seconds: float) -> bytes:
+    """The body of a POST of JSON. Raises ApiError 413 as soon as it has more than `most` bytes, 408 if it takes longer
+    than `seconds`, and 415 for another content type.
 
     The content type is required because a web page of another site can make a browser send anything else without
     asking.
@@ -66,20 +40,14 @@ async def read_body(scope, receive, held: HeldBody | None = None, *, most: int, 
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     raise ClientLeft
-                chunk = message.get("body", b"")
-                if held is not None:
-                    held.grow(len(chunk))
-                body += chunk
+                body += message.get("body", b"")
                 more = message.get("more_body", False)
                 if len(body) > most:
                     raise too_large
     except TimeoutError:
         close = {"connection": "close"}
         raise ApiError(408, f"the body was not there after {seconds:g} s", code="body_late", headers=close) from None
-    found = bytes(body)
-    if held is not None:
-        held.body = found
-    return found
+    return bytes(body)
 
 
 def json_object(body: bytes) -> dict:

@@ -102,7 +102,7 @@ def require_room(asked: Asked, engine: Engine) -> None:
         raise wrong_field("n", f"the request asks for {count} answers, and the queue takes {min(limits)}; ask for less")
     if asked.logprobs is None:
         return
-    tokens = sum(min(scored_tokens(asked, prompt), asked.n * engine.max_length) for prompt in asked.prompts)
+    tokens = scored_tokens(asked, engine.max_length)
     most = max(MAX_LOGPROBS // (asked.logprobs + 1), engine.max_length)  # one answer may have them in any case
     if tokens > most:
         name = "top_logprobs" if asked.chat else "logprobs"
@@ -110,11 +110,17 @@ def require_room(asked: Asked, engine: Engine) -> None:
         raise wrong_field(name, message)
 
 
-def scored_tokens(asked: Asked, prompt: Prompt | Ids) -> float:
-    """Tokens of a prompt's answers, and of the prompt if it is echoed, at most: a character has up to four bytes, and
-    each may be a token."""
-    echoed = len(prompt) * (4 if isinstance(prompt, str) else 1) if asked.echo else 0
-    return math.inf if asked.max_tokens is None else asked.n * asked.max_tokens + echoed
+def logprobs_of(asked: Asked, max_length: int) -> int:
+    """How many log-probabilities a request asks for, alternatives included, at most."""
+    return 0 if asked.logprobs is None else scored_tokens(asked, max_length) * (asked.logprobs + 1)
+
+
+def scored_tokens(asked: Asked, max_length: int) -> int:
+    """Tokens of a request's answers, and of its prompts if they are echoed, at most: a character has up to four bytes,
+    and each may be a token."""
+    most, new = asked.n * max_length, math.inf if asked.max_tokens is None else asked.n * asked.max_tokens
+    echoed = [len(prompt) * (4 if isinstance(prompt, str) else 1) * asked.echo for prompt in asked.prompts]
+    return sum(int(min(most, new + count)) for count in echoed)
 
 
 @lru_cache(8)

@@ -20,8 +20,6 @@ from .address import bound, is_loopback, url_of
 from .answering import Limits
 from .api_keys import ApiKeys, read_keys, warn_of_missing
 from .app import create_app
-from .concurrency import concurrency_for
-from .connections import BoundedProtocol
 from .engine_loop import EngineLoop
 from .metrics import Metrics
 from .models import Models
@@ -33,6 +31,10 @@ LAST_BYTES_SECONDS = 5
 #: Seconds that a connection without a request stays open. Proxies reuse theirs for up to 600 (Google's load balancer),
 #: and an end that closes first makes the other one lose a request.
 KEEP_ALIVE_SECONDS = 620
+#: Open connections in addition to those that fill the slots and the queue: probes, and those that a proxy keeps ready.
+SPARE_CONNECTIONS = 384
+#: The length of a queue without a limit, as far as connections are concerned.
+LONG_QUEUE = 1024
 
 
 def serve(
@@ -92,21 +94,12 @@ def serve(
     metrics = Metrics(engine, models)
     routes += page.routes(engine, models, metrics.traffic)
     local = not api_keys and is_loopback(own)
-    most = concurrency_for(engine.slots, engine.queue_limit)
-    app = create_app(
-        engine,
-        models=models,
-        keys=api_keys,
-        limits=limits,
-        metrics=metrics,
-        routes=routes,
-        local=local,
-        max_requests=most.requests,
-    )
+    app = create_app(engine, models=models, keys=api_keys, limits=limits, metrics=metrics, routes=routes, local=local)
     loop: EngineLoop = app.state.loop
     config = uvicorn.Config(
         app,
-        http=type("Protocol", (BoundedProtocol,), {"max_connections": most.connections}),
+        http="httptools",  # h11 needs a second for a body in a million pieces, and serves no one else meanwhile
+        limit_concurrency=most_connections(engine),
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         ws="none",
         lifespan="on",
@@ -120,6 +113,11 @@ def serve(
         runner.run(run(Server(config), own, loop, stop, drain_seconds, on_ready or (lambda url: None)))
     if loop.fatal is not None:
         raise loop.fatal
+
+
+def most_connections(engine: Engine) -> int:
+    """The connections above which uvicorn answers 503."""
+    return engine.slots + (LONG_QUEUE if engine.queue_limit is None else engine.queue_limit) + SPARE_CONNECTIONS
 
 
 class Server(uvicorn.Server):

@@ -437,7 +437,7 @@ def test_a_request_has_an_id(http):
     body = {"model": "A", "prompt": prompt(1), "max_tokens": 1}
     response = http.post("/v1/completions", json=body, headers={"x-request-id": "mine-1"})
     assert response.headers["x-request-id"] == "mine-1" and response.json()["id"] == "cmpl-mine-1"
-    made = http.post("/v1/completions", json=body, headers={"x-request-id": "a b\x7f"}).headers["x-request-id"]
+    made = http.post("/v1/completions", json=body, headers={"x-request-id": "a b"}).headers["x-request-id"]
     assert len(made) == 32 and made != http.get("/health").headers["x-request-id"]
 
 
@@ -791,6 +791,20 @@ def test_neither_a_path_nor_a_name_writes_fields_of_the_log(http, capfd):
     outcome = Outcome("POST", "/v1/completions", "five", status=200, served=True, tenant="acme new=9 id=forged")
     _, named = fields_of(outcome.line())
     assert (named["model"], named["new"], named["id"]) == (r"acme\x20new=9\x20id=forged", "0", "five")
+
+
+def test_log_probabilities_of_open_requests_are_bounded_together(server, http, monkeypatch):
+    monkeypatch.setattr(answering, "OPEN_LOGPROBS", 50)
+    body = LONG | {"model": "base", "max_tokens": 10, "logprobs": 2}
+    with server.held():
+        (first,) = post_all(server, [body])
+        eventually(lambda: server.engine.open == 1)
+        refused = http.post("/v1/completions", json=body)
+        assert error(refused, 503)["code"] == "overloaded" and int(refused.headers["retry-after"]) > 0
+        rest = post_all(server, [body | {"logprobs": 1}, LONG | {"model": "base"}])  # 30 and 20 have room
+        eventually(lambda: server.engine.open == 3)
+    assert [future.result().status_code for future in (first, *rest)] == [200, 200, 200]
+    assert http.post("/v1/completions", json=body | {"logprobs": 3, "max_tokens": 30}).status_code == 200  # alone
 
 
 def test_log_probabilities_are_bounded_before_anything_is_computed(http, monkeypatch):

@@ -74,16 +74,15 @@ def stub_engine():
 
 @asynccontextmanager
 async def client_of(engine, bank):
-    """A client with its server's EngineLoop as `loop`, and how many bytes of bodies are held."""
+    """A client with its server's EngineLoop as `loop`."""
     app = create_app(engine, models=Models(bank))
-    held = next(route.endpoint.held for route in app.routes if route.path == "/v1/completions")
     async with app.router.lifespan_context(app), asyncio.timeout(20):
         while not app.state.loop.warm:
             await asyncio.sleep(0.001)
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             client.loop = app.state.loop
-            yield client, lambda: held.now
+            yield client
 
 
 def ask(client, model, **fields):
@@ -93,7 +92,7 @@ def ask(client, model, **fields):
 def test_requests_that_need_nothing_loaded_do_not_wait_for_those_that_do():
     async def run():
         engine, bank = stub_engine(), Bank()
-        async with client_of(engine, bank) as (client, held):
+        async with client_of(engine, bank) as client:
             cold = [asyncio.create_task(ask(client, "cold")) for _ in range(THREADS + 1)]
             while not bank.loads:
                 await asyncio.sleep(0.001)
@@ -104,7 +103,7 @@ def test_requests_that_need_nothing_loaded_do_not_wait_for_those_that_do():
             assert bank.loads == 1 and not any(one.done() for one in cold)
             bank.may_load.set()
             assert [(await one).status_code for one in cold] == [200] * len(cold)
-            assert held() == 0 and all(stream.closed for stream in engine.streams)
+            assert all(stream.closed for stream in engine.streams)
 
     asyncio.run(run())
 
@@ -115,13 +114,13 @@ def test_a_request_that_passes_its_own_deadline_while_it_is_opened_is_closed(nam
         engine, bank = stub_engine(), Bank()
         bank.may_load.set()
         engine.may_open.clear()
-        async with client_of(engine, bank) as (client, held):
+        async with client_of(engine, bank) as client:
             asked = asyncio.create_task(ask(client, name, timeout=5))
             while not engine.opening.is_set():
                 await asyncio.sleep(0.001)
             pass_time(6)
             assert (await asked).status_code == 504
-            assert not engine.streams and held() == 0
+            assert not engine.streams
             engine.may_open.set()
             while not (engine.streams and engine.streams[0].closed):
                 await asyncio.sleep(0.001)
@@ -145,7 +144,7 @@ def test_a_request_whose_body_is_there_has_the_time_to_drain(name):
     async def run():
         engine, bank = stub_engine(), Bank()
         engine.may_open.clear()
-        async with client_of(engine, bank) as (client, held):
+        async with client_of(engine, bank) as client:
             asked = asyncio.create_task(ask(client, name))
             while not (bank.loads if name == "cold" else engine.opening.is_set()):
                 await asyncio.sleep(0.001)
@@ -155,7 +154,7 @@ def test_a_request_whose_body_is_there_has_the_time_to_drain(name):
             bank.may_load.set(), engine.may_open.set()
             assert (await asked).json()["choices"][0]["text"] == "w5"
             await drained
-            assert client.loop.open_answers == 0 and held() == 0
+            assert client.loop.open_answers == 0
 
     asyncio.run(run())
 
@@ -164,7 +163,7 @@ def test_a_request_that_is_opened_after_the_time_to_drain_is_refused():
     async def run():
         engine = stub_engine()
         engine.may_open.clear()
-        async with client_of(engine, Bank()) as (client, held):
+        async with client_of(engine, Bank()) as client:
             asked = asyncio.create_task(ask(client, "held"))
             while not engine.opening.is_set():
                 await asyncio.sleep(0.001)
@@ -185,7 +184,7 @@ def test_a_request_whose_body_ends_after_the_signal_is_refused():
             await more.wait()
             yield b'"max_tokens": 1}'
 
-        async with client_of(engine, Bank()) as (client, _):
+        async with client_of(engine, Bank()) as client:
             headers = {"content-type": "application/json"}
             asked = asyncio.create_task(client.post("/v1/completions", content=body(), headers=headers))
             await asyncio.sleep(0.05)

@@ -4,13 +4,13 @@ import asyncio
 
 import pytest
 
-from para_jax.server.body import BodyBytes, ClientLeft, HeldBody, json_object, read_body
+from para_jax.server.body import ClientLeft, json_object, read_body
 from para_jax.server.errors import ApiError
 
 JSON = [(b"content-type", b"application/json; charset=utf-8")]
 
 
-def read(chunks, headers=JSON, most=10, seconds=5.0, held=None):
+def read(chunks, headers=JSON, most=10, seconds=5.0):
     """What read_body gives for a body in these chunks. None waits for ever; an exception is the client's leaving."""
     messages = iter(chunks)
 
@@ -22,8 +22,7 @@ def read(chunks, headers=JSON, most=10, seconds=5.0, held=None):
             return {"type": "http.disconnect"}
         return {"type": "http.request", "body": chunk, "more_body": chunk != b""}
 
-    held = held or HeldBody(BodyBytes(100))
-    return asyncio.run(read_body({"headers": headers}, receive, held, most=most, seconds=seconds))
+    return asyncio.run(read_body({"headers": headers}, receive, most=most, seconds=seconds))
 
 
 def status(function, *arguments, **options):
@@ -42,18 +41,6 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_held():
     assert status(read, [b"01234", b"56789", b"0", None]) == 413
     assert status(read, [None], [*JSON, (b"content-length", b"11")]) == 413
     assert status(read, [None], [*JSON, (b"content-length", b"9" * 5000)]) == 413
-
-
-def test_the_bodies_of_all_requests_are_bounded_together():
-    together = BodyBytes(12)
-    first, second = HeldBody(together), HeldBody(together)
-    read([b"01234", b"56"], held=first)
-    assert status(read, [b"0123", b"45"], held=second) == 503
-    second.drop()
-    read([b"01234"], held=second)
-    first.drop()
-    first.drop()
-    assert together.now == 5
 
 
 def test_a_body_that_does_not_come_is_refused():

@@ -29,7 +29,8 @@ from para_jax import Engine, Request, load_adapter, save_adapter, serve
 from para_jax.adapters.loading_bank import bank_of
 from para_jax.adapters.preview import previews
 from para_jax.cli.serve import served
-from para_jax.server import concurrency, engine_loop
+from para_jax.server import engine_loop
+from para_jax.server import serve as server_module
 from para_jax.server.address import bound, is_loopback, url_of
 from para_jax.server.answering import Limits
 from para_jax.server.api_keys import ApiKeys
@@ -343,42 +344,65 @@ def test_the_servers_limits_hold(engine, capfd):
     assert prompt(1) in capfd.readouterr().err
 
 
-def test_a_server_with_as_many_requests_as_may_wait_answers_probes_and_refuses_the_rest(engine, monkeypatch):
-    monkeypatch.setattr(concurrency, "SPARE_REQUESTS", 2 - SLOTS - QUEUE)
-    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 9"
-    with running(engine) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+def test_connections_above_the_limit_get_503(engine, monkeypatch):
+    monkeypatch.setattr(server_module, "SPARE_CONNECTIONS", 2 - SLOTS - QUEUE)
+    with running(engine) as server:
         port = int(server.url.rpartition(":")[2])
-        with server.held(), socket.create_connection(("127.0.0.1", port), timeout=60) as slow:
-            slow.sendall(head + b"\r\n\r\n{")  # a request whose body never ends does not count
-            threads = [stream_in_thread(server, LONG)[0] for _ in range(2)]
-            for refused in (client.post("/v1/completions", json=LONG), client.get("/v1/models")):
-                assert refused.status_code == 503 and refused.json()["error"]["code"] == "overloaded"
-                assert int(refused.headers["retry-after"]) > 0 and "connection" not in refused.headers
-            for path in ("/", "/health", "/ready", "/version"):
-                assert client.get(path).status_code == 200
-            assert 'para_jax_http_responses_total{status="503"} 2.0' in client.get("/metrics").text
-        for thread in threads:
-            thread.join(60)
-        assert client.post("/v1/completions", json=LONG).status_code == 200
+        assert httpx.get(f"{server.url}/ready").status_code == 200
+        with socket.create_connection(("127.0.0.1", port)), socket.create_connection(("127.0.0.1", port)):
+            eventually(lambda: httpx.get(f"{server.url}/ready").status_code == 503)
+        eventually(lambda: httpx.get(f"{server.url}/ready").status_code == 200)
 
 
-def test_a_client_that_has_its_answer_does_not_count():
-    async def app(scope, receive, send):
-        await receive()
-        await send({"type": "http.response.start", "status": 200})
-        await send({"type": "http.response.body", "body": b"a", "more_body": True})
-        await send({"type": "http.response.body", "body": b"b"})
+HOSTILE = {
+    "pieces": (b"transfer-encoding: chunked", b"1\r\n[\r\n" * 2**23),
+    "lists": (b"content-length: %d" % 2**23, b"[" * 2**23),
+    "texts": (b"content-length: %d" % 2**23, b'{"prompt":[' + b'"",' * (2**23 // 3 - 4) + b" "),
+    "one text": (b"content-length: %d" % 2**23, b'{"model":"base","prompt":"' + b"w1 " * (2**23 // 3 - 10) + b'"}  '),
+}
 
-    async def receive():
-        return {"type": "http.request", "body": b"{}"}
 
-    async def send(message):
-        waiting.append(limit.waiting)
+#: Sends what it reads to a port, again and again.
+SEND = """
+import socket, sys
+request, address = sys.stdin.buffer.read(), ("127.0.0.1", int(sys.argv[1]))
+while True:
+    try:
+        with socket.create_connection(address) as client:
+            client.sendall(request)
+            client.recv(1000)
+    except OSError:
+        pass
+"""
 
-    waiting, limit = [], concurrency.ConcurrencyLimit(app, most=1)
-    for _ in range(2):
-        asyncio.run(limit({"type": "http", "method": "POST", "path": "/v1/completions"}, receive, send))
-    assert waiting == [1, 1, 0] * 2 and limit.waiting == 0
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_body_delays_others_by_at_most_a_tenth_of_a_second(engine, kind):
+    """The most that a body may have is 8 MiB. One after the other is sent, while another client asks for a token."""
+    header, body = HOSTILE[kind]
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    with running(engine) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+
+        def seconds(count):
+            taken = []
+            for _ in range(count):
+                began = time.monotonic()
+                assert client.post("/v1/completions", json=LONG | {"max_tokens": 1}).status_code == 200
+                taken.append(time.monotonic() - began)
+            return sorted(taken)[count // 2]
+
+        seconds(3)
+        alone = seconds(30)
+        sent = subprocess.Popen([sys.executable, "-c", SEND, server.url.rpartition(":")[2]], stdin=subprocess.PIPE)
+        try:
+            sent.stdin.write(head + header + b"\r\n\r\n" + body)
+            sent.stdin.close()
+            time.sleep(1)
+            assert seconds(30) < alone + 0.1 and sent.poll() is None
+        finally:
+            sent.kill()
+            sent.wait()
 
 
 def test_metrics_count_what_was_served(engine):
