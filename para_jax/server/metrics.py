@@ -2,20 +2,17 @@
 docs.vllm.ai "Production Metrics"), so its dashboards and the gateways that know vLLM work unchanged. Those that begin
 with para_jax are our own.
 
-Gauges are read from the engine at each request for metrics. The rest is counted from each request's Outcome.
+What the engine and the tenants' traffic count themselves is read at each request for metrics. The rest is counted from
+each request's Outcome.
 """
 
 from __future__ import annotations
 
-import bisect
-import threading
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from ..serving.engine import Engine
@@ -35,6 +32,7 @@ REQUEST_SECONDS = (
     1920.0, 7680.0,
 )  # fmt: skip
 TOKENS = tuple(float(digit * 10**power) for power in range(7) for digit in (1, 2, 5))
+LORA_LABELS = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
 FINISH_REASONS = ("stop", "length", "abort", "error")
 #: Codes of what ends a request although the engine works.
 ABORTS = ("client_left", "timeout", "shutting_down")
@@ -55,15 +53,38 @@ class Metrics:
         """
         self._engine, self._models = engine, models
         self.traffic = Traffic(models, max_tenants)
-        self.first_token, self.token = Histogram(FIRST_TOKEN_SECONDS), Histogram(TOKEN_SECONDS)
-        self.request, self.queue, self.prefill, self.decode = (Histogram(REQUEST_SECONDS) for _ in range(4))
-        self.prompt_tokens, self.new_tokens = Histogram(TOKENS), Histogram(TOKENS)
-        self._finished: Counter[str] = Counter(dict.fromkeys(FINISH_REASONS, 0))
-        self._statuses: Counter[str] = Counter()
-        self._engine_failures = 0
-        self._lock = threading.Lock()
-        self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(self)  # type: ignore[arg-type]  # it has collect()
+        self._registry = registry = CollectorRegistry(auto_describe=False)
+        registry.register(self)  # type: ignore[arg-type]  # it has collect()
+
+        def gauge(name: str, text: str, value: Callable[[], float]) -> None:
+            Gauge(f"vllm:{name}", text, ["model_name"], registry=registry).labels(models.base).set_function(value)
+
+        def histogram(name: str, text: str, bounds: Sequence[float]) -> Histogram:
+            made = Histogram(f"vllm:{name}", text, ["model_name"], buckets=bounds, registry=registry)
+            return made.labels(models.base)
+
+        gauge("num_requests_running", "Samples that hold a slot.", lambda: sum(engine.running.values()))
+        gauge("num_requests_waiting", "Samples that wait for a slot.", lambda: sum(engine.waiting.values()))
+        gauge("kv_cache_usage_perc", "Share of the KV cache in use, from 0 to 1.", lambda: engine.kv_usage)
+        text = "From a request's arrival to its first token."
+        self.first_token = histogram("time_to_first_token_seconds", text, FIRST_TOKEN_SECONDS)
+        text = "Between two tokens of an answer."
+        self.token = histogram("inter_token_latency_seconds", text, TOKEN_SECONDS)
+        text = "From a request's arrival to its end."
+        self.request = histogram("e2e_request_latency_seconds", text, REQUEST_SECONDS)
+        self.queue = histogram("request_queue_time_seconds", "From the queue to a slot.", REQUEST_SECONDS)
+        self.prefill = histogram("request_prefill_time_seconds", "From a slot to the first token.", REQUEST_SECONDS)
+        text = "From the first token to a request's end."
+        self.decode = histogram("request_decode_time_seconds", text, REQUEST_SECONDS)
+        self.prompt_tokens = histogram("request_prompt_tokens", "Tokens of a request's prompts.", TOKENS)
+        self.new_tokens = histogram("request_generation_tokens", "Tokens of a request's answers.", TOKENS)
+        text, labels = "Samples that have ended, by reason.", ["model_name", "finished_reason"]
+        finished = Counter("vllm:request_success", text, labels, registry=registry)
+        self.finished = {reason: finished.labels(models.base, reason) for reason in FINISH_REASONS}
+        text = "HTTP requests that have ended."
+        self.responses = Counter("para_jax_http_responses", text, ["status"], registry=registry)
+        text = "Rounds of the engine that raised an error."
+        self.engine_failures = Counter("para_jax_engine_failures", text, registry=registry)
 
     def begin(self, outcome: Outcome) -> None:
         """Counts the tokens of a request while they come. Call it when the engine has taken the request."""
@@ -71,12 +92,11 @@ class Metrics:
 
     def observe(self, outcome: Outcome) -> None:
         """Counts a request that has ended."""
-        with self._lock:
-            self._statuses["none" if outcome.status is None else str(outcome.status)] += 1
-            if outcome.served:
-                self._finished.update(finished_reasons(outcome))
+        self.responses.labels("none" if outcome.status is None else str(outcome.status)).inc()
         if not outcome.served:
             return
+        for reason in finished_reasons(outcome):
+            self.finished[reason].inc()
         self.traffic.end(outcome)
         self.prompt_tokens.observe(outcome.prompt_tokens)
         if outcome.started is not None and outcome.queued is not None:
@@ -89,14 +109,14 @@ class Metrics:
             if outcome.ended is not None:
                 self.decode.observe(outcome.ended - outcome.first_token)
         for seconds, tokens in outcome.gaps:
-            self.token.observe(seconds / max(tokens, 1), tokens)
+            for _ in range(tokens):
+                self.token.observe(seconds / tokens)
         if outcome.ended is not None:
             self.request.observe(outcome.ended - outcome.received)
 
     def count_engine_failure(self) -> None:
         """Counts a round of the engine that raised."""
-        with self._lock:
-            self._engine_failures += 1
+        self.engine_failures.inc()
 
     def render(self) -> tuple[bytes, str]:
         """The metrics as text, and its content type."""
@@ -105,104 +125,36 @@ class Metrics:
     # ------------------------------------------------------------------------------------ what Prometheus's client asks
 
     def collect(self) -> Iterator[Metric]:
-        yield from self._of_engine()
-        yield from self._of_requests()
-        yield from self._of_tenants()
-
-    def _of_engine(self) -> Iterator[Metric]:
-        engine, base = self._engine, self._models.base
-        running, waiting, cache = engine.running, engine.waiting, engine.prefix_cache
-        gauges = {
-            "num_requests_running": ("Samples that hold a slot.", sum(running.values())),
-            "num_requests_waiting": ("Samples that wait for a slot.", sum(waiting.values())),
-            "kv_cache_usage_perc": ("Share of the KV cache in use, from 0 to 1.", engine.kv_usage),
-        }
-        for name, (text, value) in gauges.items():
-            yield with_value(GaugeMetricFamily(f"vllm:{name}", text, labels=["model_name"]), [base], value)
+        """What others count, and labels that change."""
+        engine, base, labels = self._engine, self._models.base, ["model_name"]
+        cache, summed, counts = engine.prefix_cache, self.traffic.total(), self.traffic.by_tenant()
         counters = {
             "prefix_cache_queries": ("Prompt tokens that were looked for in the prefix cache.", cache.queries),
             "prefix_cache_hits": ("Prompt tokens that were found in the prefix cache.", cache.hits),
+            "prompt_tokens": ("Tokens of prompts, with those from the prefix cache.", summed.prompt_tokens),
+            "generation_tokens": ("Tokens of answers.", summed.new_tokens),
         }
         for name, (text, value) in counters.items():
-            yield with_value(CounterMetricFamily(f"vllm:{name}", text, labels=["model_name"]), [base], value)
-        labels = {"max_lora": str(engine.slots)}
-        labels |= {"running_lora_adapters": names_in_label(running), "waiting_lora_adapters": names_in_label(waiting)}
-        text = "Tenants with requests. The value is the time in seconds since 1970."
-        info = GaugeMetricFamily("vllm:lora_requests_info", text, labels=list(labels))
-        yield with_value(info, list(labels.values()), time.time())
-
-    def _of_requests(self) -> Iterator[Metric]:
-        base = self._models.base
-        with self._lock:
-            finished, statuses, failures = dict(self._finished), dict(self._statuses), self._engine_failures
-        text = "Samples that have ended, by reason."
-        success = CounterMetricFamily("vllm:request_success", text, labels=["model_name", "finished_reason"])
-        for reason, count in finished.items():
-            success.add_metric([base, reason], count)
-        yield success
-        histograms = {
-            "time_to_first_token_seconds": ("From a request's arrival to its first token.", self.first_token),
-            "inter_token_latency_seconds": ("Between two tokens of an answer.", self.token),
-            "e2e_request_latency_seconds": ("From a request's arrival to its end.", self.request),
-            "request_queue_time_seconds": ("From the queue to a slot.", self.queue),
-            "request_prefill_time_seconds": ("From a slot to the first token.", self.prefill),
-            "request_decode_time_seconds": ("From the first token to a request's end.", self.decode),
-            "request_prompt_tokens": ("Tokens of a request's prompts.", self.prompt_tokens),
-            "request_generation_tokens": ("Tokens of a request's answers.", self.new_tokens),
-        }
-        for name, (text, histogram) in histograms.items():
-            family = HistogramMetricFamily(f"vllm:{name}", text, labels=["model_name"])
-            buckets, summed = histogram.read()
-            family.add_metric([base], buckets, summed)
+            family = CounterMetricFamily(f"vllm:{name}", text, labels=labels)
+            family.add_metric([base], value)
             yield family
-        http = CounterMetricFamily("para_jax_http_responses", "HTTP requests that have ended.", labels=["status"])
-        for status, count in statuses.items():
-            http.add_metric([status], count)
-        yield http
-        failed = CounterMetricFamily("para_jax_engine_failures", "Rounds of the engine that raised an error.")
-        yield with_value(failed, [], failures)
-
-    def _of_tenants(self) -> Iterator[Metric]:
-        base, counts = self._models.base, self.traffic.by_tenant()
+        text, labels = "Tenants with requests. The value is the time in seconds since 1970.", list(LORA_LABELS)
+        info = GaugeMetricFamily("vllm:lora_requests_info", text, labels=labels)
+        tenants = [names_in_label(engine.running), names_in_label(engine.waiting)]
+        info.add_metric([str(engine.slots), *tenants], time.time())
+        yield info
         requests = CounterMetricFamily(
             "para_jax_tenant_requests", "Requests that have ended, by how.", labels=["tenant", "outcome"]
         )
         prompt = CounterMetricFamily("para_jax_tenant_prompt_tokens", "Tokens of prompts.", labels=["tenant"])
         new = CounterMetricFamily("para_jax_tenant_generation_tokens", "Tokens of answers.", labels=["tenant"])
-        for tenant, of_one in counts.items():
+        for tenant, of_tenant in counts.items():
             label = base if tenant is None else tenant
-            for outcome, count in of_one.requests.items():
+            for outcome, count in of_tenant.requests.items():
                 requests.add_metric([label, outcome], count)
-            prompt.add_metric([label], of_one.prompt_tokens)
-            new.add_metric([label], of_one.new_tokens)
+            prompt.add_metric([label], of_tenant.prompt_tokens)
+            new.add_metric([label], of_tenant.new_tokens)
         yield from (requests, prompt, new)
-        summed, labels = self.traffic.total(), ["model_name"]
-        text = "Tokens of prompts, with those from the prefix cache."
-        yield with_value(CounterMetricFamily("vllm:prompt_tokens", text, labels=labels), [base], summed.prompt_tokens)
-        text = "Tokens of answers."
-        yield with_value(CounterMetricFamily("vllm:generation_tokens", text, labels=labels), [base], summed.new_tokens)
-
-
-class Histogram:
-    """Counts by upper bound. An observation may count for several: the tokens of one piece have the same time."""
-
-    def __init__(self, bounds: Sequence[float]):
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
-        self._lock = threading.Lock()
-
-    def observe(self, value: float, count: int = 1) -> None:
-        with self._lock:
-            self._counts[bisect.bisect_left(self._bounds, value)] += count
-            self._sum += value * count
-
-    def read(self) -> tuple[list[tuple[str, float]], float]:
-        """How many are at most each bound, and the sum of all."""
-        with self._lock:
-            counts, summed = self._counts.copy(), self._sum
-        bounds = [*map(str, self._bounds), "+Inf"]
-        return list(zip(bounds, accumulate(counts), strict=True)), summed
 
 
 def finished_reasons(outcome: Outcome) -> list[str]:
@@ -218,9 +170,3 @@ def finished_reasons(outcome: Outcome) -> list[str]:
 def names_in_label(tenants: dict[str | None, int]) -> str:
     """The names of tenants, with commas between them. A name with a comma would be read as two, so it is left out."""
     return ",".join(name for name in tenants if name is not None and "," not in name)
-
-
-def with_value(family, labels: list[str], value: float) -> Metric:
-    """The family with its one value."""
-    family.add_metric(labels, value)
-    return family
