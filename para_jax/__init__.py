@@ -115,7 +115,8 @@ _LATER = {name: module for module, names in _NAMES.items() for name in names.spl
 #: What `from para_jax import *` gives: the names that need no extra.
 __all__ = [name for name in _LATER if name not in ("serve", "ParaLM")]  # pyright: ignore[reportUnsupportedDunderAll]
 #: Packages that come with an extra.
-_EXTRAS = {"lm_eval": "eval"} | dict.fromkeys(("starlette", "uvicorn", "httptools", "prometheus_client"), "serve")
+_SERVE = ("starlette", "uvicorn", "httptools", "prometheus_client", "pydantic")
+_EXTRAS = {"lm_eval": "eval"} | dict.fromkeys(_SERVE, "serve")
 
 
 def __getattr__(name: str):

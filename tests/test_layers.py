@@ -39,7 +39,7 @@ LAYERS = [
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
 SIDEWAYS = {("devices", "hub")}
 HEAVY = "orbax grain qwix tensorflow_datasets datasets tensorflow transformers tokenizers lm_eval matplotlib".split()
-HEAVY += "torch starlette uvicorn httptools prometheus_client ray".split()
+HEAVY += "torch starlette uvicorn httptools prometheus_client pydantic ray".split()
 
 
 def wrong_imports(file, text):

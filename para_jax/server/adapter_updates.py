@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
+from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
@@ -19,14 +21,29 @@ from ..messages import say
 from .api_keys import require_unlimited
 from .body import ClientLeft, json_object, read_body
 from .errors import ApiError, wrong_field
-from .fields import Fields
+from .fields import Fields, only, read_fields
 from .models import Models
 
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
-LOAD_FIELDS = ("lora_name", "lora_path", "load_inplace", "base_model_name", "is_3d_lora_weight")
-UNLOAD_FIELDS = ("lora_name", "lora_int_id")
 #: Bytes of a request, the seconds in which it must come, and characters of a name and of a path, at most.
 MAX_BODY, BODY_SECONDS, MAX_NAME, MAX_PATH = 2**16, 10, 128, 4096
+
+
+class LoadBody(Fields):
+    lora_name: Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
+    lora_path: Annotated[str, Field(min_length=1, max_length=MAX_PATH)]
+    load_inplace: bool = False
+    base_model_name: Any = None
+    """the gateway's LoRA syncer sends it"""
+    is_3d_lora_weight: Annotated[Any, only(False, advice="leave it out")] = None
+
+
+class UnloadBody(Fields):
+    lora_name: Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
+    lora_int_id: Annotated[Any, only(advice="leave it out; the name is enough")] = None
+
+
+T = TypeVar("T", bound=Fields)
 
 
 def routes(models: Models, root: str | Path, *, allow_hub: bool = False) -> list[BaseRoute]:
@@ -52,24 +69,18 @@ class AdapterUpdates:
 
     async def load(self, request: Request) -> Response:
         """Adds a tenant, or replaces its adapter with load_inplace."""
-        fields = await fields_of(request)
-        name, path = required(fields, "lora_name", MAX_NAME), required(fields, "lora_path", MAX_PATH)
-        inplace, base = fields.flag("load_inplace"), fields.take("base_model_name")
-        fields.require_inert({"is_3d_lora_weight": ((False,), "leave it out")})
-        fields.require_none_left(LOAD_FIELDS)
-        if base not in (None, "", BASE, self.models.base):  # the gateway's LoRA syncer sends it
+        body = await body_of(request, LoadBody)
+        base = body.base_model_name
+        if base not in (None, "", BASE, self.models.base):
             raise wrong_field("base_model_name", f"base_model_name is {shorten(base)}; this is {self.models.base}")
         async with self._alone:
-            return JSONResponse(await asyncio.to_thread(self._load, name, path, inplace))
+            return JSONResponse(await asyncio.to_thread(self._load, body.lora_name, body.lora_path, body.load_inplace))
 
     async def unload(self, request: Request) -> Response:
         """Removes a tenant."""
-        fields = await fields_of(request)
-        name = required(fields, "lora_name", MAX_NAME)
-        fields.require_inert({"lora_int_id": ((), "leave it out; the name is enough")})
-        fields.require_none_left(UNLOAD_FIELDS)
+        body = await body_of(request, UnloadBody)
         async with self._alone:
-            return JSONResponse(await asyncio.to_thread(self._unload, name))
+            return JSONResponse(await asyncio.to_thread(self._unload, body.lora_name))
 
     # ------------------------------------------------------------------------------------------- in the worker thread
 
@@ -138,18 +149,11 @@ class AdapterUpdates:
         raise outside
 
 
-async def fields_of(request: Request) -> Fields:
-    """The fields of an update, for a client that may make it."""
+async def body_of(request: Request, model: type[T]) -> T:
+    """The body of an update, for a client that may make it."""
     require_unlimited(request.state.access)
     try:
         body = await read_body(request.scope, request.receive, most=MAX_BODY, seconds=BODY_SECONDS)
     except ClientLeft:
         raise ApiError(400, "the client left", code="client_left") from None
-    return Fields(json_object(body))
-
-
-def required(fields: Fields, name: str, most: int) -> str:
-    value = fields.text(name, most)
-    if value is None:
-        raise wrong_field(name, f"{name} is missing")
-    return value
+    return read_fields(model, json_object(body))

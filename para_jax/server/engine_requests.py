@@ -12,7 +12,7 @@ from ..data.examples import Ids, Prompt, encode_prompt, most_characters, turn_st
 from ..serving.engine import Engine
 from ..serving.request import MAX_SAMPLES, Request
 from .errors import ApiError, wrong_field
-from .protocol import CHAT_FIELDS, TEXT_FIELDS, Asked
+from .protocol import Asked, ChatBody, CompletionBody
 
 #: Log-probabilities that a request may ask for, alternatives included. Each takes up to 0.3 kB until it is answered.
 MAX_LOGPROBS = 2**21
@@ -142,7 +142,7 @@ def refused(error: ValueError, asked: Asked, max_length: int) -> ApiError:
     param = message.split(":")[0].split(" ")[0]
     long = "max_length" in message or "maximum number of tokens" in message
     code = "context_length_exceeded" if long else None
-    if param not in (*CHAT_FIELDS, *TEXT_FIELDS):
+    if param not in {*ChatBody.model_fields, *CompletionBody.model_fields}:
         param = "prompt"  # what the tokenizer or its chat template says of it
     message += known_words(max_length) * long
     if isinstance(error, TemplateError) and asked.variables:

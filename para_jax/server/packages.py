@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-PACKAGES = ("starlette", "uvicorn", "httptools", "prometheus_client")
+PACKAGES = ("starlette", "uvicorn", "httptools", "prometheus_client", "pydantic")
 
 
 def require_packages(command: str) -> None:

@@ -5,71 +5,126 @@ A field that we do not compute is refused by name, never ignored. Only its value
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import Field, PlainValidator
 
 from ..config import Variables, shorten, template_variables
 from ..data.examples import Ids, Prompt
 from ..serving.request import MAX_SALT, MAX_SAMPLES, MAX_STOP_LENGTH, MAX_STOPS
-from .chat_messages import NO_TOOLS, NOT_COMPUTED, read_messages
+from .chat_messages import NO_TOOLS, read_messages
 from .errors import wrong_field
-from .fields import Fields
+from .fields import WHOLE, Count, Fields, Label, Name, only, read_fields, wrong_value
 
 #: New tokens of /v1/completions without max_tokens, as OpenAI has it.
 DEFAULT_TOKENS = 16
-MAX_NAME, MAX_USER, WHOLE = 1000, 1000, 2**31 - 1
+MOST_STOP_IDS = 1000
 
-#: Fields of both endpoints that we do not compute: the values that ask for nothing, and what to say of others.
-INERT: dict[str, tuple[tuple, str]] = {
-    "frequency_penalty": ((0, 0.0), NOT_COMPUTED),
-    "presence_penalty": ((0, 0.0), NOT_COMPUTED),
-    "repetition_penalty": ((1, 1.0), NOT_COMPUTED),
-    "logit_bias": (({},), NOT_COMPUTED),
-    "min_p": ((0, 0.0), NOT_COMPUTED),
-    "min_tokens": ((0,), NOT_COMPUTED),
-    "length_penalty": ((1, 1.0), NOT_COMPUTED),
-    "use_beam_search": ((False,), NOT_COMPUTED),
-    "skip_special_tokens": ((True,), NOT_COMPUTED),
-    "spaces_between_special_tokens": ((True,), NOT_COMPUTED),
-    "include_stop_str_in_output": ((False,), NOT_COMPUTED),
-    "return_token_ids": ((False,), NOT_COMPUTED),
-    "priority": ((0,), NOT_COMPUTED),
-}
-INERT_CHAT: dict[str, tuple[tuple, str]] = INERT | {
-    "tools": (([],), NO_TOOLS),
-    "tool_choice": (("none", "auto"), NO_TOOLS),
-    "functions": (([],), NO_TOOLS),
-    "function_call": (("none", "auto"), NO_TOOLS),
-    "parallel_tool_calls": ((True, False), NO_TOOLS),
-    "response_format": (({"type": "text"},), 'only {"type": "text"} is supported'),
-    "modalities": ((["text"],), "only text is supported"),
-    "audio": ((), NOT_COMPUTED),
-    "prediction": ((), NOT_COMPUTED),
-    "moderation": ((), NOT_COMPUTED),
-    "verbosity": (("medium",), NOT_COMPUTED),
-    "web_search_options": ((), NOT_COMPUTED),
-    "service_tier": (("auto", "default"), "there is one tier; leave it out"),
-    "store": ((False,), "nothing is stored; leave it out"),
-    "add_generation_prompt": ((True,), NOT_COMPUTED),
-    "continue_final_message": ((False,), NOT_COMPUTED),
-    "add_special_tokens": ((False,), NOT_COMPUTED),
-}
-INERT_TEXT: dict[str, tuple[tuple, str]] = INERT | {
-    "suffix": (("",), NOT_COMPUTED),
-    "add_special_tokens": ((True,), NOT_COMPUTED),
-}
-#: Labels of a request. Nothing is computed from them.
-LABELS = ("user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
-CHAT_LABELS = ("metadata", "prompt_cache_options")
-#: Fields of both endpoints that we compute, or that are labels.
-COMPUTED = (
-    "model", "max_tokens", "temperature", "top_p", "top_k", "n", "seed", "stop", "stop_token_ids", "ignore_eos",
-    "cache_salt", "stream", "stream_options", "logprobs", "timeout", *LABELS,
-)  # fmt: skip
-CHAT_FIELDS = (
-    *COMPUTED, "messages", "max_completion_tokens", "top_logprobs", "chat_template_kwargs", "reasoning_effort",
-    *CHAT_LABELS, *INERT_CHAT,
-)  # fmt: skip
-TEXT_FIELDS = (*COMPUTED, "prompt", "echo", "best_of", "context_length", *INERT_TEXT)
+
+def read_stop(value: object) -> tuple[str, ...]:
+    texts = [] if value == "" else [value] if isinstance(value, str) else value
+    if isinstance(texts, list) and len(texts) <= MAX_STOPS:
+        if all(isinstance(text, str) and 0 < len(text) <= MAX_STOP_LENGTH for text in texts):
+            return tuple(texts)
+    raise ValueError(f"give a text or at most {MAX_STOPS} texts of 1 to {MAX_STOP_LENGTH} characters")
+
+
+def read_stop_ids(value: object) -> tuple[int, ...]:
+    if not isinstance(value, list) or len(value) > MOST_STOP_IDS or not is_ids(value):
+        raise ValueError(f"give a list of at most {MOST_STOP_IDS} token ids")
+    return tuple(value)
+
+
+class Body(Fields):
+    """The fields of both endpoints."""
+
+    model: Name
+    max_tokens: Count | None = None
+    temperature: Annotated[float, Field(ge=0, le=1e6)] = 1.0
+    top_p: Annotated[float, Field(ge=1e-9, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=-1, le=WHOLE)] = 0
+    """vLLM's -1 is all tokens, as 0 is"""
+    n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] = 1
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    stop: Annotated[tuple[str, ...], PlainValidator(read_stop)] = ()
+    stop_token_ids: Annotated[tuple[int, ...], PlainValidator(read_stop_ids)] = ()
+    ignore_eos: bool = False
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT // 2)] | None = None
+    stream: bool = False
+    stream_options: dict | None = None
+    timeout: Annotated[float, Field(ge=0.001, le=1e9)] | None = None
+
+    # labels, from which nothing is computed
+    user: Label | None = None
+    safety_identifier: Label | None = None
+    prompt_cache_key: Label | None = None
+    prompt_cache_retention: Label | None = None
+
+    frequency_penalty: Annotated[Any, only(0, 0.0)] = None
+    presence_penalty: Annotated[Any, only(0, 0.0)] = None
+    repetition_penalty: Annotated[Any, only(1, 1.0)] = None
+    logit_bias: Annotated[Any, only({})] = None
+    min_p: Annotated[Any, only(0, 0.0)] = None
+    min_tokens: Annotated[Any, only(0)] = None
+    length_penalty: Annotated[Any, only(1, 1.0)] = None
+    use_beam_search: Annotated[Any, only(False)] = None
+    skip_special_tokens: Annotated[Any, only(True)] = None
+    spaces_between_special_tokens: Annotated[Any, only(True)] = None
+    include_stop_str_in_output: Annotated[Any, only(False)] = None
+    return_token_ids: Annotated[Any, only(False)] = None
+    priority: Annotated[Any, only(0)] = None
+
+
+class StreamOptions(Fields):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+    """vLLM's"""
+    include_obfuscation: Annotated[Any, only(False)] = None
+
+
+class ChatBody(Body):
+    """The body of /v1/chat/completions."""
+
+    messages: Any = None
+    max_tokens: Annotated[int, Field(ge=1, le=WHOLE)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=WHOLE)] | None = None
+    logprobs: bool = False
+    top_logprobs: Count = 0
+    chat_template_kwargs: Any = None
+    reasoning_effort: Annotated[Any, only("none", advice='only "none" is supported; leave it out')] = None
+    metadata: dict | None = None
+    prompt_cache_options: dict | None = None
+
+    tools: Annotated[Any, only([], advice=NO_TOOLS)] = None
+    tool_choice: Annotated[Any, only("none", "auto", advice=NO_TOOLS)] = None
+    functions: Annotated[Any, only([], advice=NO_TOOLS)] = None
+    function_call: Annotated[Any, only("none", "auto", advice=NO_TOOLS)] = None
+    parallel_tool_calls: Annotated[Any, only(True, False, advice=NO_TOOLS)] = None
+    response_format: Annotated[Any, only({"type": "text"}, advice='only {"type": "text"} is supported')] = None
+    modalities: Annotated[Any, only(["text"], advice="only text is supported")] = None
+    audio: Annotated[Any, only()] = None
+    prediction: Annotated[Any, only()] = None
+    moderation: Annotated[Any, only()] = None
+    verbosity: Annotated[Any, only("medium")] = None
+    web_search_options: Annotated[Any, only()] = None
+    service_tier: Annotated[Any, only("auto", "default", advice="there is one tier; leave it out")] = None
+    store: Annotated[Any, only(False, advice="nothing is stored; leave it out")] = None
+    add_generation_prompt: Annotated[Any, only(True)] = None
+    continue_final_message: Annotated[Any, only(False)] = None
+    add_special_tokens: Annotated[Any, only(False)] = None
+
+
+class CompletionBody(Body):
+    """The body of /v1/completions."""
+
+    prompt: Any = None
+    max_tokens: Count = DEFAULT_TOKENS
+    logprobs: Count | None = None
+    echo: bool = False
+    context_length: Any = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
+    suffix: Annotated[Any, only("")] = None
+    add_special_tokens: Annotated[Any, only(True)] = None
 
 
 class Asked(NamedTuple):
@@ -79,8 +134,6 @@ class Asked(NamedTuple):
     prompts: list[Prompt | Ids]
     max_tokens: int | None
     """None: as many as fit"""
-    max_tokens_field: str
-    """the name by which the client gave it"""
     sampling: dict[str, Any]
     """temperature, top_p, top_k, stop, stop_token_ids, ignore_eos: arguments of the engine's Request"""
     seed: int | None
@@ -95,6 +148,8 @@ class Asked(NamedTuple):
     """seconds; None: the server's"""
     cache_salt: str | None
     """prompts share their beginnings only with those of the same salt"""
+    max_tokens_field: str = "max_tokens"
+    """the name by which the client gave it"""
     echo: bool = False
     """whether the prompt is a part of the answer"""
     context_lengths: list[int] | None = None
@@ -113,129 +168,80 @@ class Asked(NamedTuple):
 
 
 def read_chat(found: dict) -> Asked:
-    """The body of /v1/chat/completions."""
-    fields = Fields(found)
-    messages = read_messages(fields.take("messages"))
-    names = [name for name in ("max_completion_tokens", "max_tokens") if name in fields]
-    given = [fields.whole(name, 1, WHOLE) for name in names]
-    if len(set(given)) > 1:
+    """What the body of /v1/chat/completions asks for."""
+    messages = read_messages(found.get("messages"))  # first: its error names the other endpoint
+    body = read_fields(ChatBody, found)
+    counts = {"max_completion_tokens": body.max_completion_tokens, "max_tokens": body.max_tokens}
+    counts = {name: count for name, count in counts.items() if count is not None}
+    if len(set(counts.values())) > 1:
         raise wrong_field("max_tokens", "max_tokens and max_completion_tokens mean the same, and differ; give one")
-    logprobs, top = fields.flag("logprobs"), fields.whole("top_logprobs", 0, WHOLE)
-    if top and not logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise wrong_field("top_logprobs", "top_logprobs needs logprobs; set logprobs to true")
-    for name in CHAT_LABELS:
-        if not isinstance(value := fields.take(name) or {}, dict):
-            fields.refuse(name, value, "give an object")
     try:
-        variables = template_variables("chat_template_kwargs", fields.take("chat_template_kwargs"))
+        variables = template_variables("chat_template_kwargs", body.chat_template_kwargs)
     except ValueError as error:
         raise wrong_field("chat_template_kwargs", str(error)) from None
-    effort = fields.take("reasoning_effort")
-    if effort == "none":
+    if body.reasoning_effort is not None:
         variables = {"enable_thinking": False, **variables}
-    elif effort is not None:
-        fields.refuse("reasoning_effort", effort, 'only "none" is supported; leave it out')
-    return read_rest(fields, INERT_CHAT, CHAT_FIELDS, {
-        "variables": variables,
-        "prompts": [messages],
-        "max_tokens": given[0] if given else None,
-        "max_tokens_field": names[0] if names else "max_tokens",
-        "logprobs": (top or 0) if logprobs else None,
-    })  # fmt: skip
+    name, count = next(iter(counts.items()), ("max_tokens", None))
+    logprobs = body.top_logprobs if body.logprobs else None
+    return asked(body, [messages], count, logprobs, max_tokens_field=name, variables=variables)
 
 
 def read_completion(found: dict) -> Asked:
-    """The body of /v1/completions."""
-    fields = Fields(found)
-    prompts = read_prompts(fields.take("prompt"))
-    echo, logprobs = fields.flag("echo"), fields.whole("logprobs", 0, WHOLE)
-    max_tokens = fields.whole("max_tokens", 0, WHOLE)
-    if max_tokens == 0 and not echo:
+    """What the body of /v1/completions asks for."""
+    prompts = read_prompts(found.get("prompt"))  # first: its error names the other endpoint
+    body = read_fields(CompletionBody, found)
+    lengths = body.context_length
+    if body.max_tokens == 0 and not body.echo:
         raise wrong_field("max_tokens", "max_tokens is 0; give at least 1, or set echo for the prompt alone")
-    lengths = fields.take("context_length")
     if lengths is not None:
-        given = lengths if isinstance(lengths, list) else [lengths] * len(prompts)
-        if len(given) != len(prompts):
-            raise wrong_field("context_length", f"context_length has {len(given)} numbers for {len(prompts)} prompts")
-        if not all(type(length) is int and length >= 1 for length in given):
-            fields.refuse("context_length", lengths, "give a whole number of at least 1, or one for each prompt")
-        if not echo or logprobs is None:
+        lengths = lengths if isinstance(lengths, list) else [lengths] * len(prompts)
+        if len(lengths) != len(prompts):
+            raise wrong_field("context_length", f"context_length has {len(lengths)} numbers for {len(prompts)} prompts")
+        if not all(type(length) is int and length >= 1 for length in lengths):
+            advice = "give a whole number of at least 1, or one for each prompt"
+            raise wrong_value("context_length", body.context_length, advice)
+        if not body.echo or body.logprobs is None:
             raise wrong_field("context_length", "context_length is for scores; it needs echo and logprobs")
-        lengths = given
-    asked = read_rest(fields, INERT_TEXT, TEXT_FIELDS, {
-        "prompts": prompts,
-        "max_tokens": DEFAULT_TOKENS if max_tokens is None else max_tokens,
-        "max_tokens_field": "max_tokens",
-        "logprobs": logprobs,
-        "echo": echo,
-        "context_lengths": lengths,
-    })  # fmt: skip
-    if asked.only_echoes and asked.n > 1:
-        raise wrong_field("n", f"n is {asked.n}, but with max_tokens 0 each answer is the prompt; ask for one")
-    if len(prompts) * asked.n > MAX_SAMPLES:
-        message = f"prompt and n ask for {len(prompts) * asked.n} answers; ask for at most {MAX_SAMPLES}"
-        raise wrong_field("prompt", message)
-    return asked
-
-
-def read_rest(fields: Fields, inert: dict, known: tuple[str, ...], own: dict) -> Asked:
-    """The fields that both endpoints have, joined with an endpoint's own. Refuses what is left."""
-    if (model := fields.text("model", MAX_NAME)) is None:
-        raise wrong_field("model", "model is missing; give a name of /v1/models")
-    sampling = {
-        "temperature": default(fields.number("temperature", 0, 1e6), 1.0),
-        "top_p": default(fields.number("top_p", 1e-9, 1), 1.0),
-        "top_k": max(0, default(fields.whole("top_k", -1, WHOLE), 0)),  # vLLM's -1 is all tokens, as 0 is
-        "stop": read_stop(fields),
-        "stop_token_ids": read_stop_ids(fields),
-        "ignore_eos": fields.flag("ignore_eos"),
-    }
-    n, seed = default(fields.whole("n", 1, MAX_SAMPLES), 1), fields.whole("seed", -(2**63), 2**63 - 1)
-    if default(fields.whole("best_of", 1, MAX_SAMPLES), n) != n:
+    if body.best_of not in (None, body.n):
         raise wrong_field("best_of", "best_of is not supported; leave it out")
-    stream, include_usage, continuous_usage = fields.flag("stream"), False, False
-    if (options := fields.take("stream_options")) is not None:
-        if not stream or not isinstance(options, dict):
-            fields.refuse("stream_options", options, "give an object, together with stream")
-        inner = Fields(options, "stream_options")
-        include_usage = inner.flag("include_usage")
-        continuous_usage = inner.flag("continuous_usage_stats") and include_usage  # vLLM's
-        inner.require_inert({"include_obfuscation": ((False,), NOT_COMPUTED)})
-        inner.require_none_left(["include_usage", "continuous_usage_stats"])
-    timeout = fields.number("timeout", 0.001, 1e9)
-    cache_salt = fields.text("cache_salt", MAX_SALT // 2)
-    for name in LABELS:
-        fields.text(name, MAX_USER, least=0)
-    fields.require_inert(inert)
-    fields.require_none_left(known)
+    made = asked(body, prompts, body.max_tokens, body.logprobs, echo=body.echo, context_lengths=lengths)
+    if made.only_echoes and body.n > 1:
+        raise wrong_field("n", f"n is {body.n}, but with max_tokens 0 each answer is the prompt; ask for one")
+    if len(prompts) * body.n > MAX_SAMPLES:
+        message = f"prompt and n ask for {len(prompts) * body.n} answers; ask for at most {MAX_SAMPLES}"
+        raise wrong_field("prompt", message)
+    return made
+
+
+def asked(body: Body, prompts: list, max_tokens: int | None, logprobs: int | None, **others: Any) -> Asked:
+    """What both endpoints have, joined with an endpoint's own."""
+    if body.stream_options is not None and not body.stream:
+        raise wrong_value("stream_options", body.stream_options, "give an object, together with stream")
+    options = read_fields(StreamOptions, body.stream_options or {}, "stream_options")
     return Asked(
-        model=model, sampling=sampling, n=n, seed=seed, stream=stream, include_usage=include_usage,
-        continuous_usage=continuous_usage, timeout=timeout, cache_salt=cache_salt, **own,
-    )  # fmt: skip
-
-
-def default(value: Any, otherwise: Any) -> Any:
-    return otherwise if value is None else value
-
-
-def read_stop(fields: Fields) -> tuple[str, ...]:
-    value = fields.take("stop")
-    texts = [] if value in (None, "") else [value] if isinstance(value, str) else value
-    wanted = f"give a text or at most {MAX_STOPS} texts of 1 to {MAX_STOP_LENGTH} characters"
-    if not isinstance(texts, list) or len(texts) > MAX_STOPS:
-        fields.refuse("stop", value, wanted)
-    if not all(isinstance(text, str) and 0 < len(text) <= MAX_STOP_LENGTH for text in texts):
-        fields.refuse("stop", value, wanted)
-    return tuple(texts)
-
-
-def read_stop_ids(fields: Fields) -> tuple[int, ...]:
-    value = fields.take("stop_token_ids")
-    if value is None:
-        return ()
-    if not isinstance(value, list) or len(value) > 1000 or not is_ids(value):
-        fields.refuse("stop_token_ids", value, "give a list of at most 1000 token ids")
-    return tuple(value)
+        model=body.model,
+        prompts=prompts,
+        max_tokens=max_tokens,
+        sampling={
+            "temperature": body.temperature,
+            "top_p": body.top_p,
+            "top_k": max(0, body.top_k),
+            "stop": body.stop,
+            "stop_token_ids": body.stop_token_ids,
+            "ignore_eos": body.ignore_eos,
+        },
+        seed=body.seed,
+        n=body.n,
+        logprobs=logprobs,
+        stream=body.stream,
+        include_usage=options.include_usage,
+        continuous_usage=options.continuous_usage_stats and options.include_usage,
+        timeout=body.timeout,
+        cache_salt=body.cache_salt,
+        **others,
+    )
 
 
 def read_prompts(value: object) -> list[Prompt | Ids]:
