@@ -80,8 +80,8 @@ if TYPE_CHECKING:
     from .runs.train import train as train
 
     # evaluation and plots
-    from .evaluation.evaluate import Report as Report
-    from .evaluation.evaluate import evaluate as evaluate
+    from .evaluation.scoring import Report as Report
+    from .evaluation.scoring import evaluate as evaluate
     from .evaluation.harness.lm import ParaLM as ParaLM
     from .plots import curves_plot as curves_plot
     from .plots import factors_plot as factors_plot

@@ -284,9 +284,9 @@ def own_configs(options, config, tenants, model_config):
     """How `--own` scores each tenant that has training data or a tenant.yaml: as a run on its folder does. Without
     CONFIG, long prompts lose their start."""
     from ..data.row_files import split_file
+    from ..data.tenant_file import with_own_fields
     from ..data.tenants import OWN_FILE
     from ..evaluation.task_file import task_parts
-    from ..runs.tenant_file import with_own_fields
 
     task, folder, metric = task_parts(options.tasks[0])
     section = replace(config.data, validation=None, test=None, tenants=None, **given({"task": task}))
@@ -307,7 +307,7 @@ def one_score(options, config) -> None:
     from .. import devices
     from ..adapters.files import load_adapter
     from ..data.tokenizer import run_tokenizer
-    from ..evaluation.evaluate import evaluate
+    from ..evaluation.scoring import evaluate
 
     devices.start(replace(config.runtime, coordinator=None, num_processes=None, process_id=None))  # a pod's run too
     begun = time.monotonic()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 
+from ..adapters.names import name_and_source, named_adapters
 from ..config import BASE, nearest
 from ..messages import say, warn
 from ..storage.bucket import BucketPath, Place
 from . import options as shared
-from .names import adapters_of, name_and_source, named_adapters, tenants_of_prompts
+from .names import adapters_of, tenants_of_prompts
 
 #: How files end that hold rows of a table, which are not requests.
 TABLES = (".csv", ".tsv", ".parquet")

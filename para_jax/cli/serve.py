@@ -8,11 +8,12 @@ import secrets
 import shlex
 from pathlib import Path
 
+from ..adapters.names import named_adapters
 from ..config import expanded
 from ..messages import say
 from ..server.packages import require_packages
 from . import options as shared
-from .names import bank_within_memory, named_adapters
+from .names import bank_within_memory
 
 
 def add(commands) -> None:

@@ -12,7 +12,7 @@ from .given import PYTHON, is_given
 from .row_files import ENDINGS, OTHER_NAMES, SPLITS, is_saved, split_file, splits_of_saved
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-#: What a tenant sets of its own (runs/tenant_file.py), in its sub-folder.
+#: What a tenant sets of its own (data/tenant_file.py), in its sub-folder.
 OWN_FILE = "tenant.yaml"
 #: Names that a run's folder uses itself, and the name of the base model.
 RESERVED = ("adapter", BASE, "checkpoints", "config.yaml", "learning_rates", "metrics.jsonl", "profile")

@@ -11,11 +11,11 @@ from typing import NamedTuple
 from ..config import ModelConfig, RunConfig
 from ..data.row_files import split_file
 from .defaults import scoring_rule, warn_of_guesses
-from .evaluate import other_prompts
 from .metrics import LABEL_METRICS
 from .questions import Answer, Question
 from .results import task_record
 from .samples import logged_samples
+from .scoring import other_prompts
 from .task_file import INSTALL, task_parts
 from .tasks import (
     EncodedTask,

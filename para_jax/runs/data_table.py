@@ -10,12 +10,12 @@ from ..config import DataSection, RunConfig, printable
 from ..data.encode_records import TooLong, encode_records
 from ..data.packing import RowShape
 from ..data.records import load_records, split_records
+from ..data.tenant_file import own_values
 from ..data.training_data import TrainingData, load_training_data
 from ..evaluation.defaults import RANKED, scoring_rule
 from ..evaluation.metrics import single_spaced
 from ..evaluation.tasks import with_limit
 from ..table import table
-from .tenant_file import own_values
 from .tenants import describe_padding, padding_of, plan_batches, steps_of, tenant_configs, too_long_in
 
 #: Lines about odd records of tenants.

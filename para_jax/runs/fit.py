@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from ..backbone.kernel_choice import describe_attention
 from ..config import ModelConfig, RunConfig, expanded
 from ..data.schedule import admitted
-from ..evaluation.evaluate import Tasks, share_shapes
+from ..evaluation.scoring import Tasks, share_shapes
 from ..evaluation.shapes import say_evaluation
 from ..messages import say
 from ..model import init_adapter

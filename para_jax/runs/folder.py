@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 from .. import atomic
 from ..config import RunConfig, config_dict, expanded, load_config, save_config, shorten
 from ..data.example_arrays import add_to_digest
+from ..data.tenant_file import AT_ONCE, OWN_FIELDS
 from ..record_file import lock_output
 from ..storage.bucket import BucketPath, Place
 from ..training.metrics_file import Reached, is_log, read_metrics, write_metrics
 from .chosen import TRIALS, chosen_rates, is_auto, resolved, with_rate
-from .tenant_file import AT_ONCE, OWN_FIELDS
 
 if TYPE_CHECKING:  # `check_folder` is asked before JAX is loaded
     from .standing import Standing

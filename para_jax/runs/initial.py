@@ -12,7 +12,7 @@ from ..adapters.bank import weights_hash
 from ..adapters.files import CONFIG, load_adapter
 from ..adapters.methods import method_of
 from ..config import ModelConfig, RunConfig, expanded, shorten
-from .tenant_file import AT_ONCE
+from ..data.tenant_file import AT_ONCE
 
 
 def initial_places(source: str | None, names: Iterable[str]) -> dict[str, str | None]:

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+from ..data.tenant_file import AT_ONCE
 from ..processes import is_first
 from ..storage.bucket import BucketPath
 from ..training.log import Log
 from ..training.metrics_file import MetricsWriter
 from .health import Health
-from .tenant_file import AT_ONCE
 from .tenants import Tenant
 
 

@@ -19,8 +19,8 @@ from ..adapters.methods import method_of
 from ..adapters.rows import Stack
 from ..config import RunConfig, expanded, printable
 from ..data.given import is_given
-from ..evaluation.evaluate import Tasks
 from ..evaluation.score import Score, describe_best, shown_score
+from ..evaluation.scoring import Tasks
 from ..evaluation.tasks import EncodedTask
 from ..messages import say
 from ..model import init_adapter

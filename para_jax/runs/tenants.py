@@ -21,6 +21,7 @@ from ..data.examples import Example
 from ..data.packing import PackingPlan, RowShape, common_shape, plan_packing
 from ..data.schedule import TenantOrder
 from ..data.sources import is_folder, is_held_out, unread
+from ..data.tenant_file import AT_ONCE, with_own_fields
 from ..data.tenants import tenant_sections
 from ..data.tokenizer import run_tokenizer
 from ..data.training_data import TrainingData, chosen_length, describe_lengths, load_training_data
@@ -32,7 +33,6 @@ from ..storage.bucket import Place
 from ..training.passes import Layout
 from ..training.prompt_cache import PromptCache
 from .initial import initial_places
-from .tenant_file import AT_ONCE, with_own_fields
 
 
 class Tenant(NamedTuple):

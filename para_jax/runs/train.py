@@ -25,6 +25,7 @@ from ..config import ModelConfig, RunConfig, config_dict, expanded, shorten
 from ..config.unused import unused_fields
 from ..data.example_arrays import examples_digest
 from ..data.given import with_data, with_tenants
+from ..data.tenant_file import of_most_memory, own_values
 from ..data.tenants import OWN_FILE
 from ..error_frames import errors_forget
 from ..evaluation.score import describe_best
@@ -50,7 +51,6 @@ from .report import sample_lines, score_table, tenants_table
 from .rows_per_step import say_rows, with_rows_before
 from .scoring import kept_adapter
 from .standing import Standing
-from .tenant_file import of_most_memory, own_values
 from .tenants import Inputs, SharedResources, read_inputs, require_validation, tenant_configs, with_length
 from .unscored import say_unscored
 

@@ -55,7 +55,7 @@ from para_jax import (
 )
 from para_jax.config import ADAPTER_CONFIGS, Ia3Config, LoraConfig, save_config
 from para_jax.data.records import split_records
-from para_jax.evaluation.evaluate import Tasks
+from para_jax.evaluation.scoring import Tasks
 from para_jax.evaluation.tasks import EvalTask, task_of_run
 
 PARA = ParaConfig(r=12)

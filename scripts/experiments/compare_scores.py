@@ -17,10 +17,10 @@ from para_jax.data.examples import Example, joined_completion
 from para_jax.data.records import Record
 from para_jax.evaluation.answers import Answerer
 from para_jax.evaluation.batch_adapters import StackBank
-from para_jax.evaluation.evaluate import Tasks, answer_tasks
 from para_jax.evaluation.questions import Answer, Written
 from para_jax.evaluation.samples import logged_samples
 from para_jax.evaluation.score import likelihoods_of, score_answers
+from para_jax.evaluation.scoring import Tasks, answer_tasks
 from para_jax.evaluation.tasks import EncodedTask, EvalTask
 
 

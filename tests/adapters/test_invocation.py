@@ -25,8 +25,8 @@ from para_jax.adapters.rows import row_configs
 from para_jax.adapters.scope import require_invocation
 from para_jax.evaluation.answers import Answerer
 from para_jax.evaluation.batch_adapters import StackBank
-from para_jax.evaluation.evaluate import evaluate
 from para_jax.evaluation.questions import Generation, Likelihood
+from para_jax.evaluation.scoring import evaluate
 from para_jax.evaluation.tasks import task_of_run
 
 TOKENS = (7, 9)

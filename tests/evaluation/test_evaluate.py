@@ -28,8 +28,8 @@ from para_jax.data.records import read_records
 from para_jax.evaluation import likelihood, writing
 from para_jax.evaluation.answers import Answerer
 from para_jax.evaluation.batch_adapters import StackBank
-from para_jax.evaluation.evaluate import derangement
 from para_jax.evaluation.score import Score
+from para_jax.evaluation.scoring import derangement
 from para_jax.evaluation.shapes import plan_shapes
 from para_jax.evaluation.tasks import EncodedTask, EvalTask, encode_task
 from para_jax.inference.generate import before_stop, generate_tokens

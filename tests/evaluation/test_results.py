@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 from tiny_harness import command, results
 
+from para_jax.adapters.names import named_adapters
 from para_jax.cli import main
-from para_jax.cli.names import named_adapters
 from para_jax.evaluation import answers as answering
 from para_jax.evaluation import results as result_files
 from para_jax.evaluation.questions import Scored

@@ -12,11 +12,11 @@ from transformers import AddedToken
 from para_jax.data.examples import Example, stop_token_ids
 from para_jax.data.records import Record
 from para_jax.evaluation.defaults import different_answers
-from para_jax.evaluation.evaluate import Report
 from para_jax.evaluation.metrics import LABEL_METRICS, METRICS
 from para_jax.evaluation.questions import Likelihood, Scored, Written
 from para_jax.evaluation.samples import logged_samples
 from para_jax.evaluation.score import Measured, Score, score_answers, score_of
+from para_jax.evaluation.scoring import Report
 from para_jax.evaluation.tasks import EncodedTask, EvalTask, encode_task
 from para_jax.inference.answer_text import text_of
 from para_jax.inference.generate import before_stop

@@ -25,10 +25,10 @@ from para_jax.cli import main
 from para_jax.data.records import Record
 from para_jax.evaluation import likelihood
 from para_jax.evaluation.answers import Answerer
-from para_jax.evaluation.evaluate import Tasks
 from para_jax.evaluation.likelihood import continuation_scores
 from para_jax.evaluation.questions import Likelihood
 from para_jax.evaluation.score import score_answers
+from para_jax.evaluation.scoring import Tasks
 from para_jax.evaluation.shapes import OpenShapes, batch_rows, plan_shapes, say_evaluation
 from para_jax.evaluation.tasks import EvalTask, encode_task
 from para_jax.inference import generate

@@ -11,7 +11,7 @@ from tiny_run import rows_of_text, tokenizer, words, write_rows
 from para_jax import Ia3Config, LoraConfig, ParaConfig, init_adapter, load_backbone, stack_adapters
 from para_jax.data.records import read_records
 from para_jax.evaluation import writing
-from para_jax.evaluation.evaluate import Tasks, evaluate
+from para_jax.evaluation.scoring import Tasks, evaluate
 from para_jax.evaluation.tasks import EvalTask
 
 CHOICES = ("w9", "w9 w10", "w30 w31 w32 w33")

@@ -9,7 +9,7 @@ import threading
 import time
 
 from para_jax import cli
-from para_jax.evaluation.evaluate import Tasks
+from para_jax.evaluation.scoring import Tasks
 from para_jax.runs import loop
 
 LINGER = float(os.environ.get("LINGER", 0))  # seconds before and after the work of a phase

@@ -17,8 +17,8 @@ from para_jax import (
     train,
     train_tenants,
 )
+from para_jax.adapters.names import named_adapters
 from para_jax.cli import main
-from para_jax.cli.names import named_adapters
 from para_jax.config import ADAPTER_CONFIGS, save_config
 from para_jax.hub import resolve_adapter
 from para_jax.inspect import folder_report

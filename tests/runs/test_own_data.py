@@ -13,7 +13,7 @@ from para_jax.data.records import Record, load_records
 from para_jax.data.sources import unread
 from para_jax.data.tokenizer import run_tokenizer
 from para_jax.data.training_data import load_training_data
-from para_jax.evaluation.evaluate import Tasks
+from para_jax.evaluation.scoring import Tasks
 from para_jax.evaluation.tasks import EvalTask
 from para_jax.inspect import data_report, dry_run, folder_report
 from para_jax.runs.scoring import example_prompt

@@ -10,7 +10,7 @@ from tiny_run import losses, run_config, run_folder
 
 from para_jax import load_adapter, load_backbone, train, train_tenants
 from para_jax.data.tokenizer import load_tokenizer
-from para_jax.evaluation.evaluate import evaluate
+from para_jax.evaluation.scoring import evaluate
 from para_jax.evaluation.tasks import task_of_run
 
 SCOPED = ("adapter.scope=response",)

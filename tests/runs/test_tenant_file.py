@@ -14,13 +14,13 @@ from para_jax.cli import main, parse
 from para_jax.cli.checks import check_data
 from para_jax.cli.evaluate import config_of, own_configs
 from para_jax.config import RunConfig, load_config
+from para_jax.data.tenant_file import OWN_FIELDS, of_most_memory, with_own_fields
 from para_jax.evaluation.tasks import task_of_run
 from para_jax.inspect import configs_here, tenant_lines
 from para_jax.runs import tenants as of_runs
 from para_jax.runs import train as train_module
 from para_jax.runs.data_table import tenants_data
 from para_jax.runs.parts import Part
-from para_jax.runs.tenant_file import OWN_FIELDS, of_most_memory, with_own_fields
 from para_jax.runs.tenants import SharedResources, read_inputs, tenant_configs
 from para_jax.training.passes import Layout
 

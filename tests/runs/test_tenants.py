@@ -32,8 +32,8 @@ from para_jax.data.batches import collate
 from para_jax.data.example_arrays import ExampleArrays
 from para_jax.data.schedule import Turn
 from para_jax.evaluation import defaults, tasks
-from para_jax.evaluation.evaluate import Tasks, evaluate
 from para_jax.evaluation.score import Score
+from para_jax.evaluation.scoring import Tasks, evaluate
 from para_jax.evaluation.tasks import task_of_run
 from para_jax.inspect import folder_report
 from para_jax.runs import loop

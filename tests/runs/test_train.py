@@ -53,8 +53,8 @@ from para_jax.data.examples import Example
 from para_jax.data.records import load_records
 from para_jax.dry_run.hlo_counts import describe_program
 from para_jax.evaluation import likelihood as evaluation
-from para_jax.evaluation.evaluate import Tasks
 from para_jax.evaluation.score import Score
+from para_jax.evaluation.scoring import Tasks
 from para_jax.evaluation.tasks import task_of_run
 from para_jax.inference import generate as generation
 from para_jax.inspect import dry_run

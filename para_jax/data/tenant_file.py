@@ -10,8 +10,8 @@ from typing import Any
 from ..config import RunConfig, config_dict, printable
 from ..config.fields import typed_fields
 from ..config.file import read_yaml, replaced
-from ..data.tenants import OWN_FILE
 from ..storage.bucket import Place
+from .tenants import OWN_FILE
 
 #: Tenants' files that are read or written at once.
 AT_ONCE = 16
