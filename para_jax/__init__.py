@@ -80,9 +80,10 @@ if TYPE_CHECKING:
     from .runs.train import train as train
 
     # evaluation and plots
-    from .evaluation.scoring import Report as Report
-    from .evaluation.scoring import evaluate as evaluate
+    from .evaluation.evaluate import evaluate as evaluate
     from .evaluation.harness.lm import ParaLM as ParaLM
+    from .evaluation.options import EvalOptions as EvalOptions
+    from .evaluation.results import Results as Results
     from .plots import curves_plot as curves_plot
     from .plots import factors_plot as factors_plot
 
@@ -107,7 +108,9 @@ _NAMES = {
     "server.serve": "serve",
     "runs.compare": "compare_methods MethodsResult",
     "runs.train": "TenantsResult train_tenants TrainResult train",
-    "evaluation.evaluate": "Report evaluate",
+    "evaluation.evaluate": "evaluate",
+    "evaluation.options": "EvalOptions",
+    "evaluation.results": "Results",
     "evaluation.harness.lm": "ParaLM",
     "plots": "curves_plot factors_plot",
 }

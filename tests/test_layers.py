@@ -15,9 +15,9 @@ LAYERS = [
     ["atomic", "yaml_text", "table", "messages", "error_frames"],
     ["config", "progress"],
     ["untrusted", "record_file", "shards", "text_part"],
-    ["tensor_file", "sharding", "gguf", "hub", "devices", "processes"],
+    ["figures", "tensor_file", "sharding", "gguf", "hub", "devices", "processes"],
     ["backbone", "adapters", "data"],
-    ["residual"],
+    ["score_plots", "residual"],
     ["tail"],
     ["model", "prompt_blocks"],
     ["training", "inference"],
@@ -28,8 +28,7 @@ LAYERS = [
     ["evaluation"],
     ["dry_run"],
     ["runs"],
-    ["figures", "inspect"],
-    ["score_plots"],
+    ["inspect"],
     ["plots"],
     ["bench", "quickstart"],
     ["cli"],
@@ -149,7 +148,7 @@ def test_the_public_names_are_all_there_and_no_other_answers():
     export_ia3 ParaLM load_adapter save_adapter Rows Stack pick stack_adapters load_backbone load_model_config
     Transformer LayerKind ModelConfig ParaConfig RotaryConfig RunConfig load_config load_tokenizer
     AdaptedTransformer DecodeState adapt decode forward hidden_states init_adapter multi_tenant_forward prefill
-    right_pad vectors make_mesh generate train TrainResult train_tenants TenantsResult evaluate Report
+    right_pad vectors make_mesh generate train TrainResult train_tenants TenantsResult evaluate EvalOptions Results
     compare_methods MethodsResult
     serve curves_plot factors_plot""".split()
     assert set(names) <= set(dir(para_jax))

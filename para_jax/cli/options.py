@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import re
 from pathlib import Path
@@ -79,6 +80,15 @@ def add_overrides(parser) -> None:
     """The fields of a config."""
     text = "fields of the config, such as train.learning_rate=3e-3 or 'data.prompt={question}\\n' (text is literal)"
     parser.add_argument("overrides", nargs="*", default=[], metavar="FIELD=VALUE", help=text)
+
+
+def add_fields(group, options: type, *names: str) -> None:
+    """Flags for these fields of a dataclass of options, with the help that the fields have: switches, and whole
+    numbers."""
+    for one in dataclasses.fields(options):
+        if one.name in names:
+            kind = {"action": "store_true"} if one.default is False else {"type": int}
+            group.add_argument(f"--{one.name.replace('_', '-')}", **kind, **one.metadata)
 
 
 def add_shard(group, what: str) -> None:

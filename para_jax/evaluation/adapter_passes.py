@@ -1,13 +1,97 @@
-"""More adapters than fit the memory: they are evaluated in passes. The next pass is loaded while one is answered."""
+"""The adapters of an evaluation, by name. More than fit the memory are evaluated in passes: the next pass is loaded
+while one is answered."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from ..adapters.adapter import Adapter
 from ..adapters.bank import AdapterBank
+from ..adapters.files import load_adapter
+from ..adapters.names import named_adapters
+from ..adapters.preview import Preview, load_previewed, previews
+from ..config import ModelConfig, listed
+from ..messages import say
+from ..storage.bucket import BucketPath
+
+#: What names an adapter's folder.
+PLACES = (str, Path, BucketPath)
+
+
+class Adapters(NamedTuple):
+    """The adapters of an evaluation."""
+
+    sources: dict[str, str | None]
+    """by name: a folder or hub id; None for an adapter that is in memory already"""
+    digests: dict[str, str]
+    """a hash of each, which decides about its shard"""
+    previews: Mapping[str, Preview]
+    """of those that are loaded in passes"""
+    bank: AdapterBank | None
+    """holds all of them, if none is loaded in passes"""
+
+
+def find_adapters(adapters: Any, config: ModelConfig) -> Adapters:
+    """The adapters that `evaluate` is given. Folders are looked at, and not loaded yet.
+
+    Raises ValueError for what is no adapter, or one of another backbone.
+    """
+    if adapters is None:
+        return Adapters({}, {}, {}, None)
+    if isinstance(adapters, Adapter):
+        adapters = {"adapter": adapters}
+    if isinstance(adapters, Mapping):
+        adapters = held_or_named(adapters, config)
+    elif not isinstance(adapters, AdapterBank):
+        places = [adapters] if isinstance(adapters, PLACES) else listed(adapters)
+        wrong = [adapters] if not places else [one for one in places if not isinstance(one, PLACES)]
+        if wrong:
+            raise ValueError(
+                f"adapters: got {'a list with ' * (wrong[0] is not adapters)}a {type(wrong[0]).__name__}; give an "
+                "adapter, an AdapterBank, {name: adapter}, or folders"
+            )
+        adapters = named_adapters(list(map(str, places or ())))
+    if isinstance(adapters, AdapterBank):
+        if adapters.model_config != config:
+            raise ValueError("adapters: the AdapterBank is made for another backbone; make it with model.config")
+        return Adapters(dict.fromkeys(adapters.names), dict(adapters.identities()), {}, adapters)
+    found = dict(zip(adapters, previews(adapters.values(), config), strict=True))
+    return Adapters(dict(adapters), {name: one.digest for name, one in found.items()}, found, None)
+
+
+def held_or_named(adapters: Mapping[str, Any], config: ModelConfig) -> AdapterBank | dict[str, str]:
+    """A bank if one of the adapters is in memory already, else the folders by name."""
+    for name, one in adapters.items():
+        if not isinstance(name, str) or not isinstance(one, (Adapter, *PLACES)):
+            raise ValueError(f"adapters[{name!r}] is a {type(one).__name__}; give an adapter or its folder")
+    if not any(isinstance(one, Adapter) for one in adapters.values()):
+        return {name: str(one) for name, one in adapters.items()}
+    load = {name: one if isinstance(one, Adapter) else load_adapter(one, config) for name, one in adapters.items()}
+    return AdapterBank.holding(load, config)
+
+
+def bank_and_passes(
+    adapters: Adapters, names: Sequence[str], model, memory: int, who: str
+) -> tuple[AdapterBank | None, Generator[tuple[str, ...]]]:
+    """The bank, and the names of each pass, whose adapters it holds when they are taken from here.
+
+    Args:
+        names: those of this shard.
+        memory: bytes that all adapters in memory may take.
+        who: stands before what is said, such as "shard 0/3: ".
+    """
+    if not adapters.previews:
+        return adapters.bank, (tuple(names) for _ in range(1))
+    found = adapters.previews
+    bank = AdapterBank.fitting([one.config for one in found.values()], model.config, capacity=2 * len(found))
+    largest = max(one.nbytes for one in found.values())
+    most = adapters_at_once(largest, memory)
+    say(who + described_passes(bank, names, len(found), most, largest))
+    return bank, in_passes(bank, names, lambda name: load_previewed(found[name], model.config, model=model), most)
 
 
 def adapters_at_once(largest: int, memory: int) -> int:

@@ -12,11 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from .. import devices
-from ..config import shorten
+from ..config import BASE, shorten
 from ..messages import say
 from ..record_file import check_results_folder
+from ..score_plots import Bar, Scores, scores_plot
 from ..shards import SHARD_FILE
 from .answers import Answerer
 from .metrics import error_of_mean
@@ -26,6 +28,53 @@ from .tasks import EncodedTask
 
 #: In an output folder: every answer, as it came.
 ANSWERS_FILE = "answers.jsonl"
+#: Of table.csv and of a DataFrame.
+COLUMNS = ("adapter", "task", "metric", "value", "stderr", "examples")
+
+
+class Results(NamedTuple):
+    """What `evaluate` gives back. Printed, it is the table."""
+
+    records: dict[str, dict]
+    """by adapter, in lm-eval's layout: records["mine"]["results"]["test"]["accuracy,none"]. The base model is `base`"""
+    markdown: str
+    samples: dict[str, dict[str, list[dict]]]
+    """with `log_samples` and no output, by adapter and task: what was answered to each example"""
+
+    def __repr__(self) -> str:
+        return self.markdown
+
+    def table(self) -> str:
+        """The scores as a Markdown table, and what a reader needs to know about them."""
+        return self.markdown
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each score: adapter, task, metric, value, stderr, examples."""
+        return score_rows(self.records)
+
+    def to_dataframe(self):
+        """The rows as a pandas DataFrame. Raises ImportError if pandas is not installed."""
+        try:
+            from pandas import DataFrame
+        except ImportError:
+            raise ImportError("to_dataframe: pandas is not installed: pip install pandas; rows() needs none") from None
+        return DataFrame(self.rows(), columns=list(COLUMNS))
+
+    def plot(self):
+        """A matplotlib Figure: a panel for each task, with its first metric and a bar for each adapter."""
+        panels: dict[str, Scores] = {}
+        metrics: dict[str, str] = {}
+        for row in self.rows():
+            metric = metrics.setdefault(row["task"], row["metric"])
+            if row["metric"] == metric and isinstance(row["value"], (int, float)):
+                panel = panels.setdefault(row["task"], Scores(metric, {}))
+                bar = Bar(row["value"], row["stderr"], row["examples"])
+                panels[row["task"]] = panel._replace(bars={**panel.bars, row["adapter"]: bar})
+        for task, panel in panels.items():
+            if BASE in panel.bars and len(panel.bars) > 1:
+                others = {name: bar for name, bar in panel.bars.items() if name != BASE}
+                panels[task] = panel._replace(bars=others, base=panel.bars[BASE])
+        return scores_plot(panels)
 
 
 # ------------------------------------------------------------------------------------------------------------- records
@@ -183,13 +232,20 @@ def csv_table(by_tenant: Mapping[str, dict]) -> str:
     """All scores as CSV, a row for each adapter, task and metric."""
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["adapter", "task", "metric", "value", "stderr", "examples"])
-    for name, task, metric in scores_of(by_tenant):
-        made = by_tenant[name]
-        values = made["results"][task]
-        shown = (on_one_line(name), on_one_line(task), metric.removesuffix(",none"))
-        rows.writerow([*shown, values[metric], error_of(values, metric), examples(made, task)])
+    rows.writerow(COLUMNS)
+    for row in score_rows(by_tenant):
+        rows.writerow([on_one_line(row["adapter"]), on_one_line(row["task"]), *list(row.values())[2:]])
     return text.getvalue()
+
+
+def score_rows(by_tenant: Mapping[str, dict]) -> list[dict[str, Any]]:
+    """A row for each adapter, task and metric."""
+    rows = []
+    for name, task, metric in scores_of(by_tenant):
+        values = by_tenant[name]["results"][task]
+        score = values[metric], error_of(values, metric), examples(by_tenant[name], task)
+        rows.append(dict(zip(COLUMNS, (name, task, metric.removesuffix(",none"), *score), strict=True)))
+    return rows
 
 
 def value_cell(values: dict, metric: str) -> str:

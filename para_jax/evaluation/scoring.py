@@ -1,88 +1,24 @@
-"""evaluate: the scores of adapters on held-out examples, from tasks to questions to answers to scores.
+"""Tasks: the scores of a run's tenants on held-out examples, from questions to answers to scores.
 
-The factors are made from an example's prompt and never see an answer that is ranked. With shuffled prompts they are
-made from another example's prompt: the score then loses what it owes to reading its own.
+With shuffled prompts, the factors are made from another example's prompt: the score then loses what it owes to reading
+its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from ..adapters.rows import Stack, require_adapter, stack_adapters
-from ..config import listed, shorten
-from ..config.bounds import PositiveInt, Seed, check_value
+from ..adapters.rows import Stack, stack_adapters
 from ..data.batches import epoch_bits, permutation
-from ..data.examples import require_tokenizer
-from ..model import require_backbone
 from .answers import Answerer
 from .batch_adapters import StackBank
 from .questions import Answer
-from .samples import logged_samples
 from .score import Score, score_answers
 from .shapes import plan_shapes
 from .tasks import EncodedTask, EvalTask, check_room, encode_task
-
-
-class Report(NamedTuple):
-    """What `evaluate` gives back: a score for each task. Printed, it is a line for each."""
-
-    scores: tuple[Score, ...]
-    samples: tuple[list[dict], ...] = ()
-    """with `log_samples`: for each task, what was answered to each example (samples.py)"""
-
-    def __repr__(self) -> str:
-        return "\n".join(map(str, self.scores))
-
-
-def evaluate(
-    model,
-    adapters,
-    tasks: Iterable[EvalTask],
-    *,
-    tokenizer,
-    limit: int | None = None,
-    shuffle_prompts: bool = False,
-    seed: int = 0,
-    log_samples: bool = False,
-) -> Report:
-    """The score of each task, with one adapter for every example (or None: the backbone).
-
-    Args:
-        tasks: such as that of a run's data, from para_jax.evaluation.tasks.task_of_run.
-        limit: score at most this many examples of each task, from its start.
-        shuffle_prompts: give each example the factors that the adapter makes of another example's prompt; what is
-            scored and written still follows its own. Prompts are permuted by `seed`; no example keeps its own.
-        log_samples: also report each example's prompt, expected and given answer, and scores.
-
-    Raises ValueError for what is no EvalTask, for an adapter of another backbone, for a limit below 1, for a task with
-    one example if prompts are shuffled, and for an example that the model has no tokens or too few positions for.
-    """
-    require_backbone(model)
-    require_tokenizer(tokenizer)
-    if adapters is not None:
-        require_adapter("evaluate", adapters, model.config)
-    check_value("limit", limit, PositiveInt | None)
-    check_value("seed", seed, Seed)
-    given = listed(tasks)
-    wrong = [tasks] if given is None else [task for task in given if not isinstance(task, EvalTask)]
-    if given is None or wrong:
-        raise ValueError(
-            f"tasks: {shorten(wrong[0])} is no EvalTask; give a list, such as [task_of_run(config, 'test', tokenizer)]"
-        )
-    shuffle = seed if shuffle_prompts else None
-    scores: dict[int, Score] = {}
-    samples: dict[int, list[dict]] = {}
-    for alike in sorted({(task.ranks, task.batch_size) for task in given}):  # tasks that share their programs
-        members = [i for i, task in enumerate(given) if (task.ranks, task.batch_size) == alike]
-        part = Tasks(model, tokenizer, [given[i] for i in members], limit)
-        found = part.answer_one(adapters, shuffle=shuffle)
-        for i, encoded, answers in zip(members, part.encoded.values(), found, strict=True):
-            scores[i] = score_answers(encoded, answers)
-            samples |= {i: logged_samples(encoded, answers)} if log_samples else {}
-    return Report(tuple(scores[i] for i in range(len(given))), tuple(samples[i] for i in sorted(samples)))
 
 
 class Tasks:

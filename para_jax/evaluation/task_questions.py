@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from ..config import ModelConfig, RunConfig
+from ..config import ModelConfig, RunConfig, shorten
 from ..data.row_files import split_file
+from ..data.sources import open_split
+from ..data.tenant_file import with_own_fields
+from ..data.tenants import OWN_FILE
+from .adapter_passes import PLACES
 from .defaults import scoring_rule, warn_of_guesses
 from .metrics import LABEL_METRICS
+from .options import EvalOptions
 from .questions import Answer, Question
 from .results import task_record
 from .samples import logged_samples
@@ -24,36 +30,11 @@ from .tasks import (
     check_room,
     encode_task,
     file_task,
+    rows_task,
     say_long,
     task_of_run,
     with_metrics_in_names,
 )
-
-
-class Options(NamedTuple):
-    """How tasks are asked."""
-
-    limit: int | None = None
-    """ask at most this many examples of each task, from its start"""
-    rows: int = 16
-    """of a batch"""
-    prefill_tokens: int | None = None
-    """max_prefill_tokens of the engine that writes answers"""
-    seed: int = 0
-    """of sampled answers, and of shuffled prompts"""
-    include_path: Path | None = None
-    """a folder of further task files for lm-eval"""
-    fewshot: int | None = None
-    """examples in each context of lm-eval's tasks; default: each task's own number"""
-    chat: bool = False
-    """put lm-eval's contexts into the tokenizer's chat template"""
-    split: str = "test"
-    """of our own tasks: the file of a folder"""
-    shuffle_prompts: bool = False
-    """make the factors of each example of our own tasks from another example's prompt"""
-    log_samples: bool = False
-    """write what was answered to each example"""
-
 
 #: Gives the recorded answer to a question; None if it was not recorded.
 Lookup = Callable[[Question], Answer | None]
@@ -76,25 +57,96 @@ class TaskQuestions(NamedTuple):
     """what the scores depend on in addition to the answers, as text"""
 
 
-def read_tasks(tasks: Sequence[str], tokenizer, config: ModelConfig, options: Options) -> list[TaskQuestions]:
-    """The tasks' questions. This needs only the model's config, so a wrong name is found before weights are loaded.
+def read_tasks(tasks: Any, tokenizer, config: ModelConfig, options: EvalOptions) -> list[TaskQuestions]:
+    """The questions of what `evaluate` takes as tasks. This needs only the model's config, so a wrong name is found
+    before weights are loaded.
 
-    Args:
-        tasks: [TASK=]FILE_OR_FOLDER[:METRIC], our own, or names of lm-eval's tasks. Several metrics of one file are
-            separate tasks, named TASK:METRIC.
+    Several metrics of one file are separate tasks, named TASK:METRIC.
     """
-    found = [file_task(text, tokenizer, config, split=options.split, limit=options.limit) for text in tasks]
-    names = [text for text, one in zip(tasks, found, strict=True) if one is None]
-    files = with_metrics_in_names([one for one in found if one is not None])
-    own = [questions_of(one.encoded, one.original, options) for one in files]
-    own_names = [name for one in own for name in one.names]
+    files, names, questions = list[FileTask](), list[str](), list[TaskQuestions]()
+    for name, task in named_tasks(tasks):
+        if isinstance(task, RunConfig):
+            task = run_task(task, options.split, tokenizer, config)
+        if isinstance(task, EvalTask):
+            task = task._replace(name=name or task.name)
+            questions.append(questions_of_run(task, tokenizer, config, options))
+        elif not isinstance(task, PLACES):
+            files.append(rows_task(name or "rows", task, tokenizer, config, limit=options.limit))
+        elif found := file_task(str(task), tokenizer, config, split=options.split, limit=options.limit):
+            files.append(renamed(found, name) if name else found)
+        elif name:
+            raise ValueError(f"tasks[{name!r}]: {task} is no file or folder; lm-eval's tasks keep their names")
+        else:
+            names.append(str(task))
+    files = with_metrics_in_names(files)
+    questions += [questions_of(one.encoded, one.original, options) for one in files]
+    own_names = [name for one in questions for name in one.names]
     require_distinct([*names, *own_names], files)
     if not names:
-        return own
+        return questions
     loaded = questions_of_harness(names, tokenizer, config, options)
     theirs = dict.fromkeys([*names, *(name for one in loaded for name in one.names)])
     require_distinct([*theirs, *own_names])
-    return [*own, *loaded]
+    return [*questions, *loaded]
+
+
+def named_tasks(tasks: Any) -> list[tuple[str | None, Any]]:
+    """(Its name, if the caller gave one; the task) of each task: a path or name, a RunConfig, an EvalTask, or rows."""
+    if isinstance(tasks, Mapping):
+        wrong = [name for name in tasks if not isinstance(name, str)]
+        if not tasks or wrong:
+            raise ValueError(f"tasks: {shorten(wrong[0] if wrong else tasks)} is no name; give {{name: task}}")
+        return list(tasks.items())
+    several = isinstance(tasks, list | tuple) and not isinstance(tasks, EvalTask)
+    if not several or (tasks and isinstance(tasks[0], Mapping)):
+        return [(None, tasks)]
+    if not tasks:
+        raise ValueError("tasks is empty; give a path, the name of a task of lm-eval, or rows")
+    rows = [one for one in tasks if not isinstance(one, (*PLACES, RunConfig, EvalTask))]
+    if rows:
+        raise ValueError(f"tasks: {shorten(rows[0])} in a list is no path or task; give rows as {{name: rows}}")
+    return [(None, one) for one in tasks]
+
+
+def renamed(task: FileTask, name: str) -> FileTask:
+    return task._replace(encoded=task.encoded._replace(task=task.encoded.task._replace(name=name)))
+
+
+def run_task(config: RunConfig, split: str, tokenizer, model: ModelConfig) -> EvalTask:
+    """A split of a run's data as a task. Raises ValueError for a run without one."""
+    task = task_of_run(config, split, tokenizer, model=model)
+    if task is None:
+        raise no_data(config, split)
+    say_long(split, [task])
+    return task
+
+
+def no_data(config: RunConfig, split: str) -> ValueError:
+    """The error of a run without data of a split."""
+    open_split(config.data, "train")  # a ValueError where it should be but is not: the split would be next to it
+    return ValueError(
+        f"data.{split} is not set: give a .jsonl file, {split}.jsonl in data.train's folder, or tfds:NAME or hf:NAME"
+        + ("; a tenant's own config is in its folder of the run" if config.data.tenants else "")
+    )
+
+
+def own_configs(text: str, tenants: Sequence[str], config: RunConfig) -> dict[str, RunConfig]:
+    """How each tenant that has training data or a tenant.yaml in a folder of tenants' data is scored: as a run with
+    this config scores it.
+
+    Args:
+        text: [TASK=]FOLDER[:METRIC].
+    """
+    task, folder, metric = task_parts(text)
+    section = replace(config.data, validation=None, test=None, tenants=None, **({"task": task} if task else {}))
+    configs = {}
+    for tenant in tenants if folder else ():
+        data = folder / tenant
+        if split_file(data, "train") is None and not (data / OWN_FILE).is_file():
+            continue
+        own = with_own_fields(replace(config, data=replace(section, train=str(data))), data)
+        configs[tenant] = replace(own, eval=replace(own.eval, metric=metric, also=())) if metric else own
+    return configs
 
 
 def read_own_tasks(
@@ -102,7 +154,7 @@ def read_own_tasks(
     tenants: Sequence[str],
     tokenizer,
     config: ModelConfig,
-    options: Options,
+    options: EvalOptions,
     configs: Mapping[str, RunConfig],
 ) -> list[TaskQuestions]:
     """Each tenant's own task: the file of its name in a folder of tenants' data, asked of it and the base model.
@@ -146,14 +198,14 @@ def read_own_tasks(
     return tasks
 
 
-def questions_of_run(task: EvalTask, tokenizer, config: ModelConfig, options: Options) -> TaskQuestions:
+def questions_of_run(task: EvalTask, tokenizer, config: ModelConfig, options: EvalOptions) -> TaskQuestions:
     """A run's task as questions."""
     encoded = encode_task(task, tokenizer, options.limit)
     check_room(config, encoded)
     return questions_of(encoded, len(task.records) + task.skipped, options)
 
 
-def questions_of(encoded: EncodedTask, original: int, options: Options) -> TaskQuestions:
+def questions_of(encoded: EncodedTask, original: int, options: EvalOptions) -> TaskQuestions:
     """One of our own tasks as questions.
 
     Args:
@@ -171,7 +223,7 @@ def questions_of(encoded: EncodedTask, original: int, options: Options) -> TaskQ
     return TaskQuestions((task.name,), questions, results, encoded=encoded, scored_by=scored_by)
 
 
-def questions_of_harness(names: list[str], tokenizer, config: ModelConfig, options: Options) -> list[TaskQuestions]:
+def questions_of_harness(names: list[str], tokenizer, config: ModelConfig, options: EvalOptions) -> list[TaskQuestions]:
     """lm-eval's tasks of these names."""
     if options.shuffle_prompts:
         raise ValueError(f"--shuffle-prompts: {names[0]} is a task of lm-eval; only our own tasks can be shuffled")
@@ -179,7 +231,8 @@ def questions_of_harness(names: list[str], tokenizer, config: ModelConfig, optio
         raise ValueError(f"task {names[0]}: there is no such file or folder, and {INSTALL}")
     from .harness.tasks import load_tasks, record, replay
 
-    loaded = load_tasks(names, options.include_path, limit=options.limit, fewshot=options.fewshot, chat=options.chat)
+    folder = Path(options.include_path).expanduser() if options.include_path else None
+    loaded = load_tasks(names, folder, limit=options.limit, fewshot=options.num_fewshot, chat=options.chat)
     asked, held = [], dict[str, tuple[str, str]]()
     for task in loaded:
         given = task, tokenizer, config.max_positions

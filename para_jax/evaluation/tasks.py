@@ -13,8 +13,8 @@ from ..backbone.load import load_model_config
 from ..config import DataSection, ModelConfig, RunConfig, shorten
 from ..data.encode_records import encode_records, report
 from ..data.examples import Example, answer_opening, encode_completion, encode_example
-from ..data.given import with_data
-from ..data.records import MissingColumn, Record, load_records, read_records, split_records
+from ..data.given import rows_split, with_data
+from ..data.records import Form, MissingColumn, Record, load_records, read_records, records_of, split_records
 from ..data.row_files import split_file
 from ..data.sources import task_of
 from ..data.tasks import TASKS, Task
@@ -33,7 +33,7 @@ from .defaults import (
     warn_of_guesses,
     without_answer,
 )
-from .metrics import LABEL_METRICS, single_spaced
+from .metrics import LABEL_METRICS, METRICS, single_spaced
 from .questions import Generation, Likelihood, Question
 from .task_file import named_file
 
@@ -288,6 +288,43 @@ def file_task(text: str, tokenizer, config: ModelConfig, *, split: str, limit: i
             f"{error.said}, and --tasks takes no templates\nscore the file with those of a run: para-jax evaluate "
             f"RUN/config.yaml data.{split}={quote(str(file))}"
         ) from None
+    title = name or (path.stem if path.is_file() else path.resolve().name)
+    task = task_of_records(f"--tasks {text}", title, records, metric, known, file, tokenizer, config, limit)
+    return FileTask(task, len(records), file.resolve())
+
+
+def rows_task(name: str, rows: Any, tokenizer, config: ModelConfig, *, limit: int | None) -> FileTask:
+    """The task of rows that a program gives: a list of dicts, a DataFrame or the like. It is scored as a file of them.
+
+    Args:
+        name: of the task, as NAME or NAME:METRIC.
+    """
+    title, metric = name, None
+    if name.rpartition(":")[2] in ("loss", *METRICS, *LABEL_METRICS):
+        title, _, metric = name.rpartition(":")
+    label = f"tasks[{name!r}]"
+    records = list(records_of(rows_split(label, "test", rows), Form()))
+    task = task_of_records(label, title, records, metric, None, None, tokenizer, config, limit)
+    return FileTask(task, len(records), Path(label))
+
+
+def task_of_records(
+    where: str,
+    name: str,
+    records: list[Record],
+    metric: str | None,
+    known: Task | None,
+    file: Path | None,
+    tokenizer,
+    config: ModelConfig,
+    limit: int | None,
+) -> EncodedTask:
+    """The task of a file's or a program's records, whose metric follows from them if none is named.
+
+    Args:
+        where: names the task in what is said.
+        known: a task of data/tasks.py, whose metric and choices apply.
+    """
     metric = metric or (known.metric if known else None)
     also = known.also if known and metric == known.metric else ()
     choices = choices_of(file, records, known) if metric in (None, "accuracy", *LABEL_METRICS) else ()
@@ -297,14 +334,14 @@ def file_task(text: str, tokenizer, config: ModelConfig, *, split: str, limit: i
         if metric == "exact_match" and completions_in(records).free_text:
             metric, also = "loss", ("f1",)
     if metric == "accuracy" and not 2 <= len(choices) <= 100:
-        raise ValueError(f"--tasks {text!r}: {len(choices)} answers; accuracy ranks 2 to 100. Choose another metric")
+        raise ValueError(f"{where}: {len(choices)} answers; accuracy ranks 2 to 100. Choose another metric")
     ranked = metric == "accuracy" or (metric in LABEL_METRICS and len(choices) <= RANKED)
     if ranked:
-        warn_of_unreachable(f"--tasks {text}", records[:limit], choices)
+        warn_of_unreachable(where, records[:limit], choices)
     if limit and (missing := missing_answer(records, limit)):
-        warn(f"--tasks {text}: the first {limit} examples have no answer {missing}; shuffle the file, or raise --limit")
+        warn(f"{where}: the first {limit} examples have no answer {missing}; shuffle the file, or raise --limit")
     task = EvalTask(
-        name or (path.stem if path.is_file() else path.resolve().name),
+        name,
         records[:limit],
         metric,
         choices if ranked else (),
@@ -314,16 +351,15 @@ def file_task(text: str, tokenizer, config: ModelConfig, *, split: str, limit: i
     if task.writes and not known:
         expected = longest_completion(records, tokenizer)
         task = task._replace(max_new_tokens=answer_length(expected, config))
-        say(f"--tasks {text}: at most {task.max_new_tokens} tokens per answer; the longest expected one has {expected}")
+        say(f"{where}: at most {task.max_new_tokens} tokens per answer; the longest expected one has {expected}")
     room, section = answer_room(task, tokenizer), DataSection(max_seq_length=config.max_positions, truncate="left")
     kept = encode_records(task.records, tokenizer, section, answer=room, positions=config.max_positions)
     if kept.cut:
         say(
-            f"--tasks {text}: {kept.cut} of {len(kept.records)} prompts lost their start, to fit the model's "
+            f"{where}: {kept.cut} of {len(kept.records)} prompts lost their start, to fit the model's "
             f"{config.max_positions} positions with their answers"
         )
-    encoded = encode_task(task._replace(examples=kept.examples), tokenizer)
-    return FileTask(encoded, len(records), file.resolve())
+    return encode_task(task._replace(examples=kept.examples), tokenizer)
 
 
 def with_metrics_in_names(tasks: Sequence[FileTask]) -> list[FileTask]:
@@ -349,12 +385,12 @@ def answer_room(task: EvalTask, tokenizer) -> int:
     return max(map(len, ends)) if task.ranks else task.max_new_tokens
 
 
-def choices_of(file: Path, records: list[Record], known: Task | None) -> tuple[str, ...]:
+def choices_of(file: Path | None, records: list[Record], known: Task | None) -> tuple[str, ...]:
     """The answers that may be ranked: the task's, if the data has no other; else the different completions of the
     training data next to the file (train.jsonl), or of the file itself."""
     if known and known.choices and has_only_choices_of(known, records):
         return known.choices
-    train = split_file(file.parent, "train")
+    train = split_file(file.parent, "train") if file else None
     held = read_records(train, task=known.name if known else None) if train else records
     return different_answers(record.completion for record in held)
 

@@ -87,7 +87,7 @@ class EvaluationWorker(ShardWorker):
 
     def answer(self, options: argparse.Namespace) -> None:
         config, loaded = self.loaded
-        evaluate.evaluate_part(options, config, loaded, options.shard, options.output)
+        evaluate.answered(options, config, loaded, options.output)
 
 
 class GenerationWorker(ShardWorker):

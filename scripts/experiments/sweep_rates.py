@@ -18,6 +18,7 @@ from statistics import mean
 from compare_cells import read, write
 
 from para_jax import (
+    EvalOptions,
     Ia3Config,
     LoraConfig,
     ParaConfig,
@@ -98,8 +99,14 @@ def base_loss(args, task: str) -> dict:
     model = load_backbone("smollm2-135m", dtype="float32")
     asked = task_of_run(config_of(args, task), "validation", tokenizer)
     assert asked, task
-    (score,) = evaluate(model, None, [asked], tokenizer=tokenizer, limit=args.limit).scores
-    return {"task": task, "loss": score.loss, "stderr": score.stderr, "count": score.count}
+    found = evaluate(model, None, asked, tokenizer=tokenizer, options=EvalOptions(limit=args.limit, rows=32))
+    scores = found.records["base"]["results"]["validation"]
+    return {
+        "task": task,
+        "loss": scores["loss,none"],
+        "stderr": scores["loss_stderr,none"],
+        "count": scores["sample_len"],
+    }
 
 
 def swept(args, task: str, method: str, adapter, rates: tuple[float, ...], folder: Path) -> dict:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from golden_models import backbone, strong
 from tiny_run import rows_of_text, run_config, run_folder, tokenizer, words, write_rows
+from tiny_scores import score
 
 from para_jax import (
     AdapterBank,
@@ -26,7 +27,6 @@ from para_jax.adapters.scope import require_invocation
 from para_jax.evaluation.answers import Answerer
 from para_jax.evaluation.batch_adapters import StackBank
 from para_jax.evaluation.questions import Generation, Likelihood
-from para_jax.evaluation.scoring import evaluate
 from para_jax.evaluation.tasks import task_of_run
 
 TOKENS = (7, 9)
@@ -147,5 +147,5 @@ def test_a_run_whose_prompts_end_with_the_tokens_leaves_a_folder_of_pefts(tmp_pa
     model = load_backbone(config.backbone.source)
     loaded = load_adapter(folder / "run" / "adapter", model.config)
     assert loaded.config == result.adapter.config
-    (score,) = evaluate(model, loaded, [task_of_run(config, "validation", tokenizer())], tokenizer=tokenizer()).scores
-    assert score.loss == pytest.approx(result.best_score * -1, rel=1e-5)
+    found = score(model, loaded, task_of_run(config, "validation", tokenizer()), tokenizer())
+    assert found.loss == pytest.approx(result.best_score * -1, rel=1e-5)

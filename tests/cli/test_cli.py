@@ -141,11 +141,12 @@ def test_evaluate_gives_the_score_that_training_gave(folder, config, trained, tm
     scores = json.loads((folder / "results" / "run.json").read_text())["scores"]
     for when, options in {"before": [], "after": ["--adapter", trained / "adapter"]}.items():
         assert command("evaluate", config, *options, "--results", tmp_path / "e.json") == 0
-        assert ("these are the base model's scores" in capsys.readouterr().err) == (not options)
-        found = json.loads((tmp_path / "e.json").read_text())["scores"]["test"]
-        assert found["loss"] == pytest.approx(scores[f"test_{when}_loss"], abs=1e-5) and found["count"] == 5
+        name = "run" if options else "base"
+        assert f"| {name} |" in capsys.readouterr().out
+        found = json.loads((tmp_path / "e.json").read_text())["scores"][name]["test"]
+        assert found["loss,none"] == pytest.approx(scores[f"test_{when}_loss"], abs=1e-5) and found["sample_len"] == 5
     assert command("evaluate", config, "--split", "validation", "--limit", 3, "--results", tmp_path / "e.json") == 0
-    assert json.loads((tmp_path / "e.json").read_text())["scores"]["validation"]["count"] == 3
+    assert json.loads((tmp_path / "e.json").read_text())["scores"]["base"]["validation"]["sample_len"] == 3
 
 
 def test_evaluate_shuffles_prompts_where_it_is_asked_to(folder, config, trained, tmp_path, capsys):
@@ -153,11 +154,11 @@ def test_evaluate_shuffles_prompts_where_it_is_asked_to(folder, config, trained,
 
     def found(*options):
         assert command(*line, *options) == 0
-        return json.loads((tmp_path / "e.json").read_text())["scores"]["test"]
+        return json.loads((tmp_path / "e.json").read_text())["scores"]["run"]["test"]
 
     own, other, drawn = found(), found("--shuffle-prompts"), found("--shuffle-prompts", "seed=1")
-    assert len({own["loss"], other["loss"], drawn["loss"]}) == 3 and other["count"] == 5
-    assert other == found("--shuffle-prompts") and own["stderr"] > 0
+    assert len({own["loss,none"], other["loss,none"], drawn["loss,none"]}) == 3 and other["sample_len"] == 5
+    assert other == found("--shuffle-prompts") and own["loss_stderr,none"] > 0
     assert_says(mistake(capsys, *line[:4], "--shuffle-prompts", "--limit", 1), "test: 1 example; to shuffle prompts")
 
 
@@ -344,7 +345,7 @@ def test_chats_are_rendered_with_the_variables_of_the_command_or_the_config(fold
         ("chat", []),
     ):
         assert command(*line[:3], f"data.test={tmp_path}/{data}.jsonl", *options, *line[3:]) == 0
-        scores.append(capsys.readouterr().out)
+        scores.append(capsys.readouterr().out.splitlines()[2])
     assert scores[0] == scores[1] == scores[2] != scores[3]
 
 
@@ -562,14 +563,16 @@ def parser_of(name):
         (["generate", "--prompt", "a", "--dtype", "int4"], "--dtype: invalid choice: 'int4'"),
         (["generate", "--prompt", "a", "--backbone", "/nowhere"], "/nowhere: no such file or folder"),
         (["evaluate", "run.yaml", "--split", "train"], "--split: invalid choice: 'train'"),
-        (["evaluate", "run.yaml", "--limit", "0"], "--limit 0: "),
-        (["evaluate", "run.yaml", "--seed", str(2**32)], f"--seed {2**32}: "),
-        (["evaluate", "run.yaml", "--num-fewshot", "-1"], "--num-fewshot -1: "),
+        (["evaluate", "run.yaml", "--limit", "0"], "limit must be a whole number, at least 1; got 0"),
+        (
+            ["evaluate", "run.yaml", "--seed", str(2**32)],
+            "seed must be .* at most 4294967295; got 4294967296",
+        ),
+        (["evaluate", "run.yaml", "--num-fewshot", "-1"], "num_fewshot must be a whole number, at least 0; got -1"),
         (["evaluate", "run.yaml", "--backbone", "b", "--tasks", "t"], "CONFIG and --backbone"),
         (["evaluate", "run.yaml", "--adapter", "a", "--adapters", "b"], "--adapter and --adapters"),
         (["evaluate", "run.yaml", "--num-fewshot", "2"], "--num-fewshot requires --tasks"),
         (["evaluate", "run.yaml", "--chat"], "--chat requires --tasks"),
-        (["evaluate", "run.yaml", "--shuffle-prompts"], "--shuffle-prompts requires --adapter"),
         (["inspect", "nowhere"], "nowhere: no such folder; .*run or adapter"),
         (["plot", "runs", "--limit", "3", "--output", "a.png"], "--limit requires --data"),
         (["plot", "runs", "--backbone", "m", "--output", "a.png"], "--backbone m requires --adapter"),

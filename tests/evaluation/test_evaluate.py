@@ -9,6 +9,7 @@ import pytest
 from golden_models import FIXTURES, strong
 from long_cases import long, slow
 from tiny_run import rows_of_text, tokenizer, words, write_rows
+from tiny_scores import samples, score
 
 from para_jax import (
     Ia3Config,
@@ -59,22 +60,8 @@ def records(tmp_path_factory):
     return read_records(write_rows(tmp_path_factory.mktemp("data") / "test.jsonl", rows))
 
 
-@pytest.mark.parametrize(
-    ("tasks", "shown"), [(["data/mine"], "'data/mine'"), ("data/mine", "'data/mine'"), (None, None)]
-)
-def test_tasks_are_not_paths(tasks, shown):
-    with pytest.raises(ValueError, match=rf"tasks: {shown} is no EvalTask; .*task_of_run"):
-        evaluate(model(), adapter(), tasks, tokenizer=tokenizer())
-
-
-def test_tasks_may_come_one_by_one(records):
-    task = EvalTask("t", records, "loss", batch_size=4)
-    one_by_one = evaluate(model(), adapter(), (task for _ in range(2)), tokenizer=tokenizer())
-    assert [score.loss for score in one_by_one.scores] == [scored(task).loss] * 2
-
-
 def scored(task, layout="layers", seed=1, **options):
-    return evaluate(model(layout), adapter(seed), [task], tokenizer=tokenizer(), **options).scores[0]
+    return score(model(layout), adapter(seed), task, tokenizer(), **options)
 
 
 def by_hand(prompt_ids, completion_ids):
@@ -235,13 +222,7 @@ def test_a_loss_with_a_further_metric_also_writes_answers(records):
     assert (found.also[0].score, found.also[0].stderr) == (written.score, written.stderr)
     assert found.samples == written.samples and not loss.samples
     assert found.values().keys() == {"loss", "loss_stderr", "f1", "f1_stderr"}
-    (logged,) = evaluate(
-        model(),
-        adapter(),
-        [EvalTask("t", records, "loss", also=("f1",), **way)],
-        tokenizer=tokenizer(),
-        log_samples=True,
-    ).samples
+    logged = samples(model(), adapter(), EvalTask("t", records, "loss", also=("f1",), **way), tokenizer())
     assert all({"given", "f1", "loss"} <= sample.keys() for sample in logged) and len(logged) == 7
     assert np.mean([sample["f1"] for sample in logged]) == pytest.approx(found.also[0].score)
     assert "f1" in str(found) and f"loss {found.loss:.4f} ± {found.stderr:.4f}" in str(found)
@@ -314,10 +295,7 @@ each_way = pytest.mark.parametrize("way", [WRITES, RANKS], ids=["written", "rank
 
 def both(adapter, task, layout="layers"):
     """The task's score with each example's own factors, and with another's."""
-    own, other = (
-        evaluate(model(layout), adapter, [task], tokenizer=tokenizer(), shuffle_prompts=shuffle).scores[0]
-        for shuffle in (False, True)
-    )
+    own, other = (score(model(layout), adapter, task, tokenizer(), shuffle=shuffle) for shuffle in (None, 0))
     return own, other
 
 
@@ -341,10 +319,7 @@ def test_shuffling_changes_nothing_for_adapters_that_ignore_the_prompt(records, 
     right = right_answers(unaware, records, way)
     own, other = both(unaware, EvalTask("t", right, **way))
     assert other.loss == pytest.approx(own.loss, rel=1e-6) and other.score == own.score > 0
-    assert (
-        abs(evaluate(model(), None, [EvalTask("t", right, **way)], tokenizer=tokenizer()).scores[0].loss - own.loss)
-        > 0.01
-    )
+    assert abs(score(model(), None, EvalTask("t", right, **way), tokenizer()).loss - own.loss) > 0.01
 
 
 @each_way
@@ -370,7 +345,7 @@ def right_answers(adapter, records, way):
     with pytest.MonkeyPatch.context() as patch:
         said = lambda metric, answers, _: found.append(answers) or (0, [0])  # noqa: E731
         patch.setattr("para_jax.evaluation.score.measure_rows", said)
-        evaluate(model(), adapter, [EvalTask("t", records, **way)], tokenizer=tokenizer())
+        score(model(), adapter, EvalTask("t", records, **way), tokenizer())
     return [r._replace(references=(answer,)) for r, answer in zip(records, found[0], strict=True)]
 
 
@@ -395,4 +370,4 @@ def test_a_shuffled_loss_uses_the_factors_of_the_other_prompt(records):
 def test_one_example_has_no_other_prompt(records):
     task = EvalTask("held out", records, "loss", batch_size=BATCH)
     with pytest.raises(ValueError, match="^held out: 1 example; to shuffle prompts at least 2 are needed$"):
-        evaluate(model(), adapter(), [task], tokenizer=tokenizer(), limit=1, shuffle_prompts=True)
+        scored(task, limit=1, shuffle=0)

@@ -10,12 +10,13 @@ import time
 from dataclasses import replace
 
 import pytest
+import tiny_scores
 from quick_compiler import own_flags
 from tiny_harness import command, lines, results
 from tiny_run import rows_of_text, run_config, words, write_rows
 
 from para_jax import (
-    evaluate,
+    EvalOptions,
     load_adapter,
     load_backbone,
     load_tokenizer,
@@ -25,7 +26,7 @@ from para_jax.cli import main
 from para_jax.config import load_config, save_config
 from para_jax.data.records import read_records
 from para_jax.evaluation.answers import Answerer
-from para_jax.evaluation.task_questions import Options, read_own_tasks
+from para_jax.evaluation.task_questions import read_own_tasks
 from para_jax.evaluation.tasks import EvalTask
 
 
@@ -50,14 +51,14 @@ def test_a_run_leaves_lm_evals_layout_for_each_adapter_and_a_table(whole):
 
 
 @pytest.mark.long
-def test_our_own_tasks_score_as_evaluate_does(folder, whole):
+def test_our_own_tasks_score_as_in_a_run(folder, whole):
     model, tokenizer = load_backbone(folder / "backbone"), load_tokenizer(folder / "backbone")
     tasks = [
         EvalTask("labels", read_records(folder / "labels" / "test.jsonl"), "accuracy", ("w10 w11", "w9")),
         EvalTask("free", read_records(folder / "free" / "test.jsonl"), "exact_match", max_new_tokens=16),
     ]
     adapter = load_adapter(folder / "A" / "adapter", model.config)
-    for score in evaluate(model, adapter, tasks, tokenizer=tokenizer).scores:
+    for score in (tiny_scores.score(model, adapter, task, tokenizer) for task in tasks):
         found = results(whole)["A"]["results"][score.name]
         assert found[f"{score.metric},none"] == score.score > 0
         assert found["loss,none"] == pytest.approx(score.loss, rel=1e-5)
@@ -126,7 +127,7 @@ def test_a_killed_evaluation_goes_on_and_loses_no_answer(folder, whole, tmp_path
         (["labels", "labels"], [], "--tasks: labels is given more than once"),
         (["labels", "tiny_tag"], [], "--tasks: labels is given more than once"),
         (["labels"], ["--include-path", "none"], None),
-        (["labels"], ["--limit", "0"], "--limit 0"),
+        (["labels"], ["--limit", "0"], "limit must be a whole number, at least 1; got 0"),
         (["labels"], ["--adapters", "/nowhere/adapter"], "/nowhere/adapter: no such file or folder"),
         ([], [], "give the CONFIG of a run, or --backbone with --tasks"),
     ],
@@ -215,9 +216,9 @@ def test_a_config_and_a_backbone_with_tasks_give_the_same_scores(folder, whole, 
         assert found["results"]["test"]["loss,none"] == pytest.approx(expected["loss,none"], rel=1e-5)
         assert scores[name] == found["results"]
     assert main([*config, "--adapter", adapters[0], "--results", str(record)]) == 0
-    assert capsys.readouterr().out.startswith("test: accuracy ")
-    alone = json.loads(record.read_text())["scores"]["test"]
-    assert alone["loss"] == pytest.approx(scores["A"]["test"]["loss,none"], rel=1e-5)
+    assert capsys.readouterr().out.startswith("| adapter | test accuracy | test loss |")
+    alone = json.loads(record.read_text())["scores"]["A"]["test"]
+    assert alone["loss,none"] == pytest.approx(scores["A"]["test"]["loss,none"], rel=1e-5)
 
 
 def test_what_files_as_tasks_do_not_use_is_named(folder, config, tmp_path, capsys):
@@ -251,7 +252,7 @@ def test_one_adapter_goes_to_a_folder_without_the_base_model(folder, config, tmp
 
 
 @pytest.mark.long
-def test_shuffled_prompts_score_in_a_folder_as_evaluate_scores_them(folder, whole, tmp_path, capsys):
+def test_shuffled_prompts_score_in_a_folder_as_by_themselves(folder, whole, tmp_path, capsys):
     assert main(command(folder, tmp_path, "--shuffle-prompts", tasks=["labels", "free"])) == 0
     assert "factors of another example's prompt" in capsys.readouterr().out
     model, tokenizer = load_backbone(folder / "backbone"), load_tokenizer(folder / "backbone")
@@ -260,7 +261,7 @@ def test_shuffled_prompts_score_in_a_folder_as_evaluate_scores_them(folder, whol
         EvalTask("labels", read_records(folder / "labels" / "test.jsonl"), "accuracy", ("w10 w11", "w9")),
         EvalTask("free", read_records(folder / "free" / "test.jsonl"), "exact_match"),
     ]
-    for score in evaluate(model, adapter, tasks, tokenizer=tokenizer, shuffle_prompts=True).scores:
+    for score in (tiny_scores.score(model, adapter, task, tokenizer, shuffle=0) for task in tasks):
         own, other = (results(output)["A"]["results"][score.name] for output in (whole, tmp_path))
         assert other[f"{score.metric},none"] == score.score
         assert other["loss,none"] == pytest.approx(score.loss, rel=1e-5)
@@ -301,7 +302,7 @@ def test_a_tenants_own_config_gives_its_metric(folder):
     shutil.copytree(folder / "free", folder / "owned" / "A", dirs_exist_ok=True)
     shutil.copytree(folder / "free", folder / "owned" / "B", dirs_exist_ok=True)
     own = {"B": run_config(folder, f"data.train={folder / 'owned' / 'B'}", "eval.metric=f1", "eval.max_new_tokens=3")}
-    tasks = read_own_tasks(str(folder / "owned"), ["A", "B"], tokenizer, model_config, Options(), own)
+    tasks = read_own_tasks(str(folder / "owned"), ["A", "B"], tokenizer, model_config, EvalOptions(), own)
     assert [(one.names, one.owner) for one in tasks] == [(("A",), "A"), (("B",), "B")]
     assert [one.questions[-1].max_new_tokens for one in tasks] == [16, 3]
 
@@ -317,7 +318,7 @@ def test_own_tasks_of_a_label_metric_rank_with_and_without_training_data(folder,
     def asked(metric, *more):
         more = f"eval.metric={metric}", "eval.max_new_tokens=null", *more
         own = {name: run_config(folder, f"data.train={tmp_path / name}", *more) for name in "AC"}
-        return read_own_tasks(f"{tmp_path}:{metric}", list("ABC"), tokenizer, model_config, Options(), own)
+        return read_own_tasks(f"{tmp_path}:{metric}", list("ABC"), tokenizer, model_config, EvalOptions(), own)
 
     for metric in ("macro_f1", "matthews"):
         one, *others = [task.questions for task in asked(metric)]
@@ -338,7 +339,7 @@ def test_tenants_without_their_training_data_share_one_warning(folder, tmp_path,
         shutil.copytree(folder / "free", tmp_path / name)
         own[name] = run_config(folder, f"data.train={tmp_path / name}", "eval.metric=null", "eval.max_new_tokens=null")
     model_config, tokenizer = load_model_config(folder / "backbone"), load_tokenizer(folder / "backbone")
-    read_own_tasks(str(tmp_path), ["A", "B"], tokenizer, model_config, Options(), own)
+    read_own_tasks(str(tmp_path), ["A", "B"], tokenizer, model_config, EvalOptions(), own)
     said = capsys.readouterr().err
     assert said.count("is not here") == 1 and f"({tmp_path}/A), and that of 1 more," in said
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny_harness import command, results
 
-from para_jax import evaluate, load_adapter, load_backbone, load_tokenizer
+from para_jax import EvalOptions, evaluate, load_adapter, load_backbone, load_tokenizer
 from para_jax.cli import main
 from para_jax.data.records import read_records
 from para_jax.evaluation import answers as answering
@@ -56,14 +56,14 @@ def test_the_samples_of_written_answers_are_what_evaluate_reports(folder, whole,
     model, tokenizer = load_backbone(folder / "backbone"), load_tokenizer(folder / "backbone")
     task = EvalTask("free", read_records(folder / "free" / "test.jsonl"), "f1", max_new_tokens=16, also=("macro_f1",))
     adapter = load_adapter(folder / "A" / "adapter", model.config)
-    report = evaluate(model, adapter, [task], tokenizer=tokenizer, log_samples=True)
-    (reported,) = report.samples
+    results_here = evaluate(model, adapter, task, tokenizer=tokenizer, options=EvalOptions(log_samples=True))
+    reported = results_here.samples["adapter"]["free"]
     found = samples(logged, "A", "free")
     assert [one["given"] for one in reported] == [one["given"] for one in found] and any(one["given"] for one in found)
-    assert np.mean([one["f1"] for one in reported]) == report.scores[0].score
+    assert np.mean([one["f1"] for one in reported]) == results_here.records["adapter"]["results"]["free"]["f1,none"]
     assert {one["correct"] for one in reported} <= {0.0, 1.0} and "macro_f1" not in reported[0]
     assert np.mean([one["exact_match"] for one in found]) == results(whole)["A"]["results"]["free"]["exact_match,none"]
-    assert evaluate(model, adapter, [task._replace(metric="loss", also=())], tokenizer=tokenizer).samples == ()
+    assert evaluate(model, adapter, task._replace(metric="loss", also=()), tokenizer=tokenizer).samples == {}
 
 
 def test_the_samples_of_lm_evals_tasks_are_as_it_writes_them(whole, logged):

@@ -16,7 +16,6 @@ from para_jax.evaluation.metrics import LABEL_METRICS, METRICS
 from para_jax.evaluation.questions import Likelihood, Scored, Written
 from para_jax.evaluation.samples import logged_samples
 from para_jax.evaluation.score import Measured, Score, score_answers, score_of
-from para_jax.evaluation.scoring import Report
 from para_jax.evaluation.tasks import EncodedTask, EvalTask, encode_task
 from para_jax.inference.answer_text import text_of
 from para_jax.inference.generate import before_stop
@@ -61,14 +60,11 @@ def test_an_answer_whose_logits_are_not_finite_is_wrong_whatever_its_references_
         assert sample["given"] is None and sample[metric if metric in METRICS else "correct"] == 0
 
 
-def test_a_report_prints_a_line_per_task():
-    report = Report((Score("sst2", "accuracy", 0.885, 0.25, 200), Score("own", "loss", -1.5, 1.5, 3)))
-    assert str(report).splitlines() == [
-        "sst2: accuracy 0.8850, loss 0.2500 on 200 examples",
-        "own: loss 1.5000 on 3 examples",
-    ]
+def test_a_score_is_a_line():
+    assert str(Score("sst2", "accuracy", 0.885, 0.25, 200)) == "sst2: accuracy 0.8850, loss 0.2500 on 200 examples"
+    assert str(Score("own", "loss", -1.5, 1.5, 3)) == "own: loss 1.5000 on 3 examples"
     also = Score("s", "accuracy", 0.5, 0.25, 200, stderr=0.035, also=(Measured("matthews", -0.25, None),))
-    assert str(Report((also,))) == "s: accuracy 0.5000 ± 0.0350, matthews -0.2500, loss 0.2500 on 200 examples"
+    assert str(also) == "s: accuracy 0.5000 ± 0.0350, matthews -0.2500, loss 0.2500 on 200 examples"
 
 
 @pytest.mark.parametrize("kind", ["plain", "with_bos", "own_space", "thinking"])

@@ -5,6 +5,7 @@ from functools import cache
 import jax
 import numpy as np
 import pytest
+import tiny_scores
 from golden_models import FIXTURES, strong
 from long_cases import long, slow
 from lowering import lowered
@@ -72,7 +73,7 @@ def task_of(metric, lengths, name="t", batch_size=4):
 
 
 def score(adapter, task):
-    return evaluate(model(), adapter, [task], tokenizer=tokenizer()).scores[0]
+    return tiny_scores.score(model(), adapter, task, tokenizer())
 
 
 def of_evaluation(compiled):
@@ -247,8 +248,7 @@ def on_mesh(monkeypatch, task):
         for where in (likelihood, generate):
             patched.setattr(where, "prefill", prefilled)
         model_there, adapter_there = (place(one, mesh, model().config) for one in (model(), adapter()))
-        (found,) = evaluate(model_there, adapter_there, [task], tokenizer=tokenizer()).scores
-        return found, flops, cache
+        return tiny_scores.score(model_there, adapter_there, task, tokenizer()), flops, cache
 
 
 @pytest.mark.long

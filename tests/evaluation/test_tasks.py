@@ -3,8 +3,9 @@
 import pytest
 from golden_models import FIXTURES, strong
 from tiny_run import backbone_folder, rows_of_text, run_config, tokenizer, words, write_rows
+from tiny_scores import score
 
-from para_jax import ParaConfig, evaluate, init_adapter, load_backbone
+from para_jax import ParaConfig, init_adapter, load_backbone
 from para_jax.backbone.load import load_model_config
 from para_jax.data.examples import Example
 from para_jax.data.records import Record
@@ -143,7 +144,7 @@ def test_long_examples_are_skipped_cut_or_refused_as_in_training(folder):
     cut_before = cut._replace(records=[*cut.records[:3], short], examples=None)
     model = load_backbone(FIXTURES / "llama")
     adapter = strong(init_adapter(ParaConfig(r=4), model.config))
-    ours, theirs = (evaluate(model, adapter, [task], tokenizer=tokenizer()).scores[0] for task in (cut, cut_before))
+    ours, theirs = (score(model, adapter, task, tokenizer()) for task in (cut, cut_before))
     assert ours.loss == theirs.loss
     with pytest.raises(ValueError, match="test.jsonl:4: 22 tokens .* 16"):
         of("error")

@@ -7,11 +7,12 @@ import pytest
 from golden_models import FIXTURES, strong
 from long_cases import long
 from tiny_run import rows_of_text, tokenizer, words, write_rows
+from tiny_scores import samples, score
 
 from para_jax import Ia3Config, LoraConfig, ParaConfig, init_adapter, load_backbone, stack_adapters
 from para_jax.data.records import read_records
 from para_jax.evaluation import writing
-from para_jax.evaluation.scoring import Tasks, evaluate
+from para_jax.evaluation.scoring import Tasks
 from para_jax.evaluation.tasks import EvalTask
 
 CHOICES = ("w9", "w9 w10", "w30 w31 w32 w33")
@@ -41,7 +42,7 @@ def answered(model, adapter, task):
     """The task, where every second reference is what this adapter answers alone: a score that no other has."""
     if task.metric == "loss":
         return task
-    (given,) = evaluate(model, adapter, [task], tokenizer=tokenizer(), log_samples=True).samples
+    given = samples(model, adapter, task, tokenizer())
     right = [one._replace(references=(its["given"],)) for one, its in zip(task.records, given, strict=True)]
     return task._replace(records=[one if i % 2 else right[i] for i, one in enumerate(task.records)])
 
@@ -56,7 +57,7 @@ def test_a_tenants_score_in_a_mixed_pass_is_its_score_alone(tasks, metric):
     found = Tasks(model, tokenizer(), made).scores(stack, {0: 2, 1: 0, 2: 1, 3: -1})
     assert sorted(found) == [0, 1, 3]  # tenant 2 has no task
     for tenant, adapter in alone.items():
-        (theirs,) = evaluate(model, adapter, [made[tenant]], tokenizer=tokenizer()).scores
+        theirs = score(model, adapter, made[tenant], tokenizer())
         assert metric in ("loss", "matthews") or theirs.score > 0
         named = found[tenant].name, found[tenant].metric, found[tenant].count
         assert named == (theirs.name, theirs.metric, theirs.count)
@@ -80,7 +81,7 @@ def test_tenants_of_different_metrics_score_in_one_pass_as_they_do_alone(tasks, 
     mixed = [answered(model, adapter, task) for adapter, task in zip(adapters, mixed, strict=True)]
     found = Tasks(model, tokenizer(), mixed).scores(stack_adapters(adapters), {i: i for i in range(4)})
     for i, adapter in enumerate(adapters):
-        (alone,) = evaluate(model, adapter, [mixed[i]], tokenizer=tokenizer()).scores
+        alone = score(model, adapter, mixed[i], tokenizer())
         np.testing.assert_allclose([found[i].loss, found[i].score], [alone.loss, alone.score], rtol=1e-5)
         assert (found[i].metric, found[i].count) == (alone.metric, alone.count)
     assert len({round(score.loss, 4) for score in found.values()}) == 4
@@ -105,7 +106,7 @@ def test_the_limit_takes_the_first_examples_of_each(tasks):
     stack = stack_adapters([strong(init_adapter(ParaConfig(r=4), model.config))])
     found = Tasks(model, tokenizer(), of(tasks, "accuracy"), limit=2).scores(stack, {0: 0, 1: 0, 3: 0})
     assert [score.count for score in found.values()] == [2, 2, 2]
-    (few,) = evaluate(model, first_of(stack), [of(tasks, "accuracy")[3]], tokenizer=tokenizer(), limit=2).scores
+    few = score(model, first_of(stack), of(tasks, "accuracy")[3], tokenizer(), limit=2)
     np.testing.assert_allclose(found[3].loss, few.loss, rtol=1e-5)
 
 

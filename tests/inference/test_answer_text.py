@@ -8,10 +8,11 @@ import tiny_tokenizers
 from golden_models import backbone, strong
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_scores import samples, score
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from para_jax import AdapterBank, Engine, ParaConfig, Request, evaluate, generate, init_adapter
+from para_jax import AdapterBank, Engine, ParaConfig, Request, generate, init_adapter
 from para_jax.data.examples import encode_continuation
 from para_jax.data.records import Record
 from para_jax.evaluation.answers import Answerer
@@ -280,8 +281,8 @@ def test_an_answer_has_one_text_however_it_is_asked_for(tmp_path):
 
     records = [Record(prompt, text, (text,), None, "") for prompt, text in zip(prompts, answers, strict=True)]
     task = EvalTask("t", records, "exact_match", max_new_tokens=new, batch_size=2)
-    report = evaluate(model, adapter, [task], tokenizer=tokenizer, log_samples=True)
-    assert report.scores[0].score == 1 and [one["given"] for one in report.samples[0]] == answers
+    assert score(model, adapter, task, tokenizer).score == 1
+    assert [one["given"] for one in samples(model, adapter, task, tokenizer)] == answers
 
     questions = [("a", Generation(tuple(tokenizer(prompt)["input_ids"]), new)) for prompt in prompts]
     raw = Answerer(model, bank, tokenizer, rows=2).answer(questions)

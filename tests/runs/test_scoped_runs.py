@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from stopped_run import assert_same_arrays, train_interrupted
 from tiny_run import losses, run_config, run_folder
+from tiny_scores import score
 
 from para_jax import load_adapter, load_backbone, train, train_tenants
 from para_jax.data.tokenizer import load_tokenizer
-from para_jax.evaluation.scoring import evaluate
 from para_jax.evaluation.tasks import task_of_run
 
 SCOPED = ("adapter.scope=response",)
@@ -39,8 +39,7 @@ def test_it_learns_resumes_with_the_same_bits_and_is_what_it_says_when_loaded(wh
     loaded = load_adapter(result.output_dir / "adapter", model.config)
     assert loaded.config == result.adapter.config
     task = task_of_run(config, "validation", tokenizer)
-    (score,) = evaluate(model, loaded, [task], tokenizer=tokenizer).scores
-    assert score.loss == pytest.approx(min(losses(config, "validation_loss")), rel=1e-5)
+    assert score(model, loaded, task, tokenizer).loss == pytest.approx(min(losses(config, "validation_loss")), rel=1e-5)
 
 
 def test_another_scope_is_another_run(whole):

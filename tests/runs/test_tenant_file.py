@@ -9,12 +9,13 @@ import pytest
 from long_cases import quick
 from tiny_run import rows_of_text, run_config, run_folder, tokenizer, words, write_rows, write_tenants
 
-from para_jax import load_model_config, train, train_tenants
+from para_jax import train, train_tenants
 from para_jax.cli import main, parse
 from para_jax.cli.checks import check_data
-from para_jax.cli.evaluate import config_of, own_configs
+from para_jax.cli.evaluate import config_of
 from para_jax.config import RunConfig, load_config
 from para_jax.data.tenant_file import OWN_FIELDS, of_most_memory, with_own_fields
+from para_jax.evaluation.task_questions import own_configs
 from para_jax.evaluation.tasks import task_of_run
 from para_jax.inspect import configs_here, tenant_lines
 from para_jax.runs import tenants as of_runs
@@ -106,11 +107,11 @@ def asked(config, *more):
 
 def test_evaluate_own_asks_each_tenant_as_its_run_does(mixed):
     trained = {one.name: one.test for one in read_inputs(mixed, Layout(slots=2, groups=2, rows=4, passes=1)).tenants}
-    model = load_model_config(mixed.backbone.source)
 
     def of(metric=""):
-        options = parse(asked(mixed, "--tasks", mixed.data.tenants + metric))
-        configs = own_configs(options, config_of(options), list(trained), model)
+        run = config_of(parse(asked(mixed, "--tasks", mixed.data.tenants + metric)))
+        run = replace(run, data=replace(run.data, max_seq_length=None, truncate="left"))
+        configs = own_configs(mixed.data.tenants + metric, list(trained), run)
         return {name: task_of_run(one, "test", tokenizer()) for name, one in configs.items()}
 
     for name, task in of().items():

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from long_cases import quick, slow
 from tiny_run import rows_of_text, run_config, run_folder, tokenizer, write_rows, write_tenants
+from tiny_scores import score
 
 from para_jax import (
     Ia3Config,
@@ -33,7 +34,7 @@ from para_jax.data.example_arrays import ExampleArrays
 from para_jax.data.schedule import Turn
 from para_jax.evaluation import defaults, tasks
 from para_jax.evaluation.score import Score
-from para_jax.evaluation.scoring import Tasks, evaluate
+from para_jax.evaluation.scoring import Tasks
 from para_jax.evaluation.tasks import task_of_run
 from para_jax.inspect import folder_report
 from para_jax.runs import loop
@@ -287,7 +288,7 @@ def test_the_best_adapter_is_tested_also_where_the_test_is_stopped(folder, tmp_p
     assert [found.tenants[name]["best_step"] for name in SIZES] == [3, 3, 9]
     task = task_of_run(load_config(tmp_path / "run" / "acme" / "config.yaml"), "test", tokenizer())
     kept = load_adapter(tmp_path / "run" / "acme" / "adapter", load_model_config(folder / "backbone"))
-    (by_itself,) = evaluate(load_backbone(folder / "backbone"), kept, [task], tokenizer=tokenizer()).scores
+    by_itself = score(load_backbone(folder / "backbone"), kept, task, tokenizer())
     assert found.tenants["acme"]["test_after"] == pytest.approx(by_itself.score, rel=1e-5)
 
     def stopped(tasks, *given):

@@ -27,6 +27,7 @@ from safetensors.numpy import load_file, save_file
 from stopped_run import assert_same_arrays, interrupt, train_interrupted
 from tensorflow_datasets.core.features import Text
 from tiny_run import STEPS, metrics, rows_of_text, run_config, run_folder, tokenizer, write_rows
+from tiny_scores import score
 from tiny_tfds import built
 
 from para_jax import (
@@ -35,7 +36,6 @@ from para_jax import (
     ParaConfig,
     Transformer,
     devices,
-    evaluate,
     init_adapter,
     load_adapter,
     load_backbone,
@@ -202,10 +202,10 @@ def test_the_kept_adapter_scores_what_the_run_says(whole):
     model, kept = load_backbone(config.backbone.source), kept_adapter(config)
     assert_same_arrays(kept, result.adapter)
     assert kept.mean[...].any() and (kept.scale[...] != 1).all()  # the statistics were measured and stored
-    report = evaluate(model, kept, [task_of_run(config, "validation", tokenizer())], tokenizer=tokenizer())
-    assert report.scores[0].loss == pytest.approx(-result.best_score, abs=1e-5)
+    found = score(model, kept, task_of_run(config, "validation", tokenizer()), tokenizer())
+    assert found.loss == pytest.approx(-result.best_score, abs=1e-5)
     card = (result.output_dir / "adapter" / "README.md").read_text()
-    assert "Trained for 6 steps on data" in card and f"Validation loss: {report.scores[0].loss:.4f}" in card
+    assert "Trained for 6 steps on data" in card and f"Validation loss: {found.loss:.4f}" in card
     (validation,) = [line for line in card.splitlines() if line.startswith("- Validation ")]
     base = next(row["validation_loss"] for row in metrics(config) if row["step"] == 0 and "validation_loss" in row)
     assert validation.endswith(f"; {base:.4f} without the adapter.")

@@ -11,8 +11,9 @@ from tiny_harness import WRITE, command, lines, results
 from para_jax import ParaLM, load_model_config, load_tokenizer
 from para_jax.cli import main
 from para_jax.evaluation.harness.tasks import load_tasks, record, replay
+from para_jax.evaluation.options import EvalOptions
 from para_jax.evaluation.questions import Scored, Written
-from para_jax.evaluation.task_questions import Options, questions_of_harness
+from para_jax.evaluation.task_questions import questions_of_harness
 
 
 def test_a_tasks_own_code_that_fails_is_named_with_the_task(folder, tmp_path, few_files):
@@ -92,7 +93,7 @@ def test_one_task_with_two_settings_is_refused(folder, tmp_path, few_files):
     (tmp_path / "pick.yaml").write_text(pick)
     (tmp_path / "few.yaml").write_text("group: few\ntask:\n  - task: tiny_pick\n    num_fewshot: 0\n")
     (tmp_path / "same.yaml").write_text("group: same\ntask: [tiny_pick]\n")
-    options = Options(include_path=tmp_path, limit=2)
+    options = EvalOptions(include_path=tmp_path, limit=2)
     given = load_tokenizer(folder / "backbone"), load_model_config(folder / "backbone"), options
     alike = questions_of_harness(["tiny_pick", "same"], *given)
     assert alike[0].scored_by == alike[1].scored_by != ""
