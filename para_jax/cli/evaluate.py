@@ -203,7 +203,7 @@ def check_sources(options, config) -> None:
     if not options.tasks:
         check_data(config, [options.split])
         if not is_elsewhere(config.data, options.split) and open_split(config.data, options.split) is None:
-            from ..evaluation.task_questions import no_data
+            from ..evaluation.task_file import no_data
 
             raise no_data(config, options.split)
 

@@ -64,7 +64,7 @@ def given_split(section: DataSection, split: str) -> Split | None:
     if section.given is None:
         raise ValueError(
             f"data.{split}: the data of this run came from Python; name a file, data.{split}=FILE, or give it again: "
-            f"train(config, data=...), or task_of_run(config, {split!r}, tokenizer, data=...) for an evaluation"
+            f'train(config, data=...), or evaluate(model, adapters, {{"{split}": rows}}, ...)'
         )
     return section.given.get(split)
 

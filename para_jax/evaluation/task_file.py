@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from ..config import expanded, nearest, require_one_of, shorten
+from ..config import RunConfig, expanded, nearest, require_one_of, shorten
 from ..data.row_files import split_file
+from ..data.sources import open_split
 from ..data.tasks import TASKS
 from .metrics import LABEL_METRICS, METRICS
 
@@ -58,3 +59,12 @@ def task_parts(text: str) -> tuple[str | None, Path | None, str | None]:
             if expanded(path).exists():
                 return name, expanded(path), metric
     return None, None, None
+
+
+def no_data(config: RunConfig, split: str) -> ValueError:
+    """The error of a run without data of a split."""
+    open_split(config.data, "train")  # a ValueError where it should be but is not: the split would be next to it
+    return ValueError(
+        f"data.{split} is not set: give a .jsonl file, {split}.jsonl in data.train's folder, or tfds:NAME or hf:NAME"
+        + ("; a tenant's own config is in its folder of the run" if config.data.tenants else "")
+    )

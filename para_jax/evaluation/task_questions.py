@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from ..config import ModelConfig, RunConfig, shorten
 from ..data.row_files import split_file
-from ..data.sources import open_split
 from ..data.tenant_file import with_own_fields
 from ..data.tenants import OWN_FILE
 from .adapter_passes import PLACES
@@ -22,7 +21,7 @@ from .questions import Answer, Question
 from .results import task_record
 from .samples import logged_samples
 from .scoring import other_prompts
-from .task_file import INSTALL, task_parts
+from .task_file import INSTALL, no_data, task_parts
 from .tasks import (
     EncodedTask,
     EvalTask,
@@ -119,15 +118,6 @@ def run_task(config: RunConfig, split: str, tokenizer, model: ModelConfig) -> Ev
         raise no_data(config, split)
     say_long(split, [task])
     return task
-
-
-def no_data(config: RunConfig, split: str) -> ValueError:
-    """The error of a run without data of a split."""
-    open_split(config.data, "train")  # a ValueError where it should be but is not: the split would be next to it
-    return ValueError(
-        f"data.{split} is not set: give a .jsonl file, {split}.jsonl in data.train's folder, or tfds:NAME or hf:NAME"
-        + ("; a tenant's own config is in its folder of the run" if config.data.tenants else "")
-    )
 
 
 def own_configs(text: str, tenants: Sequence[str], config: RunConfig) -> dict[str, RunConfig]:

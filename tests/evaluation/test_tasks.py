@@ -10,8 +10,9 @@ from para_jax.backbone.load import load_model_config
 from para_jax.data.examples import Example
 from para_jax.data.records import Record
 from para_jax.data.tokenizer import load_tokenizer
+from para_jax.evaluation.options import EvalOptions
 from para_jax.evaluation.questions import Scored
-from para_jax.evaluation.task_questions import Options, questions_of_run
+from para_jax.evaluation.task_questions import questions_of_run
 from para_jax.evaluation.tasks import EvalTask, check_room, encode_task, file_task, task_of_run, with_room
 
 
@@ -158,7 +159,7 @@ def test_without_a_length_examples_may_be_as_long_as_the_model_allows(folder):
 def test_examples_that_are_left_out_still_count_among_those_of_the_file(folder):
     config = run_config(folder, "data.max_seq_length=16", "data.truncate=skip")
     task, model = task_of_run(config, "test", tokenizer()), load_model_config(folder / "backbone")
-    asked = questions_of_run(task, tokenizer(), model, Options(limit=2))
+    asked = questions_of_run(task, tokenizer(), model, EvalOptions(limit=2))
     answers = dict.fromkeys(asked.questions, Scored(-1.0, False))
     assert asked.results(answers.get)["n-samples"] == {"test": {"original": 4, "effective": 2}}
 
