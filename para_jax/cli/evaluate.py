@@ -118,7 +118,6 @@ def scored() -> shared.Parser:
 
 
 def run(options) -> None:
-    eval_options(options)  # a number that is out of range
     check_options(options)
     config = config_of(options)
     if options.results:
@@ -143,6 +142,7 @@ def run(options) -> None:
 
 def check_options(options) -> None:
     """Raises ValueError for options that are missing, out of range or do not go together."""
+    eval_options(options)  # a number that is out of range
     given = str(options.config)
     if re.match(r"[a-z_]+(\.\w+)* *=", given) and not expanded(given).exists():  # the first field, without CONFIG
         options.config, options.overrides = None, [str(options.config), *options.overrides]

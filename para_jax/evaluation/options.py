@@ -17,7 +17,7 @@ def described(default: Any, text: str, **more: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    """How tasks are asked, of which adapters, and what is kept."""
+    """Which examples are asked, how, and what is kept."""
 
     limit: PositiveInt | None = described(None, "score the first N examples of each task; default: all", metavar="N")
     rows: PositiveInt = 16

@@ -12,6 +12,7 @@ from tiny_run import rows_of_text, tokenizer, words, write_rows
 from tiny_scores import samples, score
 
 from para_jax import (
+    EvalOptions,
     Ia3Config,
     LoraConfig,
     ParaConfig,
@@ -103,7 +104,7 @@ def test_the_adapter_is_used_and_a_limit_takes_the_first(records):
     assert scored(task, limit=3).count == 3
     for limit in (-1, 0, 0.5):  # lm-eval and others take these; -1 would leave out the last example
         with pytest.raises(ValueError, match=f"limit must be .*; got {limit}"):
-            scored(task, limit=limit)
+            EvalOptions(limit=limit)
 
 
 # -------------------------------------------------------------------------------------------------------------- answers

@@ -68,7 +68,7 @@ def command_line(name, folder, output, options):
         ({"limt": 3}, "evaluate_on_ray has no option limt; did you mean limit?"),
         ({"limit": "many"}, "limit.*many"),
         ({"split": "train"}, "split.*train"),
-        ({"limit": 0}, "--limit 0: give a whole number of at least 1"),
+        ({"limit": 0}, "limit must be a whole number, at least 1; got 0"),
         ({"adapters": []}, "--shard 0/3 requires --adapters"),
         ({"backbone": "/nowhere/backbone"}, "/nowhere/backbone"),
         ({"adapters": ["/nowhere/adapter"]}, "/nowhere/adapter"),
