@@ -172,7 +172,7 @@ def many(options) -> bool:
 
 
 def output_of(options) -> Place | None:
-    """The folder for the results; None where one score is printed."""
+    """The folder for the results; None if the table is only printed."""
     needed = many(options) or options.tasks or options.log_samples
     return options.output or (Path("runs/evaluation") if needed else None)
 
