@@ -3,10 +3,12 @@
 import pytest
 from tiny_harness import WRITE
 
-from para_jax import load_tokenizer
-from para_jax.evaluation.folder import PassResults, set_aside
+from para_jax import EvalOptions, load_backbone, load_tokenizer
+from para_jax.evaluation.adapter_passes import find_adapters
+from para_jax.evaluation.evaluate import Evaluation, run_evaluation
 from para_jax.evaluation.harness.tasks import load_tasks, replay
 from para_jax.evaluation.questions import Written
+from para_jax.evaluation.task_questions import TaskQuestions
 from para_jax.evaluation.white_space import Stripped, warn_of_white_space
 
 FILTERS = "filter_list: [{name: bare, filter: [{function: remove_whitespace}, {function: take_first}]}]\n"
@@ -38,10 +40,12 @@ def test_a_task_of_lm_eval_without_filters_loses_answers(folder, few_files, tmp_
     assert found["white_space"] == ({} if lost is None else {"bare_write": lost})
 
 
-def test_what_was_lost_to_white_space_is_collected_from_all_adapters_and_no_part_of_a_record(tmp_path):
-    found, lost = PassResults({}, [], {}), [Stripped(0.0, 0.25), Stripped(0.0, 0.875)]
-    for name, one in zip("AB", lost, strict=True):
-        made = {"results": {"qtype": {}}, "white_space": {"qtype": one}}
-        set_aside(made, name, tmp_path, {}, found)
-        assert made == {"results": {"qtype": {}}}
-    assert found == PassResults({}, [], {"qtype": lost})
+def test_what_was_lost_to_white_space_is_collected_from_all_adapters_and_no_part_of_a_record(folder, capsys, caplog):
+    model, tokenizer = load_backbone(folder / "backbone"), load_tokenizer(folder / "backbone")
+    lost = iter([Stripped(0.0, 0.25), Stripped(0.0, 0.875)])
+    task = TaskQuestions(("qtype",), [], lambda _: {"results": {"qtype": {}}, "white_space": {"qtype": next(lost)}})
+    adapters = find_adapters({name: folder / name / "adapter" for name in "AB"}, model.config)
+    found = run_evaluation(model, Evaluation([task], adapters), tokenizer, None, EvalOptions(base=False))
+    assert [made["results"] for made in found.records.values()] == [{"qtype": {}}] * 2
+    assert not any("white_space" in made for made in found.records.values())
+    assert "and 0.8750 if white space" in capsys.readouterr().err + caplog.text
