@@ -35,7 +35,6 @@ ELSEWHERE = {
     "training.passes": "runs/test_batch_size.py",
     "training.same_run": "training/test_checkpoint.py",
     "training.quiet_orbax": "training/test_checkpoint.py",
-    "training.same_run": "runs/test_folder.py",
 }
 
 
