@@ -1,5 +1,6 @@
 """The layers of the code: imports point down only. A layer is a list of packages and modules of para_jax/."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,39 @@ LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
 SIDEWAYS = {("devices", "hub")}
 HEAVY = "orbax grain qwix tensorflow_datasets datasets tensorflow transformers tokenizers lm_eval matplotlib".split()
 HEAVY += "torch starlette uvicorn httptools prometheus_client pydantic ray".split()
+
+
+#: What may only go down, except by what an issue names.
+MOST = {
+    "lines of the package": 39_900,
+    "lines of tests": 44_700,
+    "loose modules": 26,
+    "modules and packages at the top": 43,
+    "checks per 1000 lines": 31,
+    "words of docs": 44_800,
+    "megabytes of results": 2.4,
+}
+
+
+def test_the_house_does_not_grow():
+    package, tests = ([file.read_text() for file in (ROOT / name).rglob("*.py")] for name in ("para_jax", "tests"))
+    top = [path for path in (ROOT / "para_jax").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
+    loose = [path for path in top if path.suffix == ".py" and path.stem not in ("__init__", "__main__")]
+    checks = [
+        re.findall(r"^ *raise\b|(?<!def )\b(?:require|check|refuse)\w*\(", text, re.MULTILINE) for text in package
+    ]
+    lines = sum(text.count("\n") for text in package)
+    found = {
+        "lines of the package": lines,
+        "lines of tests": sum(text.count("\n") for text in tests),
+        "loose modules": len(loose),
+        "modules and packages at the top": len(top) - 2,
+        "checks per 1000 lines": 1000 * sum(map(len, checks)) / lines,
+        "words of docs": sum(len(file.read_text().split()) for file in (ROOT / "docs").glob("*.md")),
+        "megabytes of results": sum(file.stat().st_size for file in (ROOT / "results").rglob("*") if file.is_file())
+        / 1e6,
+    }
+    assert {name: value for name, value in found.items() if value > MOST[name]} == {}, found
 
 
 def wrong_imports(file, text):
