@@ -11,6 +11,8 @@ TESTS = Path(__file__).parent
 #: The test file of a module that has none of its own name, and that no test in its folder imports.
 ELSEWHERE = {
     "__main__": "cli/test_cli.py",
+    "adapters.names": "cli/test_cli.py",
+    "data.tenant_file": "runs/test_tenant_file.py",
     "adapters.method": "adapters/test_adding_a_method.py",
     "adapters.para": "test_model.py",
     "backbone.attention": "backbone/test_cache.py",
@@ -29,7 +31,6 @@ ELSEWHERE = {
     "serving.admission": "serving/test_threads.py",
     "serving.pins": "serving/test_prefills.py",
     "server.answer": "server/test_answering.py",
-    "server.fields": "server/test_protocol.py",
     "server.logprobs": "server/test_answering.py",
     "tensor_file": "backbone/test_safetensors.py",
     "training.passes": "runs/test_batch_size.py",
