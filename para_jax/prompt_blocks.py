@@ -1,8 +1,8 @@
 """Prompts prefilled in blocks of tokens: those of the base model and of scope `response` (adapters/scope.py).
 
-`prefill_blocks` computes some blocks, of one prompt or of several. They run through the plain backbone, so the keys and
-values of a block depend on the tokens up to its end, and on nothing else. The last w tokens of a prompt, its tail, are
-ordinary tokens of its last block, or blocks, on which its adapter acts. It makes its adjustments from the last one.
+`prefill_blocks` computes some blocks, of one prompt or of several. An adapter acts on a prompt's last w tokens alone,
+its tail, and makes its adjustments from the last of them. All tokens before the tail are the plain backbone's, so the
+keys and values of a block without tail tokens depend on the tokens up to its end, and on nothing else.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ class Lanes(NamedTuple):
 
 
 class Tails(NamedTuple):
-    """Where adapters act in the lanes. The rows are those of their adapters."""
+    """Which adapters act in the lanes, and where. A row is an adapter with its prompt."""
 
     of_lane: Any
     """int32 [lanes]: the row of the adapter that acts in a lane; -1: none"""
     start: Any
     """int32 [lanes]: the position from which it acts"""
     lane: Any
-    """int32 [rows]: the lane with the last token of each adapter's prompt; arbitrary for a prompt without it"""
+    """int32 [rows]: the lane with the prompt's last token; arbitrary if no lane has it"""
     count: Any
-    """int32 [rows]: the tokens of that lane, at least 1"""
+    """int32 [rows]: that lane's tokens, at least 1"""
 
 
 def prefill_blocks(

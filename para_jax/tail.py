@@ -1,7 +1,7 @@
-"""Prompts that run through the plain backbone, and tails that follow them with an adapter: scope `response` without an
-adapter, or a backward pass, over the prompt.
+"""Scope `response` in two parts: prompts, which run through the plain backbone and need no backward pass, and tails,
+on which the adapter acts.
 
-A tail is the last w tokens of a prompt and what comes after it. It attends to the plain keys and values of the prompt
+A tail is the last w tokens of a prompt and what comes after it. It attends to the plain keys and values of the tokens
 before it, and to itself; nothing else of the prompt reaches it. Each layer makes its adjustments from the tail's own
 stream, at the prompt's last token.
 """
@@ -39,7 +39,7 @@ class Tokens(NamedTuple):
 
 
 class PromptStates(NamedTuple):
-    """What the plain backbone makes of a batch's prompts, as tails read it."""
+    """The keys and values of a batch's prompts in the plain backbone, which tails attend to."""
 
     keys: jax.Array
     """[layers, rows, kv_heads, P, head_dim] after rotary, in the model's dtype; any finite numbers at padding"""
@@ -73,14 +73,14 @@ def tail_stream(
     Args:
         prompts: a prompt may be followed by further tokens, which nothing reads.
         tails: each begins at position `tail_start` of its example.
-        states: of the prompts, whose tokens are then not read. None: each layer computes them first, and they have no
+        states: of the prompts. Their tokens are then not read. None: each layer computes the states first, without a
             gradient.
         keep: keep((keys, values) of the prompts, those of the tails, float32 adjustment); default: keeps nothing.
         remat: a key of REMAT, for the tails. The prompts' keys and values are saved, or their stream (keeps_stream).
     """
     config, reach = model.config, reach_of(adapters, len(tails.tokens))
     weights, make = by_layer(adapters)
-    start, in_window = tail_start(prompt_length, reach.window), prompt_length - tail_start(prompt_length, reach.window)
+    start = tail_start(prompt_length, reach.window)
     place = [] if tails.segments is None else [tails.segments.start]
     acts = reach.only_window is not None or reach.acts(prompt_length, tails.position, tails.segments)
     tables = rotary_tables_by_kind(config, tails.position)
@@ -88,7 +88,7 @@ def tail_stream(
     attend_to = {window: tail_attention(model, prompts, tails, start, window) for window in windows}
 
     def through_tail(x, layer, weights, of_prompts):
-        adjustment = make(weights, x, in_window, *place)
+        adjustment = make(weights, x, prompt_length - start, *place)  # a tail begins with the window's prompt tokens
         adjust = acting(batched_adjust(adjustment, tails.segments), acts)
         x, of_tails = layer(x, adjust, tables[layer.kind.rotary], attend_to[layer.kind.window](of_prompts))
         return x, keep(of_prompts, of_tails, adjustment) if keep else None

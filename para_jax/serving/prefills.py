@@ -136,7 +136,7 @@ class Prefills:
     def keep_whole(self, key: tuple, prompt: WholePrompt) -> None:
         """Keeps a prompt that was prefilled in one piece."""
         self._kept[key] = prompt
-        self._drop_old()
+        self.drop_old()
 
     def has_room(self, key: tuple, ids: Sequence[int]) -> bool:
         """Whether a prompt may start now, or has started."""
@@ -155,13 +155,12 @@ class Prefills:
         self.cache.queries += len(ids)
 
     def keep(self, wanted: Collection[tuple]) -> None:
-        """Drops prompts at work, unless they have one of these keys or are pinned, and kept ones but the last ROWS.
-        Starts pinned ones that lack a block."""
+        """Drops prompts at work, unless they have one of these keys or are pinned. Starts pinned ones that lack a
+        block."""
         pinned = {prompt_key(None, ids): ids for ids in self.pins}
         for prompt in list(self._working.values()):
             if prompt.key not in wanted and prompt.key not in pinned:
                 self._drop(prompt)
-        self._drop_old()
         for key, ids in pinned.items():
             if not all(map(self.cache.knows, self.pins[ids])) and self._fits(ids, self._working.values()):
                 held = self._kept.get(key)
@@ -303,8 +302,8 @@ class Prefills:
     def _kept_in_blocks(self) -> Iterable[ChunkedPrompt]:
         return (prompt for prompt in self._kept.values() if isinstance(prompt, ChunkedPrompt))
 
-    def _drop_old(self) -> None:
-        """Drops kept prompts but the last ROWS."""
+    def drop_old(self) -> None:
+        """Drops kept prompts but the last ROWS. Those that samples wait for must be in their slots by then."""
         for key in list(self._kept)[:-ROWS]:
             prompt = self._kept[key]
             if isinstance(prompt, ChunkedPrompt):

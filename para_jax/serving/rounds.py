@@ -261,6 +261,7 @@ class Rounds:
                     sample.ticket.cached_tokens = prompt.found
                 self._insert(slot, sample, prompt, started)
                 del self._waiting[slot]
+        self._prefills.drop_old()
         return True
 
     def _insert(self, slot: int, sample: Sample, prefilled: WholePrompt | ChunkedPrompt, started: Started) -> None:

@@ -91,7 +91,7 @@ def require_idle(engine):
     """No prompt at work refers to a block, and every block can be used again."""
     cache, kept = engine._prefills.cache, engine._prefills._kept.values()
     used = {block for prompt in kept if isinstance(prompt, ChunkedPrompt) for block in prompt.blocks}
-    assert not engine._prefills._working and len(kept) <= 2 * ROWS  # the last round has given up none yet
+    assert not engine._prefills._working and len(kept) <= ROWS
     assert {block for block, count in enumerate(cache._references) if count} == used
     assert len(cache._free) + len(cache._idle) + cache.pinned_blocks + len(used) >= cache.blocks
 
