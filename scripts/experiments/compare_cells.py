@@ -27,7 +27,7 @@ def task_of(file: Path, method: str) -> str:
 
 
 def settings(args) -> dict:
-    """What scores depend on besides task and method."""
+    """The options that change a score, besides the task and the method."""
     names = ("backbone", "data", "steps", "rows", "limit", *(["examples"] if args.examples is not None else []))
     return {name: str(getattr(args, name)) for name in names}
 

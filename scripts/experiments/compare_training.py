@@ -180,11 +180,13 @@ def parameters_of(adapter, model_config) -> int:
 
 
 def form_of(adapter) -> str:
-    """The config as text, without the fields that the first results' configs lacked where they have their default."""
+    """The config as text, without the fields that the first results' configs lacked where they have their default.
+    PARA's earlier form of scope `response` has a window in its text. The present one has none: their scores never mix."""
+    one_form = adapter.scope == "all" or (adapter.scope == "response" and isinstance(adapter, ParaConfig))
 
     def is_shown(field) -> bool:
         newer = field.metadata.get("optional") or field.name in NEWER_FIELDS
-        scoped = field.name == "scope_window" and adapter.scope != "all"
+        scoped = field.name == "scope_window" and not one_form
         return not newer or scoped or getattr(adapter, field.name) != field.default
 
     shown = [f"{one.name}={getattr(adapter, one.name)!r}" for one in fields(adapter) if is_shown(one)]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from golden_models import FIXTURES
 
+from para_jax import LoraConfig, ParaConfig
 from para_jax.score_plots import Bar
 
 ROOT = Path(__file__).parents[2]
@@ -20,6 +21,7 @@ import compare_report  # noqa: E402
 import measure  # noqa: E402
 import plot_scores  # noqa: E402
 from bench_sampling import bench_sampling  # noqa: E402
+from compare_training import form_of  # noqa: E402
 
 RESULTS = ROOT / "results" / "compare_methods"
 
@@ -57,6 +59,19 @@ def test_the_tables_hold_what_the_files_said(unpacked, tmp_path):
         (tmp_path / name).unlink()
     compare_cells.unpack(tmp_path)
     assert {file.name: compare_cells.read(file) for file in tmp_path.glob("*.json")} == before
+
+
+def test_a_file_of_an_earlier_form_is_not_taken_for_the_present_one(unpacked):
+    held = {
+        name: compare_cells.read(unpacked / f"banking77-{name}-trained.json")["asked"]["adapter"]
+        for name in ("PARA-r-12", "LoRA-r-9--response", "PARA-r-12--response")
+    }
+    sites = ParaConfig().target_modules
+    assert held["PARA-r-12"] == form_of(ParaConfig(r=12))
+    assert held["LoRA-r-9--response"] == form_of(
+        LoraConfig(r=9, lora_alpha=9, target_modules=sites, scope="response")
+    )
+    assert held["PARA-r-12--response"] != form_of(ParaConfig(r=12, scope="response"))
 
 
 @pytest.mark.long
