@@ -8,14 +8,15 @@ always from the same context; torch runs with one thread and with two, and a rat
 side needs the extra [bench-peft].
 """
 
-import argparse
 import json
 import shlex
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from measure import options
+from torch_side import PAUSE, TorchSide
 
 from para_jax import ParaConfig, load_backbone, load_tokenizer
 from para_jax.bench.decode import Side, Step, bank_of
@@ -28,37 +29,25 @@ from para_jax.inspect import new_record
 
 ROWS, TENANTS = 32, 8
 WORKER = Path(__file__).with_name("decode_worker.py")
-PAUSE = 0.4  # seconds before each step, in which the threads of the side before stop spinning
 
 
-class Torch:
-    """Torch's decode steps, in a separate process."""
+class Torch(TorchSide):
+    """Torch's decode steps."""
 
     def __init__(self, python: str, folder: str, tokens):
-        given = json.dumps({"tokens": tokens.tolist(), "tenants": TENANTS})
-        command = [python, str(WORKER), folder, given]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.versions = self.answer()
+        super().__init__(python, WORKER, folder, json.dumps({"tokens": tokens.tolist(), "tenants": TENANTS}))
         self.chosen = {}
 
     def step(self, threads: int, rows: int, which: str) -> float:
-        time.sleep(PAUSE)
-        print(threads, rows, which, file=self.process.stdin, flush=True)
-        seconds, self.chosen[rows, which] = self.answer()
+        seconds, self.chosen[rows, which] = self.ask(threads, rows, which)
         return seconds * 1e3
-
-    def answer(self):
-        line = self.process.stdout.readline()
-        return json.loads(line) if line else sys.exit("bench_decode_peer: the torch side ended; see above")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, "results/bench_decode_peer.json")
     parser.add_argument("--torch-python", default=sys.executable)
-    parser.add_argument("--backbone", default="smollm2-135m", help="a .gguf file, or smollm2-135m")
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--output", type=Path, default=Path("results/bench_decode_peer.json"))
     args = parser.parse_args()
 
     model = load_backbone(args.backbone, dtype="float32")

@@ -9,11 +9,9 @@ makes one step in turn; torch runs with one thread and with one per core, and wi
 the extra [bench-peft].
 """
 
-import argparse
 import json
 import os
 import shlex
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +19,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from measure import options
+from torch_side import PAUSE, TorchSide
 
 from para_jax import ParaConfig, init_adapter, load_backbone, load_tokenizer
 from para_jax.bench.record import report
@@ -35,7 +35,6 @@ from para_jax.training.step import state_of_one, step_of_one
 
 ROWS, PROMPT, COMPLETION = 8, 48, 16
 WORKER = Path(__file__).with_name("peft_worker.py")
-PAUSE = 0.4  # seconds before each step, in which the threads of the side before stop spinning
 
 
 class Para:
@@ -59,33 +58,23 @@ class Para:
         return seconds
 
 
-class Peft:
-    """PEFT's training steps, in a process of its own."""
+class Peft(TorchSide):
+    """PEFT's training steps."""
 
     def __init__(self, python: str, folder: str, method: str, tokens: np.ndarray):
-        command = [python, str(WORKER), folder, method, json.dumps({"tokens": tokens.tolist(), "prompt": PROMPT})]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.versions = self.answer()
+        super().__init__(python, WORKER, folder, method, json.dumps({"tokens": tokens.tolist(), "prompt": PROMPT}))
         self.losses = []
 
     def step(self, threads: int, logits: str) -> float:
-        time.sleep(PAUSE)
-        print(threads, logits, file=self.process.stdin, flush=True)
-        seconds, loss = self.answer()
+        seconds, loss = self.ask(threads, logits)
         self.losses.append(loss)
         return seconds
 
-    def answer(self):
-        line = self.process.stdout.readline()
-        return json.loads(line) if line else sys.exit("bench_peft: the torch side ended; its message stands above")
-
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, "results/bench_peft.json")
     parser.add_argument("--torch-python", default=sys.executable)
-    parser.add_argument("--backbone", default="smollm2-135m", help="a .gguf file, or smollm2-135m")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--output", type=Path, default=Path("results/bench_peft.json"))
     args = parser.parse_args()
 
     model = load_backbone(args.backbone, dtype="float32", layout="stacked")

@@ -26,26 +26,20 @@ METHODS: dict[str, Callable] = {
     "(IA)^3": lambda scope: Ia3Config(scope=scope),
     "LoRA r=9 on q, v, up": lambda scope: LoraConfig(r=9, target_modules=("q_proj", "v_proj", "up_proj"), scope=scope),
 }
+LENGTHS = (48, 16), (240, 16)  # tokens of the prompt and of the completion of each row
 SCOPES = ("all", "response", "response with cached prompts")
 
 
-def bench_scopes(
-    backbone: str,
-    *,
-    rows: tuple[int, ...] = (8,),
-    lengths: tuple[tuple[int, int], ...] = ((48, 16), (240, 16)),
-    rounds: int = 5,
-) -> dict:
+def bench_scopes(backbone: str, *, rows: tuple[int, ...] = (8,), rounds: int = 5) -> dict:
     """Milliseconds of the whole training step, by method, scope and length. scope_window is 1.
 
     Args:
         rows: of a step; one number.
-        lengths: (prompt tokens, completion tokens) of each row.
     """
     count = single(rows)
     model = load_backbone(backbone, layout="stacked")
     sides, pairs = {}, []
-    for prompt, completion in lengths:
+    for prompt, completion in LENGTHS:
         batch = random_batch(model.config.vocab_size, count, 1, prompt, completion)
         for method, make in METHODS.items():
             names = [f"{method}, {scope}, {prompt} + {completion}" for scope in SCOPES]

@@ -8,7 +8,6 @@ with a space, empty contexts (mutual information), few-shot examples, and answer
 answered in one pass here. The torch side (lm_eval_worker.py) needs the extra [bench-lm-eval].
 """
 
-import argparse
 import json
 import os
 import shlex
@@ -20,6 +19,8 @@ from pathlib import Path
 import numpy as np
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+from measure import options
 
 from para_jax import (
     AdapterBank,
@@ -72,11 +73,9 @@ metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, "results/check_lm_eval.json")
     parser.add_argument("--torch-python", default=sys.executable)
-    parser.add_argument("--backbone", default="smollm2-135m", help="a .gguf file, smollm2-135m, or a folder")
     parser.add_argument("--documents", type=int, default=40)
-    parser.add_argument("--output", type=Path, default=Path("results/check_lm_eval.json"))
     args = parser.parse_args()
     log_to_stderr()
 

@@ -8,7 +8,6 @@ adapters read their prompts, so for them `para-completions` also says where each
 weights that move the scores. The tasks are those of check_lm_eval.py, from local files. Needs the extra [check-serve].
 """
 
-import argparse
 import shlex
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from bench_http import serving
 from check_lm_eval import LIMIT, MOVED, compare, farthest, put_backbone, strong_lora, taken, write_tasks
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
+from measure import options
 
 from para_jax import (
     AdapterBank,
@@ -40,10 +40,8 @@ MODELS = {"base": "local-completions", "lora": "local-completions"} | dict.fromk
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", default="smollm2-135m", help="a .gguf file, smollm2-135m, or a folder")
+    parser = options(__doc__, "results/check_lm_eval_http.json")
     parser.add_argument("--documents", type=int, default=40)
-    parser.add_argument("--output", type=Path, default=Path("results/check_lm_eval_http.json"))
     args = parser.parse_args()
     log_to_stderr()
     with tempfile.TemporaryDirectory() as temporary:

@@ -10,7 +10,6 @@ does not know. Much stronger adapters, which move them by 45, amplify float32 ro
 The torch side (check_peft_worker.py) needs the extra [bench-peft].
 """
 
-import argparse
 import json
 import shlex
 import subprocess
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+from measure import options
 
 from para_jax import (
     Ia3Config,
@@ -60,10 +60,8 @@ UNKNOWN = [kind(scope=scope) for kind in (LoraConfig, Ia3Config) for scope in ("
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, "results/check_peft.json")
     parser.add_argument("--torch-python", default=sys.executable)
-    parser.add_argument("--backbone", default="smollm2-135m", help="a .gguf file, or smollm2-135m")
-    parser.add_argument("--output", type=Path, default=Path("results/check_peft.json"))
     args = parser.parse_args()
 
     tokenizer = load_tokenizer(args.backbone)

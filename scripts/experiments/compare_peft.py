@@ -11,7 +11,6 @@ torch side (compare_peft_worker.py) needs the extra [bench-peft].
 With --control the other side is this one again, with the rows of each batch in reverse order: only rounding differs.
 """
 
-import argparse
 import json
 import shlex
 import subprocess
@@ -25,6 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from measure import options
 
 from para_jax import (
     Ia3Config,
@@ -67,16 +67,14 @@ class Data(NamedTuple):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, "results/compare_peft.json")
     parser.add_argument("--torch-python", default=sys.executable)
-    parser.add_argument("--backbone", default="smollm2-135m", help="a .gguf file, or smollm2-135m")
     parser.add_argument("--data", default="data/sst2", help="a folder with train.jsonl and test.jsonl")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument(
         "--seed", type=int, default=0, help="of the adapter's initial weights and the order of the rows"
     )
     parser.add_argument("--control", action="store_true", help="no torch: compare with the rows in reverse order")
-    parser.add_argument("--output", type=Path, default=Path("results/compare_peft.json"))
     args = parser.parse_args()
 
     about = {"data": args.data, "backbone": args.backbone}

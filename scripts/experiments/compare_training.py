@@ -181,7 +181,8 @@ def parameters_of(adapter, model_config) -> int:
 
 def form_of(adapter) -> str:
     """The config as text, without the fields that the first results' configs lacked where they have their default.
-    PARA's earlier form of scope `response` has a window in its text. The present one has none: their scores never mix."""
+    PARA's earlier form of scope `response` has a window in its text. The present one has none, so their scores never
+    mix."""
     one_form = adapter.scope == "all" or (adapter.scope == "response" and isinstance(adapter, ParaConfig))
 
     def is_shown(field) -> bool:

@@ -19,9 +19,7 @@ from para_jax.record_file import check_record_file
 
 def main(measure: Callable[..., dict]) -> None:
     """Measures, prints the record as a table, and writes it to --output."""
-    parser = argparse.ArgumentParser(description=measure.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", default="smollm2-135m")
-    parser.add_argument("--output", type=Path, help="write the measurement to this JSON file")
+    parser = options(measure.__doc__)
     for name, parameter in list(inspect.signature(measure).parameters.items())[1:]:
         default = parameter.default
         if default is parameter.empty:
@@ -29,12 +27,24 @@ def main(measure: Callable[..., dict]) -> None:
         else:
             kind = numbers if isinstance(default, tuple) else type(default)
             parser.add_argument(f"--{name}", type=kind, default=default)
-    options = vars(parser.parse_args())
-    backbone, output = options.pop("backbone"), options.pop("output")
+    given = vars(parser.parse_args())
+    backbone, output = given.pop("backbone"), given.pop("output")
     if output:
         check_record_file("--output", output)
     devices.start(RuntimeSection(compilation_cache=False, allow_cpu=True))
-    report(new_record(shlex.join(["python", *sys.argv]), measure(backbone, **options)), output)
+    report(new_record(shlex.join(["python", *sys.argv]), measure(backbone, **given)), output)
+
+
+def options(description: str | None, output: str | None = None) -> argparse.ArgumentParser:
+    """The options that all measurements have.
+
+    Args:
+        output: the file to write if no other is given.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", default="smollm2-135m", help="such as smollm2-135m, or a .gguf file")
+    parser.add_argument("--output", type=Path, default=output, help="write the measurement to this JSON file")
+    return parser
 
 
 def numbers(text: str) -> tuple[int, ...]:
