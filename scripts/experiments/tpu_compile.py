@@ -25,7 +25,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
-from program_excess import excess
 
 from para_jax import (
     ParaConfig,
@@ -217,6 +216,20 @@ def state_shardings(state, mesh, config):
 
     cache = jax.tree.map(over(None, "kv_heads", None, None), state.cache)
     return type(state)(cache, tuple(map(of_adjustment, state.adjustments)), over(None)(state.length))
+
+
+def excess(program: Program, base: Program, *, bytes_share: float) -> list[str]:
+    """One line for each count in which `program` exceeds `base`: fusions, matrix products, collectives, and bytes
+    accessed beyond a share of the base's (0.005: half a percent). Empty if the program costs no more."""
+    counts = {
+        "fusions": (sum(program.fusions.values()), sum(base.fusions.values())),
+        "matrix products": (program.products, base.products),
+        "collectives": (sum(program.collectives.values()), sum(base.collectives.values())),
+    }
+    lines = [f"{more} {name}, base {fewer}" for name, (more, fewer) in counts.items() if more > fewer]
+    if program.bytes_accessed > base.bytes_accessed * (1 + bytes_share):
+        lines.append(f"{program.bytes_accessed:.12g} bytes accessed, base {base.bytes_accessed:.12g}")
+    return lines
 
 
 if __name__ == "__main__":

@@ -40,8 +40,7 @@ from para_jax.sharding import place
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "experiments"))
 
-from program_excess import excess  # noqa: E402
-from tpu_compile import abstract_backbone, compile_decode  # noqa: E402
+from tpu_compile import abstract_backbone, compile_decode, excess  # noqa: E402
 
 ROWS, LLAMA = 4, str(FIXTURES / "llama")
 SIZES = {"width": 256, "hidden_width": 768, "num_heads": 8, "num_kv_heads": 8, "head_dim": 32, "vocab_size": 512}

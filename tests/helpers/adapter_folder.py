@@ -4,6 +4,7 @@ import json
 
 import jax
 import numpy as np
+import pytest
 from safetensors.numpy import load_file, save_file
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -24,6 +25,15 @@ def change_tensors(folder, change):
     tensors = load_file(folder / WEIGHTS)
     change(tensors)
     save_file(tensors, folder / WEIGHTS)
+
+
+def assert_refused(load, folder, message, *, below, file=""):
+    """`load` raises one printable ValueError with this message, of fewer characters than `below`, that begins with the
+    folder or the file in it."""
+    with pytest.raises(ValueError, match=message) as error:
+        load(folder)
+    text = str(error.value)
+    assert text.startswith(str(folder / file)) and text.isprintable() and len(text) < below
 
 
 def assert_same(found, adapter):
