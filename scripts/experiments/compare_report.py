@@ -108,7 +108,8 @@ and with the LoRA of its size: the difference of scores, its 95 % interval, and 
 - Bytes are a tenant's, in float32 and in bfloat16. Vectors stay float32: counted for (IA)^3, not for a PARA with a bias
   or a constant pooler, whose second figure is up to 6 % too small.
 - Prefill and decode are relative to the base model, 8 rows of 8 tenants.
-- Forgetting is the loss on plain text, with the adapter less without it."""
+- Forgetting is the loss on plain text, with the adapter less without it.
+- PARA's rows with `response` are of an earlier form of this scope, up to commit 7f384f63 (scripts/experiments/README.md)."""
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
