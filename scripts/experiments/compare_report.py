@@ -109,7 +109,7 @@ and with the LoRA of its size: the difference of scores, its 95 % interval, and 
   or a constant pooler, whose second figure is up to 6 % too small.
 - Prefill and decode are relative to the base model, 8 rows of 8 tenants.
 - Forgetting is the loss on plain text, with the adapter less without it.
-- PARA's rows with `response` are of an earlier form of this scope, up to commit 7f384f63 (scripts/experiments/README.md)."""
+- PARA's rows with `response` are of an earlier form of this scope (scripts/experiments/README.md)."""
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
