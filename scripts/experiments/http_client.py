@@ -1,5 +1,5 @@
 """A client that streams many answers at once over HTTP, with nothing but asyncio, so that it takes little of the
-machine that it measures. It runs in a process of its own and must not import JAX.
+machine that it measures. It runs in a process of its own.
 """
 
 from __future__ import annotations
