@@ -8,7 +8,7 @@ import types
 import typing
 from typing import Annotated, Any, Literal, NewType
 
-from .check import require, require_one_of
+from .check import require, require_one_of, shorten
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,8 +112,9 @@ def check_value(name: str, value: Any, kind: Any) -> None:
         require(whole, name, value, "a whole number")
     elif typing.get_origin(kind) is tuple:
         require(isinstance(value, tuple), name, value, "a list")
-        for item in value or ():
-            check_value(name, item, arguments[0])
+        items = f"each item of {name} {shorten(list(value))}"
+        for item in value:
+            check_value(items, item, arguments[0])
     elif dataclasses.is_dataclass(kind) and isinstance(kind, type):
         require(isinstance(value, kind), name, value, f"a {kind.__name__}")
 

@@ -132,7 +132,7 @@ def test_a_layer_that_the_backbone_does_not_have_is_refused():
         ([0, 3], r"adapter_config.json: layers_to_transform \(0, 3\) .*0 to 2"),
         ([2, 0], r"layers_to_transform.*\(2, 0\)"),
         ([], r"layers_to_transform.*\(\)"),
-        ([[0]], r"layers_to_transform.*\[0\]"),
+        ([[0]], r"layers_to_transform.*\[\[0\]\]"),
         ([0, 1], "missing.*layers.1.para_"),
         (None, "missing.*layers.1.para_"),
     ],
