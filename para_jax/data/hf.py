@@ -8,7 +8,6 @@ is ever run.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -103,8 +102,4 @@ def read_split(builder: Any, name: str, config: str | None, split: str) -> Split
             f"{', '.join(builder.info.splits)}, or a part of one, such as train[:90%]"
         ) from None
     label, files = f"{SCHEME}{name}:{config or ''}:{split}", [Path(file["filename"]) for file in dataset.cache_files]
-    return Split(label, split, f"{label}[", partial(enumerated, dataset), files)
-
-
-def enumerated(dataset: Any) -> Iterator[tuple[int, dict]]:
-    return enumerate(dataset_rows(dataset))
+    return Split(label, split, f"{label}[", lambda: enumerate(dataset_rows(dataset)), files)

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..config import printable, shorten
+from ..config import printable, shorten, without_repeats
 from ..storage.bucket import BucketPath, Place
 from .split import DataSet, Split
 
@@ -68,7 +68,7 @@ def line_rows(path: Place) -> Iterator[tuple[int, dict]]:
 
 def json_object(place: str, line: bytes) -> dict:
     try:
-        row = json.loads(str(line, "utf-8-sig"))
+        row = json.loads(str(line, "utf-8-sig"), object_pairs_hook=without_repeats)
     except ValueError as error:
         advice = "write a JSON object per line, in UTF-8; a table with a header line must be named .csv or .tsv"
         raise ValueError(f"{place}: not JSON: {json_problem(error)}\n{advice}") from None
@@ -88,7 +88,7 @@ def array_rows(path: Place) -> Iterator[tuple[int, dict]]:
     """The objects of a JSON array, which is read at once."""
     with path.open("rb") as file:
         try:
-            rows = json.loads(str(file.read(), "utf-8-sig"))
+            rows = json.loads(str(file.read(), "utf-8-sig"), object_pairs_hook=without_repeats)
         except ValueError as error:
             raise ValueError(f"{path}: not a JSON array: {error}") from None
     for index, row in enumerate(rows):
@@ -122,6 +122,7 @@ def csv_rows(path: Place) -> Iterator[dict]:
     parse, read = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True), csv.ReadOptions(block_size=CSV_BLOCK)
     with path.open("rb") as stream:
         names = csv.open_csv(stream, read, parse).schema.names
+    require_distinct(names)
     texts = csv.ConvertOptions(column_types=dict.fromkeys(names, pyarrow.string()))
     with path.open("rb") as stream:
         for batch in csv.open_csv(stream, read, parse, texts):
@@ -161,10 +162,17 @@ def dataset_rows(dataset: Any) -> Iterator[dict]:
 def batch_rows(batch: Any) -> list[dict]:
     """The rows of a record batch or table, as they were before Arrow gave every object all fields of its column."""
     kinds = {field.name: field.type for field in batch.schema if "arrow.json" in str(field.type)}
+    require_distinct(batch.schema.names)
     rows = batch.to_pylist()
     for row in rows if kinds else ():
         row |= {name: decoded(row[name], kind) for name, kind in kinds.items()}
     return without_nulls(rows)
+
+
+def require_distinct(names: list[str]) -> None:
+    """Raises ValueError for two columns of one name. Those without a name are not read."""
+    if repeated := next((name for name in names if name and names.count(name) > 1), None):
+        raise ValueError(f"the column {shorten(repeated)} is there twice; rename one of them")
 
 
 def decoded(value: Any, kind: Any) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 
 from ..config import DataSection, expanded, is_tfds, nearest
@@ -28,17 +26,13 @@ def open_split(section: DataSection, split: str) -> Split | None:
     train, share = whole_split(section, "train"), section.validation_split
     if train is None or share is None:
         return None
-    part = train._replace(read=partial(read_part, train, share, split == "validation"))
+    part = train._replace(read=lambda: part_of(train.read(), share, held_out=split == "validation"))
     return None if split == "validation" and not any(True for _ in part.read()) else part
 
 
 def is_held_out(section: DataSection) -> bool:
     """Whether a part of the training data is the validation data (data.validation_split)."""
     return section.validation_split is not None and whole_split(section, "validation") is None
-
-
-def read_part(whole: Split, share: float, held_out: bool) -> Iterator[tuple[int, Mapping]]:
-    return part_of(whole.read(), share, held_out=held_out)
 
 
 def whole_split(section: DataSection, split: str) -> Split | None:

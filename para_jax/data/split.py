@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
+from itertools import islice
 from typing import Any, NamedTuple
 
 from ..messages import warn
@@ -32,9 +33,9 @@ class Split(NamedTuple):
             yield place_of(self.prefix, number), {name: x for name, x in columns.items() if not is_missing(x)}
 
     def hides_labels(self) -> bool:
-        """Whether the first row's label is -1, as in the test data of GLUE."""
-        _, first = next(self.rows(), ("", {}))
-        return first.get("label") == -1
+        """Whether the labels of the first rows are all -1, as in the test data of GLUE."""
+        rows = list(islice(self.rows(), 100))
+        return bool(rows) and all(row.get("label") == -1 for _, row in rows)
 
 
 class DataSet(NamedTuple):

@@ -345,3 +345,12 @@ def test_a_template_with_a_backslash_and_an_n_is_named_once(tmp_path, capsys):
     assert capsys.readouterr().err.count("a backslash and an n") == 1
     read_records(file, prompt="{q}\nAnswer here:", completion="{a}")
     assert "backslash" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+def test_a_field_that_is_there_twice_is_an_error(tmp_path, ending):
+    """Readers differ in which of the two they take."""
+    text = '{"prompt": "a", "completion": "yes", "completion": "no"}'
+    (tmp_path / f"x.{ending}").write_text(f"[{text}]" if ending == "json" else text + "\n")
+    with pytest.raises(ValueError, match="'completion' is there twice"):
+        read_records(tmp_path / f"x.{ending}")

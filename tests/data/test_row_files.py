@@ -5,6 +5,8 @@ import json
 from dataclasses import replace
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 import tiny_tokenizers
 from tiny_run import write_rows
@@ -121,6 +123,7 @@ def test_columns_of_csv_work_as_in_json_lines(tmp_path):
     ("text", "said"),
     [
         ("prompt,completion\na,b\nc\n", "Expected 2 columns, got 1"),
+        ("prompt,completion,prompt\na,b,c\n", "the column 'prompt' is there twice"),
         ("", "Empty CSV file"),
         ("prompt,answer\na,b\n", r"\[0\]: no field 'completion'.*prompt, answer"),
         ("prompt,completion\na,\n", r"\[0\]: completion is empty"),
@@ -231,6 +234,14 @@ def test_the_token_cache_holds_parquet_and_saved_folders(tmp_path, monkeypatch):
     assert len(list(token_cache.folder().iterdir())) == 2
 
 
+def test_a_column_that_is_there_twice_is_an_error(tmp_path):
+    twice = pyarrow.table([["a"], ["b"]], names=["prompt", "prompt"])
+    pyarrow.parquet.write_table(twice, tmp_path / "x.parquet")
+    for section in (DataSection(train=str(tmp_path / "x.parquet")), with_data(DataSection(), twice)):
+        with pytest.raises(ValueError, match="the column 'prompt' is there twice"):
+            load_records(section, "train")
+
+
 def test_what_is_damaged_is_named(tmp_path):
     file, _ = saved(tmp_path, "file")
     file.write_bytes(file.read_bytes()[:-20])
@@ -301,6 +312,13 @@ def test_a_split_with_hidden_labels_is_no_test_data(splits, capsys):
     assert [prompts(section, split) for split in ("train", "validation", "test")] == [["train"], ["validation"], None]
     with pytest.raises(ValueError, match=r'data\["test"\] must be .*; got IterableDataset'):
         with_data(DataSection(), {"train": made["train"], "test": made["test"].to_iterable_dataset()})
+
+
+def test_a_label_of_minus_one_next_to_others_hides_nothing(tmp_path):
+    rows = datasets.Dataset.from_list([{"prompt": "a", "completion": "b", "label": label} for label in (-1, 1)])
+    datasets.DatasetDict(train=rows, validation=rows).save_to_disk(tmp_path / "x")
+    for section in (DataSection(train=f"{tmp_path}/x"), with_data(DataSection(), {"train": rows, "validation": rows})):
+        assert prompts(section, "validation") == ["a", "a"]
 
 
 def test_validation_data_with_hidden_labels_is_left_out_with_one_warning(splits, tmp_path, capsys):
