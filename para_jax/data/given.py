@@ -13,8 +13,8 @@ from typing import Any
 from ..config import DataSection, one_of, shorten
 from ..messages import warn
 from ..untrusted import safe_names
-from .row_files import batch_rows, dataset_rows
-from .split import Split
+from .row_files import batch_rows, dataset_rows, require_distinct, without_nulls
+from .split import Split, plain
 
 #: data.train of a run whose data came from Python. A tenant's is <python>/NAME.
 PYTHON = "<python>"
@@ -107,14 +107,22 @@ def rows_of(label: str, data: Any) -> Callable[[], Iterable[Any]]:
     if hasattr(data, "to_pylist") and hasattr(data, "schema"):
         return partial(batch_rows, data)
     if hasattr(data, "to_dicts"):
-        return data.to_dicts
+        return lambda: without_nulls(data.to_dicts())
     if hasattr(data, "to_dict") and hasattr(data, "columns"):
-        return partial(data.to_dict, "records")
+        require_distinct(list(data.columns))
+        return partial(pandas_rows, data)
     if isinstance(data, list | tuple):
         return partial(iter, data)
     kinds = ("a list of dicts", "a DataFrame", "a datasets.Dataset", "a dict of these by split")
     name = "an iterator, which can be read once" if hasattr(data, "__next__") else type(data).__name__
     raise ValueError(f"{label} must be {one_of(kinds)}; got {name}")
+
+
+def pandas_rows(frame: Any) -> Iterator[dict]:
+    """The rows of a pandas DataFrame, without the nulls that Arrow fills in. Cells that are arrays came from Arrow."""
+    arrow = {name for name, kind in frame.dtypes.items() if "[pyarrow]" in str(kind)}
+    for row in frame.to_dict("records"):
+        yield {k: without_nulls(plain(x)) if k in arrow or hasattr(x, "tolist") else x for k, x in row.items()}
 
 
 def is_dataset(data: Any) -> bool:

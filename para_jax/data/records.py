@@ -150,6 +150,8 @@ def record_of(row: dict, form: Form, place: str) -> list[Record]:
                 "completion must be text, or one assistant message after a prompt of messages; a conversation with "
                 "more turns to learn is written as `messages`"
             )
+        if completion[0].get("weight") == 0:
+            raise ValueError("completion has weight 0, so there is nothing to learn; leave the row out")
         completion = answer_text(completion[0])
     if isinstance(prompt, list):
         require_plain_chat(row)

@@ -48,8 +48,8 @@ class DataSet(NamedTuple):
     """opens a split, or raises ValueError"""
 
     def of_field(self, split: str) -> Split:
-        """The split that is named, else the one of the config's field. For `test`, the validation split stands in where
-        there is no test split or its labels are hidden, as in GLUE."""
+        """The split that is named, else the one of the config's field. If there is no test split, or its labels are
+        hidden as in GLUE, `test` gives the validation split."""
         if self.named is not None:
             return self.open(self.named)
         options = (split, "validation") if split == "test" else (split,)
@@ -57,8 +57,8 @@ class DataSet(NamedTuple):
         return next((found for found in there if not found.hides_labels()), None) or self.open(split)
 
     def sibling(self, split: str) -> Split | None:
-        """The validation or test split next to the training data; None if the config names the training split, or there
-        is none with labels."""
+        """The validation or test split next to the training data. None if the config names the training split, and if
+        the split is missing or its labels are hidden."""
         if self.named is not None or split not in self.splits:
             return None
         found = self.open(split)

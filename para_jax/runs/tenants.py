@@ -367,7 +367,7 @@ def sweep_configs(config: RunConfig) -> dict[str, RunConfig]:
 
 
 def require_validation(config: RunConfig, validation: Sequence[EvalTask | None]) -> None:
-    """Raises ValueError for eval.patience where no tenant has validation data, whose scores alone end a run early."""
+    """Raises ValueError for eval.patience without validation data: no score could ever end the run early."""
     if config.eval.patience is None or any(validation):
         return
     missing = "validation data (data.validation, data.validation_split, or validation.jsonl in the folder of the data)"

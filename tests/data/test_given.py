@@ -153,6 +153,23 @@ def test_a_saved_config_says_that_its_data_came_from_python(tmp_path):
         load_config(None, ["data.given=x"])
 
 
+def test_a_column_of_a_data_frame_that_is_there_twice_is_an_error():
+    with pytest.raises(ValueError, match="the column 'prompt' is there twice"):
+        with_data(DataSection(), pd.DataFrame([["a", "b", "c"]], columns=["prompt", "completion", "prompt"]))
+
+
+def test_a_data_frame_gives_the_structs_of_its_parquet_file(tmp_path):
+    calls = [{"function": {"name": "f", "arguments": one}} for one in ({"city": "Rome"}, {"zip": "1"})]
+    rows = [{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+            for call in calls]  # fmt: skip
+    pa.parquet.write_table(pa.Table.from_pylist([row | {"completion": "b"} for row in rows]), tmp_path / "t.parquet")
+    for frame in (
+        pd.read_parquet(tmp_path / "t.parquet"), pd.read_parquet(tmp_path / "t.parquet", dtype_backend="pyarrow")
+    ):  # fmt: skip
+        found = load_records(with_data(DataSection(), frame), "train")
+        assert [record.prompt for record in found] == [row["prompt"] for row in rows]
+
+
 def test_each_tenant_has_its_own_data():
     section = with_tenants(DataSection(), {"globex": {"train": ROWS, "test": ROWS[:1]}, "acme": pd.DataFrame(ROWS[:2])})
     found = tenant_sections(section.tenants, section)

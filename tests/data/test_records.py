@@ -207,6 +207,7 @@ def test_a_task_reads_its_published_rows(tmp_path):
         ({"prompt": ["a"], "completion": "b"}, "not a message"),
         ({"prompt": [USER], "completion": [USER]}, "one assistant message"),
         ({"prompt": [USER], "completion": [BOT, BOT]}, "one assistant message"),
+        ({"prompt": [USER], "completion": [BOT | {"weight": 0}]}, "completion has weight 0"),
         ({"prompt": "a", "completion": [BOT]}, "one assistant message after a prompt of messages"),
         ({"prompt": "a", "completion": "b", "references": "b"}, "references .*list of texts"),
         ({"prompt": "a", "completion": "b", "references": [""]}, r"references .*\[''\]"),
