@@ -67,18 +67,12 @@ def prompt_and_completion_sizes(examples: Sequence[Example]) -> np.ndarray:
 
 
 def examples_digest(examples: Sequence[Example]) -> str:
-    """The sha256 of the examples' ids."""
+    """The sha256 of each example as int64: the two sizes, then the ids. Checkpoints store it."""
     found = hashlib.sha256()
-    add_to_digest(found, examples)
-    return found.hexdigest()
-
-
-def add_to_digest(found, examples: Sequence[Example]) -> None:
-    """Updates a hash with each example as int64: the two sizes, then the ids. Checkpoints store these digests."""
     if not isinstance(examples, ExampleArrays):
         for prompt, completion in examples:
             found.update(array("q", [len(prompt), len(completion), *prompt, *completion]).tobytes())
-        return
+        return found.hexdigest()
     for first in range(0, len(examples), HASHED_AT_ONCE):
         last = min(first + HASHED_AT_ONCE, len(examples))
         begin, end = examples.starts[first], examples.starts[last]
@@ -90,3 +84,4 @@ def add_to_digest(found, examples: Sequence[Example]) -> None:
             is_id[sizes_at + column] = False
         values[is_id] = examples.ids[begin:end]
         found.update(values.tobytes())
+    return found.hexdigest()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import atomic
 from ..config import RunConfig, config_dict, expanded, load_config, save_config, shorten
-from ..data.example_arrays import add_to_digest
+from ..data.example_arrays import examples_digest
 from ..data.tenant_file import AT_ONCE, OWN_FIELDS
 from ..record_file import lock_output
 from ..storage.bucket import BucketPath, Place
@@ -297,7 +297,8 @@ def fields_of_run(config: RunConfig) -> dict[str, Any]:
 
 
 def run_digests(config: RunConfig, backbone: str | None, tenants: Sequence[Tenant]) -> dict[str, str]:
-    """What a checkpoint says about the run that it belongs to; see runs.standing.Standing.
+    """What a checkpoint says about the run that it belongs to; see runs.standing.Standing. A part of the data is its
+    number of examples and their digest.
 
     Args:
         backbone: the model's fingerprint.
@@ -307,18 +308,11 @@ def run_digests(config: RunConfig, backbone: str | None, tenants: Sequence[Tenan
     parts["backbone"] = backbone or ""
     for tenant in tenants:
         examples = tenant.data.examples
-        tokens = hashlib.sha256()
-        add_to_digest(tokens, examples)
-        parts[tenant.part("training")] = part_digest(tokens, len(examples))
+        parts[tenant.part("training")] = f"{len(examples)} {examples_digest(examples)}"
         for name, task in (("validation", tenant.validation), ("test", tenant.test)):
             rows = None if task is None else [record._replace(place="") for record in task.records]
             text = json.dumps(rows, default=str).encode()
             # How answers are scored may follow from the training data: the choices are its completions by default.
             scoring = "" if task is None else json.dumps([task.metric, task.choices, task.max_new_tokens])
-            parts[tenant.part(name)] = part_digest(hashlib.sha256(text + scoring.encode()), len(rows or ()))
+            parts[tenant.part(name)] = f"{len(rows or ())} {hashlib.sha256(text + scoring.encode()).hexdigest()}"
     return parts
-
-
-def part_digest(content, count: int) -> str:
-    """What a checkpoint says about one part of the data: its number of examples, and their digest."""
-    return f"{count} {content.hexdigest()}"
