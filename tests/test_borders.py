@@ -204,7 +204,8 @@ def test_a_tokenizer_is_refused_or_encodes_and_runs_no_code(tmp_path_factory, da
     folder = tmp_path_factory.mktemp("tokenizer")
     plain().save_pretrained(folder)
     (folder / "config.json").write_text('{"model_type": "llama"}')
-    file = folder / data.draw(st.sampled_from(("tokenizer_config.json", "config.json", "chat_template.jinja")))
+    files = "tokenizer.json", "tokenizer_config.json", "config.json", "chat_template.jinja"
+    file = folder / data.draw(st.sampled_from(files))
     if file.suffix == ".json":
         file.write_text(json.dumps(data.draw(changed(json.loads(file.read_text()) | {"auto_map": {"x": "evil.X"}}))))
         (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
