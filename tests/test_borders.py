@@ -12,7 +12,7 @@ from golden_models import FAMILIES, FIXTURES, backbone, strong
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from running_server import new_engine, running
-from tiny_gguf import write_gguf
+from tiny_gguf import byte_level_gguf, write_gguf
 from tiny_tokenizers import plain
 
 from para_jax import Ia3Config, LoraConfig, ParaConfig, init_adapter, load_adapter, load_backbone, save_adapter
@@ -177,16 +177,17 @@ def test_damaged_weights_are_refused_or_load(tmp_path_factory, data):
 
 
 @cache
-def gguf_bytes(folder):
-    return write_gguf(folder / "x.gguf").read_bytes()
+def gguf_bytes(folder, write):
+    return write(folder / f"{write.__name__}.gguf").read_bytes()
 
 
 @QUICK
 @given(data=st.data())
 def test_a_damaged_gguf_file_is_refused_or_loads(tmp_path_factory, data):
     file = tmp_path_factory.mktemp("gguf") / "changed.gguf"
-    file.write_bytes(data.draw(damaged(gguf_bytes(tmp_path_factory.getbasetemp()))))
-    refused_or(lambda: load_backbone(file))
+    write, load = data.draw(st.sampled_from(((write_gguf, load_backbone), (byte_level_gguf, load_tokenizer))))
+    file.write_bytes(data.draw(damaged(gguf_bytes(tmp_path_factory.getbasetemp(), write))))
+    refused_or(lambda: load(file))
 
 
 #: Templates that fail, or reach out of the sandbox.
