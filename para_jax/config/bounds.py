@@ -105,15 +105,15 @@ def check_value(name: str, value: Any, kind: Any) -> None:
         is_number = isinstance(value, numbers.Integral if integer else numbers.Real) and not isinstance(value, bool)
         expected = f"a whole number, {arguments[1]}" if integer else f"a number, {arguments[1]}"
         require(is_number and arguments[1].accept(value), name, value, expected)
-    elif kind in (bool, str):
-        require(isinstance(value, kind), name, value, "true or false" if kind is bool else "a text")
-    elif kind is int:
-        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-        require(whole, name, value, "a whole number")
+    elif kind in (bool, str, int):
+        fits = isinstance(value, numbers.Integral if kind is int else kind) and (kind is bool) == isinstance(
+            value, bool
+        )
+        require(fits, name, value, {bool: "true or false", str: "a text", int: "a whole number"}[kind])
     elif typing.get_origin(kind) is tuple:
         require(isinstance(value, tuple), name, value, "a list")
-        items = f"each item of {name} {shorten(list(value))}"
-        for item in value:
+        items = f"each item of {name} {shorten(list(value or ()))}"
+        for item in value or ():
             check_value(items, item, arguments[0])
     elif dataclasses.is_dataclass(kind) and isinstance(kind, type):
         require(isinstance(value, kind), name, value, f"a {kind.__name__}")

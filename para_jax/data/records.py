@@ -145,13 +145,14 @@ def record_of(row: dict, form: Form, place: str) -> list[Record]:
     prompt = fill(form.prompt, row) if form.prompt else column(row, "prompt")
     completion = fill(form.completion, row) if form.completion else column(row, "completion")
     if isinstance(completion, list):
-        if isinstance(prompt, str) or len(completion) != 1 or completion[0]["role"] != "assistant":
+        weight = completion[0].get("weight")
+        if isinstance(prompt, str) or len(completion) != 1 or completion[0]["role"] != "assistant" or weight == 0:
             raise ValueError(
-                "completion must be text, or one assistant message after a prompt of messages; a conversation with "
-                "more turns to learn is written as `messages`"
+                "completion has weight 0, so there is nothing to learn; leave the row out"
+                if weight == 0
+                else "completion must be text, or one assistant message after a prompt of messages; a conversation "
+                "with more turns to learn is written as `messages`"
             )
-        if completion[0].get("weight") == 0:
-            raise ValueError("completion has weight 0, so there is nothing to learn; leave the row out")
         completion = answer_text(completion[0])
     if isinstance(prompt, list):
         require_plain_chat(row)

@@ -122,11 +122,10 @@ def csv_rows(path: Place) -> Iterator[dict]:
     parse, read = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True), csv.ReadOptions(block_size=CSV_BLOCK)
     with path.open("rb") as stream:
         names = csv.open_csv(stream, read, parse).schema.names
-    require_distinct(names)
     texts = csv.ConvertOptions(column_types=dict.fromkeys(names, pyarrow.string()))
     with path.open("rb") as stream:
         for batch in csv.open_csv(stream, read, parse, texts):
-            yield from map(with_json, batch.to_pylist())
+            yield from map(with_json, batch_rows(batch))
 
 
 def with_json(cells: dict[str, str]) -> dict:
