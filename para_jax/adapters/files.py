@@ -25,6 +25,7 @@ from ..atomic import files_left, replacing, write_bytes
 from ..config import ModelConfig, expanded, one_of, shorten
 from ..hub import BUILT_IN, BUILT_IN_HUB_ID, resolve_adapter
 from ..storage.bucket import BucketPath, Place
+from ..storage.cache import of_one_version
 from ..tensor_file import StoredTensor, stored_tensors
 from ..text_part import has_image_part, text_tensors, whole_name
 from ..untrusted import one_line, read_json, safe_names
@@ -123,6 +124,12 @@ def copy_for_peft(source: Path, folder: str | Path | BucketPath, *, base_model: 
 
     Raises ValueError for an adapter that PEFT does not know, or that names no base model.
     """
+    files = of_one_version(source / CONFIG, lambda: files_for_peft(source, base_model))
+    write_folder(expanded(folder).resolve(), files)
+
+
+def files_for_peft(source: Path, base_model: str) -> dict[str, bytes]:
+    """The files of copy_for_peft, by name."""
     method, config, _, named = read_config(source)
     require_peft_fits(str(source), method, config)
     base_model = hub_name(one_line(base_model) or named)
@@ -133,12 +140,11 @@ def copy_for_peft(source: Path, folder: str | Path | BucketPath, *, base_model: 
     written = held | peft_base(base_model)
     card = (source / CARD).read_bytes() if (source / CARD).is_file() and not (source / CARD).is_symlink() else b""
     text = str(card, "utf-8", "replace")
-    files = {
+    return {
         CONFIG: (json.dumps(written, indent=2) + "\n").encode(),
         WEIGHTS: own_file(source, WEIGHTS).read_bytes(),
         CARD: model_card(method, config, base_model, given_lines(text), example_of(text)).encode(),
     }
-    write_folder(expanded(folder).resolve(), files)
 
 
 def add_test_score(folder: str | Path | BucketPath, line: str) -> None:
@@ -204,7 +210,8 @@ def load_adapter(source: str | Path | BucketPath, model_config: ModelConfig, *, 
     if model is not None:
         require_model(model)
     try:
-        return read_adapter(resolve_adapter(source), source, model_config, model)
+        folder = resolve_adapter(source)
+        return of_one_version(folder / CONFIG, lambda: read_adapter(folder, source, model_config, model))
     except ValueError as error:
         if "://" in str(source) and str(source) not in str(error):  # it names the local copy
             raise ValueError(f"{source}: {error}") from None
@@ -224,7 +231,7 @@ def read_adapter(folder: Path, source: str | Path | BucketPath, model_config: Mo
         warnings.warn(
             f"{source}: the adapter was trained on other weights of this shape, or on the same in another dtype (the "
             f"fingerprint of its backbone's first q_proj is {shorten(theirs, 16)}, this one's {shorten(ours, 16)})",
-            stacklevel=3,
+            stacklevel=5,
         )
     tensors = read_tensors(folder, expected_shapes(method, config, model_config))
     config, leaves = method.from_tensors(config, model_config, tensors)

@@ -10,17 +10,20 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
-from .bucket import BLOCK, BucketPath
+from .bucket import BLOCK, BucketPath, Place
 
 try:
     import fcntl
 except ImportError:  # Windows: two processes may both fetch the same files
     fcntl = None
+
+T = TypeVar("T")
 
 #: Files that are fetched at the same time.
 CONCURRENCY = 8
@@ -88,23 +91,38 @@ def fetched_adapter(folder: BucketPath, cache: Path, names: list[str], max_bytes
     """A local folder with those of an adapter's files that exist.
 
     Args:
-        names: the first is the config, which is written last and deleted first. If it has changed after the files were
-            read, they are read again, so that the config of one adapter is never combined with the weights of another.
+        names: the first is the config.
     """
+
+    def files() -> dict[str, bytes]:
+        return {name: data for name in names if (data := read(folder / name, max_bytes)) is not None}
+
+    return adapter_copy(cache / "buckets" / short_digest(str(folder)), of_one_version(folder / names[0], files))
+
+
+def of_one_version(config: Place, read: Callable[[], T]) -> T:
+    """What `read` makes of an adapter's files. A save deletes a config that changes first and writes it last. If that
+    happened meanwhile, `read` is called again, so the config of one adapter never meets the weights of another."""
     for _ in range(TRIES):
-        before = generation(folder / names[0])
-        files = {name: data for name in names if (data := read(folder / name, max_bytes)) is not None}
-        if generation(folder / names[0]) == before:
-            return adapter_copy(cache / "buckets" / short_digest(str(folder)), files)
-    raise ValueError(f"{folder} was replaced every time it was read; try again when nothing writes to it")
+        before = generation(config)
+        try:
+            found = read()
+        except (ValueError, OSError):
+            if generation(config) == before:
+                raise
+        else:
+            if generation(config) == before:
+                return found
+    raise ValueError(f"{config.parent} was replaced every time it was read; try again when nothing writes to it")
 
 
-def generation(file: BucketPath) -> int | None:
-    """The generation of an object; None if there is none."""
+def generation(file: Place) -> Hashable:
+    """What tells a file from the ones before it under this name; None if there is none."""
     try:
-        return file.stat().generation
+        about = file.stat()
     except FileNotFoundError:
         return None
+    return about.generation if isinstance(file, BucketPath) else (about.st_ino, about.st_ctime_ns)
 
 
 def read(file: BucketPath, max_bytes: int) -> bytes | None:

@@ -38,6 +38,7 @@ from para_jax import (
     stack_adapters,
     vectors,
 )
+from para_jax.adapters import files
 from para_jax.adapters.files import load_adapter, read_adapter_config, save_adapter
 from para_jax.adapters.preview import previews
 from para_jax.config import allowed_values
@@ -266,6 +267,28 @@ def test_a_kill_at_any_write_leaves_the_old_adapter_or_the_new(folder, monkeypat
     save_adapter(trained(3), folder)
     assert_same(load(folder), trained(3))
     assert sorted(os.listdir(folder)) == ["README.md", CONFIG, WEIGHTS]
+
+
+@pytest.mark.parametrize("times", [1, 99])
+def test_an_adapter_that_is_replaced_while_it_is_read_is_read_again(folder, monkeypatch, times):
+    """The config of one version is never taken with the weights of another."""
+    read, left = files.read_config, [times]
+
+    def replaced_after(folder, *model_type):
+        found = read(folder, *model_type)
+        if left[0]:
+            left[0] -= 1
+            save_adapter(trained(2, activation="relu"), folder)
+        return found
+
+    monkeypatch.setattr(files, "read_config", replaced_after)
+    if times > 10:
+        with pytest.raises(ValueError, match="adapter was replaced every time"):
+            load(folder)
+    else:
+        loaded = load(folder)
+        assert loaded.config.activation == "relu"
+        np.testing.assert_array_equal(loaded.up["q_proj"][...], trained(2).up["q_proj"][...])
 
 
 def test_a_folder_with_other_files_is_not_replaced(folder):

@@ -12,6 +12,7 @@ from golden_models import FIXTURES, backbone, prompts, strong
 from safetensors.numpy import load_file, save_file
 
 from para_jax import Adapter, AdapterBank, Ia3Config, LoraConfig, forward, init_adapter, load_adapter, save_adapter
+from para_jax.adapters import files
 from para_jax.adapters.files import copy_for_peft, read_adapter_config
 from para_jax.config import SITES
 from para_jax.inspect import folder_report, size
@@ -104,13 +105,23 @@ def test_a_copy_has_the_revision_of_the_base_model_that_it_names(tmp_path):
         load(tmp_path / "one")
 
 
-def test_a_copy_keeps_the_weights_and_the_lines_of_the_card(tmp_path):
-    adapter = made(LoraConfig(r=2))
-    save_adapter(adapter, tmp_path / "one", base_model="me/model")
+def test_a_copy_of_an_adapter_that_is_replaced_meanwhile_is_of_one_version(tmp_path, monkeypatch):
+    old, new = made(LoraConfig(r=2)), made(LoraConfig(r=4))
+    save_adapter(old, tmp_path / "one", base_model="me/model")
     (tmp_path / "one" / "README.md").write_bytes(b"\n## Training\nin caf\xe9s\n## How to load it\n")  # not UTF-8
+    real = files.peft_base
+
+    def replaced_between_config_and_weights(*given):
+        monkeypatch.setattr(files, "peft_base", real)
+        save_adapter(new, tmp_path / "one", base_model="me/model")
+        return real(*given)
+
+    copy_for_peft(tmp_path / "one", tmp_path / "first")
+    monkeypatch.setattr(files, "peft_base", replaced_between_config_and_weights)
     copy_for_peft(tmp_path / "one", tmp_path / "copy")
-    assert_same(load(tmp_path / "copy"), adapter)
-    assert "in caf\ufffds" in (tmp_path / "copy" / "README.md").read_text()
+    assert_same(load(tmp_path / "first"), old)
+    assert_same(load(tmp_path / "copy"), new)
+    assert "in caf\ufffds" in (tmp_path / "first" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("path", ["/home/me@company/models/m", "models@v2/m", "gs://bucket/m@v2", "../m@v2"])
