@@ -1,4 +1,4 @@
-"""What is known of an adapter before its weights are loaded: its config, and a hash of a small part of its files.
+"""What is known of an adapter before its weights are loaded: its config, and a hash of its files.
 
 With it, thousands of adapters are divided among workers, and a bank is made for all of them, while each worker loads
 its own only.
@@ -7,6 +7,7 @@ its own only.
 from __future__ import annotations
 
 import hashlib
+from base64 import b64encode
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ import jax
 from ..config import ModelConfig, expanded
 from ..hub import resolve_adapter
 from ..storage.bucket import BucketPath, Place
+from ..storage.cache import read
 from ..untrusted import MAX_JSON_BYTES, json_mapping
 from .adapter import Adapter, abstract
 from .files import CONFIG, WEIGHTS, load_adapter, own_file, refuse_pickles, require_rank
@@ -23,8 +25,6 @@ from .formats.own import read_own_config, require_same_backbone
 from .methods import form_named
 from .padding import held_bytes
 
-#: Bytes at each end of the weights that the hash covers.
-END = 2**15
 #: Adapters that are looked at together.
 CONCURRENCY = 16
 
@@ -37,7 +37,7 @@ class Preview(NamedTuple):
     nbytes: int
     """of host memory that it takes in a float32 bank, at most"""
     digest: str
-    """sha256 of adapter_config.json, and of the size and both ends of the weights: the same for equal files"""
+    """sha256 of adapter_config.json and of the weights' md5: the same for equal files, on a disk and in a bucket"""
 
 
 def previews(sources: Iterable[str], model_config: ModelConfig) -> list[Preview]:
@@ -48,7 +48,7 @@ def previews(sources: Iterable[str], model_config: ModelConfig) -> list[Preview]
     """
     sources = list(sources)
     with ThreadPoolExecutor(CONCURRENCY) as pool:
-        files = list(pool.map(read_ends, sources))
+        files = list(pool.map(identify, sources))
     known: dict[Any, tuple[Any, int]] = {}  # most adapters share their config
     found = []
     for source, (place, config, digest) in zip(sources, files, strict=True):
@@ -63,41 +63,36 @@ def load_previewed(found: Preview, model_config: ModelConfig, *, model=None) -> 
     """The adapter that was looked at. Raises ValueError as load_adapter does, and if another one has replaced it: what
     is known of the first one would be wrong."""
     adapter = load_adapter(found.place, model_config, model=model)
-    if read_ends(str(found.place))[2] != found.digest:
+    if identify(str(found.place))[2] != found.digest:
         raise ValueError(f"{found.place}: another adapter has replaced it since this command began; run it again")
     return adapter
 
 
-def read_ends(source: str) -> tuple[Place, bytes, str]:
+def identify(source: str) -> tuple[Place, bytes, str]:
     """An adapter's folder, its adapter_config.json, and the hash of its files."""
-    place = expanded(source)
-    if isinstance(place, BucketPath):
-        folder, files = place, (place / CONFIG, place / WEIGHTS)
-    else:
+    folder = expanded(source)
+    if not isinstance(folder, BucketPath):
         folder = resolve_adapter(source)
         refuse_pickles(folder)
-        files = own_file(folder, CONFIG), own_file(folder, WEIGHTS)
+        for name in (CONFIG, WEIGHTS):
+            own_file(folder, name)
+    config = read(folder / CONFIG, MAX_JSON_BYTES)
     try:
-        config, _ = ends(files[0], MAX_JSON_BYTES)
-        weights, size = ends(files[1], END)
-    except FileNotFoundError as error:
-        raise ValueError(f"{source} is not an adapter: it has no {error.filename or CONFIG}") from None
-    return folder, config, hashlib.sha256(b"%d %d " % (len(config), size) + config + weights).hexdigest()
+        weights = md5_of(folder / WEIGHTS)
+    except FileNotFoundError:
+        weights = None
+    if config is None or weights is None:
+        raise ValueError(f"{source} is not an adapter: it has no {CONFIG if config is None else WEIGHTS}")
+    return folder, config, hashlib.sha256(weights.encode() + config).hexdigest()
 
 
-def ends(file: Place, count: int) -> tuple[bytes, int]:
-    """The first and the last `count` bytes of a file, or all of a shorter one, and its size."""
-    about = file.stat()
-    size = about.st_size
-    parts = [(0, size)] if size <= 2 * count else [(0, count), (size - count, size)]
+def md5_of(file: Place) -> str:
+    """The md5 of a file in base64, as Cloud Storage keeps it: there it takes no reading of the file."""
     if isinstance(file, BucketPath):
-        return b"".join(file.read_range(*part, about.generation) for part in parts if part[1]), size
+        return file.stat().md5
     with file.open("rb") as stream:
-        found = b""
-        for start, end in parts:
-            stream.seek(start)
-            found += stream.read(end - start)
-    return found, size
+        digest = hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False))
+    return b64encode(digest.digest()).decode()
 
 
 def in_bank(place: Place, data: bytes, model_config: ModelConfig, known: dict[Any, tuple[Any, int]]) -> tuple[Any, int]:

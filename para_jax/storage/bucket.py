@@ -61,6 +61,8 @@ class Stat(NamedTuple):
     st_size: int
     generation: int
     """a number that changes with each new content"""
+    md5: str
+    """of the content, in base64; of an object that was composed of others, which has none, its generation"""
 
 
 class BucketPath:
@@ -124,7 +126,7 @@ class BucketPath:
     @one_line_errors
     def stat(self) -> Stat:
         found = file_system().call("GET", "b/{}/o/{}", self.bucket, self.key, json_out=True)
-        return Stat(int(found["size"]), int(found["generation"]))
+        return Stat(int(found["size"]), int(found["generation"]), found.get("md5Hash") or found["generation"])
 
     def is_file(self) -> bool:
         if self._folder is not None:

@@ -125,8 +125,8 @@ def generation(file: Place) -> Hashable:
     return about.generation if isinstance(file, BucketPath) else (about.st_ino, about.st_ctime_ns)
 
 
-def read(file: BucketPath, max_bytes: int) -> bytes | None:
-    """The content of an object; None if it does not exist or is deleted meanwhile."""
+def read(file: Place, max_bytes: int) -> bytes | None:
+    """The content of a file; None if it does not exist or is deleted meanwhile."""
     try:
         size = file.stat().st_size
         if size > max_bytes:

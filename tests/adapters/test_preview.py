@@ -13,6 +13,8 @@ from para_jax.adapters import preview
 from para_jax.adapters.bank import content_hash
 from para_jax.backbone.load import load_model_config
 from para_jax.cli.names import adapters_of
+from para_jax.storage import bucket as buckets
+from para_jax.storage.bucket import BucketPath
 
 CONFIGS = [
     ParaConfig(r=4),
@@ -51,15 +53,18 @@ def test_the_digest_depends_on_the_files_and_not_on_their_place(sources, model, 
         data = (copy / name).read_bytes()
         for place in (0, len(data) - 1):
             (copy / name).write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
-            assert preview.read_ends(str(copy))[2] != digests[0]
+            assert preview.identify(str(copy))[2] != digests[0]
         (copy / name).write_bytes(data)
 
 
-def test_only_the_ends_of_a_large_file_are_read(tmp_path):
-    file = tmp_path / "large"
-    file.write_bytes(b"a" * 10 + b"-" * 100 + b"z" * 10)
-    assert preview.ends(file, 10) == (b"a" * 10 + b"z" * 10, 120)
-    assert preview.ends(file, 60) == preview.ends(file, 999) == (file.read_bytes(), 120)
+def test_weights_that_differ_in_their_middle_have_another_digest(tmp_path):
+    """Both ends of an adapter's weights may be zeros."""
+    (tmp_path / "adapter_config.json").write_bytes(b"{}")
+    digests = set()
+    for middle in (b"a", b"b"):
+        (tmp_path / "adapter_model.safetensors").write_bytes(bytes(10**5) + middle + bytes(10**5))
+        digests.add(preview.identify(str(tmp_path))[2])
+    assert len(digests) == 2
 
 
 def test_an_adapter_that_was_replaced_is_not_taken_for_the_one_that_was_looked_at(sources, model, tmp_path):
@@ -73,12 +78,22 @@ def test_an_adapter_that_was_replaced_is_not_taken_for_the_one_that_was_looked_a
         adapters_of(options, found, backbone)
 
 
-def test_an_adapter_in_a_bucket_has_the_same_digest(sources, model, bucket):
+def test_an_adapter_in_a_bucket_has_the_same_digest_without_its_weights_being_read(sources, model, bucket, monkeypatch):
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (bucket / "previewed" / name).write_bytes((Path(sources[0]) / name).read_bytes())
+    read, names = BucketPath.read_bytes, []
+    monkeypatch.setattr(BucketPath, "read_bytes", lambda path: names.append(path.name) or read(path))
+    monkeypatch.setattr(BucketPath, "read_range", lambda *_: pytest.fail("the weights were read"))
     assert preview.previews([f"{bucket}/previewed"], model)[0].digest == preview.previews(sources, model)[0].digest
+    assert names == ["adapter_config.json"]
     with pytest.raises(ValueError, match="gs://.*nowhere is not an adapter"):
         preview.previews([f"{bucket}/nowhere"], model)
+
+
+def test_a_composed_object_without_an_md5_is_known_by_its_generation(monkeypatch):
+    service = SimpleNamespace(call=lambda *_, **__: {"size": "3", "generation": "7"})
+    monkeypatch.setattr(buckets, "file_system", lambda: service)
+    assert preview.md5_of(BucketPath("b", "adapter_model.safetensors")) == "7"
 
 
 def test_a_damaged_adapter_is_named(sources, model, tmp_path):
