@@ -51,6 +51,8 @@ class OpenRequests:
         """answers that run() has yet to give, by the sample's number"""
         self.dropped: SimpleQueue[Ticket] = SimpleQueue()
         """requests whose streams were dropped: to be cancelled"""
+        self._refused: dict[int, str | None] = {}
+        """the tenants of refused requests in `done`: these count as waiting, so that their number is bounded too"""
         self._request_numbers, self._sample_numbers = itertools.count(), itertools.count()
         """in the order of submission"""
 
@@ -82,6 +84,7 @@ class OpenRequests:
                 ticket.error = error
                 if not ticket.streamed:
                     self.done[first] = Completion(ticket.id, 0, "", [], "error", error)
+                    self._refused[first] = tenant
                 return
             for sample in samples:
                 sample.number = first if sample is samples[0] else next(self._sample_numbers)
@@ -168,15 +171,17 @@ class OpenRequests:
         del self.tickets[ticket.id]
 
     def _require_room(self, tenant: str | None, new: int) -> None:
-        """Raises QueueFull if the queue has no room for new samples of a tenant. Errors that are not taken yet count
-        as waiting, so that refused requests are bounded too."""
+        """Raises QueueFull if the queue has no room for new samples of a tenant. Refused requests count until their
+        errors are taken."""
         if self.limit is None and self.limit_per_tenant is None:
+            self._refused.clear()
             return
-        waiting = len(self.queue) + sum(completion.error is not None for completion in self.done.values())
+        self._refused = {number: name for number, name in self._refused.items() if number in self.done}
+        waiting = len(self.queue) + len(self._refused)
         if self.limit is not None and waiting + new > self.limit:
             message = f"the queue holds {waiting} of {self.limit} samples; take answers first"
             raise QueueFull(message)
-        own = self.queue.waiting(tenant)
+        own = self.queue.waiting(tenant) + sum(name == tenant for name in self._refused.values())
         if self.limit_per_tenant is not None and own + new > self.limit_per_tenant:
             message = f"the queue holds {own} of {self.limit_per_tenant} samples of tenant {shorten(tenant)}; "
             raise QueueFull(message + "take answers first", tenant_full=True)

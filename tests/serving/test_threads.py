@@ -519,7 +519,7 @@ def test_each_tenant_has_a_queue_limit_and_refused_requests_count(model, bank):
     with pytest.raises(QueueFull):
         for _ in range(20):
             engine.submit(Request("", "C"))
-    assert engine.open == 10
+    assert engine.open <= 7
     found = answers(engine)
     assert sum(completion.error is None for completion in found.values()) == 4
     assert "n: 4" in next(iter(answers_of(engine, Request(prompt(0), "A", n=4)))).error
