@@ -6,11 +6,12 @@ The open tickets and the answers are always right. After an exception in a round
 from __future__ import annotations
 
 import itertools
+import signal
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Hashable
-from contextlib import suppress
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import replace
 from queue import Empty, SimpleQueue
@@ -29,6 +30,28 @@ class QueueFull(ValueError):
         super().__init__(message)
         self.tenant_full = tenant_full
         """whether it is the queue of the request's tenant that is full; False: that of all tenants"""
+
+
+@contextmanager
+def interrupts_held_back() -> Iterator[None]:
+    """Ctrl-C waits for the end of the body: it could leave a request half changed, or JAX without its own state. A
+    second one ends the body at once. Threads other than the main one receive no signals."""
+    handler, received = signal.getsignal(signal.SIGINT), []
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+
+    def hold_back(*arguments) -> None:
+        signal.signal(signal.SIGINT, handler)
+        received.append(arguments)
+
+    signal.signal(signal.SIGINT, hold_back)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if received:
+            handler(*received[0])
 
 
 class OpenRequests:
@@ -65,6 +88,7 @@ class OpenRequests:
         if taken:
             raise ValueError(f"id: {shorten(id)} belongs to an open request; choose another")
 
+    @interrupts_held_back()
     def add(self, ticket: Ticket, samples: list[Sample], error: str | None) -> None:
         """Takes in a new ticket and queues its samples; with an `error`, answers it at once. Raises QueueFull."""
         with self.lock:
@@ -92,6 +116,7 @@ class OpenRequests:
             ticket.samples = samples
             self.tickets[ticket.id] = ticket
 
+    @interrupts_held_back()
     def end(self, sample: Sample, reason: str, error: str | None = None) -> None:
         """Gives a sample its answer, unless it has one."""
         with self.lock:

@@ -5,7 +5,6 @@ After an exception in a round, the next one starts again from the open requests.
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -21,7 +20,7 @@ from ..inference.sampling import Sampling
 from ..messages import warn
 from ..sharding import using
 from .decoder import Decoder
-from .open_requests import OpenRequests
+from .open_requests import OpenRequests, interrupts_held_back
 from .pins import Pins
 from .prefills import ChunkedPrompt, PromptFailed, WholePrompt
 from .prefix_cache import prompt_key
@@ -135,6 +134,7 @@ class Rounds:
                 self._start_again()
                 raise
 
+    @interrupts_held_back()
     def _start_again(self) -> None:
         """Empties the slots and queues the samples without an answer again."""
         with self._requests.lock:
@@ -315,28 +315,6 @@ class Rounds:
                     raise
                 message = f"the answer's tokens have no text: {shorten(str(error), 200)}"
                 self._requests.end(sample, "error", message)
-
-
-@contextmanager
-def interrupts_held_back() -> Iterator[None]:
-    """Ctrl-C waits for the end of the body: inside JAX, an interrupt can leave JAX without its own state. A second one
-    ends the body at once. Threads other than the main one receive no signals."""
-    handler, received = signal.getsignal(signal.SIGINT), []
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
-
-    def hold_back(*arguments) -> None:
-        signal.signal(signal.SIGINT, handler)
-        received.append(arguments)
-
-    signal.signal(signal.SIGINT, hold_back)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if received:
-            handler(*received[0])
 
 
 def new_tokens(sample: Sample, first: tuple | None, decoded: tuple, slot: int) -> tuple[list[int], list[TokenLogprob]]:

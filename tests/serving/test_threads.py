@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 import weakref
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
@@ -34,6 +35,8 @@ from para_jax.inference.answer_text import AnswerText
 from para_jax.serving import decoder, prefills
 from para_jax.serving.open_requests import QueueFull
 from para_jax.serving.prefills import ROWS
+from para_jax.serving.queue import FairQueue
+from para_jax.serving.ticket import Sample
 
 NAMES = [*CONFIGS, None]
 #: The compiled programs, and where the engine looks them up.
@@ -299,6 +302,54 @@ def test_a_second_ctrl_c_ends_the_round_at_once(model, bank, alone, monkeypatch)
     id = engine.submit(asked[0])
     found, raised = answers_despite(engine)
     assert raised == 1 and not after and plain(found[id, 0]) == alone[0][0]
+
+
+def interrupting(function, times):
+    """The function, and Ctrl-C so many times at the end of its first call."""
+    left = [None] * times
+
+    def call(*arguments):
+        given = function(*arguments)
+        while left:
+            left.pop()
+            signal.raise_signal(signal.SIGINT)
+        return given
+
+    return call
+
+
+def test_two_interrupts_while_an_answer_is_given_do_not_give_it_twice(model, bank, alone):
+    class Done(OrderedDict):
+        __setitem__ = interrupting(OrderedDict.__setitem__, 2)
+
+    engine, (asked, *_) = engine_of(model, bank), requests()
+    engine._requests.done = Done()
+    id = engine.submit(asked)
+    found, raised = answers_despite(engine)
+    assert raised == 1 and len(found) == asked.n and plain(found[id, 0]) == alone[0][0]
+
+
+def test_an_interrupt_while_a_request_is_submitted_leaves_no_half_of_it(model, bank, monkeypatch):
+    engine = engine_of(model, bank)
+    monkeypatch.setattr(FairQueue, "put", interrupting(FairQueue.put, 1))
+    with pytest.raises(KeyboardInterrupt):
+        engine.submit(Request(prompt(0), "A", 2, n=2, id="first"))
+    engine.submit(Request(prompt(1), "A", 2, id="second"))
+    assert engine.open == 2 and len(answers(engine)) == 3
+
+
+def test_two_interrupts_while_a_round_starts_again_lose_nothing(model, bank, alone, monkeypatch):
+    engine, (asked, *_), real = engine_of(model, bank), requests(), decoder.steps
+
+    def failing(*_):
+        monkeypatch.setattr(decoder, "steps", real)
+        raise RuntimeError
+
+    monkeypatch.setattr(decoder, "steps", failing)
+    monkeypatch.setattr(Sample, "restart", interrupting(Sample.restart, 2))
+    id = engine.submit(asked)
+    found, raised = answers_despite(engine, (RuntimeError, KeyboardInterrupt))
+    assert raised == 1 and len(found) == asked.n and plain(found[id, 0]) == alone[0][0]
 
 
 def fail_for_prompts_of_five(monkeypatch):
