@@ -19,7 +19,7 @@ class Bounds:
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
-    """math.inf: any finite number"""
+    """math.inf: any number that is finite in float32"""
     words: tuple[str, ...] = ()
     """texts that are accepted instead of a number"""
 
@@ -28,7 +28,7 @@ class Bounds:
             (self.at_least is None or number >= self.at_least)
             and (self.above is None or number > self.above)
             and (self.at_most is None or number <= self.at_most)
-            and (self.below is None or number < self.below)
+            and (self.below is None or number < min(self.below, 2.0**128))
         )
 
     def __str__(self) -> str:
@@ -105,11 +105,14 @@ def check_value(name: str, value: Any, kind: Any) -> None:
         is_number = isinstance(value, numbers.Integral if integer else numbers.Real) and not isinstance(value, bool)
         expected = f"a whole number, {arguments[1]}" if integer else f"a number, {arguments[1]}"
         require(is_number and arguments[1].accept(value), name, value, expected)
-    elif kind in (bool, str, int):
-        fits = isinstance(value, numbers.Integral if kind is int else kind) and (kind is bool) == isinstance(
-            value, bool
-        )
-        require(fits, name, value, {bool: "true or false", str: "a text", int: "a whole number"}[kind])
+    elif kind in (bool, str):
+        require(isinstance(value, kind), name, value, "true or false" if kind is bool else "a text")
+    elif kind is int:
+        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        require(whole, name, value, "a whole number")
+    elif kind is float:
+        number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        require(number and abs(value) < 2.0**128, name, value, "a finite number")
     elif typing.get_origin(kind) is tuple:
         require(isinstance(value, tuple), name, value, "a list")
         items = f"each item of {name} {shorten(list(value or ()))}"

@@ -8,12 +8,15 @@ from golden_models import backbone
 from para_jax.adapters.adapter import describe
 from para_jax.adapters.formats.own import own_config, read_own_config
 from para_jax.config.adapter import OPTIONAL, AdapterConfig
+from para_jax.config.bounds import PositiveFloat
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnyConfig(AdapterConfig):
     strength: float = 0.5
     gated: bool = field(default=False, metadata=OPTIONAL)
+    form: str = "plain"
+    alpha: PositiveFloat = 8
     r: int = 4
     target_modules: tuple[str, ...] = ("q_proj",)
     depths: tuple[int, ...] | None = None
@@ -37,7 +40,23 @@ def test_none_and_defaults_that_may_be_left_out_are_left_out():
     assert {"depths", "gated"} <= written(AnyConfig(depths=(1,), gated=True)).keys()
 
 
-@pytest.mark.parametrize(("name", "value"), [("gated", 1), ("r", 4.0), ("target_modules", "q_proj"), ("depths", [[1]])])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("strength", "2"),
+        ("strength", True),
+        ("strength", float("nan")),
+        ("strength", 10**40),
+        ("alpha", 10**40),
+        ("gated", 1),
+        ("form", None),
+        ("r", 4.0),
+        ("r", True),
+        ("target_modules", "q_proj"),
+        ("target_modules", [["q_proj"]]),
+        ("depths", [[1]]),
+    ],
+)
 def test_a_value_of_another_type_is_refused_by_name(name, value):
     with pytest.raises(ValueError, match=name):
         read_own_config(AnyConfig, written(AnyConfig()) | {name: value})
