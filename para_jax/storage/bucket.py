@@ -109,10 +109,6 @@ class BucketPath:
     def parent(self) -> BucketPath:
         return BucketPath(self.bucket, self.key.rpartition("/")[0])
 
-    @property
-    def parents(self) -> list[BucketPath]:
-        return [self.parent, *self.parent.parents] if self.key else []
-
     def with_name(self, name: str) -> BucketPath:
         return self.parent / name
 
@@ -213,9 +209,6 @@ class BucketPath:
     @one_line_errors
     def read_bytes(self) -> bytes:
         return file_system().cat_file(f"{self.bucket}/{self.key}")
-
-    def read_text(self) -> str:
-        return self.read_bytes().decode()
 
     @one_line_errors
     def read_range(self, start: int, end: int, generation: int) -> bytes:
