@@ -43,6 +43,7 @@ PositiveInt = Annotated[int, Bounds(at_least=1)]
 Seed = Annotated[int, Bounds(at_least=0, at_most=2**32 - 1)]
 PositiveFloat = Annotated[float, Bounds(above=0, below=math.inf)]
 NonNegativeFloat = Annotated[float, Bounds(at_least=0, below=math.inf)]
+Finite = Annotated[float, Bounds(above=-(2.0**128), below=math.inf)]
 Fraction = Annotated[float, Bounds(at_least=0, below=1)]
 #: The text of a JSON object. A file may give it as a mapping.
 JsonObject = NewType("JsonObject", str)
@@ -111,8 +112,7 @@ def check_value(name: str, value: Any, kind: Any) -> None:
         whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
         require(whole, name, value, "a whole number")
     elif kind is float:
-        number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        require(number and abs(value) < 2.0**128, name, value, "a finite number")
+        check_value(name, value, Finite)
     elif typing.get_origin(kind) is tuple:
         require(isinstance(value, tuple), name, value, "a list")
         items = f"each item of {name} {shorten(list(value or ()))}"
