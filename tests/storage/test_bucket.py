@@ -269,7 +269,7 @@ def test_a_kill_at_any_write_of_a_run_leaves_the_old_adapter_or_the_new(folder, 
 
 def test_a_kill_while_an_adapter_with_another_config_is_saved_leaves_the_old_one_none_or_the_new(folder, monkeypatch):
     model, (old, *_) = adapters(LoraConfig(r=4, lora_alpha=4))
-    _, (new, *_) = adapters(LoraConfig(r=4, lora_alpha=8))  # of the same shapes
+    _, (_, new, *_) = adapters(LoraConfig(r=4, lora_alpha=8))  # of the same shapes
     outcomes = []
     for writes in range(5):
         place = folder / str(writes)
@@ -291,7 +291,7 @@ def test_a_kill_while_an_adapter_with_another_config_is_saved_leaves_the_old_one
 
 def test_an_adapter_that_is_replaced_while_it_is_read_is_read_again(folder, monkeypatch):
     model, (old, *_) = adapters(LoraConfig(r=4, lora_alpha=4))
-    _, (new, *_) = adapters(LoraConfig(r=4, lora_alpha=8))
+    _, (_, new, *_) = adapters(LoraConfig(r=4, lora_alpha=8))
     save_adapter(old, folder)
     read, replacements = cache.read, [new]
 
@@ -301,7 +301,8 @@ def test_an_adapter_that_is_replaced_while_it_is_read_is_read_again(folder, monk
         return read(file, max_bytes)
 
     monkeypatch.setattr(cache, "read", replaced_before_the_weights)
-    assert same(load_adapter(str(folder), model), new) and not replacements
+    found = load_adapter(str(folder), model)
+    assert same(found, new) and found.config == new.config and not replacements
 
 
 def test_two_writers_of_one_file_lose_and_overwrite_nothing(folder):
