@@ -22,8 +22,7 @@ from .tasks import EncodedTask, EvalTask, check_room, encode_task
 
 
 class Tasks:
-    """The tasks of many tenants (None: a tenant has none), in compiled shapes that are planned once, whoever is scored.
-    All of them have one batch size."""
+    """The tasks of many tenants (None: a tenant has none). Compiled shapes are planned once, whoever is scored."""
 
     def __init__(
         self,
@@ -32,15 +31,18 @@ class Tasks:
         tasks: Sequence[EvalTask | None],
         limit: int | Sequence[int | None] | None = None,
         split: str = "evaluation",
+        *,
+        rows: int = 16,
     ):
         """
         Args:
             limit: score at most this many examples of each task, from its start. A list has a limit for each task.
             split: names the examples where the progress is shown.
+            rows: of a batch, over all devices; rounded up to what the mesh divides.
 
         Raises ValueError for an example that the model has no tokens or too few positions for.
         """
-        self.model, self.tokenizer, self.split = model, tokenizer, split
+        self.model, self.tokenizer, self.split, self.rows = model, tokenizer, split, rows
         limits = limit if isinstance(limit, Sequence) else [limit] * len(tasks)
         self.encoded = {i: encode_task(task, tokenizer, limits[i]) for i, task in enumerate(tasks) if task}
         for encoded in self.encoded.values():
@@ -69,8 +71,7 @@ class Tasks:
         tasks = [self.encoded[tenant] for tenant in tenants]
         if not tasks:
             return []
-        rows = tasks[0].task.batch_size
-        answerer = Answerer(self.model, bank, self.tokenizer, rows=rows, shapes=self.shapes)
+        answerer = Answerer(self.model, bank, self.tokenizer, rows=self.rows, shapes=self.shapes)
         what = f"scoring {sum(len(task.examples) for task in tasks)} {self.split} examples"
         return answer_tasks(answerer, list(zip(names, tasks, strict=True)), shuffle, what)
 

@@ -13,7 +13,7 @@ from ..backbone.load import load_model_config
 from ..config import DataSection, ModelConfig, RunConfig, shorten
 from ..data.encode_records import encode_records, report
 from ..data.examples import Example, answer_opening, encode_completion, encode_example
-from ..data.given import rows_split, with_data
+from ..data.given import rows_split
 from ..data.records import Form, MissingColumn, Record, load_records, read_records, records_of, split_records
 from ..data.row_files import split_file
 from ..data.sources import task_of
@@ -48,8 +48,6 @@ class EvalTask(NamedTuple):
     matthews if there are choices. All other metrics score what greedy decoding writes."""
     choices: tuple[str, ...] = ()
     max_new_tokens: int = 32
-    batch_size: int = 16
-    """rows of a batch, over all devices; rounded up to what the mesh divides"""
     examples: list[Example] | None = None
     """the records as token ids, if they are cut to a length; default: whole"""
     also: tuple[str, ...] = ()
@@ -166,7 +164,6 @@ def task_of_run(
     tokenizer,
     by: ScoringRule | None = None,
     *,
-    data: Any = None,
     model: ModelConfig | None = None,
     rank_labels: bool = False,
 ) -> EvalTask | None:
@@ -175,12 +172,9 @@ def task_of_run(
 
     Args:
         by: how it is scored; default: what `scoring_rule` finds.
-        data: of a run whose data came from Python, as `train` takes it.
         model: of the backbone; None: it is read.
         rank_labels: macro_f1 and matthews without choices rank the labels, as `file_task` does.
     """
-    if data is not None:
-        config = replace(config, data=with_data(config.data, data))
     records = load_records(config.data, split)
     if records is None:
         return None
@@ -206,7 +200,7 @@ def task_of_run(
         held = split_records(config.data, "train") if is_there(config.data) else None
         found = different_answers(record.completion for record in held or records)
         choices = found if 2 <= len(found) <= RANKED else ()
-    task = EvalTask(split, records, metric, choices, new, config.eval.batch_size, also=also)
+    task = EvalTask(split, records, metric, choices, new, also=also)
     if task.ranks:
         warn_of_unreachable(split, records, choices)
     room = {}

@@ -120,10 +120,11 @@ def resumed_or_fresh(
 
 def tasks_of(model, tokenizer, tenants: Sequence[Tenant]) -> tuple[Tasks, Tasks]:
     """The validation and the test tasks of the tenants, in shapes that both share."""
+    rows = tenants[0].config.eval.batch_size  # the same for all
     limits = [tenant.config.eval.limit for tenant in tenants]
-    validation = Tasks(model, tokenizer, [t.validation for t in tenants], limits, "validation")
+    validation = Tasks(model, tokenizer, [t.validation for t in tenants], limits, "validation", rows=rows)
     limits = [tenant.config.eval.test_limit for tenant in tenants]
-    test = Tasks(model, tokenizer, [t.test for t in tenants], limits, "test")
+    test = Tasks(model, tokenizer, [t.test for t in tenants], limits, "test", rows=rows)
     share_shapes(validation, test)
     return validation, test
 

@@ -34,8 +34,7 @@ def scored(tasks: Tasks, adapters: list, shuffle: int | None = None, one_line: b
     (encoded,) = tasks.encoded.values()
     bank = None if adapters == [None] else StackBank(stack_adapters(adapters))
     asked = [(None if bank is None else i, encoded) for i in range(len(adapters))]
-    rows = encoded.task.batch_size
-    answerer = Answerer(tasks.model, bank, tasks.tokenizer, rows=rows, shapes=tasks.shapes)
+    answerer = Answerer(tasks.model, bank, tasks.tokenizer, rows=tasks.rows, shapes=tasks.shapes)
     what = f"scoring {len(encoded.examples)} test examples with {len(adapters)} adapters"
     found = answer_tasks(answerer, asked, shuffle, what)
     return [

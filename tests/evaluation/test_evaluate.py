@@ -62,7 +62,7 @@ def records(tmp_path_factory):
 
 
 def scored(task, layout="layers", seed=1, **options):
-    return score(model(layout), adapter(seed), task, tokenizer(), **options)
+    return score(model(layout), adapter(seed), task, tokenizer(), rows=BATCH, **options)
 
 
 def by_hand(prompt_ids, completion_ids):
@@ -82,7 +82,7 @@ def test_the_loss_is_the_mean_over_all_completion_tokens(records):
     examples = [encode_example(tokenizer(), r.prompt, r.completion) for r in records]
     tokens = sum(len(e.completion_ids) for e in examples)
     expected = sum(by_hand(*example) for example in examples) / tokens
-    found = scored(EvalTask("held out", records, "loss", batch_size=BATCH))
+    found = scored(EvalTask("held out", records, "loss"))
     assert found == Score("held out", "loss", -found.loss, found.loss, 7)
     assert found.loss == pytest.approx(expected, rel=1e-5)
     assert all(e.completion_ids[-1] == tokenizer().eos_token_id for e in examples)  # the end is in the loss
@@ -90,7 +90,7 @@ def test_the_loss_is_the_mean_over_all_completion_tokens(records):
 
 @pytest.mark.long
 def test_the_stacked_layout_scores_as_the_layers(records):
-    way = dict(metric="exact_match", max_new_tokens=4, batch_size=BATCH)
+    way = dict(metric="exact_match", max_new_tokens=4)
     task = EvalTask("t", right_answers(adapter(), records, way)[:3] + records[3:], **way)
     layers, stacked = scored(task), scored(task, layout="stacked")
     assert stacked.score == layers.score > 0 and stacked.loss == pytest.approx(layers.loss, rel=1e-5)
@@ -98,7 +98,7 @@ def test_the_stacked_layout_scores_as_the_layers(records):
 
 
 def test_the_adapter_is_used_and_a_limit_takes_the_first(records):
-    task = EvalTask("t", records, "loss", batch_size=BATCH)
+    task = EvalTask("t", records, "loss")
     assert abs(scored(task).loss - scored(task, seed=3).loss) > 0.1
     assert scored(task, limit=3) == scored(task._replace(records=records[:3]))
     assert scored(task, limit=3).count == 3
@@ -120,7 +120,7 @@ def test_exact_match_counts_what_greedy_decoding_writes(records):
     ][: len(prompts)]
     assert len(set(written)) > 3
     right = [r._replace(references=("w3", text.strip())) for r, text in zip(records, written, strict=True)]
-    task = EvalTask("t", right, "exact_match", max_new_tokens=4, batch_size=BATCH)
+    task = EvalTask("t", right, "exact_match", max_new_tokens=4)
     assert scored(task).score == 1
     assert scored(task._replace(records=[*right[:3], *records[3:]])).score == pytest.approx(3 / 7)
 
@@ -134,7 +134,7 @@ def test_a_completion_known_to_be_greedy_is_not_decoded(records, monkeypatch):
     examples = [Example(*pair) for pair in zip(prompts, ends, strict=True)]
     decoded, real = [], writing.generate_tokens
     monkeypatch.setattr(writing, "generate_tokens", lambda *a, **s: decoded.extend(a[2]) or real(*a, **s))
-    task = EvalTask("t", right, "exact_match", max_new_tokens=4, batch_size=BATCH, examples=examples)
+    task = EvalTask("t", right, "exact_match", max_new_tokens=4, examples=examples)
     assert scored(task).score == 1 and len(set(answers)) > 3
     assert {tuple(prompt) for prompt in decoded} == {tuple(prompt) for prompt in prompts[:3]}
 
@@ -147,7 +147,7 @@ def test_accuracy_ranks_whole_completions_with_their_end(records):
     best = [likeliest(record) for record in records]
     assert len(set(best)) > 1
     right = [r._replace(references=(choice,)) for r, choice in zip(records, best, strict=True)]
-    task = EvalTask("t", right, "accuracy", choices=CHOICES, batch_size=BATCH)
+    task = EvalTask("t", right, "accuracy", choices=CHOICES)
     assert scored(task).score == 1
     wrong = next(choice for choice in CHOICES if choice != best[0])
     assert scored(task._replace(records=[right[0]._replace(references=(wrong,)), *right[1:]])).score == pytest.approx(
@@ -166,7 +166,7 @@ def test_the_factors_of_ranked_choices_are_those_of_the_prompt_alone(records, mo
         return found
 
     monkeypatch.setattr(likelihood, "of_contexts", recorded)
-    scored(EvalTask("t", records, "accuracy", choices=CHOICES, batch_size=BATCH))
+    scored(EvalTask("t", records, "accuracy", choices=CHOICES))
     ranked = set()
     for contexts, continuations, found in batches:
         for i, (row, ids) in enumerate(continuations):
@@ -201,7 +201,7 @@ def padded(ids):
 
 
 def test_a_task_reports_several_metrics_of_the_same_answers(records):
-    task = EvalTask("t", records, "accuracy", choices=CHOICES, batch_size=BATCH, also=("macro_f1", "matthews"))
+    task = EvalTask("t", records, "accuracy", choices=CHOICES, also=("macro_f1", "matthews"))
     right = [r._replace(references=(CHOICES[i % 2],)) for i, r in enumerate(records)]
     found = scored(task._replace(records=right))
     assert found == scored(task._replace(records=right, also=()))
@@ -216,14 +216,14 @@ def test_a_task_reports_several_metrics_of_the_same_answers(records):
 
 
 def test_a_loss_with_a_further_metric_also_writes_answers(records):
-    way = dict(max_new_tokens=4, batch_size=BATCH)
+    way = dict(max_new_tokens=4)
     written, loss = (scored(EvalTask("t", records, metric, **way)) for metric in ("f1", "loss"))
     found = scored(EvalTask("t", records, "loss", also=("f1",), **way))
     assert (found.score, found.stderr, found.loss) == (loss.score, loss.stderr, loss.loss)
     assert (found.also[0].score, found.also[0].stderr) == (written.score, written.stderr)
     assert found.samples == written.samples and not loss.samples
     assert found.values().keys() == {"loss", "loss_stderr", "f1", "f1_stderr"}
-    logged = samples(model(), adapter(), EvalTask("t", records, "loss", also=("f1",), **way), tokenizer())
+    logged = samples(model(), adapter(), EvalTask("t", records, "loss", also=("f1",), **way), tokenizer(), rows=BATCH)
     assert all({"given", "f1", "loss"} <= sample.keys() for sample in logged) and len(logged) == 7
     assert np.mean([sample["f1"] for sample in logged]) == pytest.approx(found.also[0].score)
     assert "f1" in str(found) and f"loss {found.loss:.4f} ± {found.stderr:.4f}" in str(found)
@@ -234,7 +234,7 @@ def test_the_rows_of_a_score_have_its_standard_error(records, metric):
     """So differences of rows are differences of scores, and a paired test sees what ± shows."""
     right = [r._replace(references=(CHOICES[i % 2],)) for i, r in enumerate(records)]
     choices = CHOICES if metric in ("accuracy", "macro_f1") else ()
-    found = scored(EvalTask("t", right, metric, choices=choices, max_new_tokens=4, batch_size=BATCH))
+    found = scored(EvalTask("t", right, metric, choices=choices, max_new_tokens=4))
     assert len(found.rows) == 7 and found.stderr == pytest.approx(np.std(found.rows, ddof=1) / 7**0.5, abs=1e-12)
     if metric != "macro_f1":
         assert np.mean(found.rows) == pytest.approx(found.loss if metric == "loss" else found.score)
@@ -242,7 +242,7 @@ def test_the_rows_of_a_score_have_its_standard_error(records, metric):
 
 def test_accuracy_without_choices_is_refused(records):
     with pytest.raises(ValueError, match=r"^t: choices \(\)"):
-        scored(EvalTask("t", records, "accuracy", batch_size=BATCH))
+        scored(EvalTask("t", records, "accuracy"))
 
 
 def test_what_is_no_adapter_of_the_backbone_is_refused(records):
@@ -271,32 +271,34 @@ def test_an_example_without_room_or_with_an_unknown_token_is_named(records):
 
 
 def test_label_metrics_without_choices_are_of_what_is_written(records):
-    way = dict(metric="macro_f1", max_new_tokens=4, batch_size=BATCH)
+    way = dict(metric="macro_f1", max_new_tokens=4)
     task = EvalTask("t", right_answers(adapter(), records, way)[:3] + records[3:], **way)
     written = scored(task._replace(metric="exact_match", also=("macro_f1",)))
     assert scored(task).score == written.also[0].score > 0
 
 
 def test_the_error_of_the_loss_is_that_of_a_ratio(records):
-    found = scored(EvalTask("t", records, "loss", batch_size=BATCH))
+    found = scored(EvalTask("t", records, "loss"))
     examples = [encode_example(tokenizer(), r.prompt, r.completion) for r in records]
     nll, tokens = np.array([(by_hand(*e), len(e.completion_ids)) for e in examples]).T
     without = [(nll.sum() - a) / (tokens.sum() - b) for a, b in zip(nll, tokens, strict=True)]
     jackknifed = np.sqrt(6 / 7 * np.sum((np.array(without) - np.mean(without)) ** 2))
     assert found.stderr == pytest.approx(jackknifed, rel=0.1)
-    assert scored(EvalTask("t", records[:1], "loss", batch_size=BATCH)).stderr is None
+    assert scored(EvalTask("t", records[:1], "loss")).stderr is None
 
 
 # ----------------------------------------------------------------------------------------------------- shuffled prompts
 
-WRITES = dict(metric="exact_match", max_new_tokens=4, batch_size=BATCH)
-RANKS = dict(metric="accuracy", choices=CHOICES, batch_size=BATCH)
+WRITES = dict(metric="exact_match", max_new_tokens=4)
+RANKS = dict(metric="accuracy", choices=CHOICES)
 each_way = pytest.mark.parametrize("way", [WRITES, RANKS], ids=["written", "ranked"])
 
 
 def both(adapter, task, layout="layers"):
     """The task's score with each example's own factors, and with another's."""
-    own, other = (score(model(layout), adapter, task, tokenizer(), shuffle=shuffle) for shuffle in (None, 0))
+    own, other = (
+        score(model(layout), adapter, task, tokenizer(), shuffle=shuffle, rows=BATCH) for shuffle in (None, 0)
+    )
     return own, other
 
 
@@ -320,7 +322,7 @@ def test_shuffling_changes_nothing_for_adapters_that_ignore_the_prompt(records, 
     right = right_answers(unaware, records, way)
     own, other = both(unaware, EvalTask("t", right, **way))
     assert other.loss == pytest.approx(own.loss, rel=1e-6) and other.score == own.score > 0
-    assert abs(score(model(), None, EvalTask("t", right, **way), tokenizer()).loss - own.loss) > 0.01
+    assert abs(score(model(), None, EvalTask("t", right, **way), tokenizer(), rows=BATCH).loss - own.loss) > 0.01
 
 
 @each_way
@@ -346,7 +348,7 @@ def right_answers(adapter, records, way):
     with pytest.MonkeyPatch.context() as patch:
         said = lambda metric, answers, _: found.append(answers) or (0, [0])  # noqa: E731
         patch.setattr("para_jax.evaluation.score.measure_rows", said)
-        score(model(), adapter, EvalTask("t", records, **way), tokenizer())
+        score(model(), adapter, EvalTask("t", records, **way), tokenizer(), rows=BATCH)
     return [r._replace(references=(answer,)) for r, answer in zip(records, found[0], strict=True)]
 
 
@@ -364,11 +366,11 @@ def test_a_shuffled_loss_uses_the_factors_of_the_other_prompt(records):
         ids[0, : len(prompt) + len(completion)] = prompt + completion
         logits = jax.nn.log_softmax(forward(model(), fixed, ids, len(prompt))[0, len(prompt) - 1 :])
         nll.append(-float(logits[jnp.arange(len(completion)), jnp.array(completion)].sum()))
-    _, other = both(adapter(), EvalTask("t", records, "loss", batch_size=BATCH))
+    _, other = both(adapter(), EvalTask("t", records, "loss"))
     assert other.loss == pytest.approx(sum(nll) / sum(len(e.completion_ids) for e in examples), rel=1e-5)
 
 
 def test_one_example_has_no_other_prompt(records):
-    task = EvalTask("held out", records, "loss", batch_size=BATCH)
+    task = EvalTask("held out", records, "loss")
     with pytest.raises(ValueError, match="^held out: 1 example; to shuffle prompts at least 2 are needed$"):
         scored(task, limit=1, shuffle=0)

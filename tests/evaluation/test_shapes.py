@@ -12,6 +12,7 @@ from lowering import lowered
 from tiny_run import backbone_folder, run_config, strong_adapters, tokenizer, words, write_rows
 
 from para_jax import (
+    EvalOptions,
     Ia3Config,
     LoraConfig,
     ParaConfig,
@@ -67,13 +68,13 @@ def records_of(lengths, seed=0):
     return [Record(row["prompt"], row["completion"], (row["completion"],), None, "") for row in rows_of(lengths, seed)]
 
 
-def task_of(metric, lengths, name="t", batch_size=4):
+def task_of(metric, lengths, name="t"):
     choices = CHOICES if metric == "accuracy" else ()
-    return EvalTask(name, records_of(lengths), metric, choices, max_new_tokens=4, batch_size=batch_size)
+    return EvalTask(name, records_of(lengths), metric, choices, max_new_tokens=4)
 
 
 def score(adapter, task):
-    return tiny_scores.score(model(), adapter, task, tokenizer())
+    return tiny_scores.score(model(), adapter, task, tokenizer(), rows=4)
 
 
 def of_evaluation(compiled):
@@ -112,8 +113,8 @@ def test_a_run_compiles_few_programs_for_all_its_evaluations(folder, tmp_path, m
 
 @pytest.mark.long
 def test_tasks_that_are_evaluated_together_share_their_programs(compiled):
-    tasks = [task_of("exact_match", LENGTHS, "a", 3), task_of("exact_match", [n + 9 for n in LENGTHS], "b", 3)]
-    evaluate(model(), None, tasks, tokenizer=tokenizer())
+    tasks = [task_of("exact_match", LENGTHS, "a"), task_of("exact_match", [n + 9 for n in LENGTHS], "b")]
+    evaluate(model(), None, tasks, tokenizer=tokenizer(), options=EvalOptions(rows=3))
     assert 3 <= len(of_evaluation(compiled)) <= 6, compiled
 
 
@@ -155,7 +156,7 @@ def test_open_shapes_waste_at_most_a_third():
 @pytest.mark.parametrize("metric", ["loss", "accuracy", "exact_match"])
 def test_a_plan_over_more_examples_changes_no_score(metric):
     task = task_of(metric, LENGTHS[:5])
-    more = Tasks(model(), tokenizer(), [task, task_of(metric, [7, 33, 90, 130])])
+    more = Tasks(model(), tokenizer(), [task, task_of(metric, [7, 33, 90, 130])], rows=4)
     assert more.shapes != plan_shapes([encode_task(task, tokenizer())])
     alone, among = score(adapter(), task), score_answers(more.encoded[0], more.answer_one(adapter())[0])
     assert among.score == (pytest.approx(alone.score, rel=1e-5) if metric == "loss" else alone.score)
@@ -221,7 +222,7 @@ def test_rows_are_rounded_up_to_what_the_mesh_divides():
             assert [batch_rows(n) for n in (1, 12, 16, 50)] == rows
 
 
-def on_mesh(monkeypatch, task):
+def on_mesh(monkeypatch, task, rows_of_batch):
     """The task's score on a mesh of 8 devices; by program FLOPs a device and a row; and bytes of cache a device and a
     row."""
     flops, cache, mesh = {}, {}, make_mesh(8)
@@ -248,17 +249,17 @@ def on_mesh(monkeypatch, task):
         for where in (likelihood, generate):
             patched.setattr(where, "prefill", prefilled)
         model_there, adapter_there = (place(one, mesh, model().config) for one in (model(), adapter()))
-        return tiny_scores.score(model_there, adapter_there, task, tokenizer()), flops, cache
+        return tiny_scores.score(model_there, adapter_there, task, tokenizer(), rows=rows_of_batch), flops, cache
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("metric", "batch_size"), [("accuracy", 50), ("exact_match", 12)])
-def test_an_evaluation_batch_of_any_size_is_spread_over_all_devices(monkeypatch, metric, batch_size):
-    task = task_of(metric, [5, 6, 7, 8] * 5, batch_size=16)
-    alone = score(adapter(), task)
-    first, flops, cache = on_mesh(monkeypatch, task)
+@pytest.mark.parametrize(("metric", "rows"), [("accuracy", 50), ("exact_match", 12)])
+def test_an_evaluation_batch_of_any_size_is_spread_over_all_devices(monkeypatch, metric, rows):
+    task = task_of(metric, [5, 6, 7, 8] * 5)
+    alone = tiny_scores.score(model(), adapter(), task, tokenizer(), rows=16)
+    first, flops, cache = on_mesh(monkeypatch, task, 16)
     assert set(flops) == {"accuracy": {"continuation_scores"}, "exact_match": {"eval_nll", "next_token"}}[metric]
-    found, *costs = on_mesh(monkeypatch, task._replace(batch_size=batch_size))
+    found, *costs = on_mesh(monkeypatch, task, rows)
     assert costs == [pytest.approx(flops, rel=0.02), pytest.approx(cache)]
     for one in (first, found):
         assert (one.score, one.loss) == (alone.score, pytest.approx(alone.loss, rel=1e-5))

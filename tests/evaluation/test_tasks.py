@@ -45,7 +45,7 @@ def test_a_run_without_a_split_has_no_task(folder):
 def test_the_choices_of_a_run_are_its_training_completions(folder):
     task = task_of_run(run_config(folder, "eval.metric=accuracy"), "test", load_tokenizer(folder / "backbone"))
     assert task.choices == ("w9", "w9 w10", "w9 w10 w11", "w9 w10 w11 w12")
-    assert (task.metric, task.max_new_tokens, task.batch_size, len(task.records)) == ("accuracy", 4, 8, 4)
+    assert (task.metric, task.max_new_tokens, len(task.records)) == ("accuracy", 4, 4)
 
 
 def test_the_length_of_answers_to_a_file_follows_from_its_completions(folder, tmp_path, capsys):

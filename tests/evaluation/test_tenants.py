@@ -33,7 +33,7 @@ def tasks(tmp_path_factory):
 
 def of(tasks, metric):
     choices, also = (CHOICES, ("macro_f1",)) if metric in ("accuracy", "matthews") else ((), ())
-    how = dict(max_new_tokens=4, batch_size=4, also=also)
+    how = dict(max_new_tokens=4, also=also)
     made = [EvalTask(f"t{i}", r, metric, choices, **how) for i, r in enumerate(tasks)]
     return [*made[:2], None, made[2]]
 
@@ -54,10 +54,10 @@ def test_a_tenants_score_in_a_mixed_pass_is_its_score_alone(tasks, metric):
     stack = stack_adapters(adapters)
     alone, made = {0: adapters[2], 1: adapters[0], 3: None}, of(tasks, metric)
     made = [one and answered(model, alone[i], one) for i, one in enumerate(made)]
-    found = Tasks(model, tokenizer(), made).scores(stack, {0: 2, 1: 0, 2: 1, 3: -1})
+    found = Tasks(model, tokenizer(), made, rows=4).scores(stack, {0: 2, 1: 0, 2: 1, 3: -1})
     assert sorted(found) == [0, 1, 3]  # tenant 2 has no task
     for tenant, adapter in alone.items():
-        theirs = score(model, adapter, made[tenant], tokenizer())
+        theirs = score(model, adapter, made[tenant], tokenizer(), rows=4)
         assert metric in ("loss", "matthews") or theirs.score > 0
         named = found[tenant].name, found[tenant].metric, found[tenant].count
         assert named == (theirs.name, theirs.metric, theirs.count)
@@ -74,14 +74,14 @@ def test_tenants_of_different_metrics_score_in_one_pass_as_they_do_alone(tasks, 
     model, metrics = load_backbone(FIXTURES / "llama"), ("accuracy", "exact_match", "loss", "f1")
     given = [tasks[i] for i in (*order, 0)]
     mixed = [
-        EvalTask(f"t{i}", records, metric, CHOICES if metric == "accuracy" else (), max_new_tokens=new, batch_size=4)
+        EvalTask(f"t{i}", records, metric, CHOICES if metric == "accuracy" else (), max_new_tokens=new)
         for i, (records, metric, new) in enumerate(zip(given, metrics, (4, 3, 4, 7), strict=True))
     ]
     adapters = [strong(init_adapter(ParaConfig(r=4), model.config), seed=i, scale=0.3) for i in range(4)]
     mixed = [answered(model, adapter, task) for adapter, task in zip(adapters, mixed, strict=True)]
-    found = Tasks(model, tokenizer(), mixed).scores(stack_adapters(adapters), {i: i for i in range(4)})
+    found = Tasks(model, tokenizer(), mixed, rows=4).scores(stack_adapters(adapters), {i: i for i in range(4)})
     for i, adapter in enumerate(adapters):
-        alone = score(model, adapter, mixed[i], tokenizer())
+        alone = score(model, adapter, mixed[i], tokenizer(), rows=4)
         np.testing.assert_allclose([found[i].loss, found[i].score], [alone.loss, alone.score], rtol=1e-5)
         assert (found[i].metric, found[i].count) == (alone.metric, alone.count)
     assert len({round(score.loss, 4) for score in found.values()}) == 4
@@ -92,7 +92,7 @@ def test_tenants_of_different_metrics_score_in_one_pass_as_they_do_alone(tasks, 
 def test_a_score_has_the_same_bits_whoever_else_is_scored(tasks, method):
     model = load_backbone(FIXTURES / "llama")
     adapters = [strong(init_adapter(method, model.config), seed=i) for i in range(3)]
-    made, stack = Tasks(model, tokenizer(), of(tasks, "loss")), stack_adapters(adapters)
+    made, stack = Tasks(model, tokenizer(), of(tasks, "loss"), rows=4), stack_adapters(adapters)
     for tenant in (0, 3):
         alone = made.scores(stack, {tenant: 1})[tenant]
         assert made.scores(stack, {0: 1, 1: 0, 3: 1})[tenant] == alone
@@ -104,9 +104,9 @@ def test_a_score_has_the_same_bits_whoever_else_is_scored(tasks, method):
 def test_the_limit_takes_the_first_examples_of_each(tasks):
     model = load_backbone(FIXTURES / "llama")
     stack = stack_adapters([strong(init_adapter(ParaConfig(r=4), model.config))])
-    found = Tasks(model, tokenizer(), of(tasks, "accuracy"), limit=2).scores(stack, {0: 0, 1: 0, 3: 0})
+    found = Tasks(model, tokenizer(), of(tasks, "accuracy"), limit=2, rows=4).scores(stack, {0: 0, 1: 0, 3: 0})
     assert [score.count for score in found.values()] == [2, 2, 2]
-    few = score(model, first_of(stack), of(tasks, "accuracy")[3], tokenizer(), limit=2)
+    few = score(model, first_of(stack), of(tasks, "accuracy")[3], tokenizer(), limit=2, rows=4)
     np.testing.assert_allclose(found[3].loss, few.loss, rtol=1e-5)
 
 
@@ -127,7 +127,7 @@ def test_a_question_of_two_tenants_to_one_adapter_is_answered_once(tasks, monkey
     monkeypatch.setattr(writing, "generate_tokens", lambda *a, **k: rows.append(len(a[2])) or real(*a, **k))
     shared = of([tasks[0]] * 3, "f1")
     stack = stack_adapters([strong(init_adapter(ParaConfig(r=4), model.config))])
-    made = Tasks(model, tokenizer(), shared)
+    made = Tasks(model, tokenizer(), shared, rows=4)
     once = made.scores(stack, {0: -1})
     alone = len(rows)
     thrice = made.scores(stack, {0: -1, 1: -1, 3: -1})

@@ -5,9 +5,9 @@ from para_jax.evaluation.score import score_answers
 from para_jax.evaluation.scoring import Tasks
 
 
-def answers(model, adapter, task, tokenizer, *, limit=None, shuffle=None):
+def answers(model, adapter, task, tokenizer, *, limit=None, shuffle=None, rows=8):
     """The task as token ids, and the answers to its questions."""
-    tasks = Tasks(model, tokenizer, [task], limit)
+    tasks = Tasks(model, tokenizer, [task], limit, rows=rows)
     return tasks.encoded[0], tasks.answer_one(adapter, shuffle=shuffle)[0]
 
 

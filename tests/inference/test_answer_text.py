@@ -280,9 +280,9 @@ def test_an_answer_has_one_text_however_it_is_asked_for(tmp_path):
     assert [one["text"] for one in sorted(written, key=lambda one: one["line"])] == answers
 
     records = [Record(prompt, text, (text,), None, "") for prompt, text in zip(prompts, answers, strict=True)]
-    task = EvalTask("t", records, "exact_match", max_new_tokens=new, batch_size=2)
-    assert score(model, adapter, task, tokenizer).score == 1
-    assert [one["given"] for one in samples(model, adapter, task, tokenizer)] == answers
+    task = EvalTask("t", records, "exact_match", max_new_tokens=new)
+    assert score(model, adapter, task, tokenizer, rows=2).score == 1
+    assert [one["given"] for one in samples(model, adapter, task, tokenizer, rows=2)] == answers
 
     questions = [("a", Generation(tuple(tokenizer(prompt)["input_ids"]), new)) for prompt in prompts]
     raw = Answerer(model, bank, tokenizer, rows=2).answer(questions)

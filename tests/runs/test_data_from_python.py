@@ -8,6 +8,7 @@ from tiny_run import rows_of_text, run_config, run_folder, tokenizer
 
 from para_jax import load_config, train, train_tenants
 from para_jax.cli import main
+from para_jax.data.given import with_data
 from para_jax.evaluation.tasks import task_of_run
 from para_jax.inspect import folder_report
 from para_jax.training.stop import Stopped, StopSignal
@@ -39,7 +40,7 @@ def test_a_run_on_a_data_frame_is_that_of_the_same_files_and_resumes(folder, cap
     assert train(saved, SPLITS).step == 4
     with pytest.raises(ValueError, match="training data"):
         train(replace(saved, train=replace(saved.train, max_steps=6)), SPLITS | {"train": SPLITS["train"][1:]})
-    task = task_of_run(saved, "validation", tokenizer(), data=SPLITS)
+    task = task_of_run(replace(saved, data=with_data(saved.data, SPLITS)), "validation", tokenizer())
     assert [record.prompt for record in task.records] == [row["prompt"] for row in SPLITS["validation"]]
     # from the command line, the rows are not there
     assert "data from Python" in folder_report(result.output_dir)
