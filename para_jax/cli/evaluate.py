@@ -142,7 +142,11 @@ def run(options) -> None:
 
 def check_options(options) -> None:
     """Raises ValueError for options that are missing, out of range or do not go together."""
-    eval_options(options)  # a number that is out of range
+    try:
+        eval_options(options)
+    except ValueError as error:  # it begins with the name of the field
+        name, _, problem = str(error).partition(" ")
+        raise ValueError(f"--{name.replace('_', '-')} {problem}") from None
     given = str(options.config)
     if re.match(r"[a-z_]+(\.\w+)* *=", given) and not expanded(given).exists():  # the first field, without CONFIG
         options.config, options.overrides = None, [str(options.config), *options.overrides]

@@ -54,7 +54,7 @@ def find_adapters(adapters: Any, config: ModelConfig) -> Adapters:
                 f"adapters: got {'a list with ' * (wrong[0] is not adapters)}a {type(wrong[0]).__name__}; give an "
                 "adapter, an AdapterBank, {name: adapter}, or folders"
             )
-        adapters = named_adapters(list(map(str, places or ())))
+        adapters = named_adapters(list(map(str, places)))
     if isinstance(adapters, AdapterBank):
         if adapters.model_config != config:
             raise ValueError("adapters: the AdapterBank is made for another backbone; make it with model.config")
@@ -77,12 +77,12 @@ def held_or_named(adapters: Mapping[str, Any], config: ModelConfig) -> AdapterBa
 def bank_and_passes(
     adapters: Adapters, names: Sequence[str], model, memory: int, who: str
 ) -> tuple[AdapterBank | None, Generator[tuple[str, ...]]]:
-    """The bank, and the names of each pass, whose adapters it holds when they are taken from here.
+    """The bank, and an iterator over the passes. It gives the names of a pass once the bank holds its adapters.
 
     Args:
         names: those of this shard.
         memory: bytes that all adapters in memory may take.
-        who: stands before what is said, such as "shard 0/3: ".
+        who: the start of the message, such as "shard 0/3: ".
     """
     if not adapters.previews:
         return adapters.bank, (tuple(names) for _ in range(1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -51,8 +52,16 @@ def evaluate(
     """
     require_backbone(model)
     require_tokenizer(tokenizer)
-    plan = plan_evaluation(model.config, adapters, tasks, tokenizer, options)
+    try:
+        plan = plan_evaluation(model.config, adapters, tasks, tokenizer, options)
+    except ValueError as error:
+        raise ValueError(with_arguments(str(error))) from error
     return run_evaluation(model, plan, tokenizer, output, options)
+
+
+def with_arguments(error: str) -> str:
+    """An error's text with the arguments of `evaluate` in place of the command's flags of the same names."""
+    return re.sub(r"--(adapters|tasks|own|shuffle-prompts)\b", lambda flag: flag[1].replace("-", "_"), error)
 
 
 class Evaluation(NamedTuple):
@@ -81,7 +90,7 @@ def plan_evaluation(
         return Evaluation(read_tasks(tasks, tokenizer, config, options), found)
     folders = [tasks] if isinstance(tasks, PLACES) else tasks
     if not names or not isinstance(folders, list | tuple) or len(folders) != 1:
-        raise ValueError("--own requires --adapters and one folder as --tasks\ngive --tasks FOLDER --own")
+        raise ValueError("--own requires --adapters and one folder as --tasks")
     text = str(folders[0])
     if run is None:
         run = load_config(None, [])

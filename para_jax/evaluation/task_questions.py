@@ -162,7 +162,7 @@ def read_own_tasks(
         raise ValueError(
             f"--own: {folder} has no {options.split}.jsonl for {', '.join(missing[:5])}{more}\nadd "
             f"{folder / missing[0] / options.split}.jsonl, or name adapters by their data: --adapters NAME=DIR. "
-            "To leave tenants out, give --adapters the others alone"
+            "To leave tenants out, name the adapters of the others alone"
         )
     tasks, of_runs, rules = [], [], []
     for tenant in tenants:

@@ -283,7 +283,7 @@ def file_task(text: str, tokenizer, config: ModelConfig, *, split: str, limit: i
             f"RUN/config.yaml data.{split}={quote(str(file))}"
         ) from None
     title = name or (path.stem if path.is_file() else path.resolve().name)
-    task = task_of_records(f"--tasks {text}", title, records, metric, known, file, tokenizer, config, limit)
+    task = task_of_records(f"task {text}", title, records, metric, known, file, tokenizer, config, limit)
     return FileTask(task, len(records), file.resolve())
 
 
@@ -333,7 +333,7 @@ def task_of_records(
     if ranked:
         warn_of_unreachable(where, records[:limit], choices)
     if limit and (missing := missing_answer(records, limit)):
-        warn(f"{where}: the first {limit} examples have no answer {missing}; shuffle the file, or raise --limit")
+        warn(f"{where}: the first {limit} examples have no answer {missing}; shuffle them, or raise the limit")
     task = EvalTask(
         name,
         records[:limit],

@@ -39,7 +39,7 @@ def read_fields(model: type[T], found: dict, inside: str = "") -> T:
         if name not in model.model_fields:  # at the first: pydantic lists all
             near = difflib.get_close_matches(name[:100], model.model_fields, n=1)
             advice = f"; did you mean {near[0]}?" if near else ""
-            raise wrong_field(place + shorten(name)[1:-1], f"no field {place}{shorten(name)}{advice}")
+            raise wrong_field(place + shorten(name)[1:-1], f"no field {shorten(place + name)}{advice}")
     try:
         return model.model_validate(found)
     except ValidationError as error:
@@ -57,7 +57,7 @@ def wrong_value(place: str, value: object, advice: str) -> ApiError:
 
 
 def only(*allowed: Any, advice: str = NOT_COMPUTED) -> AfterValidator:
-    """The check of a field whose effect is not computed here. Only the values that ask for nothing are allowed."""
+    """The check of a field that the server does not implement. It allows the values that change nothing."""
     return AfterValidator(partial(refuse_others, allowed, advice))
 
 

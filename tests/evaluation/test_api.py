@@ -96,18 +96,20 @@ def test_what_can_not_be_evaluated_is_named(folder, loaded):
         ({"a": 3}, labels, {}, r"adapters\['a'\] is a int"),
         ({"base": adapters["A"]}, labels, {}, "'base'.* name of the base model"),
         ("nowhere/x/adapter", labels, {}, "nowhere/x/adapter"),
+        ("no-*/adapter", labels, {}, "^adapters 'no-[*]/adapter': no folder matches"),
         (None, [], {}, "tasks is empty"),
         (None, {3: labels}, {}, "tasks: 3 is no name"),
         (None, {"a": "no-such-task"}, {}, r"tasks\['a'\]: no-such-task is no file"),
         (None, {"a": 3}, {}, r"tasks\['a'\] must be .* got int"),
         (None, [[{"prompt": "w1"}]], {}, "in a list is no path or task; give rows as {name: rows}"),
         (None, [{"prompt": "w1"}], {}, r"tasks\['rows'\] row 0.*completion"),
-        (None, [labels, labels], {}, "labels is given more than once"),
+        (None, "no/such.jsonl", {}, "^tasks 'no/such.jsonl': no such file"),
+        (None, [labels, labels], {}, "^tasks: labels is given more than once"),
         (None, run_config(folder, f"data.train={labels / 'test.jsonl'}"), {}, "data.test is not set"),
         (None, labels, {"shuffle_prompts": True}, "shuffle_prompts requires an adapter"),
         (adapters, labels, {"shard": "0/2"}, "shard 0/2 requires an output"),
         (adapters, labels, {"own": True}, "labels has no test.jsonl for A, B"),
-        (None, labels, {"own": True}, "--own requires"),
+        (None, labels, {"own": True}, "^own requires adapters and one folder as tasks"),
     ):
         with pytest.raises(ValueError, match=said):
             evaluate(model, given, tasks, tokenizer=tokenizer, options=EvalOptions(**options))

@@ -127,7 +127,7 @@ def test_a_killed_evaluation_goes_on_and_loses_no_answer(folder, whole, tmp_path
         (["labels", "labels"], [], "--tasks: labels is given more than once"),
         (["labels", "tiny_tag"], [], "--tasks: labels is given more than once"),
         (["labels"], ["--include-path", "none"], None),
-        (["labels"], ["--limit", "0"], "limit must be a whole number, at least 1; got 0"),
+        (["labels"], ["--limit", "0"], "--limit must be a whole number, at least 1; got 0"),
         (["labels"], ["--adapters", "/nowhere/adapter"], "/nowhere/adapter: no such file or folder"),
         ([], [], "give the CONFIG of a run, or --backbone with --tasks"),
     ],
