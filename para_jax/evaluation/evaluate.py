@@ -54,14 +54,10 @@ def evaluate(
     require_tokenizer(tokenizer)
     try:
         plan = plan_evaluation(model.config, adapters, tasks, tokenizer, options)
-    except ValueError as error:
-        raise ValueError(with_arguments(str(error))) from error
+    except ValueError as error:  # it names the command's flags, which are arguments here
+        text = re.sub(r"--(adapters|tasks|own|shuffle-prompts)\b", lambda flag: flag[1].replace("-", "_"), str(error))
+        raise ValueError(text) from error
     return run_evaluation(model, plan, tokenizer, output, options)
-
-
-def with_arguments(error: str) -> str:
-    """An error's text with the arguments of `evaluate` in place of the command's flags of the same names."""
-    return re.sub(r"--(adapters|tasks|own|shuffle-prompts)\b", lambda flag: flag[1].replace("-", "_"), error)
 
 
 class Evaluation(NamedTuple):
@@ -85,7 +81,7 @@ def plan_evaluation(
     if BASE in names:
         raise ValueError(f"tenant {BASE!r}: this is the name of the base model; choose another name")
     if options.shuffle_prompts and not names:
-        raise ValueError("shuffle_prompts requires an adapter: the base model makes no factors")
+        raise ValueError("--shuffle-prompts requires an adapter: the base model makes no factors")
     if not options.own:
         return Evaluation(read_tasks(tasks, tokenizer, config, options), found)
     folders = [tasks] if isinstance(tasks, PLACES) else tasks

@@ -181,8 +181,7 @@ def read_own_tasks(
         own = (f"{name}=" if name else "") + str(folder / tenant) + (f":{metric}" if metric else "")
         found = file_task(own, tokenizer, config, split=options.split, limit=options.limit)
         if found is not None:
-            encoded = found.encoded._replace(task=found.encoded.task._replace(name=tenant))
-            tasks.append(questions_of(encoded, found.original, options)._replace(owner=tenant))
+            tasks.append(questions_of(renamed(found, tenant).encoded, found.original, options)._replace(owner=tenant))
     warn_of_guesses(rules)
     say_long(options.split, of_runs)
     return tasks
