@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..adapters.rows import Stack, stack_adapters
+from ..adapters.rows import Stack
 from ..data.batches import epoch_bits, permutation
 from .answers import Answerer
 from .batch_adapters import StackBank
@@ -53,27 +53,13 @@ class Tasks:
         """The scores of tenants, each with the adapter in its slot of the stack (-1: the backbone). Tenants without a
         task are left out."""
         scored = [tenant for tenant in slots if tenant in self.encoded]
-        names = [None if slots[tenant] < 0 else slots[tenant] for tenant in scored]
-        found = self._answers(StackBank(stack), scored, names)
+        if not scored:
+            return {}
+        answerer = Answerer(self.model, StackBank(stack), self.tokenizer, rows=self.rows, shapes=self.shapes)
+        asked = [(None if slots[tenant] < 0 else slots[tenant], self.encoded[tenant]) for tenant in scored]
+        count = sum(len(task.examples) for _, task in asked)
+        found = answer_tasks(answerer, asked, None, f"scoring {count} {self.split} examples")
         return {tenant: score_answers(self.encoded[tenant], one) for tenant, one in zip(scored, found, strict=True)}
-
-    def answer_one(self, adapter, *, shuffle: int | None = None) -> list[list[Answer]]:
-        """The answers to each task's questions with the same adapter; None: the backbone.
-
-        Args:
-            shuffle: the seed by which examples get the factors of each other's prompts.
-        """
-        bank = None if adapter is None else StackBank(stack_adapters([adapter]))
-        name = None if adapter is None else 0
-        return self._answers(bank, list(self.encoded), [name] * len(self.encoded), shuffle)
-
-    def _answers(self, bank, tenants: list[int], names: list, shuffle: int | None = None) -> list[list[Answer]]:
-        tasks = [self.encoded[tenant] for tenant in tenants]
-        if not tasks:
-            return []
-        answerer = Answerer(self.model, bank, self.tokenizer, rows=self.rows, shapes=self.shapes)
-        what = f"scoring {sum(len(task.examples) for task in tasks)} {self.split} examples"
-        return answer_tasks(answerer, list(zip(names, tasks, strict=True)), shuffle, what)
 
 
 def share_shapes(*parts: Tasks) -> None:

@@ -32,15 +32,20 @@ def scored(tasks: Tasks, adapters: list, shuffle: int | None = None, one_line: b
         one_line: an answer is the first line of what is written.
     """
     (encoded,) = tasks.encoded.values()
+    return [
+        record(encoded, [without_more(encoded, answer) for answer in answers] if one_line else answers)
+        for answers in answers_of(tasks, adapters, shuffle)
+    ]
+
+
+def answers_of(tasks: Tasks, adapters: list, shuffle: int | None = None) -> list[list[Answer]]:
+    """The answers of each adapter to the only task."""
+    (encoded,) = tasks.encoded.values()
     bank = None if adapters == [None] else StackBank(stack_adapters(adapters))
     asked = [(None if bank is None else i, encoded) for i in range(len(adapters))]
     answerer = Answerer(tasks.model, bank, tasks.tokenizer, rows=tasks.rows, shapes=tasks.shapes)
     what = f"scoring {len(encoded.examples)} test examples with {len(adapters)} adapters"
-    found = answer_tasks(answerer, asked, shuffle, what)
-    return [
-        record(encoded, [without_more(encoded, answer) for answer in answers] if one_line else answers)
-        for answers in found
-    ]
+    return answer_tasks(answerer, asked, shuffle, what)
 
 
 def without_more(encoded: EncodedTask, answer: Answer) -> Answer:
@@ -112,7 +117,7 @@ def passage(prompt: str) -> str:
 def text_losses(tasks: Tasks, adapter) -> np.ndarray:
     """The loss of each text, in nats per token."""
     (encoded,) = tasks.encoded.values()
-    (answers,) = tasks.answer_one(adapter)
+    (answers,) = answers_of(tasks, [adapter])
     nats, tokens = likelihoods_of(encoded, answers)
     return nats / tokens
 

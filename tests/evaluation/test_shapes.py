@@ -20,6 +20,7 @@ from para_jax import (
     init_adapter,
     load_backbone,
     make_mesh,
+    stack_adapters,
     train,
     train_tenants,
 )
@@ -29,7 +30,6 @@ from para_jax.evaluation import likelihood
 from para_jax.evaluation.answers import Answerer
 from para_jax.evaluation.likelihood import continuation_scores
 from para_jax.evaluation.questions import Likelihood
-from para_jax.evaluation.score import score_answers
 from para_jax.evaluation.scoring import Tasks
 from para_jax.evaluation.shapes import OpenShapes, batch_rows, plan_shapes, say_evaluation
 from para_jax.evaluation.tasks import EvalTask, encode_task
@@ -158,7 +158,7 @@ def test_a_plan_over_more_examples_changes_no_score(metric):
     task = task_of(metric, LENGTHS[:5])
     more = Tasks(model(), tokenizer(), [task, task_of(metric, [7, 33, 90, 130])], rows=4)
     assert more.shapes != plan_shapes([encode_task(task, tokenizer())])
-    alone, among = score(adapter(), task), score_answers(more.encoded[0], more.answer_one(adapter())[0])
+    alone, among = score(adapter(), task), more.scores(stack_adapters([adapter()]), {0: 0})[0]
     assert among.score == (pytest.approx(alone.score, rel=1e-5) if metric == "loss" else alone.score)
     assert among.loss == pytest.approx(alone.loss, rel=1e-5)
 
