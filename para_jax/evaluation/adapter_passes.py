@@ -54,7 +54,7 @@ def find_adapters(adapters: Any, config: ModelConfig) -> Adapters:
                 f"adapters: got {'a list with ' * (wrong[0] is not adapters)}a {type(wrong[0]).__name__}; give an "
                 "adapter, an AdapterBank, {name: adapter}, or folders"
             )
-        adapters = named_adapters(list(map(str, places)))
+        adapters = named_adapters(list(map(str, places or ())))
     if isinstance(adapters, AdapterBank):
         if adapters.model_config != config:
             raise ValueError("adapters: the AdapterBank is made for another backbone; make it with model.config")

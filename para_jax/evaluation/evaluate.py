@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from ..config import BASE, ModelConfig, RunConfig, expanded, load_config
 from ..data.examples import require_tokenizer
 from ..model import require_backbone
+from ..shards import parse_shard
 from ..storage.bucket import Place
 from .adapter_passes import PLACES, Adapters, bank_and_passes, find_adapters
 from .folder import evaluate_in_memory, evaluate_to_folder
@@ -111,7 +112,7 @@ def run_evaluation(
     tasks, adapters = plan
     if options.shard and not output:
         raise ValueError(f"shard {options.shard} requires an output of its own; `para-jax merge` joins the outputs")
-    part = ShardOfAdapters(options.shard, adapters.digests) if options.shard else None
+    part = ShardOfAdapters(parse_shard(str(options.shard)), adapters.digests) if options.shard else None
     names = part.names if part else list(adapters.sources)
     base = len(adapters.sources) != 1 if options.base is None else options.base or not adapters.sources
     who = f"shard {options.shard}: " if part else ""

@@ -128,9 +128,11 @@ def own_configs(text: str, tenants: Sequence[str], config: RunConfig) -> dict[st
         text: [TASK=]FOLDER[:METRIC].
     """
     task, folder, metric = task_parts(text)
+    if folder is None:
+        return {}
     section = replace(config.data, validation=None, test=None, tenants=None, **({"task": task} if task else {}))
     configs = {}
-    for tenant in tenants if folder else ():
+    for tenant in tenants:
         data = folder / tenant
         if split_file(data, "train") is None and not (data / OWN_FILE).is_file():
             continue
