@@ -68,15 +68,16 @@ def prefill_blocks(
     block = jnp.take_along_axis(table, lanes.number[:, None], axis=1)[:, 0]
     block = jnp.where(lanes.count > 0, block, pool[0][0].shape[0])
     tables = rotary_tables_by_kind(model.config, position)
-    weights, make = (None, None) if adapters is None else by_layer(adapters)
+    weights, make = (None, lambda *_: None) if adapters is None else by_layer(adapters)
 
     def step(x, layer, inputs):
         held, weights = inputs
         adjust, adjustment = plain, None
         if tails is not None:
             adjustment = make(weights, x[tails.lane], tails.count)
-            of_lanes = batched_adjust(jax.tree.map(lambda a: a[jnp.maximum(tails.of_lane, 0)], adjustment))
-            adjust = acting(of_lanes, (tails.of_lane >= 0)[:, None] & (position >= tails.start[:, None]))
+            row = jnp.maximum(tails.of_lane, 0)
+            adjust = batched_adjust(jax.tree.map(lambda a: a[row], adjustment))
+            adjust = acting(adjust, (tails.of_lane >= 0)[:, None] & (position >= tails.start[:, None]))
         attend = attend_blocks(held, block, table, start, lanes.count, layer.kind.window)
         x, held = layer(x, adjust, tables[layer.kind.rotary], attend)
         return x, (held, adjustment)

@@ -68,8 +68,8 @@ def residual_stream(
 
 
 def acting(adjust: Callable, where: jax.Array | bool) -> Callable:
-    """adjust(site, x, y), which leaves y as it is at the tokens where the adapter does not act."""
-    if where is True:
+    """adjust(site, x, y) at the tokens where the adapter acts (True: all of them), and y as it is at the others."""
+    if isinstance(where, bool):
         return adjust
     return lambda site, x, y: jnp.where(where[..., None], adjust(site, x, y), y)
 

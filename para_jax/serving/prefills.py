@@ -9,7 +9,7 @@ share the blocks in which they agree (prefix_cache.py). An adapter acts on the l
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -299,7 +299,7 @@ class Prefills:
         blocks = [self._blocks(one.ids) for one in others]
         return len(blocks) < self.rows and sum(blocks) + self._blocks(ids) <= self._room
 
-    def _kept_in_blocks(self) -> Iterable[ChunkedPrompt]:
+    def _kept_in_blocks(self) -> Iterator[ChunkedPrompt]:
         return (prompt for prompt in self._kept.values() if isinstance(prompt, ChunkedPrompt))
 
     def drop_old(self) -> None:

@@ -9,8 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from .. import atomic
-from ..config import expanded, require, shorten
+from ..config import expanded, shorten
 from ..messages import warn
 from ..processes import broadcast_arrays, full_arrays, is_first, on_first_process
 from ..progress import Progress
@@ -186,8 +185,7 @@ def newest_whole(
     for step in steps_in(folder):
         try:
             found = read_twice(checkpoints, step, wanted)
-            check_progress(found[1], step, kind)
-            check_run(found[1]["run"], run)
+            check_run(kind(**found[1]).run, run)
         except OtherData as error:  # an older one may be of these data, but the adapter in the folder is not
             raise ValueError(
                 f"{folder / str(step)}: {error}; put that data back, or choose another output_dir "
@@ -251,33 +249,6 @@ def check_shapes(stored: dict[str, tuple[int, ...]], wanted: dict[str, np.ndarra
     for name, array in wanted.items():
         if stored[name] != array.shape:
             raise ValueError(f"it is of another run: {name} has the shape {stored[name]} there, {array.shape} here")
-
-
-def check_progress(about: dict[str, Any], step: int, kind: type) -> None:
-    """Raises ValueError, naming the key, for a progress of another kind or step."""
-    hints = get_type_hints(kind)
-    missing = [name for name in hints if name not in about and name not in kind._field_defaults]
-    unknown = [name for name in about if name not in hints]
-    if missing:
-        raise ValueError(f"progress lacks {', '.join(missing)}")
-    if unknown:
-        raise ValueError(f"progress has unknown keys: {shorten(unknown)}")
-    for name, value in about.items():
-        expected = str(getattr(hints[name], "__name__", hints[name]))
-        require(of_type(value, hints[name]), f"progress.{name}", value, expected)
-    require(about["step"] == step, "progress.step", about["step"], f"{step}, as the folder is named")
-
-
-def of_type(value: Any, hint: Any) -> bool:
-    """Whether a JSON value has a type: int, float, str or None, lists and dicts of them, and unions."""
-    kind, parts = get_origin(hint), get_args(hint)
-    if kind is UnionType:
-        return any(of_type(value, part) for part in parts)
-    if kind is list:
-        return isinstance(value, list) and all(of_type(one, parts[0]) for one in value)
-    if kind is dict:
-        return isinstance(value, dict) and all(of_type(one, parts[1]) for one in value.values())
-    return type(value) in ((int, float) if hint is float else (hint,))
 
 
 #: What orbax writes last into a checkpoint. In a bucket it alone tells a whole one from one that a kill broke off.
