@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -85,17 +84,11 @@ def require_own_run(config: RunConfig, folder: Place) -> None:
 @contextmanager
 def locked(folder: Place) -> Iterator[None]:
     """Holds the lock of a folder during the block. Where a disk can't lock, says so; a bucket has none. Raises
-    ValueError, naming the folder, if another process holds it, and OSError for a lock that is a link."""
+    ValueError, naming the folder, if another process holds it."""
     if isinstance(folder, BucketPath):
         yield
         return
-    try:
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        raise OSError(f"output_dir {folder}: its {LOCK} is a link; delete that") from None
-    with open(descriptor, "r+b", buffering=0) as stream:
+    with open(folder / LOCK, "a+b", buffering=0) as stream:
         lock_output(stream, f"output_dir {folder}")
         yield
 

@@ -1,5 +1,6 @@
 """A run's folder: it holds one run, one process at a time writes there, and a kill leaves nothing that stays."""
 
+import errno
 import os
 import shutil
 import signal
@@ -148,23 +149,6 @@ def test_a_killed_claim_is_not_taken_for_a_run_and_a_repeated_one_cleans_up(conf
         assert {path.name for path in Path(config.output_dir).iterdir()} == {"config.yaml", ".lock"}
 
 
-def test_a_link_that_somebody_put_there_beforehand_is_not_followed(config, tmp_path):
-    mine = tmp_path / "mine.txt"
-    mine.write_text("mine")
-    with locked_folder(config):
-        pass
-    lock = Path(config.output_dir) / ".lock"
-    lock.unlink()
-    lock.symlink_to(mine)
-    with pytest.raises(OSError, match=".lock"), locked_folder(config):
-        pass
-    lock.unlink()
-    (Path(config.output_dir) / "config.yaml").symlink_to(mine)
-    with pytest.raises(ValueError, match="mine|config"):
-        claim_folder(config)
-    assert mine.read_text() == "mine"
-
-
 @pytest.mark.parametrize("command", [("inspect",), ("plot", "--output", "curves.png")])
 @pytest.mark.parametrize("content", [b"5\n", b"\xff\xfe\n", b'{"step": "x"}\n', b'{"loss": 1.0}\n'])
 def test_a_damaged_log_is_an_error_of_the_command_line_by_file_and_line(command, content, config, tmp_path, capsys):
@@ -270,7 +254,7 @@ def test_the_lock_of_a_killed_process_is_gone(config):
 
 def test_a_file_system_without_locks_is_said_and_does_not_stop_a_run(config, monkeypatch, capsys):
     def without(stream, name):
-        raise OSError(folders.errno.ENOLCK, "No locks available")
+        raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(atomic, "lock", without)
     with locked_folder(config):
