@@ -9,8 +9,6 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from contextlib import suppress
-from datetime import date
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
@@ -20,7 +18,6 @@ from ..record_file import lock_output
 from ..shards import Shard, begin_part, job_shard_file
 from ..storage.bucket import BucketPath, Place
 from ..storage.pieces import BucketLines, join_pieces, open_pieces, pieces
-from .request import MAX_SAMPLES
 
 #: How each answer begins.
 HEAD = b'{"line": '
@@ -196,39 +193,26 @@ def answer_of(line: bytes | None, row: int) -> tuple[tuple[int, int], KeptAnswer
         raise ValueError(
             f"is not an answer of a job ({said}). Choose another file, or remove this line and run the command again."
         ) from None
-    if len(found["request"]) == 16:
-        raise ValueError("is from an older para_jax, which did not record the model. Choose another file.")
     return (found["line"], found["index"]), KeptAnswer(found["request"], found.get("error"), row, found.get("date"))
 
 
 def checked_answer(line: bytes | None) -> dict[str, Any]:
-    """The fields of an answer. Raises ValueError or RecursionError for anything else."""
+    """The fields of an answer. Raises ValueError or RecursionError for what is none, such as the line of another
+    file."""
     if line is None:
         raise ValueError(f"longer than {MAX_ANSWER} bytes")
     found = json.loads(line)
     if not isinstance(found, dict):
         raise ValueError(f"a JSON {type(found).__name__}")
-    failed = found.get("finish_reason") == "error"
     checks = {
         "line": lambda value: type(value) is int and value >= 1,
-        "index": lambda value: type(value) is int and 0 <= value < MAX_SAMPLES,
-        "request": lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{32}|[0-9a-f]{16}", value),
-        "text": lambda value: isinstance(value, str),
-        "finish_reason": lambda value: value in ("stop", "length", "error"),
-        "error": lambda value: isinstance(value, str) if failed else value is None,
-        "date": lambda value: value is None or is_day(value),
+        "index": lambda value: type(value) is int and value >= 0,
+        "request": lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{32}", value),
     }
     for name, good in checks.items():
         if not good(found.get(name)):
             raise ValueError(f"{name}: {shorten(found.get(name))}")
     return found
-
-
-def is_day(value: object) -> bool:
-    """Whether a value is a day as YYYY-MM-DD."""
-    with suppress(ValueError):
-        return isinstance(value, str) and date.fromisoformat(value).isoformat() == value
-    return False
 
 
 class Lines(Protocol):
