@@ -14,8 +14,6 @@ from ..storage.bucket import Place
 CALL_FILE = "call.txt"
 #: The ending of the file that says how the workers of a shard have ended in this call.
 DEATHS = ".deaths"
-#: Bytes that are read of a call file: it has the names of all adapters.
-MAX_BYTES = 2**26
 
 
 @contextmanager
@@ -52,8 +50,7 @@ def claim_output(output: Place, folder: Place, line: Sequence[str], shards: int)
         folder.mkdir(parents=True, exist_ok=True)
         atomic.write_text(file, "\n".join(now) + "\n")
         return
-    with file.open("rb") as stream:
-        before = stream.read(MAX_BYTES).decode(errors="replace").splitlines()
+    before = file.read_bytes().decode().splitlines()
     if before != now:
         gone, new = set(before) - set(now), set(now) - set(before)
         then, given = (printable(" ".join(sorted(parts)), 100) or "nothing" for parts in (gone, new))

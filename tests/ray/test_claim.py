@@ -39,14 +39,6 @@ def test_what_another_wrote_is_not_touched(tmp_path, kind):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("data", [b"", b"\xff", b"shards=4"])
-def test_a_damaged_file_belongs_to_another_call(tmp_path, data):
-    claim(tmp_path)
-    (tmp_path / "out.shards" / "call.txt").write_bytes(data)
-    with pytest.raises(ValueError, match="of another call: .* then, .* now"):
-        claim(tmp_path)
-
-
 def test_a_call_goes_on_in_a_bucket(bucket):
     claim(bucket / "claimed")
     deaths = bucket / "claimed" / "out.shards" / "0.jsonl.deaths"

@@ -176,13 +176,6 @@ def test_a_tenant_whose_data_is_gone_is_named_and_nothing_is_written(grown, tmp_
         train_tenants(grown)
 
 
-def test_a_damaged_list_of_added_tenants_is_an_error_that_names_it(grown, tmp_path):
-    (tmp_path / "run" / "_added_1").mkdir()
-    (tmp_path / "run" / "_added_1" / "tenants.json").write_text("{")
-    with pytest.raises(ValueError, match="_added_1/tenants.json: "):
-        train_tenants(grown)
-
-
 def test_a_tenants_own_config_is_that_of_a_run_of_it_alone(grown, tmp_path):
     train_tenants(grown)
     own = load_config(tmp_path / "run" / "bishop" / "config.yaml")

@@ -105,13 +105,6 @@ def test_a_sweep_of_rates_or_seeds_does_not_go_with_auto(sweep):
     assert load_config(None, ["train.learning_rate=auto", "sweep.method=[para, lora]"]).train.learning_rate == "auto"
 
 
-def test_a_damaged_choice_is_named(tmp_path):
-    (tmp_path / "learning_rates").mkdir()
-    (tmp_path / "learning_rates" / "chosen.json").write_text("{")
-    with pytest.raises(ValueError, match="chosen.json"):
-        chosen_rates(tmp_path)
-
-
 # ----------------------------------------------------------------------------------------------------------------- runs
 
 
