@@ -37,14 +37,6 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, monkeypatch):
     assert error.value.errno == errno.ENOSPC and (tmp_path / "a").read_text() == "old"
 
 
-def test_a_link_at_the_name_is_replaced_and_not_followed(tmp_path):
-    target, file = tmp_path / "target", tmp_path / "a.txt"
-    target.write_text("keep")
-    file.symlink_to(target)
-    write_text(file, "new")
-    assert target.read_text() == "keep" and not file.is_symlink()
-
-
 def test_what_a_kill_left_is_found_by_the_name_it_belongs_to(tmp_path):
     file = tmp_path / "a[1].txt"
     left = temporary_name(file)

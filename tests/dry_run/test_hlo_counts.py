@@ -122,10 +122,9 @@ def test_on_a_tpu_the_blocks_that_write_the_vectors_have_the_work_of_the_base_an
         block = jax.ShapeDtypeStruct((64, config.num_kv_heads, 16, config.head_dim), jnp.bfloat16)
         ints = lambda *shapes: (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes)  # noqa: E731
         lanes = Lanes(*ints((4, 16), (4,), (4,), (4,), (ROWS, 8), (ROWS,)))
-        given = (block, block), lanes, rows, Tails(*ints((4,), (4,), (ROWS,), (ROWS,)))
+        given = ((block, block),) * config.num_layers, lanes, rows, Tails(*ints((4,), (4,), (ROWS,), (ROWS,)))
         with jax.set_mesh(mesh):
-            lowered = jax.jit(prefill_blocks).lower(model, (given[0],) * config.num_layers, *given[1:])
-            return describe_program(lowered.compile())
+            return describe_program(jax.jit(prefill_blocks).lower(model, *given).compile())
 
     base, para = program(replace(IA3, scope="response")), program(ParaConfig(scope="response"))
     assert (para.products, para.fusions["kOutput"]) == (base.products, base.fusions["kOutput"]) and base.products > 21
