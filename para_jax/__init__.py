@@ -45,23 +45,23 @@ if TYPE_CHECKING:
     from .config import ParaConfig as ParaConfig
 
     # where they meet
-    from .model import AdaptedTransformer as AdaptedTransformer
-    from .model import DecodeState as DecodeState
-    from .model import adapt as adapt
-    from .model import decode as decode
-    from .model import forward as forward
-    from .model import hidden_states as hidden_states
-    from .model import init_adapter as init_adapter
-    from .model import multi_tenant_forward as multi_tenant_forward
-    from .model import prefill as prefill
-    from .model import right_pad as right_pad
-    from .model import vectors as vectors
+    from .model.adapted import AdaptedTransformer as AdaptedTransformer
+    from .model.adapted import DecodeState as DecodeState
+    from .model.adapted import adapt as adapt
+    from .model.adapted import decode as decode
+    from .model.adapted import forward as forward
+    from .model.adapted import hidden_states as hidden_states
+    from .model.adapted import init_adapter as init_adapter
+    from .model.adapted import multi_tenant_forward as multi_tenant_forward
+    from .model.adapted import prefill as prefill
+    from .model.adapted import right_pad as right_pad
+    from .model.adapted import vectors as vectors
 
     # runs
     from .config import RunConfig as RunConfig
     from .config import load_config as load_config
-    from .messages import log_to_stderr as log_to_stderr
-    from .sharding import make_mesh as make_mesh
+    from .io.messages import log_to_stderr as log_to_stderr
+    from .runtime.sharding import make_mesh as make_mesh
 
     # inference and serving
     from .inference.export import export_ia3 as export_ia3
@@ -84,8 +84,8 @@ if TYPE_CHECKING:
     from .evaluation.harness.lm import ParaLM as ParaLM
     from .evaluation.options import EvalOptions as EvalOptions
     from .evaluation.results import Results as Results
-    from .plots import curves_plot as curves_plot
-    from .plots import factors_plot as factors_plot
+    from .reports.plots import curves_plot as curves_plot
+    from .reports.plots import factors_plot as factors_plot
 
 #: The names that each module has for users.
 _NAMES = {
@@ -97,10 +97,10 @@ _NAMES = {
     "adapters.bank": "AdapterBank",
     "adapters.files": "load_adapter save_adapter",
     "adapters.rows": "Rows Stack pick stack_adapters",
-    "model": "AdaptedTransformer DecodeState adapt decode forward hidden_states init_adapter multi_tenant_forward "
-    "prefill right_pad vectors",
-    "messages": "log_to_stderr",
-    "sharding": "make_mesh",
+    "model.adapted": "AdaptedTransformer DecodeState adapt decode forward hidden_states init_adapter "
+    "multi_tenant_forward prefill right_pad vectors",
+    "io.messages": "log_to_stderr",
+    "runtime.sharding": "make_mesh",
     "inference.export": "export_ia3",
     "inference.generate": "generate",
     "serving.engine": "Engine",
@@ -112,7 +112,7 @@ _NAMES = {
     "evaluation.options": "EvalOptions",
     "evaluation.results": "Results",
     "evaluation.harness.lm": "ParaLM",
-    "plots": "curves_plot factors_plot",
+    "reports.plots": "curves_plot factors_plot",
 }
 _LATER = {name: module for module, names in _NAMES.items() for name in names.split()}
 #: What `from para_jax import *` gives: the names that need no extra.

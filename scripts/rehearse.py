@@ -33,14 +33,14 @@ import buckets
 import rehearse_run
 from rehearse_programs import compile_programs
 
-from para_jax import inspect
 from para_jax.config import RunConfig, load_config
-from para_jax.dry_run.topology import Compiled, parsed_topology, topology_devices
-from para_jax.memory import CHIP_GIB, GIB, choose_mesh, run_bytes
-from para_jax.memory import abstract_mesh as mesh_of
-from para_jax.record_file import write_record
-from para_jax.roofline import estimate_time, training_work
-from para_jax.sharding import make_mesh, mesh_sizes
+from para_jax.estimate.memory import CHIP_GIB, GIB, choose_mesh, run_bytes
+from para_jax.estimate.memory import abstract_mesh as mesh_of
+from para_jax.estimate.roofline import estimate_time, training_work
+from para_jax.estimate.topology import Compiled, parsed_topology, topology_devices
+from para_jax.io.record_file import write_record
+from para_jax.reports import inspect
+from para_jax.runtime.sharding import make_mesh, mesh_sizes
 from para_jax.training.passes import step_passes
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -16,14 +16,14 @@ from para_jax.adapters.methods import has_plain_prompts
 from para_jax.adapters.rows import Rows, Stack
 from para_jax.config import RunConfig
 from para_jax.data.batches import Batch, rounded_up
-from para_jax.dry_run.topology import Compiled, ask_compiler, compile_step
+from para_jax.estimate.longest_row import longest_split
+from para_jax.estimate.memory import abstract_adapter, abstract_model, step_arguments
+from para_jax.estimate.topology import Compiled, ask_compiler, compile_step
 from para_jax.evaluation.likelihood import continuation_scores, together
 from para_jax.inference.generate import next_token
-from para_jax.longest_row import longest_split
-from para_jax.memory import abstract_adapter, abstract_model, step_arguments
-from para_jax.model import _prefill, prefill_after
-from para_jax.sharding import with_sharding
-from para_jax.tail import prompt_states
+from para_jax.model.adapted import _prefill, prefill_after
+from para_jax.model.tail import prompt_states
+from para_jax.runtime.sharding import with_sharding
 from para_jax.training.passes import batch_devices
 from para_jax.training.step import eval_nll
 

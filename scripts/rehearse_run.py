@@ -21,8 +21,9 @@ sys.path.insert(0, str(ROOT / "tests" / "helpers"))
 
 from tiny_run import rows_of_text, run_folder, write_rows  # noqa: E402
 
-from para_jax.config import RunConfig, expanded, load_config  # noqa: E402
+from para_jax.config import RunConfig, load_config  # noqa: E402
 from para_jax.data.tasks import TASKS  # noqa: E402
+from para_jax.io.checks import expanded  # noqa: E402
 from para_jax.training.log import TIMES  # noqa: E402
 from para_jax.training.metrics_file import read_metrics  # noqa: E402
 

@@ -63,7 +63,7 @@ def bucket():
     """gs://para-jax: an empty bucket of an emulator on loopback, which processes started from here find too."""
     import buckets
 
-    from para_jax.storage.bucket import bucket_path
+    from para_jax.io.storage.bucket import bucket_path
 
     server, port = buckets.start()
     with pytest.MonkeyPatch.context() as patch:

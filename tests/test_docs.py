@@ -115,25 +115,6 @@ def test_extras_exist(page):
         assert set(named.split(",")) <= set(extras), named
 
 
-def mapped_files():
-    """The files that the file map names: "adapters/para.py", and "model.py" for a top-level module."""
-    text = (ROOT / "docs" / "architecture.md").read_text().split("## File map")[1].split("```")[1]
-    folder, found = "", set()
-    for line in text.strip().split("\n"):
-        if not line.startswith(" "):
-            folder = line.split()[0].removeprefix("para_jax/")
-        else:
-            found |= {folder + name for name in re.findall(r"\b(\w+\.py)\b", re.split(r"\s{4,}", line.strip())[0])}
-    return found
-
-
-def test_the_file_map_names_every_file():
-    package = ROOT / "para_jax"
-    files = {str(file.relative_to(package)) for file in package.rglob("*.py")}
-    files = {file for file in files if not file.endswith("/__init__.py")}
-    assert mapped_files() == files
-
-
 def comments_and_strings(file):
     """Comments and string literals, docstrings among them, with their line numbers."""
     text = file.read_text()

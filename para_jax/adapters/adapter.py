@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ..config import SITES, ModelConfig
-from ..sharding import is_variable
+from ..runtime.sharding import is_variable
 
 
 class AdapterParam(nnx.LoRAParam):

@@ -22,9 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..config import SITES, ModelConfig, listed, shorten
-from ..sharding import place
-from ..storage.bucket import BucketPath
+from ..config import SITES, ModelConfig, listed
+from ..io.checks import shorten
+from ..io.storage.bucket import BucketPath
+from ..runtime.sharding import place
 from .adapter import Adapter, named_leaves, require_model_config
 from .files import load_adapter, require_finite
 from .methods import METHODS, method_of

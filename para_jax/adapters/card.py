@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from ..config import expanded, printable
-from ..hub import BUILT_IN, BUILT_IN_HUB_ID, BUILT_IN_WEIGHTS, HUB_ID, name_and_revision
+from ..io.checks import expanded, printable
+from ..io.hub import BUILT_IN, BUILT_IN_HUB_ID, BUILT_IN_WEIGHTS, HUB_ID, name_and_revision
 from .method import Method
 from .scope import invocation_tokens, scope_of
 

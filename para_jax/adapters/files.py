@@ -21,14 +21,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..atomic import files_left, replacing, write_bytes
-from ..config import ModelConfig, expanded, one_of, shorten
-from ..hub import BUILT_IN, BUILT_IN_HUB_ID, resolve_adapter
-from ..storage.bucket import BucketPath, Place
-from ..storage.cache import of_one_version
-from ..tensor_file import StoredTensor, stored_tensors
-from ..text_part import has_image_part, text_tensors, whole_name
-from ..untrusted import one_line, read_json, safe_names
+from ..backbone.text_part import has_image_part, text_tensors, whole_name
+from ..config import ModelConfig
+from ..io.atomic import files_left, replacing, write_bytes
+from ..io.checks import expanded, one_of, shorten
+from ..io.hub import BUILT_IN, BUILT_IN_HUB_ID, resolve_adapter
+from ..io.storage.bucket import BucketPath, Place
+from ..io.storage.cache import of_one_version
+from ..io.tensor_file import StoredTensor, stored_tensors
+from ..io.untrusted import one_line, read_json, safe_names
 from .adapter import Adapter, abstract, require_model_config, require_one, with_leaves
 from .card import example_of, given_lines, model_card, with_test_score
 from .formats.own import ValueCounts, own_config, read_own_config, require_same_backbone

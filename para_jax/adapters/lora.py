@@ -17,7 +17,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from ..config import FUSED, SITES, LoraConfig, ModelConfig, shorten
+from ..config import FUSED, SITES, LoraConfig, ModelConfig
+from ..io.checks import shorten
 from .adapter import (
     Adapter,
     AdapterParam,

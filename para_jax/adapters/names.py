@@ -6,10 +6,11 @@ from functools import cache
 from glob import glob
 from pathlib import Path
 
-from ..config import BASE, expanded
-from ..messages import warn
-from ..storage.bucket import BucketPath, Place
-from ..untrusted import safe_names
+from ..config import BASE
+from ..io.checks import expanded
+from ..io.messages import warn
+from ..io.storage.bucket import BucketPath, Place
+from ..io.untrusted import safe_names
 
 warn_once = cache(warn)
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..config import ModelConfig
-from ..sharding import is_variable
+from ..runtime.sharding import is_variable
 from .adapter import Adapter, AdapterParam, abstract, named_leaves, with_leaves
 from .methods import method_of
 

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ..config import ModelConfig, ParaConfig
-from ..sharding import is_variable
+from ..runtime.sharding import is_variable
 from .adapter import Adapter, AdapterParam, BiasParam, Factors, Statistic, describe, named_leaves, token_at
 from .formats.own import ValueCounts, join_layers, layer_name
 from .method import Method

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ..config import ModelConfig, expanded
-from ..hub import resolve_adapter
-from ..storage.bucket import BucketPath, Place
-from ..storage.cache import read
-from ..untrusted import MAX_JSON_BYTES, json_mapping
+from ..config import ModelConfig
+from ..io.checks import expanded
+from ..io.hub import resolve_adapter
+from ..io.storage.bucket import BucketPath, Place
+from ..io.storage.cache import read
+from ..io.untrusted import MAX_JSON_BYTES, json_mapping
 from .adapter import Adapter, abstract
 from .files import CONFIG, WEIGHTS, load_adapter, own_file, refuse_pickles, require_rank
 from .formats.own import read_own_config, require_same_backbone

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from ..config import shorten
+from ..io.checks import shorten
 from .segments import Segments
 
 #: More tokens than any row has.

@@ -6,8 +6,9 @@ import bisect
 import difflib
 from collections.abc import Sequence
 
-from ..config import BASE, shorten
-from ..untrusted import safe_name
+from ..config import BASE
+from ..io.checks import shorten
+from ..io.untrusted import safe_name
 
 #: How many known names of each kind an unknown one is compared with; a comparison takes about 50 microseconds.
 COMPARED = 50

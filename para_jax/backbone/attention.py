@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from ..config import ModelConfig
-from ..sharding import constrain
+from ..runtime.sharding import constrain
 from .layers import HeadNorm, Identity, Linear, RMSNorm, softcap
 from .rotary import rotate
 

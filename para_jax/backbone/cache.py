@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ..sharding import constrain, zeros
+from ..runtime.sharding import constrain, zeros
 from .attention import mixed_values, within
 from .cache_blocks import has_blocks, values_in_blocks
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..config import shorten
+from ..io.checks import shorten
 
 #: Published models have a handful of ids that end a text.
 MAX_TOKEN_IDS = 1000

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from ..config import LayerKind, ModelConfig, RotaryConfig, shorten
-from ..text_part import TEXT_CONFIGS, text_config
+from ..config import LayerKind, ModelConfig, RotaryConfig
+from ..io.checks import shorten
 from .config_values import (
     check,
     config_activation,
@@ -24,6 +24,7 @@ from .config_values import (
     required,
 )
 from .rotary_config import LAYER_TYPES, rotaries
+from .text_part import TEXT_CONFIGS, text_config
 
 #: The values of missing keys in a Llama config. The families list only their differences.
 DEFAULTS = {

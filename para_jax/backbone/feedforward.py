@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ..config import ModelConfig
-from ..sharding import constrain
+from ..runtime.sharding import constrain
 from .layers import ACTIVATIONS, Linear
 
 

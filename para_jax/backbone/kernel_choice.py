@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from ..config import ATTENTION, ModelConfig, shorten
+from ..config import ATTENTION, ModelConfig
+from ..io.checks import shorten
 
 LANES = 128  # splash attention takes lengths in multiples of this; others are padded
 #: The largest head width of cuDNN's flash attention, by minimum compute capability (jax._src.cudnn.

@@ -9,9 +9,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from ..config import ModelConfig
-from ..messages import say
-from ..processes import gather_texts
-from ..sharding import partition
+from ..io.messages import say
+from ..runtime.processes import gather_texts
+from ..runtime.sharding import partition
 from .kernel_choice import AttentionChoice, attention_kernel, choice_named
 from .kernels import KERNELS
 

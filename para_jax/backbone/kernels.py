@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ..config import ModelConfig
-from ..sharding import partition
+from ..runtime.sharding import partition
 from .attention import causal_mask, mixed_values
 from .kernel_choice import LANES, AttentionChoice, attention_kernel
 from .layers import scaled

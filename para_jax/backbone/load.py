@@ -12,21 +12,22 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..config import ModelConfig, expanded, one_of, shorten
-from ..gguf.file import GgufFile
-from ..hub import local_backbone, resolve_backbone, resolve_config
-from ..messages import warn
-from ..sharding import check_mesh, tree_shardings, with_sharding
-from ..text_part import text_config
-from ..untrusted import read_json
+from ..config import ModelConfig
+from ..io.checks import expanded, one_of, shorten
+from ..io.hub import local_backbone, resolve_backbone, resolve_config
+from ..io.messages import warn
+from ..io.untrusted import read_json
+from ..runtime.sharding import check_mesh, tree_shardings, with_sharding
 from .config_values import as_list
 from .families import model_config
+from .gguf.file import GgufFile
 from .kernel_choice import choice_named
 from .kernel_trial import choose_attention
 from .known_configs import KNOWN_CONFIGS
 from .quantize import quantised
 from .rotary_config import ignored_attn_factor
 from .safetensors import Safetensors
+from .text_part import text_config
 from .transformer import Layer, Transformer, require_layout
 from .weights import fingerprint, load_parameters, recipes, with_own_head
 

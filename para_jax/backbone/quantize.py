@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int8
 
-from ..sharding import gather_fsdp
+from ..runtime.sharding import gather_fsdp
 from .layers import Linear
 
 

@@ -8,7 +8,8 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import Any, Literal
 
-from ..config import DividedRotaryConfig, RotaryConfig, shorten
+from ..config import DividedRotaryConfig, RotaryConfig
+from ..io.checks import shorten
 from .config_values import check, config_bool, config_int, config_mapping, config_number
 from .rotary import yarn_divisors
 

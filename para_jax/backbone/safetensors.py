@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import shorten
-from ..tensor_file import MAX_HEADER_BYTES, StoredTensor, stored_tensors
-from ..text_part import text_tensors
-from ..untrusted import read_json, safe_name, safe_names
+from ..io.checks import shorten
+from ..io.tensor_file import MAX_HEADER_BYTES, StoredTensor, stored_tensors
+from ..io.untrusted import read_json, safe_name, safe_names
+from .text_part import text_tensors
 
 
 class Safetensors:

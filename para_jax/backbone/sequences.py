@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from ..config import shorten
+from ..io.checks import shorten
 
 
 def checked_sequences(

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ..config import LayerKind, ModelConfig
-from ..sharding import constrain, gather_fsdp
+from ..runtime.sharding import constrain, gather_fsdp
 from .attention import Attention
 from .feedforward import FeedForward
 from .kernel_choice import AttentionChoice

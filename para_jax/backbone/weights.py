@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..config import FEEDFORWARD_NAMES, FUSED, SITES, ModelConfig
-from ..messages import warn
-from ..progress import Progress
-from ..untrusted import safe_names
+from ..io.messages import warn
+from ..io.progress import Progress
+from ..io.untrusted import safe_names
 from .parts import Recipe, Source, equal_tensors, load_parameter, pieces
 from .quantize import quantiser
 

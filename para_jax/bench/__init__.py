@@ -12,12 +12,13 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-from .. import devices
-from ..config import RuntimeSection, shorten
-from ..figures import FORMATS
-from ..inspect import new_record
-from ..plots import decode_plot
-from ..record_file import check_record_file
+from ..config import RuntimeSection
+from ..io.checks import shorten
+from ..io.figures import FORMATS
+from ..io.record_file import check_record_file
+from ..reports.inspect import new_record
+from ..reports.plots import decode_plot
+from ..runtime import devices
 from .decode import bench_decode
 from .record import report
 from .serve import bench_serve

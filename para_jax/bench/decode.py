@@ -25,7 +25,7 @@ from ..backbone.transformer import Transformer
 from ..config import SITES, Ia3Config, LoraConfig, ParaConfig
 from ..data.batches import rounded_up
 from ..inference.generate import CACHE_MULTIPLE, next_token
-from ..model import DecodeState, decode, init_adapter, prefill
+from ..model.adapted import DecodeState, decode, init_adapter, prefill
 from .rounds import measurement, medians, milliseconds, paired, random_tokens
 
 #: LoRA adapts all seven linears; at r = 4 it has about as many parameters as PARA at r = 12.

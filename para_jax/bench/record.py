@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..record_file import write_record
-from ..table import table
+from ..io.record_file import write_record
+from ..io.table import table
 
 
 def report(record: dict, file: Path | None) -> None:

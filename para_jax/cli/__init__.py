@@ -18,8 +18,9 @@ import sys
 import traceback
 
 from .. import __version__
-from ..config import RunConfig, dotted_fields, meant_field, printable, shorten
-from ..messages import log_to_stderr
+from ..config import RunConfig, dotted_fields, meant_field
+from ..io.checks import printable, shorten
+from ..io.messages import log_to_stderr
 from . import (
     bench,
     convert,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..config import one_of, shorten
+from ..io.checks import one_of, shorten
 from . import options as shared
 
 #: The benchmarks; bench.BENCHMARKS holds their functions.
@@ -31,7 +31,7 @@ def add(commands) -> None:
 
 
 def run(options) -> None:
-    from ..record_file import check_record_file
+    from ..io.record_file import check_record_file
     from .checks import check_backbone
 
     if options.name not in NAMES:

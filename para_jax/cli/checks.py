@@ -11,10 +11,11 @@ from importlib.util import find_spec
 from itertools import islice
 from shlex import quote
 
-from ..config import RunConfig, expanded, nearest, printable
-from ..hub import BUILT_IN, backbone_of, local_adapter, local_backbone
-from ..messages import say
-from ..storage.bucket import BucketPath, Place
+from ..config import RunConfig
+from ..io.checks import expanded, nearest, printable
+from ..io.hub import BUILT_IN, backbone_of, local_adapter, local_backbone
+from ..io.messages import say
+from ..io.storage.bucket import BucketPath, Place
 
 #: Records of each split, and tenants, that are looked at.
 CHECKED_RECORDS, CHECKED_TENANTS = 1000, 20

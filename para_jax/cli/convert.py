@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..config import nearest
+from ..io.checks import nearest
 from . import options as shared
 
 
@@ -15,8 +15,8 @@ def add(commands) -> None:
 
 
 def run(options) -> None:
+    from ..backbone.gguf.convert import check_new_folder, convert_gguf
     from ..data.tokenizer import load_tokenizer
-    from ..gguf.convert import check_new_folder, convert_gguf
 
     if options.gguf.is_dir():
         raise ValueError(f"{options.gguf} is a folder; give the path of a .gguf file")

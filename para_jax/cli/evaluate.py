@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..adapters.names import named_adapters
-from ..config import expanded, load_config
+from ..config import load_config
 from ..evaluation.options import EvalOptions
-from ..messages import say, warn
-from ..storage.bucket import BucketPath, Place
+from ..io.checks import expanded
+from ..io.messages import say, warn
+from ..io.storage.bucket import BucketPath, Place
 from . import options as shared
 from .results import write_results
 
@@ -121,7 +122,7 @@ def run(options) -> None:
     check_options(options)
     config = config_of(options)
     if options.results:
-        from ..record_file import check_record_file
+        from ..io.record_file import check_record_file
 
         check_record_file("--results", options.results)
     check_sources(options, config)
@@ -189,7 +190,7 @@ def sources_of(options) -> dict[str, str]:
 def check_sources(options, config) -> None:
     """Raises ValueError, before JAX is loaded, for a backbone, an adapter or data that is not there."""
     from ..data.sources import open_split
-    from ..record_file import check_results_folder, check_writable
+    from ..io.record_file import check_results_folder, check_writable
     from .checks import check_adapters, check_backbone, check_data, check_new_folder, check_tasks, is_elsewhere
 
     output = output_of(options)
@@ -268,10 +269,10 @@ class Loaded(NamedTuple):
 def load(options, config) -> Loaded:
     """Starts the devices and loads everything but the adapters. A wrong task or adapter is found before weights are
     read."""
-    from .. import devices
     from ..backbone.load import load_model_config
     from ..data.tokenizer import run_tokenizer
     from ..evaluation.evaluate import plan_evaluation
+    from ..runtime import devices
 
     if config.runtime.coordinator is not None and output_of(options) is not None:
         raise ValueError(  # each host would write the same files

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..messages import warn
-from ..storage.bucket import BucketPath
+from ..io.messages import warn
+from ..io.storage.bucket import BucketPath
 from . import options as shared
 
 HELP = """PARA makes other factors for each prompt, so its export is an (IA)^3 adapter for the one prompt of --prompt.
@@ -42,7 +42,7 @@ def add(commands) -> None:
 def run(options) -> None:
     from ..adapters.files import copy_for_peft, read_adapter_config
     from ..adapters.method import acts_everywhere, require_peft_fits
-    from ..hub import resolve_adapter
+    from ..io.hub import resolve_adapter
 
     shared.require_chat(options)
     folder = resolve_adapter(options.adapter)
@@ -77,8 +77,8 @@ def export_factors(options, folder, base_model: str) -> None:
     from ..adapters.files import load_adapter, require_replaceable
     from ..backbone.load import load_backbone
     from ..data.tokenizer import load_tokenizer
-    from ..hub import backbone_of
     from ..inference.export import export_ia3
+    from ..io.hub import backbone_of
     from .checks import check_new_folder
 
     source = options.backbone or backbone_of(folder)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 
 from ..adapters.names import name_and_source, named_adapters
-from ..config import BASE, nearest
-from ..messages import say, warn
-from ..storage.bucket import BucketPath, Place
+from ..config import BASE
+from ..io.checks import nearest
+from ..io.messages import say, warn
+from ..io.storage.bucket import BucketPath, Place
 from . import options as shared
 from .names import adapters_of, tenants_of_prompts
 
@@ -152,7 +153,7 @@ def load(options, sources: dict[str, str]) -> tuple:
     from ..adapters.preview import previews
     from ..backbone.load import load_model_config
     from ..data.tokenizer import load_tokenizer
-    from ..hub import resolve_adapter
+    from ..io.hub import resolve_adapter
 
     shared.start_devices(options)
     found = {}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..config import load_config, printable, shorten
+from ..config import load_config
+from ..io.checks import printable, shorten
 from . import options as shared
 
 LONGEST_LINE = 4000  # characters of a report's line
@@ -29,14 +30,14 @@ def run(options) -> None:
         config = load_config(options.target, options.overrides)
         check_backbone(config.backbone.source)
         check_data(config, ["train"])
-        from ..inspect import data_report
+        from ..reports.inspect import data_report
 
         report = data_report(config)
     else:
         if options.overrides:
             raise ValueError(f"{shorten(options.overrides[0])} requires --data\na folder is shown as it is")
         check_target(options.target)
-        from ..inspect import folder_report
+        from ..reports.inspect import folder_report
 
         report = folder_report(options.target)
     for line in report.splitlines():

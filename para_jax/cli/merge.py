@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..messages import say
+from ..io.messages import say
 from . import options as shared
 
 
@@ -27,7 +27,7 @@ def add(commands) -> None:
 
 
 def run(options) -> int:
-    from ..shards import SHARD_FILE, job_shard_file
+    from ..io.shards import SHARD_FILE, job_shard_file
 
     folders = [(one / SHARD_FILE).is_file() for one in options.shards]
     for one, folder in zip(options.shards, folders, strict=True):

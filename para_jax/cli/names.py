@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import islice
 
 from ..config import BASE
-from ..messages import say
+from ..io.messages import say
 
 LISTED = 20  # names in an error
 

@@ -8,9 +8,10 @@ import difflib
 import re
 from pathlib import Path
 
-from ..config import ATTENTION, RuntimeSection, expanded, printable, shorten, template_variables
-from ..messages import say
-from ..storage.bucket import BucketPath, Place
+from ..config import ATTENTION, RuntimeSection, template_variables
+from ..io.checks import expanded, printable, shorten
+from ..io.messages import say
+from ..io.storage.bucket import BucketPath, Place
 
 #: Defaults of --slots and, for models with as many positions, of --max-length.
 SLOTS, MAX_LENGTH = 8, 1024
@@ -68,7 +69,7 @@ def local(text: str) -> Path:
 
 def shard(text: str):
     """The shard of an argument I/N."""
-    from ..shards import parse_shard
+    from ..io.shards import parse_shard
 
     try:
         return parse_shard(text)
@@ -319,7 +320,7 @@ def sampling() -> argparse.ArgumentParser:
 
 def start_devices(options) -> None:
     """Starts JAX as the options of `runtime` say."""
-    from .. import devices
+    from ..runtime import devices
 
     devices.start(RuntimeSection(compilation_cache=not options.no_compilation_cache, allow_cpu=options.allow_cpu))
 
@@ -334,7 +335,7 @@ def load_model(options, **backbone):
     import jax
 
     from ..backbone.load import load_backbone
-    from ..sharding import make_mesh, replicated_lines
+    from ..runtime.sharding import make_mesh, replicated_lines
 
     size, devices = options.tensor_parallel_size, jax.local_device_count()
     if size == 1:

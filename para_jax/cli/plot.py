@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..figures import FORMATS
+from ..io.figures import FORMATS
 from . import options as shared
 
 #: Prompts of --data without --limit.
@@ -71,7 +71,7 @@ def run(options) -> None:
     require_factors(options.adapter)
     if options.adapter:
         options.backbone = chosen_backbone(options.backbone, options.adapter)
-    from ..plots import curves_plot, save
+    from ..reports.plots import curves_plot, save
 
     save(curves_plot(options.runs) if curves else factors_figure(options), options.output)
     print(f"wrote {options.output}")
@@ -80,7 +80,7 @@ def run(options) -> None:
 def require_factors(sources: list[str]) -> None:
     """Raises ValueError for an adapter on this host that makes no factors."""
     from ..adapters.files import read_adapter_config
-    from ..hub import local_adapter
+    from ..io.hub import local_adapter
 
     for source in sources:
         folder = local_adapter(source)
@@ -99,7 +99,7 @@ def factors_figure(options):
     from ..data.records import read_prompts
     from ..data.tokenizer import load_tokenizer
     from ..evaluation.factors import factor_spread, factors_of
-    from ..plots import factors_plot, run_names, spread_plot
+    from ..reports.plots import factors_plot, run_names, spread_plot
 
     data = read_prompts(options.data)[: options.limit] if options.data else []
     shared.start_devices(options)

@@ -9,8 +9,8 @@ import shlex
 from pathlib import Path
 
 from ..adapters.names import named_adapters
-from ..config import expanded
-from ..messages import say
+from ..io.checks import expanded
+from ..io.messages import say
 from ..server.packages import require_packages
 from . import options as shared
 from .names import bank_within_memory

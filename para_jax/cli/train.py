@@ -31,7 +31,7 @@ def add(commands) -> None:
 
 
 def run(options) -> int | None:
-    from ..record_file import check_record_file
+    from ..io.record_file import check_record_file
     from .checks import check_backbone, check_moved, check_run
 
     config = load_config(options.config, options.overrides)
@@ -40,7 +40,7 @@ def run(options) -> int | None:
     if options.results and options.dry_run:
         raise ValueError(f"--results {options.results} excludes --dry-run, which has no scores\nleave one out")
     if options.dry_run:
-        from ..inspect import dry_run
+        from ..reports.inspect import dry_run
 
         check_backbone(config.backbone.source)
         print(dry_run(config, options.topology))
@@ -55,8 +55,8 @@ def run(options) -> int | None:
 
 
 def train_one(options, config) -> None:
-    from ..processes import is_first
     from ..runs.train import train
+    from ..runtime.processes import is_first
 
     begun = time.monotonic()
     result = train(config)
@@ -81,8 +81,8 @@ def scores_of(result) -> dict[str, float]:
 
 
 def train_many(options, config) -> int:
-    from ..processes import is_first
     from ..runs.train import train_tenants
+    from ..runtime.processes import is_first
     from ..training.tenants_file import warning_lines
 
     begun = time.monotonic()
@@ -103,8 +103,8 @@ def train_many(options, config) -> int:
 
 
 def train_methods(options, config) -> int:
-    from ..processes import is_first
     from ..runs.compare import compare_methods
+    from ..runtime.processes import is_first
 
     begun = time.monotonic()
     result = compare_methods(config)
@@ -124,8 +124,8 @@ def train_methods(options, config) -> int:
 
 def draw_scores(result) -> None:
     """scores.png: the validation scores with their errors."""
-    from ..plots import save
-    from ..score_plots import Bar, Scores, scores_plot
+    from ..evaluation.score_plots import Bar, Scores, scores_plot
+    from ..reports.plots import save
 
     scored = [row for row in result.methods if row.score is not None]
     if not scored:
@@ -157,7 +157,7 @@ def best_combination(entries) -> list[str]:
 
 
 def draw_curves(result) -> None:
-    from ..plots import curves_plot, save
+    from ..reports.plots import curves_plot, save
 
     try:
         drawn = [result.output_dir / name for name, entry in result.tenants.items() if entry["steps"] > 0]

@@ -10,17 +10,6 @@ from .adapter import listed as listed
 from .adapter import sites_in_order as sites_in_order
 from .adapter import with_scope_of as with_scope_of
 from .bounds import allowed_values as allowed_values
-from .check import BASE as BASE
-from .check import TFDS as TFDS
-from .check import expanded as expanded
-from .check import is_tfds as is_tfds
-from .check import nearest as nearest
-from .check import one_of as one_of
-from .check import printable as printable
-from .check import require as require
-from .check import require_one_of as require_one_of
-from .check import shorten as shorten
-from .check import without_repeats as without_repeats
 from .file import adapter_method as adapter_method
 from .file import config_dict as config_dict
 from .file import load_config as load_config
@@ -35,6 +24,8 @@ from .model import ModelConfig as ModelConfig
 from .model import RotaryConfig as RotaryConfig
 from .run import ASSUMED_LENGTH as ASSUMED_LENGTH
 from .run import ATTENTION as ATTENTION
+from .run import BASE as BASE
+from .run import TFDS as TFDS
 from .run import BackboneSection as BackboneSection
 from .run import CheckpointSection as CheckpointSection
 from .run import DataSection as DataSection
@@ -46,6 +37,7 @@ from .run import RunConfig as RunConfig
 from .run import RuntimeSection as RuntimeSection
 from .run import SweepSection as SweepSection
 from .run import TrainSection as TrainSection
+from .run import is_tfds as is_tfds
 from .template_variables import Variables as Variables
 from .template_variables import template_variables as template_variables
 from .unknown_field import dotted_fields as dotted_fields

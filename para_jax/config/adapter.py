@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, ClassVar, Literal
 
+from ..io.checks import require
 from .bounds import Bounds, PositiveFloat, PositiveInt, check_fields
-from .check import require
 from .model import SITES
 
 #: Marks a field that adapter folders leave out where it has its default.

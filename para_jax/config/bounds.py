@@ -8,7 +8,7 @@ import types
 import typing
 from typing import Annotated, Any, Literal, NewType
 
-from .check import require, require_one_of, shorten
+from ..io.checks import require, require_one_of, shorten
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,10 +5,10 @@ import json
 import typing
 from typing import Annotated, Any, Literal
 
-from ..yaml_text import as_text
+from ..io.checks import require, shorten
+from ..io.yaml_text import as_text
 from .adapter import ADAPTER_CONFIGS
 from .bounds import JsonObject, field_types, without_none
-from .check import require, shorten
 from .model import SITES
 from .unknown_field import unknown_field
 

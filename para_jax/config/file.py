@@ -6,10 +6,10 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from .. import atomic
-from ..yaml_text import dump_yaml, parse_yaml
+from ..io import atomic
+from ..io.checks import expanded, near_name, nearest, printable, require, require_one_of, shorten
+from ..io.yaml_text import dump_yaml, parse_yaml
 from .adapter import ADAPTER_CONFIGS
-from .check import expanded, near_name, nearest, printable, require, require_one_of, shorten
 from .fields import typed_fields
 from .run import RunConfig, TrainSection
 

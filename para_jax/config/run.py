@@ -6,26 +6,25 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
+from ..io.checks import expanded, require, require_location, require_one_of
 from .adapter import ADAPTER_CONFIGS, AdapterConfig, ParaConfig, with_scope_of
-from .bounds import (
-    Bounds,
-    Fraction,
-    JsonObject,
-    NonNegativeFloat,
-    PositiveInt,
-    Seed,
-    allowed_values,
-    check_fields,
-)
-from .check import expanded, require, require_location, require_one_of
+from .bounds import Bounds, Fraction, JsonObject, NonNegativeFloat, PositiveInt, Seed, allowed_values, check_fields
 from .template_variables import template_variables
 
+#: The base model's name among tenants: no adapter.
+BASE = "base"
+#: How the name of a tensorflow_datasets data set begins.
+TFDS = "tfds:"
 #: Tokens of an example, for estimates without the data.
 ASSUMED_LENGTH = 512
 #: Metrics of written answers.
 AnswerMetric = Literal[
     "exact_match", "macro_f1", "matthews", "squad", "squad_exact", "f1", "final_number", "sql_match"
 ]  # fmt: skip
+
+
+def is_tfds(source: str | None) -> bool:
+    return source is not None and source.startswith(TFDS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import math
 import re
 from typing import Any
 
-from .check import require, shorten, without_repeats
+from ..io.checks import require, shorten, without_repeats
 
 #: What transformers' renderer and Jinja take under these names is no variable of the template, or is ours to give.
 TAKEN = {

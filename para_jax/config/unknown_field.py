@@ -7,9 +7,9 @@ import dataclasses
 import difflib
 from typing import Any
 
+from ..io.checks import printable
 from .adapter import ADAPTER_CONFIGS
 from .bounds import names_in_files
-from .check import printable
 
 #: Other names of a field, as other libraries and other words have them.
 OTHER_NAMES = {

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from math import inf
 
-from .check import is_tfds
-from .run import RunConfig
+from .run import RunConfig, is_tfds
 
 #: Metrics for which choices may be ranked.
 RANKING = {"accuracy", "macro_f1", "matthews"}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from ..config import one_of, shorten
-from ..messages import warn
+from ..io.checks import one_of, shorten
+from ..io.messages import warn
 
 #: The roles that the messages of a request may have.
 ROLES = ("system", "developer", "user", "assistant")

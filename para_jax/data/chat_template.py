@@ -12,7 +12,8 @@ from contextlib import contextmanager, suppress
 from datetime import date, datetime, time
 from typing import Any
 
-from ..config import Variables, printable, shorten
+from ..config import Variables
+from ..io.checks import printable, shorten
 
 
 class TemplateError(ValueError):

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from ..config import shorten
-from ..untrusted import require_unicode
+from ..io.checks import shorten
+from ..io.untrusted import require_unicode
 from .chat_template import TemplateError, default_template, render_template
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..untrusted import require_unicode
+from ..io.untrusted import require_unicode
 from .chat_messages import checked_messages
 from .chats import answered
 from .examples import (

@@ -12,8 +12,9 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import NamedTuple
 
-from ..config import Variables, printable, shorten
-from ..untrusted import require_unicode
+from ..config import Variables
+from ..io.checks import printable, shorten
+from ..io.untrusted import require_unicode
 from .chat_messages import checked_messages
 from .chats import answered, render_all
 

@@ -10,9 +10,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ..config import DataSection, one_of, shorten
-from ..messages import warn
-from ..untrusted import safe_names
+from ..config import DataSection
+from ..io.checks import one_of, shorten
+from ..io.messages import warn
+from ..io.untrusted import safe_names
 from .row_files import batch_rows, dataset_rows, require_distinct, without_nulls
 from .split import Split, plain
 

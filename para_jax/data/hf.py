@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..config import expanded, nearest, printable, shorten
-from ..hub import HUB_ID, inside_folder, is_inside_folder
+from ..io.checks import expanded, nearest, printable, shorten
+from ..io.hub import HUB_ID, inside_folder, is_inside_folder
 from .row_files import dataset_rows
 from .split import DataSet, Split
 

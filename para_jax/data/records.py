@@ -10,9 +10,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..config import DataSection, expanded, shorten
-from ..messages import warn
-from ..storage.bucket import BucketPath
+from ..config import DataSection
+from ..io.checks import expanded, shorten
+from ..io.messages import warn
+from ..io.storage.bucket import BucketPath
 from .chat_messages import CALLS, checked_messages, prompt_messages, split_conversation
 from .examples import Prompt
 from .row_files import open_file

@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..config import printable, shorten, without_repeats
-from ..storage.bucket import BucketPath, Place
+from ..io.checks import printable, shorten, without_repeats
+from ..io.storage.bucket import BucketPath, Place
 from .split import DataSet, Split
 
 #: The delimiter of a table of text. A .csv file without a comma in its header has semicolons.

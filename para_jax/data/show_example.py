@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..config import printable
+from ..io.checks import printable
 from .examples import Example
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..config import DataSection, expanded, is_tfds, nearest
-from ..storage.bucket import Place
+from ..config import DataSection, is_tfds
+from ..io.checks import expanded, nearest
+from ..io.storage.bucket import Place
 from . import hf, tfds
 from .given import given_split, is_given
 from .held_out import part_of

@@ -8,8 +8,8 @@ from functools import cache
 from itertools import islice
 from typing import Any, NamedTuple
 
-from ..messages import warn
-from ..storage.bucket import Place
+from ..io.messages import warn
+from ..io.storage.bucket import Place
 
 
 class Split(NamedTuple):

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ..config import printable, shorten
+from ..io.checks import printable, shorten
 
 Fields = tuple[str, str, tuple[str, ...]]
 """prompt, completion, every accepted answer"""

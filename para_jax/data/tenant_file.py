@@ -7,10 +7,11 @@ import difflib
 from dataclasses import replace
 from typing import Any
 
-from ..config import RunConfig, config_dict, printable
+from ..config import RunConfig, config_dict
 from ..config.fields import typed_fields
 from ..config.file import read_yaml, replaced
-from ..storage.bucket import Place
+from ..io.checks import printable
+from ..io.storage.bucket import Place
 from .tenants import OWN_FILE
 
 #: Tenants' files that are read or written at once.

@@ -6,8 +6,9 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from ..config import BASE, DataSection, expanded
-from ..storage.bucket import Place
+from ..config import BASE, DataSection
+from ..io.checks import expanded
+from ..io.storage.bucket import Place
 from .given import PYTHON, is_given
 from .row_files import ENDINGS, OTHER_NAMES, SPLITS, is_saved, split_file, splits_of_saved
 

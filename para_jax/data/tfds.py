@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import TFDS as SCHEME
-from ..config import expanded, printable, shorten
 from ..config import is_tfds as is_tfds
+from ..io.checks import expanded, printable, shorten
 from .split import DataSet, Split
 
 CATALOG = "https://www.tensorflow.org/datasets/catalog"

@@ -20,10 +20,10 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from ..atomic import replacing
-from ..config import printable
-from ..hub import cache_folder
-from ..messages import warn
+from ..io.atomic import replacing
+from ..io.checks import printable
+from ..io.hub import cache_folder
+from ..io.messages import warn
 from .chat_template import writes_date
 
 FORMAT = 2

@@ -7,11 +7,12 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..config import RunConfig, Variables, shorten, template_variables
-from ..gguf.file import GgufFile
-from ..gguf.tokenizer import gguf_tokenizer
-from ..hub import CONFIG_FILES, MAX_TEXT_BYTES, TOKENIZER_FILES, resolve_tokenizer
-from ..untrusted import read_json
+from ..backbone.gguf.file import GgufFile
+from ..backbone.gguf.tokenizer import gguf_tokenizer
+from ..config import RunConfig, Variables, template_variables
+from ..io.checks import shorten
+from ..io.hub import CONFIG_FILES, MAX_TEXT_BYTES, TOKENIZER_FILES, resolve_tokenizer
+from ..io.untrusted import read_json
 from .chat_template import default_template, with_variables
 from .examples import failures
 

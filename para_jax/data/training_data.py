@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..config import ASSUMED_LENGTH, DataSection
-from ..messages import say
-from ..progress import Progress
+from ..io.messages import say
+from ..io.progress import Progress
 from . import token_cache
 from .batches import rounded_up
 from .encode_records import ENCODED_AT_ONCE, all_too_long, cut_left, encode_all, report, too_long

@@ -15,8 +15,8 @@ from ..adapters.files import load_adapter
 from ..adapters.names import named_adapters
 from ..adapters.preview import Preview, load_previewed, previews
 from ..config import ModelConfig, listed
-from ..messages import say
-from ..storage.bucket import BucketPath
+from ..io.messages import say
+from ..io.storage.bucket import BucketPath
 
 #: What names an adapter's folder.
 PLACES = (str, Path, BucketPath)

@@ -17,10 +17,10 @@ from ..data.batches import rounded_up
 from ..data.examples import stop_token_ids
 from ..inference.content import writing_content
 from ..inference.draw import NO_TOKEN_MESSAGE
-from ..messages import say, warn
-from ..progress import Progress
+from ..io.messages import say, warn
+from ..io.progress import Progress
+from ..runtime.sharding import mesh_of, using
 from ..serving.engine import Engine
-from ..sharding import mesh_of, using
 from ..training.stop import interruption_point
 from .batch_adapters import Bank, version
 from .journal import Journal

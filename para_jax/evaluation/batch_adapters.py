@@ -10,7 +10,7 @@ import numpy as np
 from ..adapters.adapter import Adapter
 from ..adapters.rows import Rows, Stack, pick
 from ..data.batches import right_padded
-from ..model import adjustments_for
+from ..model.adapted import adjustments_for
 from ..training.step import tenant_of
 from .questions import Question
 from .shapes import Shapes

@@ -13,15 +13,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from ..backbone.load import load_model_config
-from ..config import DataSection, ModelConfig, RunConfig, shorten
+from ..config import DataSection, ModelConfig, RunConfig
 from ..data.batches import rounded_up
 from ..data.examples import encode_completion
 from ..data.given import described
 from ..data.records import Record, load_records, split_records
 from ..data.sources import open_split, task_of
 from ..data.tasks import TASKS
-from ..messages import warn
-from ..progress import Progress
+from ..io.checks import shorten
+from ..io.messages import warn
+from ..io.progress import Progress
 from .metrics import LABEL_METRICS, single_spaced
 
 #: Labels are ranked by their likelihoods if there are at most this many; otherwise the answer is written.

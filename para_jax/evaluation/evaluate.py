@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..config import BASE, ModelConfig, RunConfig, expanded, load_config
+from ..config import BASE, ModelConfig, RunConfig, load_config
 from ..data.examples import require_tokenizer
-from ..model import require_backbone
-from ..shards import parse_shard
-from ..storage.bucket import Place
+from ..io.checks import expanded
+from ..io.shards import parse_shard
+from ..io.storage.bucket import Place
+from ..model.adapted import require_backbone
 from .adapter_passes import PLACES, Adapters, bank_and_passes, find_adapters
 from .folder import evaluate_in_memory, evaluate_to_folder
 from .options import EvalOptions

@@ -10,9 +10,9 @@ import numpy as np
 from ..config import SITES
 from ..data.batches import full_batches, plan_buckets
 from ..data.examples import Example, Prompt, encode_prompt
-from ..model import vectors
-from ..progress import Progress
-from ..table import table
+from ..io.progress import Progress
+from ..io.table import table
+from ..model.adapted import vectors
 
 
 class Spread(NamedTuple):

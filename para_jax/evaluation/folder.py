@@ -13,14 +13,15 @@ from contextlib import closing
 from functools import partial
 from typing import NamedTuple
 
-from .. import atomic, devices
 from ..adapters.bank import AdapterBank
 from ..backbone.content import backbone_content
 from ..config import BASE
 from ..inference.content import writing_content
-from ..messages import say
-from ..shards import SHARD_FILE, Shard, ShardOutput, begin_part, write_part
-from ..storage.bucket import Place
+from ..io import atomic
+from ..io.messages import say
+from ..io.shards import SHARD_FILE, Shard, ShardOutput, begin_part, write_part
+from ..io.storage.bucket import Place
+from ..runtime import devices
 from .answers import Answerer, tokens_to_write
 from .journal import Journal
 from .options import EvalOptions

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import BinaryIO
 from weakref import WeakValueDictionary
 
-from .. import atomic
-from ..config import shorten
-from ..record_file import lock_output
-from ..storage.bucket import BucketPath, Place
-from ..storage.pieces import BucketLines, open_pieces, pieces
+from ..io import atomic
+from ..io.checks import shorten
+from ..io.record_file import lock_output
+from ..io.storage.bucket import BucketPath, Place
+from ..io.storage.pieces import BucketLines, open_pieces, pieces
 from .questions import Answer, Scored, Written
 
 #: The start of each line; `Journal.add` and `answers_of` agree on it.

@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import devices
 from ..backbone.transformer import Transformer
 from ..data.batches import assign_buckets, collate, example_lengths, right_padded
 from ..data.examples import Example
-from ..model import continue_rows, prefill, prefill_after
-from ..processes import full_arrays
-from ..tail import PromptStates
+from ..model.adapted import continue_rows, prefill, prefill_after
+from ..model.tail import PromptStates
+from ..runtime import devices
+from ..runtime.processes import full_arrays
 from ..training.loss import of_logits, token_scores
 from ..training.step import eval_nll
 from .batch_adapters import Bank, adapters_of, version

@@ -7,10 +7,10 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from .. import atomic
 from ..config import BASE
-from ..shards import SHARD_FILE, ShardOutput, in_order, read_part
-from ..storage.bucket import BucketPath, Place, is_file_name
+from ..io import atomic
+from ..io.shards import SHARD_FILE, ShardOutput, in_order, read_part
+from ..io.storage.bucket import BucketPath, Place, is_file_name
 from .journal import journal_lines
 from .results import ANSWERS_FILE, csv_table, described_work, markdown_table
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from ..config.bounds import Bounds, PositiveInt, Seed, check_fields
-from ..shards import Shard, parse_shard
+from ..io.shards import Shard, parse_shard
 
 
 def described(default: Any, text: str, **more: str) -> Any:

@@ -14,16 +14,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import devices
-from ..config import BASE, shorten
-from ..messages import say
-from ..record_file import check_results_folder
-from ..score_plots import Bar, Scores, scores_plot
-from ..shards import SHARD_FILE
+from ..config import BASE
+from ..io.checks import shorten
+from ..io.messages import say
+from ..io.record_file import check_results_folder
+from ..io.shards import SHARD_FILE
+from ..runtime import devices
 from .answers import Answerer
 from .metrics import error_of_mean
 from .questions import SEEDS, Answer
 from .score import likelihoods_of, rows_of_ratio, score_answers, with_error
+from .score_plots import Bar, Scores, scores_plot
 from .tasks import EncodedTask
 
 #: In an output folder: every answer, as it came.

@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .. import atomic
-from ..storage.bucket import Place
+from ..io import atomic
+from ..io.storage.bucket import Place
 from .metrics import METRICS, labels, score_one
 from .questions import Answer
 from .score import likeliest, likelihoods_of, written_texts

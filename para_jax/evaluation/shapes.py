@@ -16,7 +16,7 @@ import numpy as np
 from ..data.batches import Bucket, best_lengths, plan_buckets, rounded_up
 from ..data.examples import Example
 from ..inference.generate import CACHE_MULTIPLE
-from ..messages import say
+from ..io.messages import say
 from .tasks import EncodedTask
 
 #: Padded lengths of the pass for likelihoods, and of prompts after which answers are written.

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from .. import __version__
 from ..inference.content import ANSWERS_VERSION
-from ..shards import Shard
+from ..io.shards import Shard
 
 
 class ShardOfAdapters(NamedTuple):

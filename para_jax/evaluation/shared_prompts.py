@@ -14,7 +14,7 @@ import numpy as np
 
 from ..adapters.methods import has_plain_prompts
 from ..data.batches import right_padded
-from ..tail import PromptStates, prompt_states
+from ..model.tail import PromptStates, prompt_states
 from .batch_adapters import version
 
 

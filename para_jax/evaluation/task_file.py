@@ -6,10 +6,11 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from ..config import RunConfig, expanded, nearest, require_one_of, shorten
+from ..config import RunConfig
 from ..data.row_files import split_file
 from ..data.sources import open_split
 from ..data.tasks import TASKS
+from ..io.checks import expanded, nearest, require_one_of, shorten
 from .metrics import LABEL_METRICS, METRICS
 
 #: What to do where lm-eval is not installed.

@@ -10,7 +10,7 @@ from shlex import quote
 from typing import Any, NamedTuple
 
 from ..backbone.load import load_model_config
-from ..config import DataSection, ModelConfig, RunConfig, shorten
+from ..config import DataSection, ModelConfig, RunConfig
 from ..data.encode_records import encode_records, report
 from ..data.examples import Example, answer_opening, encode_completion, encode_example
 from ..data.given import rows_split
@@ -18,7 +18,8 @@ from ..data.records import Form, MissingColumn, Record, load_records, read_recor
 from ..data.row_files import split_file
 from ..data.sources import task_of
 from ..data.tasks import TASKS, Task
-from ..messages import say, warn
+from ..io.checks import shorten
+from ..io.messages import say, warn
 from .accepted_answers import as_learnt, as_ranked, shown_alike
 from .defaults import (
     RANKED,

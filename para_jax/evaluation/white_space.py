@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from ..messages import warn
+from ..io.messages import warn
 
 #: The fewest answers that are worth a warning, unless it is all of them.
 FEW = 3

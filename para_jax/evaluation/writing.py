@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from ..backbone.transformer import Transformer
-from ..config import shorten
 from ..inference.answer_text import text_of
 from ..inference.draw import NO_TOKEN, NO_TOKEN_MESSAGE
 from ..inference.generate import before_stop, generate_tokens
 from ..inference.sampling import Sampling
-from ..model import prefill_after
+from ..io.checks import shorten
+from ..model.adapted import prefill_after
 from ..serving.engine import Engine
 from ..serving.request import Completion, Request
 from .batch_adapters import Bank, adapters_of

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..sharding import constrain
+from ..runtime.sharding import constrain
 from .sampling import GREEDY, Sampling
 
 #: Rows that are sampled at once. More of them fill an accelerator; fewer waste less on greedy rows.

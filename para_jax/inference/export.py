@@ -12,10 +12,10 @@ from ..adapters.ia3 import from_factors
 from ..adapters.method import acts_everywhere, require_peft_fits
 from ..adapters.methods import method_of
 from ..backbone.transformer import Transformer
-from ..config import shorten
 from ..data.examples import Prompt, encode_prompt, require_tokenizer
-from ..model import require_backbone, vectors
-from ..storage.bucket import BucketPath
+from ..io.checks import shorten
+from ..io.storage.bucket import BucketPath
+from ..model.adapted import require_backbone, vectors
 
 
 def export_ia3(

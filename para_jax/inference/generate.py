@@ -18,19 +18,12 @@ from ..adapters.bank import AdapterBank
 from ..adapters.rows import Adjustments, Rows, row_configs
 from ..adapters.scope import require_invocation
 from ..backbone.transformer import Transformer
-from ..config import shorten
 from ..data.batches import right_padded, rounded_up
-from ..data.examples import (
-    Prompt,
-    encode_prompt,
-    require_tokenizer,
-    special_stop_ids,
-    stop_token_ids,
-    turn_stop_ids,
-)
-from ..model import decode_step, prefill, require_backbone, stacked_state
-from ..processes import full_arrays
-from ..sharding import on_its_mesh
+from ..data.examples import Prompt, encode_prompt, require_tokenizer, special_stop_ids, stop_token_ids, turn_stop_ids
+from ..io.checks import shorten
+from ..model.adapted import decode_step, prefill, require_backbone, stacked_state
+from ..runtime.processes import full_arrays
+from ..runtime.sharding import on_its_mesh
 from .answer_text import AnswerText, stripped_text
 from .draw import NO_TOKEN, NO_TOKEN_MESSAGE, RowSampling, draw, greedy, row_keys, row_sampling
 from .sampling import Sampling

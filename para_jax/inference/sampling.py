@@ -9,8 +9,8 @@ from numbers import Real
 
 import numpy as np
 
-from ..config import shorten
 from ..config.bounds import in_python_types
+from ..io.checks import shorten
 
 
 def is_whole(value: object) -> bool:

@@ -12,20 +12,22 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import atomic, devices
 from ..adapters.files import load_adapter
 from ..adapters.rows import pick, stack_adapters
 from ..backbone.load import load_backbone
-from ..config import RunConfig, load_config, require
+from ..config import RunConfig, load_config
 from ..data.records import Record, read_records
 from ..data.tokenizer import run_tokenizer
-from ..hub import resolve_backbone
 from ..inference.generate import generate
-from ..inspect import results
-from ..messages import say
-from ..record_file import write_record
+from ..io import atomic
+from ..io.checks import require
+from ..io.hub import resolve_backbone
+from ..io.messages import say
+from ..io.record_file import write_record
+from ..reports.inspect import results
 from ..runs.folder import claim_folder, locked_folder
 from ..runs.train import train_tenants
+from ..runtime import devices
 from .examples import JOBS, business_examples
 
 TRAIN_EXAMPLES, SCORED_EXAMPLES = 384, 30

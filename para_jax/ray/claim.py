@@ -6,10 +6,10 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from .. import atomic
-from ..config import printable
+from ..io import atomic
+from ..io.checks import printable
+from ..io.storage.bucket import Place
 from ..runs.folder import locked
-from ..storage.bucket import Place
 
 CALL_FILE = "call.txt"
 #: The ending of the file that says how the workers of a shard have ended in this call.

@@ -13,7 +13,7 @@ from contextlib import redirect_stderr
 from typing import Any
 
 from .. import cli
-from ..config import shorten
+from ..io.checks import shorten
 
 #: The functions that take the options of a command.
 FUNCTIONS = {"evaluate": "evaluate_on_ray", "generate": "generate_on_ray", "serve": "serve_app"}

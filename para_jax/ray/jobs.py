@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ..cli import evaluate, generate
-from ..config import expanded
 from ..evaluation.merge import merge_folders
+from ..io.checks import expanded
+from ..io.storage.bucket import Place
 from ..serving.job_merge import merge_jobs
-from ..storage.bucket import Place
 from .claim import claimed
 from .command import arguments, parsed
 from .pool import ray_data, run_shards

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
-from ..progress import Progress
-from ..shards import Shard
-from ..storage.bucket import Place
+from ..io.progress import Progress
+from ..io.shards import Shard
+from ..io.storage.bucket import Place
 
 
 def run_shards(

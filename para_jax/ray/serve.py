@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..cli import serve as command
-from ..config import expanded
+from ..io.checks import expanded
 from .command import NOT_HERE, arguments, parsed
 
 #: What chooses a replica by the header x-session-id.
@@ -128,7 +128,7 @@ class Replica:
 
 def built_app(served: Served):
     """The Starlette application around an engine with everything loaded."""
-    from ..messages import log_to_stderr
+    from ..io.messages import log_to_stderr
     from ..server.api_keys import read_keys, warn_of_missing
     from ..server.app import create_app
     from ..server.models import Models

@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..config import RunConfig, expanded
+from ..config import RunConfig
+from ..io.checks import expanded
 
 #: Seconds that a worker with an error waits for the others to meet it too.
 ARRIVAL_SECONDS = 60
@@ -101,8 +102,8 @@ def run_on_worker(given: dict) -> dict[str, str]:
     """
     import jax
 
-    from ..messages import log_to_stderr
-    from ..processes import all_arrive
+    from ..io.messages import log_to_stderr
+    from ..runtime.processes import all_arrive
     from ..training.stop import Stopped
 
     log_to_stderr()

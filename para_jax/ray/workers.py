@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from .. import atomic
 from ..cli import evaluate, generate
 from ..cli.options import place
-from ..config import printable
+from ..io import atomic
+from ..io.checks import printable
+from ..io.storage.bucket import Place
 from ..serving.jobs import run_job
-from ..storage.bucket import Place
 from .claim import DEATHS
 from .command import parsed
 

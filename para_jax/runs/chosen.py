@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
 
-from .. import atomic
 from ..config import RunConfig
-from ..storage.bucket import Place
+from ..io import atomic
+from ..io.storage.bucket import Place
 
 #: The folder of the trials in a run's folder, and the file there with the rates.
 TRIALS, FILE = "learning_rates", "chosen.json"

@@ -15,18 +15,19 @@ from typing import Any, NamedTuple
 
 import jax
 
-from .. import atomic
 from ..adapters.adapter import count_parameters
-from ..config import ADAPTER_CONFIGS, BASE, RunConfig, adapter_method, expanded, load_config, require, with_scope_of
+from ..config import ADAPTER_CONFIGS, BASE, RunConfig, adapter_method, load_config, with_scope_of
 from ..data.given import with_data
-from ..error_frames import errors_forget
 from ..evaluation.paired import within_noise
 from ..evaluation.score import with_error
-from ..messages import say, warn
-from ..model import init_adapter
-from ..processes import on_first_process
-from ..storage.bucket import Place
-from ..table import table
+from ..io import atomic
+from ..io.checks import expanded, require
+from ..io.error_frames import errors_forget
+from ..io.messages import say, warn
+from ..io.storage.bucket import Place
+from ..io.table import table
+from ..model.adapted import init_adapter
+from ..runtime.processes import on_first_process
 from ..training.scores_file import Records, logged_records
 from ..training.tenants_file import COMPARISON_FILE, read_entries
 from .folder import claim_folder, locked_folder, rows_before

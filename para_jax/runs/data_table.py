@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import replace
 
 from ..backbone.load import load_model_config
-from ..config import DataSection, RunConfig, printable
+from ..config import DataSection, RunConfig
 from ..data.encode_records import TooLong, encode_records
 from ..data.packing import RowShape
 from ..data.records import load_records, split_records
@@ -15,7 +15,8 @@ from ..data.training_data import TrainingData, load_training_data
 from ..evaluation.defaults import RANKED, scoring_rule
 from ..evaluation.metrics import single_spaced
 from ..evaluation.tasks import with_limit
-from ..table import table
+from ..io.checks import printable
+from ..io.table import table
 from .tenants import describe_padding, padding_of, plan_batches, steps_of, tenant_configs, too_long_in
 
 #: Lines about odd records of tenants.

@@ -10,16 +10,17 @@ import jax
 import jax.numpy as jnp
 
 from ..backbone.kernel_choice import describe_attention
-from ..config import ModelConfig, RunConfig, expanded
+from ..config import ModelConfig, RunConfig
 from ..data.schedule import admitted
+from ..estimate.roofline import peak_rate
 from ..evaluation.scoring import Tasks, share_shapes
 from ..evaluation.shapes import say_evaluation
-from ..messages import say
-from ..model import init_adapter
-from ..processes import on_first_process, require_same
-from ..roofline import peak_rate
-from ..sharding import even_tenants, replicated_lines, tenant_axes, tenants_shardings
-from ..storage.bucket import Place
+from ..io.checks import expanded
+from ..io.messages import say
+from ..io.storage.bucket import Place
+from ..model.adapted import init_adapter
+from ..runtime.processes import on_first_process, require_same
+from ..runtime.sharding import even_tenants, replicated_lines, tenant_axes, tenants_shardings
 from ..training.checkpoint import open_checkpoints, restore_checkpoint
 from ..training.log import Log
 from ..training.metrics_file import Reached

@@ -12,12 +12,13 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import atomic
-from ..config import RunConfig, config_dict, expanded, load_config, save_config, shorten
+from ..config import RunConfig, config_dict, load_config, save_config
 from ..data.example_arrays import examples_digest
 from ..data.tenant_file import AT_ONCE, OWN_FIELDS
-from ..record_file import lock_output
-from ..storage.bucket import BucketPath, Place
+from ..io import atomic
+from ..io.checks import expanded, shorten
+from ..io.record_file import lock_output
+from ..io.storage.bucket import BucketPath, Place
 from ..training.metrics_file import Reached, is_log, read_metrics, write_metrics
 from .chosen import TRIALS, chosen_rates, is_auto, resolved, with_rate
 

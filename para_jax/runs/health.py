@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ..config import RunConfig
-from ..messages import warn
-from ..storage.bucket import Place
+from ..io.messages import warn
+from ..io.storage.bucket import Place
 from ..training.metrics_file import is_log, read_metrics
 from ..training.scores_file import Records
 

@@ -11,8 +11,9 @@ from ..adapters.adapter import Adapter
 from ..adapters.bank import weights_hash
 from ..adapters.files import CONFIG, load_adapter
 from ..adapters.methods import method_of
-from ..config import ModelConfig, RunConfig, expanded, shorten
+from ..config import ModelConfig, RunConfig
 from ..data.tenant_file import AT_ONCE
+from ..io.checks import expanded, shorten
 
 
 def initial_places(source: str | None, names: Iterable[str]) -> dict[str, str | None]:

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from ..data.tenant_file import AT_ONCE
-from ..processes import is_first
-from ..storage.bucket import BucketPath
+from ..io.storage.bucket import BucketPath
+from ..runtime.processes import is_first
 from ..training.log import Log
 from ..training.metrics_file import MetricsWriter
 from .health import Health

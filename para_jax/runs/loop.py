@@ -13,22 +13,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import devices
 from ..adapters.adapter import Adapter
 from ..adapters.bank import weights_hash
-from ..config import RunConfig, expanded
+from ..config import RunConfig
 from ..data.batch_tenants import batch_shares
 from ..data.batches import Batch, Bucket
 from ..data.given import is_given
 from ..data.packing import Packed, RowShape
 from ..data.prefetch import prefetch
 from ..data.schedule import Schedule, StepBatch, Turn, admitted
-from ..messages import say
-from ..model import init_adapter
-from ..processes import full_arrays, on_first_process
-from ..progress import Progress
-from ..sharding import shard_rows
-from ..tail import PromptStates
+from ..io.checks import expanded
+from ..io.messages import say
+from ..io.progress import Progress
+from ..model.adapted import init_adapter
+from ..model.tail import PromptStates
+from ..runtime import devices
+from ..runtime.processes import full_arrays, on_first_process
+from ..runtime.sharding import shard_rows
 from ..training.checkpoint import finish_saving, require_saved, save_checkpoint
 from ..training.last_state import read_last_state, write_last_state
 from ..training.log import Done

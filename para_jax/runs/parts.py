@@ -12,12 +12,13 @@ import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .. import atomic
-from ..config import RunConfig, expanded
-from ..processes import on_first_process
-from ..storage.bucket import Place
+from ..config import RunConfig
+from ..io import atomic
+from ..io.checks import expanded
+from ..io.storage.bucket import Place
+from ..io.untrusted import safe_names
+from ..runtime.processes import on_first_process
 from ..training.tenants_file import read_entries
-from ..untrusted import safe_names
 from .chosen import TRIALS
 from .folder import delete_leftovers
 

@@ -14,15 +14,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from .. import atomic
 from ..config import CheckpointSection, EvalSection, ProfilerSection, RunConfig, SweepSection
 from ..data.batches import for_mixed_rows
 from ..evaluation.score import with_error
 from ..evaluation.tasks import EvalTask
-from ..messages import say, warn
-from ..processes import on_first_process
-from ..storage.bucket import Place
-from ..table import table
+from ..io import atomic
+from ..io.messages import say, warn
+from ..io.storage.bucket import Place
+from ..io.table import table
+from ..runtime.processes import on_first_process
 from ..training.passes import Layout, lay_out
 from ..training.stop import end_if_told
 from .chosen import FILE, TRIALS, is_auto, resolved

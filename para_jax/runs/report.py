@@ -8,9 +8,9 @@ from os.path import commonprefix
 from string import ascii_letters, digits
 from typing import Any
 
-from ..config import printable
 from ..evaluation.score import Score, with_error
-from ..table import table
+from ..io.checks import printable
+from ..io.table import table
 from ..training.scores_file import Records
 
 #: The data that a run's answers are shown of: the first of these that has them.

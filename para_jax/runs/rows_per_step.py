@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..config import RunConfig, require
-from ..messages import say
-from ..processes import on_first_process
+from ..config import RunConfig
+from ..io.checks import require
+from ..io.messages import say
+from ..runtime.processes import on_first_process
 from ..training.passes import Layout
 from .folder import rows_before
 

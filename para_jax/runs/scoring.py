@@ -17,16 +17,17 @@ from ..adapters.card import score_line, training_lines
 from ..adapters.files import add_test_score, load_adapter, save_adapter
 from ..adapters.methods import method_of
 from ..adapters.rows import Stack
-from ..config import RunConfig, expanded, printable
+from ..config import RunConfig
 from ..data.given import is_given
 from ..evaluation.score import Score, describe_best, shown_score
 from ..evaluation.scoring import Tasks
 from ..evaluation.tasks import EncodedTask
-from ..messages import say
-from ..model import init_adapter
-from ..processes import broadcast_arrays, full_arrays, is_first, on_first_process
-from ..sharding import place_tenants
-from ..storage.bucket import Place
+from ..io.checks import expanded, printable
+from ..io.messages import say
+from ..io.storage.bucket import Place
+from ..model.adapted import init_adapter
+from ..runtime.processes import broadcast_arrays, full_arrays, is_first, on_first_process
+from ..runtime.sharding import place_tenants
 from ..training.step import TrainState, tenant_of
 from ..training.stop import StopSignal
 from ..training.tenants_file import write_entries

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..config import require
+from ..io.checks import require
 from ..training.passes import Layout
 from ..training.scores_file import Records
 from .tenants import Tenant

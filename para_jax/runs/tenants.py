@@ -13,8 +13,15 @@ import numpy as np
 
 from ..adapters.scope import invocation_tokens, require_invocation
 from ..backbone.load import load_model_config
-from ..config import ModelConfig, RunConfig, expanded, require
-from ..data.batches import Bucket, Plan, example_lengths, for_mixed_rows, lengths_worth_compiling, plan_buckets_of_sizes
+from ..config import ModelConfig, RunConfig
+from ..data.batches import (
+    Bucket,
+    Plan,
+    example_lengths,
+    for_mixed_rows,
+    lengths_worth_compiling,
+    plan_buckets_of_sizes,
+)
 from ..data.encode_records import TooLong
 from ..data.example_arrays import ExampleArrays
 from ..data.examples import Example
@@ -27,9 +34,10 @@ from ..data.tokenizer import run_tokenizer
 from ..data.training_data import TrainingData, chosen_length, describe_lengths, load_training_data
 from ..evaluation.defaults import ScoringRule, scoring_rule
 from ..evaluation.tasks import EvalTask, say_long, task_of_run, with_limit
-from ..hub import resolve_backbone
-from ..messages import say, warn
-from ..storage.bucket import Place
+from ..io.checks import expanded, require
+from ..io.hub import resolve_backbone
+from ..io.messages import say, warn
+from ..io.storage.bucket import Place
 from ..training.passes import Layout
 from ..training.prompt_cache import PromptCache
 from .initial import initial_places

@@ -15,32 +15,33 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .. import devices
 from ..adapters.adapter import Adapter
 from ..adapters.bank import weights_hash
 from ..adapters.methods import method_of
 from ..backbone.content import digests_of_run
 from ..backbone.load import load_backbone, load_model_config
-from ..config import ModelConfig, RunConfig, config_dict, expanded, shorten
+from ..config import ModelConfig, RunConfig, config_dict
 from ..config.unused import unused_fields
 from ..data.example_arrays import examples_digest
 from ..data.given import with_data, with_tenants
 from ..data.tenant_file import of_most_memory, own_values
 from ..data.tenants import OWN_FILE
-from ..error_frames import errors_forget
+from ..estimate.memory import run_mesh
 from ..evaluation.score import describe_best
-from ..memory import run_mesh
-from ..messages import say, warn
-from ..processes import on_every_process, on_first_process, require_same
-from ..sharding import place
-from ..storage.bucket import Place
+from ..io.checks import expanded, shorten
+from ..io.error_frames import errors_forget
+from ..io.messages import say, warn
+from ..io.storage.bucket import Place
+from ..io.untrusted import safe_names
+from ..runtime import devices
+from ..runtime.processes import on_every_process, on_first_process, require_same
+from ..runtime.sharding import place
 from ..training.passes import Layout, batch_devices, lay_out
 from ..training.prompt_cache import PromptCache, cached_prompts
 from ..training.scores_file import Records, write_scores
 from ..training.step import TrainState, tenant_of
 from ..training.stop import end_if_told
 from ..training.tenants_file import read_entries
-from ..untrusted import safe_names
 from .chosen import chosen_rates, is_auto, resolved
 from .fit import fit
 from .folder import HOST_FIELDS, check_folder, check_tenants, claim_folders, locked_folder

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from ..config import RunConfig
 from ..data.sources import unread
 from ..evaluation.defaults import missing_answer
-from ..messages import say, warn
-from ..untrusted import safe_names
+from ..io.messages import say, warn
+from ..io.untrusted import safe_names
 from .tenants import Tenant
 
 

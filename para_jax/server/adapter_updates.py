@@ -15,9 +15,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from ..config import BASE, expanded, printable, shorten
-from ..hub import HUB_ID, is_inside_folder
-from ..messages import say
+from ..config import BASE
+from ..io.checks import expanded, printable, shorten
+from ..io.hub import HUB_ID, is_inside_folder
+from ..io.messages import say
 from .api_keys import require_unlimited
 from .body import ClientLeft, json_object, read_body
 from .errors import ApiError, wrong_field

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import NamedTuple, TypeVar
 
-from ..config import printable
+from ..io.checks import printable
 from .answer import Answer
 from .api_keys import Access
 from .body import ClientLeft, json_object, read_body

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from ..config import expanded, shorten
-from ..messages import warn
+from ..io.checks import expanded, shorten
+from ..io.messages import warn
 from .errors import ApiError
 
 #: Bytes of a file of keys, at most.

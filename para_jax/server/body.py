@@ -6,9 +6,9 @@ import asyncio
 import json
 import sys
 
-from ..config import shorten, without_repeats
 from ..data.row_files import json_problem
-from ..untrusted import MAX_DEPTH, bounded_int, require_flat
+from ..io.checks import shorten, without_repeats
+from ..io.untrusted import MAX_DEPTH, bounded_int, require_flat
 from .errors import ApiError
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from ..config import shorten
 from ..data.chat_messages import ROLES, TEXT_PART, is_text_part, joined_parts
+from ..io.checks import shorten
 from .errors import wrong_field
 from .fields import Fields, Name, only, read_fields, wrong_value
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 from ..adapters.bank import Entry
-from ..config import printable
-from ..messages import say, warn
+from ..io.checks import printable
+from ..io.messages import say, warn
 from ..serving.engine import Engine
 from ..serving.open_requests import QueueFull
 from ..serving.request import Request

@@ -6,9 +6,10 @@ import math
 import re
 from functools import lru_cache
 
-from ..config import Variables, shorten
+from ..config import Variables
 from ..data.chat_template import TemplateError
 from ..data.examples import Ids, Prompt, encode_prompt, most_characters, turn_stop_ids
+from ..io.checks import shorten
 from ..serving.engine import Engine
 from ..serving.request import MAX_SAMPLES, Request
 from .errors import ApiError, wrong_field

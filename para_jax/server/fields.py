@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from ..config import shorten
+from ..io.checks import shorten
 from .errors import ApiError, wrong_field
 
 WHOLE = 2**31 - 1

@@ -8,9 +8,9 @@ import time
 import traceback
 import uuid
 
-from ..config import printable, shorten
-from ..error_frames import forget_frames
-from ..messages import say, warn
+from ..io.checks import printable, shorten
+from ..io.error_frames import forget_frames
+from ..io.messages import say, warn
 from .address import names_this_machine
 from .api_keys import ApiKeys
 from .errors import ApiError

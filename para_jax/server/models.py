@@ -8,9 +8,10 @@ from collections.abc import Callable
 from ..adapters.bank import AdapterBank, Entry
 from ..adapters.loading_bank import LoadingBank
 from ..adapters.unknown_tenant import nearest_names
-from ..config import BASE, printable, shorten
-from ..messages import warn
-from ..untrusted import require_unicode, safe_name
+from ..config import BASE
+from ..io.checks import printable, shorten
+from ..io.messages import warn
+from ..io.untrusted import require_unicode, safe_name
 from .api_keys import Access
 from .errors import ApiError, retry_later
 

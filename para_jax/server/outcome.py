@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from ..config import BASE, printable
+from ..config import BASE
+from ..io.checks import printable
 
 
 @dataclass

@@ -9,8 +9,9 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, PlainValidator
 
-from ..config import Variables, shorten, template_variables
+from ..config import Variables, template_variables
 from ..data.examples import Ids, Prompt
+from ..io.checks import shorten
 from ..serving.request import MAX_SALT, MAX_SAMPLES, MAX_STOP_LENGTH, MAX_STOPS
 from .chat_messages import NO_TOOLS, read_messages
 from .errors import wrong_field

@@ -13,7 +13,7 @@ from pathlib import Path
 import uvicorn
 
 from ..config import BASE
-from ..messages import say, warn
+from ..io.messages import say, warn
 from ..serving.engine import Engine
 from . import adapter_updates, page
 from .address import bound, is_loopback, url_of

@@ -5,8 +5,8 @@ from __future__ import annotations
 from ..adapters.bank import AdapterBank, Entry
 from ..adapters.scope import require_invocation
 from ..backbone.transformer import Transformer
-from ..config import shorten
 from ..data.examples import Ids, Prompt, encode_prompt, most_characters, special_stop_ids, turn_stop_ids
+from ..io.checks import shorten
 from .request import Request, check_request
 from .ticket import Sample, Ticket
 

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
-from ..atomic import append, is_torn, replacing
-from ..config import shorten
-from ..record_file import lock_output
-from ..shards import Shard, begin_part, job_shard_file
-from ..storage.bucket import BucketPath, Place
-from ..storage.pieces import BucketLines, join_pieces, open_pieces, pieces
+from ..io.atomic import append, is_torn, replacing
+from ..io.checks import shorten
+from ..io.record_file import lock_output
+from ..io.shards import Shard, begin_part, job_shard_file
+from ..io.storage.bucket import BucketPath, Place
+from ..io.storage.pieces import BucketLines, join_pieces, open_pieces, pieces
 
 #: How each answer begins.
 HEAD = b'{"line": '

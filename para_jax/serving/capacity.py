@@ -9,8 +9,8 @@ import jax
 from ..adapters.bank import AdapterBank
 from ..backbone.cache import HELD
 from ..backbone.kernel_choice import describe_decode
-from ..model import DecodeState
-from ..sharding import shard_sizes
+from ..model.adapted import DecodeState
+from ..runtime.sharding import shard_sizes
 from .prefills import ROWS, token_bytes
 
 

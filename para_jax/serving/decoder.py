@@ -16,9 +16,9 @@ from ..data.batches import right_padded, rounded_up
 from ..inference.draw import row_sampling
 from ..inference.logprobs import Logprobs
 from ..inference.sampling import Sampling
-from ..model import prefill
-from ..progress import Progress
-from ..sharding import mesh_of
+from ..io.progress import Progress
+from ..model.adapted import prefill
+from ..runtime.sharding import mesh_of
 from .prefills import ChunkedPrompt, Prefills, WholePrompt, token_bytes
 from .scoring import ScoredPrompt, score_prompt
 from .slots import empty_slots, first_logprobs, insert, insert_prompt, steps

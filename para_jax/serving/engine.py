@@ -18,12 +18,13 @@ import jax
 
 from ..adapters.bank import AdapterBank, Entry
 from ..backbone.transformer import Transformer
-from ..config import ModelConfig, listed, printable, shorten
+from ..config import ModelConfig, listed
 from ..data.examples import Ids, Prompt, require_tokenizer, stop_token_ids
 from ..inference.sampling import is_whole
-from ..messages import say
-from ..model import require_backbone
-from ..sharding import mesh_of, using
+from ..io.checks import printable, shorten
+from ..io.messages import say
+from ..model.adapted import require_backbone
+from ..runtime.sharding import mesh_of, using
 from .admission import Admission
 from .capacity import capacity
 from .decoder import Decoder

@@ -13,11 +13,12 @@ from .. import __version__
 from ..adapters.bank import AdapterBank, Entry
 from ..adapters.loading_bank import LoadingBank
 from ..backbone.content import backbone_content
-from ..config import BASE, shorten, without_repeats
+from ..config import BASE
 from ..data.row_files import json_problem
 from ..inference.content import ANSWERS_VERSION, writing_content
 from ..inference.sampling import derived_seed
-from ..untrusted import MAX_DEPTH, require_unicode
+from ..io.checks import shorten, without_repeats
+from ..io.untrusted import MAX_DEPTH, require_unicode
 from .answers import MAX_LINE
 from .engine import Engine
 from .request import Request, check_request

@@ -6,10 +6,10 @@ import tempfile
 from collections.abc import Sequence
 from typing import BinaryIO, NamedTuple
 
-from .. import atomic
-from ..shards import ShardOutput, in_order, job_shard_file, read_part
-from ..storage.bucket import BucketPath, Place
-from ..storage.pieces import open_pieces
+from ..io import atomic
+from ..io.shards import ShardOutput, in_order, job_shard_file, read_part
+from ..io.storage.bucket import BucketPath, Place
+from ..io.storage.pieces import open_pieces
 from .answers import MAX_ANSWER, answer_of, bounded_lines
 
 

@@ -14,13 +14,13 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import BinaryIO
 
-from ..config import expanded, printable, shorten
 from ..data.chat_template import fixed_date, writes_date
 from ..data.token_cache import today
-from ..messages import say, warn
-from ..progress import Progress
-from ..shards import Shard, ShardOutput, job_shard_file, write_part
-from ..storage.bucket import Place
+from ..io.checks import expanded, printable, shorten
+from ..io.messages import say, warn
+from ..io.progress import Progress
+from ..io.shards import Shard, ShardOutput, job_shard_file, write_part
+from ..io.storage.bucket import Place
 from .answers import MAX_LINE, Answers, KeptAnswer, bounded_lines, check_shard
 from .engine import Engine
 from .job_lines import MAX_ERROR, NOT_IN_JOBS, KeyParts, LineSample, error_text, job_settings, key_parts, samples

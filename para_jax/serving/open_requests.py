@@ -16,8 +16,8 @@ from copy import copy
 from dataclasses import replace
 from queue import Empty, SimpleQueue
 
-from ..config import shorten
 from ..inference.sampling import derived_seed
+from ..io.checks import shorten
 from .queue import FairQueue
 from .request import Completion
 from .ticket import Sample, Ticket

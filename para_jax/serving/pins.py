@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..config import shorten
+from ..io.checks import shorten
 from .prefix_cache import PrefixCache
 
 

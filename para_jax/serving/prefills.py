@@ -21,9 +21,9 @@ from ..adapters.methods import has_plain_prompts
 from ..adapters.scope import scope_of
 from ..backbone.cache import constrain_held, empty_held
 from ..backbone.transformer import Transformer
-from ..model import DecodeState
-from ..prompt_blocks import Lanes, Tails, prefill_blocks
-from ..sharding import constrain, replicate
+from ..model.adapted import DecodeState
+from ..model.blocks import Lanes, Tails, prefill_blocks
+from ..runtime.sharding import constrain, replicate
 from .prefix_cache import PrefixCache, prompt_key
 from .slots import PrefilledPrompt, zeros_of
 

@@ -6,10 +6,10 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..config import shorten
 from ..data.chat_messages import checked_messages
 from ..data.examples import Ids, Prompt
 from ..inference.sampling import Sampling, is_whole
+from ..io.checks import shorten
 
 if TYPE_CHECKING:  # it imports JAX, and the command line checks requests before that
     from ..inference.logprobs import TokenLogprob

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 
 import jax
 
-from ..config import shorten
 from ..inference.draw import NO_TOKEN, NO_TOKEN_MESSAGE
 from ..inference.logprobs import Logprobs, TokenLogprob
 from ..inference.sampling import Sampling
-from ..messages import warn
-from ..sharding import using
+from ..io.checks import shorten
+from ..io.messages import warn
+from ..runtime.sharding import using
 from .decoder import Decoder
 from .open_requests import OpenRequests, interrupts_held_back
 from .pins import Pins

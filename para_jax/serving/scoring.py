@@ -9,8 +9,8 @@ import jax
 
 from ..inference.draw import RowSampling
 from ..inference.logprobs import Logprobs, logprobs_of
-from ..model import token_of
-from ..residual import residual_stream
+from ..model.adapted import token_of
+from ..model.residual import residual_stream
 from ..training.loss import of_logits
 from .slots import drawn
 

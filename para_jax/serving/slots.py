@@ -16,9 +16,9 @@ from ..backbone.block_pool import before, rows_of_blocks
 from ..backbone.cache import constrain_held, empty_held
 from ..inference.draw import RowSampling, row_keys, sample
 from ..inference.logprobs import Logprobs, logprobs_of
-from ..model import DecodeState, decode_step
-from ..prompt_blocks import Pool
-from ..sharding import replicate, zeros
+from ..model.adapted import DecodeState, decode_step
+from ..model.blocks import Pool
+from ..runtime.sharding import replicate, zeros
 
 
 class Slots(NamedTuple):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
-from ..config import shorten
 from ..inference.logprobs import TokenLogprob
+from ..io.checks import shorten
 from .open_requests import OpenRequests
 from .request import Piece
 from .ticket import Ticket, Times

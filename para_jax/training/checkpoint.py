@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from .. import atomic
-from ..config import expanded, shorten
-from ..messages import warn
-from ..processes import broadcast_arrays, full_arrays, is_first, on_first_process
-from ..progress import Progress
-from ..storage.bucket import BucketPath, Place
-from ..storage.service import file_system
+from ..io import atomic
+from ..io.checks import expanded, shorten
+from ..io.messages import warn
+from ..io.progress import Progress
+from ..io.storage.bucket import BucketPath, Place
+from ..io.storage.service import file_system
+from ..runtime.processes import broadcast_arrays, full_arrays, is_first, on_first_process
 from .quiet_orbax import quiet_orbax
 from .same_run import OtherBackbone, OtherData, check_run
 

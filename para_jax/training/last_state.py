@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from .. import atomic
-from ..processes import broadcast_arrays, full_arrays, on_first_process
-from ..storage.bucket import BucketPath, Place
+from ..io import atomic
+from ..io.storage.bucket import BucketPath, Place
+from ..runtime.processes import broadcast_arrays, full_arrays, on_first_process
 from .checkpoint import arrays_by_path, check_shapes
 
 

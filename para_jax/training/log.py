@@ -10,12 +10,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import atomic
-from ..config import RunConfig, config_dict, printable
-from ..messages import say
-from ..processes import is_first, on_first_process
-from ..progress import Progress
-from ..storage.bucket import BucketPath, Place
+from ..config import RunConfig, config_dict
+from ..io import atomic
+from ..io.checks import printable
+from ..io.messages import say
+from ..io.progress import Progress
+from ..io.storage.bucket import BucketPath, Place
+from ..runtime.processes import is_first, on_first_process
 from .metrics_file import MetricsWriter, Reached, is_log, kept_rows, read_metrics, write_metrics
 
 FLUSH_SECONDS = 10.0

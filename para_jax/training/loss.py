@@ -11,9 +11,9 @@ from ..adapters.rows import reach_of
 from ..adapters.segments import Segments
 from ..data.batches import Batch
 from ..data.packing import Packed
-from ..residual import residual_stream
-from ..sharding import constrain, shard_sizes
-from ..tail import PromptStates, tail_stream
+from ..model.residual import residual_stream
+from ..model.tail import PromptStates, tail_stream
+from ..runtime.sharding import constrain, shard_sizes
 from .tails import cut_batch, cut_packed
 
 # Logits of one chunk on one device, in float32 values: 256 MiB. Larger batches are cut, and each chunk is recomputed in

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import atomic
-from ..config import shorten
-from ..storage.bucket import BucketPath, Place
-from ..storage.pieces import Appender, open_pieces, pieces, replace_pieces
+from ..io import atomic
+from ..io.checks import shorten
+from ..io.storage.bucket import BucketPath, Place
+from ..io.storage.pieces import Appender, open_pieces, pieces, replace_pieces
 
 
 class Reached(NamedTuple):

@@ -12,7 +12,7 @@ import optax
 
 from ..adapters.adapter import AdapterParam, BiasParam
 from ..config import TrainSection
-from ..sharding import is_variable
+from ..runtime.sharding import is_variable
 
 
 def make_direction(config: TrainSection) -> optax.GradientTransformation:

@@ -8,9 +8,9 @@ from pathlib import Path
 import jax
 
 from ..config import ProfilerSection
-from ..messages import say
-from ..processes import is_first
-from ..storage.bucket import BucketPath, Place
+from ..io.messages import say
+from ..io.storage.bucket import BucketPath, Place
+from ..runtime.processes import is_first
 
 
 class Profiler:

@@ -22,10 +22,10 @@ from ..data.example_arrays import ExampleArrays, examples_digest
 from ..data.packing import Packed, RowShape
 from ..data.prefetch import AHEAD, THREADS
 from ..data.schedule import TenantOrder
-from ..messages import say
-from ..progress import Progress
-from ..sharding import shard_rows
-from ..tail import PromptStates, prompt_states
+from ..io.messages import say
+from ..io.progress import Progress
+from ..model.tail import PromptStates, prompt_states
+from ..runtime.sharding import shard_rows
 from .stop import interruption_point
 
 #: The share of the free memory that may be taken.

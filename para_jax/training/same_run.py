@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..config import printable, shorten
+from ..io.checks import printable, shorten
 
 
 class OtherBackbone(ValueError):

@@ -12,8 +12,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from .. import atomic
-from ..storage.bucket import Place
+from ..io import atomic
+from ..io.storage.bucket import Place
 from .metrics_file import is_log, read_metrics
 
 FILE = "scores.json"

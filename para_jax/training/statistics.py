@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ..adapters.adapter import Adapter
 from ..data.batches import Batch, Bucket, collate, epoch_bits, permutation
 from ..data.examples import Example
-from ..residual import residual_stream
+from ..model.residual import residual_stream
 
 STATISTICS_EXAMPLES = 64
 

@@ -18,8 +18,8 @@ from ..adapters.rows import Rows, Stack, group_of_tenant, layers_first, of_tenan
 from ..config import TrainSection
 from ..data.batches import Batch
 from ..data.packing import Packed
-from ..sharding import constrain_tenants, replicate, tenants_sharding
-from ..tail import PromptStates
+from ..model.tail import PromptStates
+from ..runtime.sharding import constrain_tenants, replicate, tenants_sharding
 from .loss import completion_nll, completion_states, of_logits, token_scores
 from .optimizer import LearningRates, clipped, learning_rates, make_direction
 

@@ -16,8 +16,8 @@ from typing import NoReturn
 
 import jax
 
-from ..messages import say
-from ..processes import is_first
+from ..io.messages import say
+from ..runtime.processes import is_first
 
 
 class Stopped(SystemExit):

@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 from ..adapters.segments import Segments
 from ..data.batches import Batch
 from ..data.packing import Packed
-from ..tail import Tokens, tail_start
+from ..model.tail import Tokens, tail_start
 
 
 class Cut(NamedTuple):

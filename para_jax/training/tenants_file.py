@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .. import atomic
+from ..io import atomic
 
 FILE = "tenants.json"
 #: The file that only a comparison of methods has. Its folder holds a run folder for each method (runs/compare.py).

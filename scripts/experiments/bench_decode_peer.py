@@ -19,13 +19,13 @@ from measure import options
 from torch_side import PAUSE, TorchSide
 
 from para_jax import ParaConfig, load_backbone, load_tokenizer
+from para_jax.backbone.gguf.convert import convert_gguf
 from para_jax.bench.decode import Side, Step, bank_of
 from para_jax.bench.record import report
 from para_jax.bench.rounds import interleaved, measurement, paired, random_tokens
-from para_jax.devices import library_versions
-from para_jax.gguf.convert import convert_gguf
-from para_jax.hub import resolve_backbone
-from para_jax.inspect import new_record
+from para_jax.io.hub import resolve_backbone
+from para_jax.reports.inspect import new_record
+from para_jax.runtime.devices import library_versions
 
 ROWS, TENANTS = 32, 8
 WORKER = Path(__file__).with_name("decode_worker.py")

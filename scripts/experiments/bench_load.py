@@ -13,7 +13,7 @@ from measure import main
 
 from para_jax.backbone.load import load_backbone
 from para_jax.bench.rounds import measurement
-from para_jax.hub import resolve_backbone
+from para_jax.io.hub import resolve_backbone
 
 HERE = str(Path(__file__).parent)
 LOAD_LIMIT = 300e6  # bytes above the weights that loading may take

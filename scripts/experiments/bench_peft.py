@@ -23,14 +23,14 @@ from measure import options
 from torch_side import PAUSE, TorchSide
 
 from para_jax import ParaConfig, init_adapter, load_backbone, load_tokenizer
+from para_jax.backbone.gguf.convert import convert_gguf
 from para_jax.bench.record import report
 from para_jax.bench.rounds import interleaved, measurement, random_tokens
 from para_jax.config import TrainSection
 from para_jax.data.batches import Batch
-from para_jax.devices import library_versions
-from para_jax.gguf.convert import convert_gguf
-from para_jax.hub import resolve_backbone
-from para_jax.inspect import new_record
+from para_jax.io.hub import resolve_backbone
+from para_jax.reports.inspect import new_record
+from para_jax.runtime.devices import library_versions
 from para_jax.training.step import state_of_one, step_of_one
 
 ROWS, PROMPT, COMPLETION = 8, 48, 16

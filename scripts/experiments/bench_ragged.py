@@ -32,9 +32,9 @@ from para_jax.bench.rounds import interleaved, measurement, milliseconds, paired
 from para_jax.bench.train import random_batch
 from para_jax.config import SITES
 from para_jax.data.batches import Batch
-from para_jax.inspect import new_record
-from para_jax.record_file import write_record
-from para_jax.residual import residual_stream
+from para_jax.io.record_file import write_record
+from para_jax.model.residual import residual_stream
+from para_jax.reports.inspect import new_record
 from para_jax.training.loss import completion_nll
 
 LORA, PARA = LoraConfig(r=8, lora_alpha=8, target_modules=SITES), ParaConfig()

@@ -21,9 +21,9 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import mean, median
 
+from para_jax.io.record_file import write_record
 from para_jax.ray import jobs
 from para_jax.ray.workers import EvaluationWorker, GenerationWorker
-from para_jax.record_file import write_record
 
 WORDS = "stapler lamp chair mouse cable desk phone tray clock fan mug rack late broken lost wrong new old blue".split()
 BASE = "one process"
@@ -67,7 +67,7 @@ class PinnedGeneration(Pinned, GenerationWorker):
 def benchmark(args) -> dict:
     import ray
 
-    from para_jax.devices import library_versions
+    from para_jax.runtime.devices import library_versions
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -101,8 +101,8 @@ def first_layers(folder: Path, count: int) -> str:
     from safetensors.numpy import load_file, save_file
 
     from para_jax import load_tokenizer
-    from para_jax.gguf.convert import convert_gguf
-    from para_jax.hub import resolve_backbone
+    from para_jax.backbone.gguf.convert import convert_gguf
+    from para_jax.io.hub import resolve_backbone
 
     convert_gguf(resolve_backbone("smollm2-135m"), folder, load_tokenizer("smollm2-135m"))
     config, weights = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
@@ -116,7 +116,7 @@ def prepare(folder: Path, args) -> None:
     """Writes a task, requests, and adapters: as many for each shard, which their hashes decide."""
     from para_jax import ParaConfig, init_adapter, load_model_config, save_adapter
     from para_jax.adapters.preview import previews
-    from para_jax.shards import Shard
+    from para_jax.io.shards import Shard
 
     config, held, seed = load_model_config(args.backbone), Counter(), 0
     while sum(held.values()) < args.shards * args.adapters:

@@ -19,8 +19,8 @@ from statistics import mean
 
 import ray
 
+from para_jax.io.record_file import write_record
 from para_jax.ray import pool
-from para_jax.record_file import write_record
 
 
 class Stub:

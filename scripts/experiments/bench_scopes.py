@@ -15,8 +15,8 @@ from para_jax.config import Ia3Config, LoraConfig, ParaConfig, TrainSection
 from para_jax.data.batches import Batch
 from para_jax.data.example_arrays import ExampleArrays
 from para_jax.data.packing import Packed
-from para_jax.model import init_adapter
-from para_jax.sharding import make_mesh
+from para_jax.model.adapted import init_adapter
+from para_jax.runtime.sharding import make_mesh
 from para_jax.training.prompt_cache import PromptCache, computed
 from para_jax.training.step import state_of_one, step_of_one
 

@@ -22,8 +22,8 @@ import numpy as np
 import yaml
 
 from para_jax import ParaConfig, init_adapter, load_model_config, load_tokenizer, save_adapter
-from para_jax.inspect import new_record
-from para_jax.record_file import write_record
+from para_jax.io.record_file import write_record
+from para_jax.reports.inspect import new_record
 
 SYSTEM, QUESTION, ANSWER = 128, 24, 32  # tokens
 TIMES = {

@@ -52,9 +52,9 @@ def overrides(output: Path, backbone: str) -> list[str]:
 
 def child(begun: float, result: Path, sections: list[list[str]]) -> None:
     """Trains with each list of overrides, loading the backbone once, and writes the time of each part."""
-    from para_jax import devices
     from para_jax.config import load_config
     from para_jax.runs import train as runs
+    from para_jax.runtime import devices
 
     spent = {"start": time.time() - begun, "load": 0.0, "compile": 0.0, "steps": 0.0}
 
@@ -97,9 +97,9 @@ def timed_process(result: Path, sections: list[list[str]], cache: Path) -> dict[
 
 
 def main() -> None:
-    from para_jax.hub import resolve_backbone
-    from para_jax.inspect import new_record
-    from para_jax.record_file import write_record
+    from para_jax.io.hub import resolve_backbone
+    from para_jax.io.record_file import write_record
+    from para_jax.reports.inspect import new_record
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="smollm2-135m", help="a .gguf file, or smollm2-135m")

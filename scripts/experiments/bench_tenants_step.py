@@ -12,7 +12,7 @@ from para_jax.backbone.load import load_backbone
 from para_jax.bench.rounds import interleaved, measurement, milliseconds, paired
 from para_jax.bench.train import random_batch
 from para_jax.config import Ia3Config, LoraConfig, ParaConfig, TrainSection
-from para_jax.model import init_adapter
+from para_jax.model.adapted import init_adapter
 from para_jax.training.optimizer import learning_rates
 from para_jax.training.step import init_state, train_step
 

@@ -32,13 +32,13 @@ from para_jax import (
     log_to_stderr,
     save_adapter,
 )
-from para_jax.devices import library_versions
+from para_jax.backbone.gguf.convert import convert_gguf
 from para_jax.evaluation.answers import Answerer
 from para_jax.evaluation.harness.tasks import load_tasks, record, replay
-from para_jax.gguf.convert import convert_gguf
-from para_jax.hub import resolve_backbone
-from para_jax.inspect import new_record
-from para_jax.record_file import write_record
+from para_jax.io.hub import resolve_backbone
+from para_jax.io.record_file import write_record
+from para_jax.reports.inspect import new_record
+from para_jax.runtime.devices import library_versions
 
 LIMIT, MOVED = 1e-3, 0.1
 WORKER = Path(__file__).with_name("lm_eval_worker.py")

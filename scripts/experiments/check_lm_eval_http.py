@@ -20,19 +20,10 @@ from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 from measure import options
 
-from para_jax import (
-    AdapterBank,
-    Engine,
-    ParaConfig,
-    ParaLM,
-    init_adapter,
-    load_backbone,
-    load_tokenizer,
-    log_to_stderr,
-)
+from para_jax import AdapterBank, Engine, ParaConfig, ParaLM, init_adapter, load_backbone, load_tokenizer, log_to_stderr
 from para_jax.evaluation.harness import completions as completions  # registers para-completions
-from para_jax.inspect import new_record
-from para_jax.record_file import write_record
+from para_jax.io.record_file import write_record
+from para_jax.reports.inspect import new_record
 
 MODELS = {"base": "local-completions", "lora": "local-completions"} | dict.fromkeys(
     ("para", "para-response"), "para-completions"

@@ -33,13 +33,13 @@ from para_jax import (
     load_tokenizer,
     save_adapter,
 )
+from para_jax.backbone.gguf.convert import convert_gguf
 from para_jax.config import SITES
 from para_jax.data.examples import encode_prompt
-from para_jax.devices import library_versions
-from para_jax.gguf.convert import convert_gguf
-from para_jax.hub import resolve_backbone
-from para_jax.inspect import new_record
-from para_jax.record_file import write_record
+from para_jax.io.hub import resolve_backbone
+from para_jax.io.record_file import write_record
+from para_jax.reports.inspect import new_record
+from para_jax.runtime.devices import library_versions
 
 LIMIT, MOVED, COMPLETION = 2e-4, 0.1, 12
 PROMPT = "The customer asks where the parcel is, and when it will arrive."

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from para_jax import atomic
-from para_jax.devices import describe_devices, library_versions
+from para_jax.io import atomic
+from para_jax.runtime.devices import describe_devices, library_versions
 
 
 def label(name: str) -> str:

@@ -45,14 +45,7 @@ from compare_training import (
     validation,
 )
 
-from para_jax import (
-    ParaConfig,
-    load_adapter,
-    load_backbone,
-    load_model_config,
-    load_tokenizer,
-    log_to_stderr,
-)
+from para_jax import ParaConfig, load_adapter, load_backbone, load_model_config, load_tokenizer, log_to_stderr
 from para_jax.config import ADAPTER_CONFIGS, Ia3Config, LoraConfig, save_config
 from para_jax.data.records import split_records
 from para_jax.evaluation.scoring import Tasks

@@ -37,15 +37,15 @@ from para_jax import (
     save_adapter,
 )
 from para_jax.adapters.adapter import named_leaves
+from para_jax.backbone.gguf.convert import convert_gguf
 from para_jax.config import DataSection, TrainSection
 from para_jax.data.batches import Batch, Plan, collate, example_lengths, plan_buckets
 from para_jax.data.encode_records import encode_records
 from para_jax.data.examples import Example
 from para_jax.data.records import load_records
-from para_jax.gguf.convert import convert_gguf
-from para_jax.hub import resolve_backbone
-from para_jax.inspect import new_record
-from para_jax.record_file import write_record
+from para_jax.io.hub import resolve_backbone
+from para_jax.io.record_file import write_record
+from para_jax.reports.inspect import new_record
 from para_jax.training.optimizer import learning_rates
 from para_jax.training.step import state_of_one, step_of_one
 

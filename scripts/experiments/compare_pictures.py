@@ -7,8 +7,8 @@ from typing import NamedTuple
 from compare_statistics import LEVEL, Ranking, p_text
 from PIL import Image
 
-from para_jax.figures import escaped, explain, new_figure
-from para_jax.figures import save as save_picture
+from para_jax.io.figures import escaped, explain, new_figure
+from para_jax.io.figures import save as save_picture
 
 #: Colours that people with any colour vision tell apart (Okabe and Ito 2008), by how a method's name starts or goes on.
 COLOURS = {

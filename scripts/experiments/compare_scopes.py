@@ -21,8 +21,8 @@ from para_jax import ParaConfig, init_adapter, load_backbone, load_tokenizer
 from para_jax.config import TrainSection
 from para_jax.data.batches import Batch, right_padded, rounded_up
 from para_jax.data.examples import joined_completion
-from para_jax.model import adjustments_for
-from para_jax.tail import prompt_states
+from para_jax.model.adapted import adjustments_for
+from para_jax.model.tail import prompt_states
 from para_jax.training.step import eval_nll, state_of_one, step_of_one
 
 PROMPT, TRAIN, VALIDATION, ROWS, STEPS = 40, 640, 200, 8, 80

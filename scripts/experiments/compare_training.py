@@ -10,9 +10,10 @@ import jax
 from compare_cells import done, label, settings, write
 from compare_tables import write_tables
 
-from para_jax import LoraConfig, ParaConfig, atomic, init_adapter, load_config, train_tenants
+from para_jax import LoraConfig, ParaConfig, init_adapter, load_config, train_tenants
 from para_jax.adapters.adapter import count_parameters
 from para_jax.data.tasks import TASKS
+from para_jax.io import atomic
 from para_jax.training.metrics_file import read_metrics
 
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)

@@ -10,11 +10,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from para_jax import devices
 from para_jax.bench.record import report
 from para_jax.config import RuntimeSection
-from para_jax.inspect import new_record
-from para_jax.record_file import check_record_file
+from para_jax.io.record_file import check_record_file
+from para_jax.reports.inspect import new_record
+from para_jax.runtime import devices
 
 
 def main(measure: Callable[..., dict]) -> None:

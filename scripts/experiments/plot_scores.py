@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 
-from para_jax.config import BASE, expanded
+from para_jax.config import BASE
 from para_jax.evaluation.results import error_of, file_names, metrics_of
-from para_jax.figures import run_names, save
-from para_jax.messages import warn
-from para_jax.score_plots import Bar, Scores, scores_plot
+from para_jax.evaluation.score_plots import Bar, Scores, scores_plot
+from para_jax.io.checks import expanded
+from para_jax.io.figures import run_names, save
+from para_jax.io.messages import warn
 from para_jax.training.metrics_file import is_log, is_number
 from para_jax.training.scores_file import Records, logged_records
 from para_jax.training.scores_file import read_scores as read_records

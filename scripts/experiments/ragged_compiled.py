@@ -27,9 +27,9 @@ from para_jax.adapters.rows import layers_first
 from para_jax.backbone.load import abstract_backbone
 from para_jax.config import SITES
 from para_jax.data.batches import Batch
-from para_jax.dry_run.hlo_counts import describe_program
-from para_jax.dry_run.topology import topology_devices
-from para_jax.model import decode_step
+from para_jax.estimate.hlo_counts import describe_program
+from para_jax.estimate.topology import topology_devices
+from para_jax.model.adapted import decode_step
 
 SOURCE, LAYERS = "meta-llama/Llama-2-7b-hf", 1
 CACHE = 512  # tokens

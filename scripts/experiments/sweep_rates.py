@@ -29,8 +29,8 @@ from para_jax import (
     log_to_stderr,
     train_tenants,
 )
-from para_jax.devices import describe_devices, library_versions
 from para_jax.evaluation.tasks import task_of_run
+from para_jax.runtime.devices import describe_devices, library_versions
 from para_jax.training.metrics_file import read_metrics
 
 #: Tokens of the longest example that is kept.

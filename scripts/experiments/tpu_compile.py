@@ -3,8 +3,8 @@
     pip install '.[aot]'
     python scripts/experiments/tpu_compile.py --largest [--only 'Gemma 2B'] [--print]
 
-Nothing runs and no weights are made: abstract bfloat16 arguments go through `para_jax.model.decode_step`, with the
-state donated, to the compiler in libtpu. Every row is a tenant of its own, with 512 tokens of cache. Results in
+Nothing runs and no weights are made: abstract bfloat16 arguments go through `para_jax.model.adapted.decode_step`, with
+the state donated, to the compiler in libtpu. Every row is a tenant of its own, with 512 tokens of cache. Results in
 results/tpu_compile.json are not compiled again: delete the file after a change of the model's code. The table is
 printed from the file.
 """
@@ -26,22 +26,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from para_jax import (
-    ParaConfig,
-    init_adapter,
-    load_model_config,
-    make_mesh,
-    pick,
-    prefill,
-    stack_adapters,
-)
+from para_jax import ParaConfig, init_adapter, load_model_config, make_mesh, pick, prefill, stack_adapters
 from para_jax.adapters.adapter import Factors
 from para_jax.backbone.load import abstract_backbone
 from para_jax.config import SITES, Ia3Config, LoraConfig
-from para_jax.dry_run.hlo_counts import Program, describe_program
-from para_jax.dry_run.topology import topology_devices
-from para_jax.model import decode_step
-from para_jax.sharding import partition, with_sharding
+from para_jax.estimate.hlo_counts import Program, describe_program
+from para_jax.estimate.topology import topology_devices
+from para_jax.model.adapted import decode_step
+from para_jax.runtime.sharding import partition, with_sharding
 
 RESULTS = Path("results/tpu_compile.json")
 ROWS = (8, 32)

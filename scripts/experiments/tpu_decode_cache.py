@@ -26,9 +26,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from para_jax import load_model_config, make_mesh, prefill
 from para_jax.backbone.cache_blocks import block_size
 from para_jax.backbone.load import abstract_backbone
-from para_jax.dry_run.hlo_counts import describe_program
-from para_jax.dry_run.topology import topology_devices
-from para_jax.model import decode_step, stacked_state
+from para_jax.estimate.hlo_counts import describe_program
+from para_jax.estimate.topology import topology_devices
+from para_jax.model.adapted import decode_step, stacked_state
 
 SOURCE = "meta-llama/Llama-2-7b-hf"
 ROWS, LENGTH, LAYERS = 8, 4096, 2

@@ -23,8 +23,8 @@ import jax
 
 from para_jax import make_mesh
 from para_jax.config import load_config
-from para_jax.dry_run.topology import compile_step, parsed_topology, topology_devices
-from para_jax.memory import shard_bytes, step_arguments
+from para_jax.estimate.memory import shard_bytes, step_arguments
+from para_jax.estimate.topology import compile_step, parsed_topology, topology_devices
 
 RESULTS = Path("results/tpu_memory.json")
 CONFIG, SLICE = "configs/llama2-7b-boolq.yaml", "v5e:4x4"

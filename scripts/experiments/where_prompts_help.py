@@ -18,11 +18,11 @@ from para_jax.adapters.adapter import Factors
 from para_jax.data.batches import collate, full_batches, plan_buckets
 from para_jax.data.examples import Example
 from para_jax.data.records import load_records
-from para_jax.devices import describe_devices, library_versions
 from para_jax.evaluation.scoring import other_prompts
 from para_jax.evaluation.tasks import EvalTask, encode_task
-from para_jax.model import Adjustments, adjustments_for
-from para_jax.record_file import write_record
+from para_jax.io.record_file import write_record
+from para_jax.model.adapted import Adjustments, adjustments_for
+from para_jax.runtime.devices import describe_devices, library_versions
 from para_jax.training.step import eval_nll
 
 ROWS = 16

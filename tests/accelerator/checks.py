@@ -25,7 +25,6 @@ from para_jax import (
     ParaConfig,
     Request,
     decode,
-    devices,
     forward,
     init_adapter,
     load_backbone,
@@ -37,6 +36,7 @@ from para_jax import (
 )
 from para_jax.backbone.kernel_choice import AttentionChoice, attention_kernel
 from para_jax.backbone.kernels import KERNELS
+from para_jax.runtime import devices
 
 #: The matrix products of a TPU and of a GPU round float32 to fewer bits by default.
 exact = partial(jax.default_matmul_precision, "highest")

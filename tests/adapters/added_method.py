@@ -26,7 +26,7 @@ from para_jax import (
     train,
 )
 from para_jax.adapters.methods import METHODS
-from para_jax.inspect import folder_report
+from para_jax.reports.inspect import folder_report
 
 BIAS = METHODS[-1]
 BiasConfig = BIAS.config

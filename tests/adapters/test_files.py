@@ -42,7 +42,7 @@ from para_jax.adapters import files
 from para_jax.adapters.files import load_adapter, read_adapter_config, save_adapter
 from para_jax.adapters.preview import previews
 from para_jax.config import allowed_values
-from para_jax.hub import backbone_of
+from para_jax.io.hub import backbone_of
 
 DEEP, TWICE = b'{"peft_type": ' + b"[" * 900 + b"]" * 900 + b"}", b'{"peft_type": "PARA", "r": 4, "r": 4}'
 EVERYTHING = {"pooler": "constant", "summary": "standardised", "activation": "rational", "up_bias": True}
@@ -383,7 +383,7 @@ SHAPE = {
         ({"activation": ["gelu"]}, "activation"),
         ({"r": True}, "r must be .*True"),
         ({"up_bias": 1}, "up_bias must be .*1"),
-        ({"layers_to_transform": [[1]]}, "layers_to_transform must be .*"),
+        ({"layers_to_transform": [[1]]}, "layers_to_transform .*1"),
         ({"r": 10**12}, "r 1000000000000 .*65536"),
         ({"r": 4.0}, "r must be .*4.0"),
         ({"target_modules": "q_proj"}, "target_modules must be a list.*'q_proj'"),

@@ -17,7 +17,7 @@ from para_jax import AdapterBank, ParaConfig, forward, init_adapter, load_adapte
 from para_jax.adapters.adapter import count_parameters, named_leaves, with_leaves
 from para_jax.data.batches import Bucket, collate
 from para_jax.data.examples import Example
-from para_jax.inspect import folder_report, size
+from para_jax.reports.inspect import folder_report, size
 
 FORMS = [
     {"r": 2, "late_r": 5},

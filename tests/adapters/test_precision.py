@@ -16,8 +16,8 @@ from para_jax.adapters.rows import Rows, by_layer
 from para_jax.adapters.segments import adjust_segments
 from para_jax.config import load_config
 from para_jax.data.batches import Batch
-from para_jax.dry_run.topology import step_arguments
-from para_jax.model import decode, forward, prefill
+from para_jax.estimate.topology import step_arguments
+from para_jax.model.adapted import decode, forward, prefill
 from para_jax.training.loss import completion_nll
 from para_jax.training.step import train_step
 

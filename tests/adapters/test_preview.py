@@ -13,8 +13,8 @@ from para_jax.adapters import preview
 from para_jax.adapters.bank import content_hash
 from para_jax.backbone.load import load_model_config
 from para_jax.cli.names import adapters_of
-from para_jax.storage import bucket as buckets
-from para_jax.storage.bucket import BucketPath
+from para_jax.io.storage import bucket as buckets
+from para_jax.io.storage.bucket import BucketPath
 
 CONFIGS = [
     ParaConfig(r=4),

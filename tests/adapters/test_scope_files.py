@@ -25,7 +25,7 @@ from para_jax import (
 from para_jax.adapters.files import copy_for_peft, read_adapter_config
 from para_jax.adapters.methods import METHODS, method_of
 from para_jax.config import SITES
-from para_jax.inspect import folder_report
+from para_jax.reports.inspect import folder_report
 
 ALORA = LoraConfig(scope="response", scope_window=3, alora_invocation_tokens=(7, 9, 7))
 #: Each form of a scope, with the peft_type of its folder.

@@ -19,7 +19,7 @@ from para_jax.adapters.bank import content_hash
 from para_jax.config import save_config
 from para_jax.data.batches import Bucket, collate
 from para_jax.data.examples import Example
-from para_jax.inspect import folder_report, size
+from para_jax.reports.inspect import folder_report, size
 from para_jax.training.statistics import standardise
 
 LAYERS = (0, 2)  # of three

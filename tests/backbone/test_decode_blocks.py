@@ -26,8 +26,8 @@ from para_jax import (
 )
 from para_jax.backbone import cache, cache_blocks
 from para_jax.backbone.load import abstract_backbone
-from para_jax.model import decode_step
-from para_jax.sharding import partition
+from para_jax.model.adapted import decode_step
+from para_jax.runtime.sharding import partition
 
 ROWS, LENGTH, BLOCK = 8, 2048, 512
 KINDS = tuple(LayerKind(rotary=RotaryConfig(dims=128), window=window) for window in (None, 600))

@@ -7,16 +7,17 @@ import pytest
 from golden_models import FIXTURES, backbone, prompts
 from tiny_run import tokenizer
 
-from para_jax import Engine, bench, devices, forward
+from para_jax import Engine, bench, forward
 from para_jax.bench import decode as bench_decode
 from para_jax.bench import prefix as bench_prefix
 from para_jax.bench import serve as bench_serve
 from para_jax.bench import train as bench_train
 from para_jax.bench.rounds import interleaved, measurement, paired
+from para_jax.estimate.roofline import matrix_weights
 from para_jax.inference.generate import next_token
-from para_jax.plots import decode_plot
-from para_jax.record_file import check_record_file, write_record
-from para_jax.roofline import matrix_weights
+from para_jax.io.record_file import check_record_file, write_record
+from para_jax.reports.plots import decode_plot
+from para_jax.runtime import devices
 
 BACKBONE = str(FIXTURES / "smollm2")
 DECODE = dict(rows=(2,), context=4, rounds=3, bank=5)

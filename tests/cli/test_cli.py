@@ -984,14 +984,14 @@ def test_a_character_that_the_terminal_lacks_is_escaped(monkeypatch, adapter):
     """An answer or a report in another script ends no command after its work."""
     shown = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
-    monkeypatch.setattr("para_jax.inspect.folder_report", lambda _: "caf\u00e9")
+    monkeypatch.setattr("para_jax.reports.inspect.folder_report", lambda _: "caf\u00e9")
     assert command("inspect", adapter) == 0
     assert shown.getvalue() == rb"caf\xe9" + b"\n"
 
 
 def test_a_defect_has_a_traceback_and_an_exit_code_of_its_own(monkeypatch, capsys, adapter):
     """A script would take Python's, which is 1, for "some answers are errors"."""
-    monkeypatch.setattr("para_jax.inspect.folder_report", lambda _: 1 / 0)
+    monkeypatch.setattr("para_jax.reports.inspect.folder_report", lambda _: 1 / 0)
     monkeypatch.setattr(sys, "argv", ["para-jax", "inspect", str(adapter)])
     assert program() == 70
     said = capsys.readouterr().err

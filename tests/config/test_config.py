@@ -23,8 +23,8 @@ from para_jax.config import (
     save_config,
 )
 from para_jax.config.bounds import Bounds, check_fields
-from para_jax.config.check import require
 from para_jax.config.fields import typed_value
+from para_jax.io.checks import require
 
 SHIPPED = Path(__file__).parents[2] / "configs"
 

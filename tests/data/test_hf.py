@@ -16,7 +16,7 @@ from para_jax.data.records import load_records, read_records
 from para_jax.data.sources import open_split
 from para_jax.data.training_data import load_training_data
 from para_jax.evaluation.tasks import warn_of_replaced
-from para_jax.inspect import data_lines
+from para_jax.reports.inspect import data_lines
 
 TEXT = "Köln was founded in 38 BC,\nas “Ara Ubiorum”. "
 ROWS = [{"prompt": f"{TEXT}{i}", "completion": f"w{i}"} for i in range(7)]

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import tiny_tokenizers
 
-from para_jax.atomic import temporary_name
 from para_jax.config import DataSection
 from para_jax.data import encode_records as encoding
 from para_jax.data import token_cache, training_data
 from para_jax.data.encode_records import encode_records
 from para_jax.data.records import load_records
 from para_jax.data.training_data import describe_lengths, load_training_data
+from para_jax.io.atomic import temporary_name
 
 USER, BOT = {"role": "user", "content": "where is my parcel?"}, {"role": "assistant", "content": "shipping"}
 KINDS = ("plain", "with_bos", "own_space")

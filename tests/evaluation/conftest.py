@@ -7,14 +7,7 @@ import pytest
 from tiny_harness import GROUP, PICK, ROLLING, SAMPLES, WRITE, command
 from tiny_run import rows_of_text, strong_adapters, words, write_rows
 
-from para_jax import (
-    AdapterBank,
-    Engine,
-    generate,
-    load_adapter,
-    load_backbone,
-    load_tokenizer,
-)
+from para_jax import AdapterBank, Engine, generate, load_adapter, load_backbone, load_tokenizer
 from para_jax.cli import main
 
 

@@ -15,12 +15,7 @@ from quick_compiler import own_flags
 from tiny_harness import command, lines, results
 from tiny_run import rows_of_text, run_config, words, write_rows
 
-from para_jax import (
-    EvalOptions,
-    load_adapter,
-    load_backbone,
-    load_tokenizer,
-)
+from para_jax import EvalOptions, load_adapter, load_backbone, load_tokenizer
 from para_jax.backbone.load import load_model_config
 from para_jax.cli import main
 from para_jax.config import load_config, save_config

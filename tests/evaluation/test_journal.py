@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from para_jax import atomic
 from para_jax.evaluation.journal import Journal
 from para_jax.evaluation.questions import Scored, Written
+from para_jax.io import atomic
 from para_jax.serving.answers import Answers
 
 

@@ -20,7 +20,7 @@ from para_jax.cli import main
 from para_jax.evaluation.answers import Answerer
 from para_jax.evaluation.merge import merge_folders
 from para_jax.evaluation.shard_part import ShardOfAdapters
-from para_jax.shards import SHARD_FILE, Shard
+from para_jax.io.shards import SHARD_FILE, Shard
 
 COUNT = 3
 #: Different ranks and sites: the adapters of one shard alone would give smaller programs.
@@ -271,7 +271,7 @@ def test_a_killed_shard_is_taken_over_by_another_host_from_a_bucket(
         environment = environ | own_flags() | {"PYTHONPATH": pathsep.join(sys.path)}
         environment |= {"XDG_CACHE_HOME": str(tmp_path / disk), "HOME": str(tmp_path / disk)}
         given = ["--shard", f"{index}/2", "--adapter-memory", LITTLE]
-        code = "import para_jax.storage.pieces as pieces; pieces.MAX_SECONDS = 0.0; import sys\n"
+        code = "import para_jax.io.storage.pieces as pieces; pieces.MAX_SECONDS = 0.0; import sys\n"
         code += "from para_jax.cli import main; sys.exit(main(sys.argv[1:]))"
         line = [sys.executable, "-c", code, *command(there, there, there / f"out-{index}", *given)]
         return subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

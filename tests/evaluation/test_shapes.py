@@ -36,8 +36,8 @@ from para_jax.evaluation.tasks import EvalTask, encode_task
 from para_jax.inference import generate
 from para_jax.inference.generate import generate_tokens, next_token
 from para_jax.inference.sampling import Sampling
-from para_jax.model import prefill
-from para_jax.sharding import place
+from para_jax.model.adapted import prefill
+from para_jax.runtime.sharding import place
 from para_jax.training.step import eval_nll
 
 PROGRAMS = "_prefill", "continuation_scores", "eval_nll", "next_token"

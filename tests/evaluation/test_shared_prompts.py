@@ -15,7 +15,7 @@ from para_jax.evaluation.questions import Generation
 from para_jax.evaluation.shapes import plan_shapes
 from para_jax.evaluation.shared_prompts import shared_batches, shares_prompts
 from para_jax.evaluation.tasks import EncodedTask, EvalTask
-from para_jax.tail import prompt_states
+from para_jax.model.tail import prompt_states
 
 NAMES = "AEF"
 

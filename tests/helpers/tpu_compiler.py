@@ -1,6 +1,6 @@
 """The TPU's compiler on a machine without a TPU."""
 
-from para_jax.dry_run.topology import parsed_topology, topology_devices
+from para_jax.estimate.topology import parsed_topology, topology_devices
 
 
 def tpu_devices(topology: str = "v5e:2x2"):

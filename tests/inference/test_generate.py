@@ -290,7 +290,7 @@ def test_messages_go_through_the_chat_template(model, tokenizer):
     ],
 )
 def test_wrong_arguments_are_named_before_anything_is_computed(model, tokenizer, monkeypatch, options, message):
-    monkeypatch.setattr("para_jax.model._prefill", lambda *args: pytest.fail("something was computed"))
+    monkeypatch.setattr("para_jax.model.adapted._prefill", lambda *args: pytest.fail("something was computed"))
     arguments = {"prompts": ["w7", "w7 w8"]} | options
     with pytest.raises(ValueError, match=message):
         generate(model, arguments.pop("prompts"), tokenizer=tokenizer, **arguments)
@@ -334,7 +334,7 @@ def test_a_bank_answers_each_prompt_as_its_tenant_alone_would(model, tokenizer, 
 def test_wrong_tenants_of_a_bank_are_refused_before_anything_is_computed(
     model, tokenizer, tenants, monkeypatch, names, message
 ):
-    monkeypatch.setattr("para_jax.model._prefill", lambda *args: pytest.fail("something was computed"))
+    monkeypatch.setattr("para_jax.model.adapted._prefill", lambda *args: pytest.fail("something was computed"))
     bank = AdapterBank.holding({"a": tenants[0]}, model.config)
     with pytest.raises(ValueError, match=message):
         generate(model, ["w7", "w8"], tokenizer=tokenizer, adapters=bank, tenants=names)

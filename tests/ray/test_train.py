@@ -128,7 +128,7 @@ import sys, time
 import jax
 import para_jax.runs.train
 from para_jax import RunConfig
-from para_jax.processes import all_arrive
+from para_jax.runtime.processes import all_arrive
 from para_jax.ray import train
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 assert all_arrive("both", 60)

@@ -20,8 +20,8 @@ from para_jax import (
 from para_jax.adapters.names import named_adapters
 from para_jax.cli import main
 from para_jax.config import ADAPTER_CONFIGS, save_config
-from para_jax.hub import resolve_adapter
-from para_jax.inspect import folder_report
+from para_jax.io.hub import resolve_adapter
+from para_jax.reports.inspect import folder_report
 from para_jax.runs import compare
 from para_jax.runs import train as runs
 from para_jax.runs.compare import MethodScore, compared, comparison_table, method_configs

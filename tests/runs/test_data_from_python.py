@@ -10,7 +10,7 @@ from para_jax import load_config, train, train_tenants
 from para_jax.cli import main
 from para_jax.data.given import with_data
 from para_jax.evaluation.tasks import task_of_run
-from para_jax.inspect import folder_report
+from para_jax.reports.inspect import folder_report
 from para_jax.training.stop import Stopped, StopSignal
 
 SPLITS = {"train": rows_of_text(20, seed=1), "validation": rows_of_text(8, seed=2), "test": rows_of_text(5, seed=3)}

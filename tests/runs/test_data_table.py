@@ -8,7 +8,7 @@ from tiny_run import rows_of_text, run_config, run_folder, words, write_rows, wr
 from para_jax import make_mesh
 from para_jax.cli import main
 from para_jax.config import load_config, save_config
-from para_jax.inspect import data_report
+from para_jax.reports.inspect import data_report
 from para_jax.runs.data_table import own_fields
 from para_jax.runs.tenants import read_inputs
 from para_jax.training.passes import Layout, lay_out

@@ -13,11 +13,12 @@ from types import SimpleNamespace
 import pytest
 from tiny_run import rows_of_text, run_config, run_folder, write_rows
 
-from para_jax import LoraConfig, atomic, train, train_tenants
+from para_jax import LoraConfig, train, train_tenants
 from para_jax.cli import main
 from para_jax.config import RunConfig, load_config, save_config
 from para_jax.data.records import Record
 from para_jax.evaluation.tasks import EvalTask
+from para_jax.io import atomic
 from para_jax.runs import folder as folders
 from para_jax.runs import train as runs
 from para_jax.runs.folder import check_folder, claim_folder, differences, locked_folder, rows_before, run_digests

@@ -10,7 +10,7 @@ from tiny_run import run_config, run_folder
 from para_jax import train, train_tenants
 from para_jax.cli import main
 from para_jax.config import load_config, save_config
-from para_jax.inspect import folder_report
+from para_jax.reports.inspect import folder_report
 from para_jax.runs import loop
 from para_jax.runs.health import Health, above_base, exploded_norms, risen_loss, take
 from para_jax.training.stop import Stopped, StopSignal

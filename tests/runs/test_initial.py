@@ -11,7 +11,7 @@ from golden_models import FIXTURES, backbone, strong
 from tiny_run import ADAPTER, run_config, run_folder, write_tenants
 
 from para_jax import LoraConfig, init_adapter, load_adapter, save_adapter, train, train_tenants
-from para_jax.inspect import dry_run
+from para_jax.reports.inspect import dry_run
 from para_jax.runs import loop
 from para_jax.runs.initial import initial_places
 from para_jax.training.stop import Stopped, StopSignal

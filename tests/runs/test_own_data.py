@@ -15,7 +15,7 @@ from para_jax.data.tokenizer import run_tokenizer
 from para_jax.data.training_data import load_training_data
 from para_jax.evaluation.scoring import Tasks
 from para_jax.evaluation.tasks import EvalTask
-from para_jax.inspect import data_report, dry_run, folder_report
+from para_jax.reports.inspect import data_report, dry_run, folder_report
 from para_jax.runs.scoring import example_prompt
 from para_jax.runs.tenants import Tenant, plan_batches, say_data, warn_of_unread, with_length
 

@@ -10,7 +10,7 @@ from tiny_run import rows_of_text, run_config, run_folder, write_rows, write_ten
 
 from para_jax import train_tenants
 from para_jax.config import load_config
-from para_jax.inspect import folder_report
+from para_jax.reports.inspect import folder_report
 from para_jax.runs import folder as folders
 from para_jax.runs.parts import parts_of_run
 from para_jax.training.log import TIMES

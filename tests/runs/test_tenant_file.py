@@ -17,7 +17,7 @@ from para_jax.config import RunConfig, load_config
 from para_jax.data.tenant_file import OWN_FIELDS, of_most_memory, with_own_fields
 from para_jax.evaluation.task_questions import own_configs
 from para_jax.evaluation.tasks import task_of_run
-from para_jax.inspect import configs_here, tenant_lines
+from para_jax.reports.inspect import configs_here, tenant_lines
 from para_jax.runs import tenants as of_runs
 from para_jax.runs import train as train_module
 from para_jax.runs.data_table import tenants_data

@@ -36,7 +36,7 @@ from para_jax.evaluation import defaults, tasks
 from para_jax.evaluation.score import Score
 from para_jax.evaluation.scoring import Tasks
 from para_jax.evaluation.tasks import task_of_run
-from para_jax.inspect import folder_report
+from para_jax.reports.inspect import folder_report
 from para_jax.runs import loop
 from para_jax.runs import tenants as inputs
 from para_jax.runs.folder import claim_folders

@@ -35,13 +35,11 @@ from para_jax import (
     LoraConfig,
     ParaConfig,
     Transformer,
-    devices,
     init_adapter,
     load_adapter,
     load_backbone,
     load_model_config,
     make_mesh,
-    progress,
     save_adapter,
     train,
     train_tenants,
@@ -51,20 +49,22 @@ from para_jax.config import CheckpointSection, ProfilerSection, load_config
 from para_jax.data.batches import Bucket, plan_buckets
 from para_jax.data.examples import Example
 from para_jax.data.records import load_records
-from para_jax.dry_run.hlo_counts import describe_program
+from para_jax.estimate.hlo_counts import describe_program
+from para_jax.estimate.roofline import matrix_weights
 from para_jax.evaluation import likelihood as evaluation
 from para_jax.evaluation.score import Score
 from para_jax.evaluation.scoring import Tasks
 from para_jax.evaluation.tasks import task_of_run
 from para_jax.inference import generate as generation
-from para_jax.inspect import dry_run
-from para_jax.roofline import matrix_weights
+from para_jax.io import progress
+from para_jax.reports.inspect import dry_run
 from para_jax.runs import loop, scoring
 from para_jax.runs import train as runs
 from para_jax.runs.folder import claim_folder
 from para_jax.runs.loop import places
 from para_jax.runs.scoring import Scoring
 from para_jax.runs.tenants import read_inputs, steps_of
+from para_jax.runtime import devices
 from para_jax.training.log import TIMES
 from para_jax.training.optimizer import learning_rates
 from para_jax.training.passes import lay_out

@@ -11,7 +11,7 @@ import pytest
 from golden_models import FIXTURES
 
 from para_jax import LoraConfig, ParaConfig
-from para_jax.score_plots import Bar
+from para_jax.evaluation.score_plots import Bar
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = ROOT / "scripts" / "experiments"

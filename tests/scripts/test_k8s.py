@@ -28,8 +28,8 @@ from para_jax.backbone.load import load_model_config
 from para_jax.cli import parse
 from para_jax.cli.serve import check_options as check_serve
 from para_jax.config import load_config
-from para_jax.dry_run.topology import parsed_topology
-from para_jax.memory import USABLE
+from para_jax.estimate.memory import USABLE
+from para_jax.estimate.topology import parsed_topology
 from para_jax.server.app import create_app
 from para_jax.server.models import Models
 from para_jax.server.serve import LAST_BYTES_SECONDS
@@ -198,7 +198,7 @@ from jax._src.clusters import cloud_tpu_cluster as tpu
 tpu.running_in_cloud_tpu_vm = True
 tpu.get_metadata = lambda key: ("", 404)  # what a node's metadata server says where it knows nothing of TPUs
 from para_jax.config import RuntimeSection
-from para_jax.devices import join
+from para_jax.runtime.devices import join
 join(RuntimeSection(coordinator="auto"))
 import jax
 print(jax.process_index(), jax.process_count(), jax.device_count())

@@ -17,7 +17,7 @@ import rehearse_run  # noqa: E402
 from para_jax.config import load_config  # noqa: E402
 from para_jax.data.tokenizer import load_tokenizer  # noqa: E402
 from para_jax.evaluation.tasks import task_of_run  # noqa: E402
-from para_jax.hub import resolve_backbone  # noqa: E402
+from para_jax.io.hub import resolve_backbone  # noqa: E402
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 

@@ -18,7 +18,7 @@ import scale  # noqa: E402
 
 from para_jax import AdapterBank, decode, init_adapter, make_mesh, prefill  # noqa: E402
 from para_jax.backbone.load import abstract_backbone, load_model_config  # noqa: E402
-from para_jax.memory import tree_size  # noqa: E402
+from para_jax.estimate.memory import tree_size  # noqa: E402
 
 PAGE = (ROOT / "docs" / "scale.md").read_text()
 TRAFFIC = scale.Traffic()

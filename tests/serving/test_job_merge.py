@@ -15,10 +15,10 @@ from tiny_run import strong_adapters, words
 
 from para_jax import AdapterBank, Engine, Request, load_adapter, load_backbone, load_tokenizer
 from para_jax.cli import main
+from para_jax.io.shards import Shard, ShardOutput, job_shard_file, write_part
 from para_jax.serving import job_merge
 from para_jax.serving.job_merge import merge_jobs
 from para_jax.serving.jobs import run_job
-from para_jax.shards import Shard, ShardOutput, job_shard_file, write_part
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +287,7 @@ def test_a_killed_shard_is_taken_over_by_another_host_from_a_bucket(folder, whol
         line = ["generate", "--backbone", f"{bucket}/jobs/backbone", "--adapters", *adapters, "--input",
                 f"{bucket}/jobs/in.jsonl", "--output", f"{bucket}/jobs/out-{index}.jsonl", "--shard", f"{index}/2",
                 "--slots", "1", "--max-length", "32", "--allow-cpu", "--no-compilation-cache"]  # fmt: skip
-        quick = "import para_jax.storage.pieces as pieces; pieces.MAX_SECONDS = 0.0"
+        quick = "import para_jax.io.storage.pieces as pieces; pieces.MAX_SECONDS = 0.0"
         code = f"{quick}; import sys; from para_jax.cli import main; sys.exit(main(sys.argv[1:]))"
         given = [sys.executable, "-c", code, *line]
         return subprocess.Popen(given, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

@@ -20,15 +20,7 @@ from long_cases import long, slow
 from quick_compiler import own_flags
 from tiny_run import strong_adapters, words
 
-from para_jax import (
-    AdapterBank,
-    Engine,
-    Request,
-    generate,
-    load_adapter,
-    load_backbone,
-    load_tokenizer,
-)
+from para_jax import AdapterBank, Engine, Request, generate, load_adapter, load_backbone, load_tokenizer
 from para_jax.adapters.loading_bank import LoadingBank
 from para_jax.adapters.preview import previews
 from para_jax.backbone import load

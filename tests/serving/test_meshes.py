@@ -28,14 +28,14 @@ from para_jax import (
 from para_jax.adapters.adapter import Factors
 from para_jax.backbone.cache import HELD
 from para_jax.backbone.load import abstract_backbone
-from para_jax.dry_run.hlo_counts import collective_bytes, describe_program
+from para_jax.estimate.hlo_counts import collective_bytes, describe_program
 from para_jax.inference.draw import row_sampling
-from para_jax.model import DecodeState
-from para_jax.prompt_blocks import Lanes
+from para_jax.model.adapted import DecodeState
+from para_jax.model.blocks import Lanes
+from para_jax.runtime.sharding import partition
 from para_jax.serving import engine as engines
 from para_jax.serving.prefills import prefill_chunk
 from para_jax.serving.slots import Slots, steps
-from para_jax.sharding import partition
 
 ALL = CONFIGS | {"L": LoraConfig(r=4, lora_alpha=4, target_modules=SITES)}
 

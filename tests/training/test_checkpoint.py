@@ -20,7 +20,7 @@ from one_adapter import fresh_state
 from tiny_run import ADAPTER, TRAIN
 
 from para_jax import ParaConfig, init_adapter
-from para_jax.sharding import make_mesh, place
+from para_jax.runtime.sharding import make_mesh, place
 from para_jax.training import checkpoint
 from para_jax.training.checkpoint import (
     arrays_by_path,

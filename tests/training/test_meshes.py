@@ -15,20 +15,11 @@ from long_cases import quick
 from one_adapter import fresh_state, only, trained_step
 from tiny_mesh import COMPLETION, CONFIG, LENGTH, ROWS, model
 
-from para_jax import (
-    ParaConfig,
-    decode,
-    init_adapter,
-    load_model_config,
-    make_mesh,
-    pick,
-    prefill,
-    stack_adapters,
-)
+from para_jax import ParaConfig, decode, init_adapter, load_model_config, make_mesh, pick, prefill, stack_adapters
 from para_jax.backbone.load import abstract_backbone
 from para_jax.config import TrainSection
 from para_jax.data.batches import Batch
-from para_jax.sharding import place, shard_rows, tree_shardings
+from para_jax.runtime.sharding import place, shard_rows, tree_shardings
 
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 #: Adam's first moment is then the gradient itself.

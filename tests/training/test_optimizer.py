@@ -12,7 +12,7 @@ from golden_models import backbone, strong
 from para_jax import Ia3Config, LoraConfig, ParaConfig, init_adapter
 from para_jax.adapters.adapter import AdapterParam, BiasParam, Statistic, named_leaves
 from para_jax.config import TrainSection, allowed_values
-from para_jax.sharding import is_variable
+from para_jax.runtime.sharding import is_variable
 from para_jax.training.optimizer import clipped, decayed, learning_rates, make_direction
 
 TRAIN = TrainSection(learning_rate=0.1, schedule="constant", warmup_ratio=0.0)

@@ -13,7 +13,7 @@ from para_jax.data.batches import Bucket, Plan, collate, example_lengths
 from para_jax.data.examples import Example
 from para_jax.data.packing import RowShape, collate_packed
 from para_jax.data.schedule import TenantOrder
-from para_jax.tail import prompt_states
+from para_jax.model.tail import prompt_states
 from para_jax.training import prompt_cache
 from para_jax.training.loss import completion_nll
 from para_jax.training.prompt_cache import cached_prompts, distinct_prompts

@@ -16,7 +16,7 @@ from tiny_run import ADAPTER, COMPLETION, LENGTH, ROWS, STEPS, TRAIN
 
 from para_jax import init_adapter, load_backbone
 from para_jax.data.batches import Batch
-from para_jax.sharding import make_mesh, place, shard_rows
+from para_jax.runtime.sharding import make_mesh, place, shard_rows
 from para_jax.training.statistics import prompt_summaries, standardise
 from para_jax.training.step import eval_nll
 

@@ -17,7 +17,7 @@ from tiny_run import COMPLETION, LENGTH, TRAIN
 from para_jax import Ia3Config, LoraConfig, ParaConfig, forward, init_adapter, load_backbone, pick, stack_adapters
 from para_jax.adapters.rows import Rows, group_of_tenant
 from para_jax.data.batches import Batch
-from para_jax.residual import residual_stream
+from para_jax.model.residual import residual_stream
 from para_jax.training.optimizer import LearningRates, learning_rates
 from para_jax.training.step import init_state, tenant_of, train_step
 

@@ -8,19 +8,11 @@ from golden_models import backbone, strong
 from long_cases import long, slow
 from one_adapter import examples_of, value_and_gradient
 
-from para_jax import (
-    Ia3Config,
-    LoraConfig,
-    ParaConfig,
-    forward,
-    init_adapter,
-    pick,
-    stack_adapters,
-    tail,
-)
+from para_jax import Ia3Config, LoraConfig, ParaConfig, forward, init_adapter, pick, stack_adapters
 from para_jax.config import TrainSection
 from para_jax.data.batches import Bucket, collate
 from para_jax.data.packing import RowShape, collate_packed
+from para_jax.model import tail
 from para_jax.training.loss import completion_nll, negative_log_likelihood
 from para_jax.training.step import eval_nll, state_of_one, step_of_one
 

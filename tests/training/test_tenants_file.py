@@ -3,7 +3,7 @@
 import pytest
 
 from para_jax.config import load_config, save_config
-from para_jax.inspect import folder_report
+from para_jax.reports.inspect import folder_report
 from para_jax.training.tenants_file import read_entries, write_entries
 
 ENTRY = {

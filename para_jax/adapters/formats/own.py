@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ...config import ModelConfig, shorten
+from ...config import ModelConfig
 from ...config.adapter import given_fields
-from ...untrusted import safe_name, safe_names
+from ...io.checks import shorten
+from ...io.untrusted import safe_name, safe_names
 from ..adapter import Adapter, Backbone, describe, named_leaves
 
 KEYS = ("peft_type", "backbone", "base_model_name_or_path", "task_type", "inference_mode", "para_jax_version")

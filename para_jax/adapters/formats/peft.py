@@ -10,10 +10,11 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from ...config import FEEDFORWARD_NAMES, FUSED, OWN_LINEARS, SITES, one_of, shorten
-from ...hub import name_and_revision
-from ...text_part import has_image_part
-from ...untrusted import safe_names
+from ...backbone.text_part import has_image_part
+from ...config import FEEDFORWARD_NAMES, FUSED, OWN_LINEARS, SITES
+from ...io.checks import one_of, shorten
+from ...io.hub import name_and_revision
+from ...io.untrusted import safe_names
 from ..adapter import Backbone
 from .own import PREFIX
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import lm_eval.evaluator
 
-from ...yaml_text import parse_yaml
+from ...io.yaml_text import parse_yaml
 from . import completions as completions  # registers the model `para-completions`
 from . import lm as lm  # registers the model `para`
 

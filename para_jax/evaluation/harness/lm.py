@@ -7,14 +7,15 @@ from pathlib import Path
 
 from lm_eval.api.registry import register_model
 
-from ... import devices
 from ...adapters.bank import AdapterBank
 from ...adapters.files import load_adapter
 from ...backbone.content import backbone_content
 from ...backbone.load import load_backbone
-from ...config import RuntimeSection, expanded, shorten, template_variables
+from ...config import RuntimeSection, template_variables
 from ...data.tokenizer import load_tokenizer
-from ...hub import BUILT_IN, backbone_of
+from ...io.checks import expanded, shorten
+from ...io.hub import BUILT_IN, backbone_of
+from ...runtime import devices
 from ...serving.engine import Engine
 from ..answers import Answerer
 from ..journal import Journal

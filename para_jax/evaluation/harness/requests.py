@@ -16,7 +16,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from ...data.chats import render, without_system
 from ...data.examples import encode, encode_text, turn_stop_ids
 from ...inference.sampling import derived_seed
-from ...messages import say
+from ...io.messages import say
 from ...serving.request import check_request
 from ..questions import Answer, Generation, Likelihood, Question, Scored, Written
 from ..writing import as_request

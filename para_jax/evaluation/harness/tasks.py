@@ -27,8 +27,8 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import sanitize_list
 
-from ...config import shorten
-from ...messages import warn
+from ...io.checks import shorten
+from ...io.messages import warn
 from ..questions import SEEDS, Answer, Likelihood, Question, Scored, Written
 from ..white_space import Stripped
 from .requests import NO_PROMPT, TokenLM

@@ -15,7 +15,7 @@ from para_jax import Adapter, AdapterBank, Ia3Config, LoraConfig, forward, init_
 from para_jax.adapters import files
 from para_jax.adapters.files import copy_for_peft, read_adapter_config
 from para_jax.config import SITES
-from para_jax.inspect import folder_report, size
+from para_jax.reports.inspect import folder_report, size
 
 PEFT = FIXTURES / "peft"
 
@@ -440,7 +440,7 @@ def test_weights_only_as_a_pickle_or_cut_off_are_refused(lora):
 
 
 def test_a_hub_id_of_another_method_goes_through_the_hub(monkeypatch):
-    monkeypatch.setattr("para_jax.hub.fetch", lambda *_, **__: PEFT / "lora_qv")
+    monkeypatch.setattr("para_jax.io.hub.fetch", lambda *_, **__: PEFT / "lora_qv")
     assert_same(load("me/lora@v1"), load(PEFT / "lora_qv"))
 
 

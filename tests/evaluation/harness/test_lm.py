@@ -14,14 +14,7 @@ from tiny_harness import command, lines, results
 from tiny_run import words
 
 import para_jax
-from para_jax import (
-    AdapterBank,
-    Engine,
-    ParaLM,
-    load_adapter,
-    load_backbone,
-    load_tokenizer,
-)
+from para_jax import AdapterBank, Engine, ParaLM, load_adapter, load_backbone, load_tokenizer
 from para_jax.cli import main
 from para_jax.evaluation import answers as answering
 from para_jax.evaluation import task_questions

@@ -1,0 +1,241 @@
+"""Reads GGUF files (llama.cpp's format) as Hugging Face would store the same model: a config, and tensors by name,
+dequantised a piece at a time.
+
+The `gguf` package dequantises. The header is read here, because the package's reader keeps an array object for every
+entry of the vocabulary (157 MB and 1.9 s for SmolLM2's file) and does not check lengths.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ...io.checks import shorten
+from ...io.untrusted import safe_name
+from .config import CONFIGS, check_architecture, check_complete, hugging_face_name, llama3_scaling
+
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
+#: Bounds on a header, whose values become Python objects of up to ten times their size: the number of values or of
+#: tensors, the values in all arrays together (Gemma 3, with the largest vocabulary, has 1.3 million), and the bytes of
+#: one string.
+MAX_NAMES, MAX_ITEMS, MAX_STRING = 2**16, 2**22, 2**20
+#: What llama.cpp takes for a SentencePiece vocabulary (model "llama") where the file does not say it.
+SENTENCEPIECE_IDS = {f"tokenizer.ggml.{kind}_token_id": at for at, kind in enumerate(("unknown", "bos", "eos"))}
+
+
+class Tensor(NamedTuple):
+    """One tensor of the file, still quantised."""
+
+    quantization: int
+    """a GGMLQuantizationType"""
+    shape: tuple[int, ...]
+    """in PyTorch's orientation: (out, in)"""
+    data: np.ndarray
+    """bytes [rows, bytes per row], mapped from the file; a vector is one row"""
+
+
+class GgufFile:
+    """An open GGUF file: `.config`, `.shapes` and `.read` as for the Hugging Face model, and `.tokenizer`.
+
+    Raises ValueError if the file is not GGUF, is truncated, or holds an unsupported model.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise ValueError(f"{path}: no such file")
+        with self.path.open("rb") as stream:
+            start = stream.read(24)
+        if len(start) < 24 or start[:4] != b"GGUF":
+            raise ValueError(f"{path}: not a GGUF file: it does not start with the bytes GGUF")
+        try:
+            data = np.asarray(np.memmap(self.path, np.uint8, "r"))
+            self.file_bytes = len(data)
+            self.metadata, tensors = read_header(data)
+        except (ValueError, struct.error, OverflowError) as error:
+            raise ValueError(f"{path}: damaged GGUF file: {error}") from None
+        if self.metadata.get("tokenizer.ggml.model") == "llama":
+            self.metadata = SENTENCEPIECE_IDS | self.metadata
+        try:
+            self.architecture = check_architecture(self.metadata)
+            factors = tensors.pop("rope_freqs.weight", None)
+            self.tensors = {hugging_face_name(name, self.architecture): tensor for name, tensor in tensors.items()}
+            self.shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
+            self.config = CONFIGS[self.architecture](self.metadata, self.shapes)
+            if factors is not None:
+                vector = dequantise(factors)[0] if len(factors.shape) == 1 else np.zeros(1)
+                self.config["rope_scaling"] = llama3_scaling(vector, self.config)
+            check_complete(self.shapes, self.config, self.architecture)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    @property
+    def tokenizer(self) -> dict[str, Any]:
+        """The tokenizer's metadata, with the key prefixes removed: model, pre, tokens, merges, scores ..."""
+        prefix = re.compile(r"tokenizer\.(ggml\.)?")
+        return {prefix.sub("", key, count=1): value for key, value in self.metadata.items() if prefix.match(key)}
+
+    def read(self, name: str, start: int = 0, stop: int | None = None, columns: slice = slice(None)) -> np.ndarray:
+        """Rows [start:stop] of a tensor, or some columns of them, as float32. Only these rows of a matrix are
+        dequantised and copied."""
+        tensor = self.tensors[name]
+        if self.path.stat().st_size != self.file_bytes:  # a read beyond the end of a mapped file would kill the process
+            raise ValueError(f"{self.path} changed while it was read ({safe_name(name)}); fetch the file again")
+        rows = np.arange(tensor.shape[0])[start:stop]
+        if self.architecture == "llama" and re.search(r"self_attn\.[qk]_proj\.", name):
+            heads = self.config["num_attention_heads" if ".q_proj." in name else "num_key_value_heads"]
+            rows = interleaved_rows(rows, tensor.shape[0] // heads)
+        try:
+            if len(tensor.shape) == 1:
+                piece = dequantise(tensor)[0][rows]
+            else:
+                piece = dequantise(tensor._replace(data=tensor.data[rows]))[:, columns]
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from None
+        return piece - 1 if self.architecture == "gemma3" and name.endswith("norm.weight") else piece
+
+
+# -------------------------------------------------------------------------------------------------------------- header
+
+
+class Cursor:
+    """Reads little-endian values in sequence; raises ValueError at the end of the data and beyond a bound."""
+
+    def __init__(self, data: np.ndarray):
+        self.data, self.at, self.items = data.data, 0, 0
+
+    def bytes(self, size: int) -> memoryview:
+        if size > len(self.data) - self.at:
+            raise ValueError(f"the header is cut off at byte {len(self.data)}")
+        self.at += size
+        return self.data[self.at - size : self.at]
+
+    def number(self, code: str) -> Any:
+        return struct.unpack("<" + code, self.bytes(struct.calcsize("<" + code)))[0]
+
+    def string(self) -> str:
+        size = self.number("Q")
+        if MAX_STRING < size <= len(self.data) - self.at:
+            raise ValueError(f"a string has {size} bytes; the limit is {MAX_STRING}")
+        return str(self.bytes(size), "utf-8")
+
+    def names(self) -> int:
+        """The number of values, or of tensors, that follow."""
+        count = self.number("Q")
+        if count > MAX_NAMES:
+            raise ValueError(f"the header has {count} names; the limit is {MAX_NAMES}")
+        return count
+
+    def value(self, kind: int) -> Any:
+        if kind == STRING:
+            return self.string()
+        if kind == ARRAY:
+            kind, count = self.number("I"), self.number("Q")
+            self.items += count
+            if count > len(self.data) - self.at:  # a value has at least one byte
+                raise ValueError(f"the header is cut off at byte {len(self.data)}")
+            if self.items > MAX_ITEMS:
+                raise ValueError(f"the arrays have {self.items} values; the limit is {MAX_ITEMS}")
+            if kind == STRING:
+                return [self.string() for _ in range(count)]
+            return np.frombuffer(
+                self.bytes(count * np.dtype(struct_code(kind)).itemsize), "<" + struct_code(kind)
+            ).tolist()
+        code = struct_code(kind)
+        value = self.number(code)
+        return float(str(np.float32(value))) if code == "f" else value  # 1e-05, not 9.999999747378752e-06
+
+
+def struct_code(kind: int) -> str:
+    if kind not in SCALARS:
+        raise ValueError(f"unknown value type {kind}")
+    return SCALARS[kind]
+
+
+def read_header(data: np.ndarray) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The metadata and the tensors, under llama.cpp's names."""
+    cursor = Cursor(data)
+    cursor.bytes(4)
+    version = cursor.number("I")
+    if version not in (2, 3):
+        raise ValueError(f"version {version} is not supported; only little-endian versions 2 and 3 are")
+    tensor_count, value_count = cursor.names(), cursor.names()
+    metadata: dict[str, Any] = {}
+    for _ in range(value_count):
+        key = cursor.string()
+        if key in metadata:
+            raise ValueError(f"metadata key {safe_name(key)} appears twice")
+        metadata[key] = cursor.value(cursor.number("I"))
+    infos = [read_tensor_info(cursor) for _ in range(tensor_count)]
+    alignment = metadata.get("general.alignment", 32)
+    if type(alignment) is not int or alignment < 1:
+        raise ValueError(f"general.alignment is {shorten(alignment)}, not a positive integer")
+    return metadata, map_tensors(data, infos, cursor.at, alignment)
+
+
+def read_tensor_info(cursor: Cursor) -> tuple[str, int, tuple[int, ...], int]:
+    name, axes = cursor.string(), cursor.number("I")
+    if axes not in (1, 2):
+        raise ValueError(f"tensor {safe_name(name)} has {axes} axes; only vectors and matrices are supported")
+    shape = tuple(cursor.number("Q") for _ in range(axes))[::-1]
+    return name, cursor.number("I"), shape, cursor.number("Q")
+
+
+def map_tensors(data: np.ndarray, infos: list, header: int, alignment: int) -> dict[str, Tensor]:
+    """The tensors that follow a header of `header` bytes. As in llama.cpp, each must begin at the first aligned byte
+    after the previous one: elsewhere it would read another tensor's numbers."""
+    tensors: dict[str, Tensor] = {}
+    start, expected = aligned(header, alignment), 0
+    for name, kind, shape, offset in infos:
+        if name in tensors:
+            raise ValueError(f"tensor {safe_name(name)} appears twice")
+        if offset != expected:
+            raise ValueError(f"tensor {safe_name(name)} begins at byte {offset} of the data instead of {expected}")
+        tensors[name] = map_tensor(data, name, kind, shape, start + offset)
+        expected = aligned(offset + tensors[name].data.size, alignment)
+    return tensors
+
+
+def aligned(size: int, alignment: int) -> int:
+    return -(-size // alignment) * alignment
+
+
+def map_tensor(data: np.ndarray, name: str, kind: int, shape: tuple[int, ...], start: int) -> Tensor:
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    if kind not in GGML_QUANT_SIZES:
+        raise ValueError(f"tensor {safe_name(name)} has unknown type {kind}")
+    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+    if shape[-1] % block or 0 in shape:
+        raise ValueError(
+            f"tensor {safe_name(name)} has shape {shape}, which its type's blocks of {block} do not divide"
+        )
+    row_bytes = shape[-1] // block * block_bytes
+    size = row_bytes * math.prod(shape[:-1])
+    if start + size > len(data):
+        raise ValueError(f"the file is cut off at byte {len(data)}, before the end of tensor {safe_name(name)}")
+    return Tensor(kind, shape, data[start : start + size].reshape(-1, row_bytes))
+
+
+def dequantise(tensor: Tensor) -> np.ndarray:
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    kind = GGMLQuantizationType(tensor.quantization)
+    try:
+        return dequantize(np.ascontiguousarray(tensor.data), kind).astype(np.float32, copy=False)
+    except NotImplementedError:
+        raise ValueError(f"the gguf package cannot dequantise tensors of type {kind.name}") from None
+
+
+def interleaved_rows(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """Where llama.cpp stores the given rows of q_proj and k_proj. It interleaves the two halves that rotary rotates."""
+    head, row = np.divmod(rows, head_dim)
+    half, row = np.divmod(row, head_dim // 2)
+    return head * head_dim + 2 * row + half

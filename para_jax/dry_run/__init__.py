@@ -1,1 +1,0 @@
-"""What a run would compile and need, without running it."""

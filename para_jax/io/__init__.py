@@ -1,0 +1,1 @@
+"""Files, folders and buckets, the hub, and what is said to the user."""

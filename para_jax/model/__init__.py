@@ -1,0 +1,1 @@
+"""The backbone and an adapter, run together."""

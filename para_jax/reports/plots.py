@@ -1,0 +1,434 @@
+"""Pictures: learning curves, the factors that prompts make, measurements. matplotlib comes with the extra [plot].
+
+Each function returns a matplotlib Figure, which a notebook shows if it is the last value of a cell; `save` writes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..evaluation.factors import Spread, root_mean_square
+from ..evaluation.score_plots import Bar, Scores, draw_panel, shorten_name
+from ..io.checks import expanded
+from ..io.figures import drawable, escaped, explain, new_figure, run_names, wrapped
+from ..io.figures import save as save
+from ..io.storage.bucket import BucketPath, Place
+from ..training.metrics_file import is_log, read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = {"base": "black", "PARA": "tab:green", "(IA)^3": "tab:blue"}
+#: Columns of a heat map: the units of a site are sorted by their factor, and averaged to this many values.
+BINS = 48
+
+
+# ----------------------------------------------------------------------------------------------------- learning curves
+
+
+def colours_of(count: int) -> list[str]:
+    """This number of different colours: those of matplotlib's cycle, or of a map if there are not enough."""
+    from matplotlib import colormaps, colors
+
+    if count <= 10:
+        return [f"C{i}" for i in range(count)]
+    return [colors.to_hex(colormaps["turbo"](i / (count - 1))) for i in range(count)]
+
+
+def curves_plot(folders: str | Place | Sequence[str | Place]) -> Figure:
+    """The training loss, smoothed, and the validation loss and scores of one or more runs over the optimiser's steps,
+    from their metrics.jsonl. A run of many tenants has a curve for each tenant; with more than MAX_CURVES, the median
+    of all and their range. Where each run was scored once, the scores are bars. A sentence under the picture says how
+    to read it. Raises ValueError for a folder without a run, and for no folders."""
+    folders = [folders] if isinstance(folders, str | Path | BucketPath) else folders
+    if not folders:
+        raise ValueError("curves_plot: no folders; give the output_dir of one or more runs")
+    runs = read_runs(folders)
+    whole = {name: next(iter(of_run.values())) for name, of_run in runs.items() if len(of_run) == 1}
+    several = {name: list(of_run.values()) for name, of_run in runs.items() if len(of_run) > 1}
+    every = [*whole.values(), *(rows for of_run in several.values() for rows in of_run)]
+    metrics = validation_metrics(every)
+    bars = {metric for metric in metrics if whole and not several and len(whole) > 1 and scored_once(every, metric)}
+    heights = [3.0] + [0.9 + 0.25 * len(whole) if metric in bars else 2.1 for metric in metrics]
+    figure = new_figure(7, sum(heights) + 0.9)
+    panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    losses, of_metrics = panels[0], dict(zip(metrics, panels[1:], strict=True))
+    contents, colours = Contents(), colours_of(len(whole) + len(several))
+    for colour, (name, rows) in zip(colours, whole.items(), strict=False):
+        draw_losses(losses, name, rows, colour, contents)
+        for metric, axes in of_metrics.items():
+            if metric not in bars:
+                draw_scores(axes, metric, rows, colour, contents)
+    for colour, (name, of_run) in zip(colours[len(whole) :], several.items(), strict=True):
+        label = f"{name}: median of {len(of_run)}"
+        draw_range(losses, [smoothed_series(rows) for rows in of_run], colour, escaped(label), contents)
+        draw_range(losses, [series(rows, "validation_loss") for rows in of_run], colour, None, contents, linestyle="--")
+        for metric, axes in of_metrics.items():
+            draw_range(
+                axes, [series(rows, f"validation_{metric}") for rows in of_run], colour, None, contents, marker="o"
+            )
+    losses.set_ylabel("loss (nats per token)")
+    validated = any("validation_loss" in row for rows in every for row in rows)
+    name_curves(figure, losses, validated=validated, tested=contents.tested)
+    for metric, axes in of_metrics.items():
+        if metric in bars:
+            found = {name: bar for name, rows in whole.items() if (bar := last_score(rows, metric))}
+            draw_panel(axes, f"validation {metric}", Scores(metric, found))
+            contents.errors |= any(bar.stderr for bar in found.values())
+        else:
+            axes.set_ylabel(escaped(f"validation {metric}"))
+    over_steps = [losses, *(axes for metric, axes in of_metrics.items() if metric not in bars)]
+    for axes in over_steps:
+        plain_axes(axes)
+        axes.set_xlim(over_steps[0].get_xlim())
+    over_steps[-1].set_xlabel("optimiser step")
+    losses.set_title("Learning curves", fontsize=10)
+    explain(figure, contents.sentence(bool(bars)))
+    return figure
+
+
+#: More curves of one run than this are drawn as their median and range.
+MAX_CURVES = 10
+
+
+@dataclass
+class Contents:
+    """What a picture of curves contains, so that the sentence under it can explain it."""
+
+    errors: bool = False
+    ranges: bool = False
+    tested: bool = False
+
+    def sentence(self, bars: bool) -> str:
+        sentences = ["A loss that falls is good; a validation loss that rises while training falls is overfitting."]
+        if self.ranges:
+            sentences.append("Shades span the lowest to the highest tenant.")
+        if self.tested:
+            sentences.append(
+                "Diamonds are the test data: hollow for the base model, filled for the adapter that was kept."
+            )
+        if self.errors:
+            sentences.append(f"{'Whiskers' if bars else 'Bars'} are one standard error over the examples.")
+        return " ".join(sentences)
+
+
+def draw_losses(axes, name: str, rows: list[dict], colour: str, contents: Contents) -> None:
+    steps, values = series(rows, "loss")
+    axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
+    axes.plot(*smoothed_series(rows), color=colour, label=escaped(shorten_name(name, 60)))
+    axes.plot(*series(rows, "validation_loss"), color=colour, marker="o", markersize=4, linestyle="--")
+    draw_tested(axes, "loss", rows, colour, contents)
+
+
+def draw_scores(axes, metric: str, rows: list[dict], colour: str, contents: Contents) -> None:
+    steps, scores = series(rows, f"validation_{metric}")
+    held = dict(zip(*series(rows, f"validation_{metric}_stderr"), strict=True))
+    errors = [held.get(step, np.nan) for step in steps]
+    axes.errorbar(steps, scores, errors, color=colour, marker="o", markersize=4, capsize=2)
+    contents.errors |= bool(held)
+    draw_tested(axes, metric, rows, colour, contents)
+
+
+def draw_tested(axes, metric: str, rows: list[dict], colour: str, contents: Contents) -> None:
+    """The test scores of the base model, hollow, and of the adapter that was kept, filled."""
+    for when, fill in (("before", "white"), ("after", colour)):
+        steps, values = series(rows, f"test_{when}_{metric}")
+        if steps:
+            contents.tested = True
+            look = dict(markersize=5, linestyle="", markeredgecolor=colour, markerfacecolor=fill)
+            axes.plot(steps[-1:], values[-1:], marker="D", **look)
+
+
+def name_curves(figure: Figure, losses, *, validated: bool, tested: bool) -> None:
+    """The legend of the losses' curves, with what each kind of line is; above the picture if the panel has no room."""
+    losses.plot([], [], color="grey", label="training, smoothed")
+    if validated:
+        losses.plot([], [], color="grey", marker="o", markersize=4, linestyle="--", label="validation")
+    if tested:
+        losses.plot([], [], color="grey", marker="D", markersize=5, linestyle="", label="test, before and after")
+    handles, labels = losses.get_legend_handles_labels()
+    if len(labels) > 8 or max(map(len, labels)) > 40:  # no room inside
+        figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=7)
+    else:
+        losses.legend(fontsize=8)
+
+
+def draw_range(
+    axes,
+    curves: Sequence[tuple[list, Sequence[float] | np.ndarray]],
+    colour: str,
+    label: str | None,
+    contents: Contents,
+    **look,
+) -> None:
+    """The median of many curves at each step, and the range from the lowest to the highest."""
+    at: dict[int, list[float]] = {}
+    for steps, values in curves:
+        for step, value in zip(steps, values, strict=True):
+            if np.isfinite(value):
+                at.setdefault(step, []).append(value)
+    if not at:
+        return
+    contents.ranges = True
+    steps = sorted(at)
+    axes.plot(steps, [np.median(at[step]) for step in steps], color=colour, label=label, markersize=4, **look)
+    axes.fill_between(
+        steps, [min(at[step]) for step in steps], [max(at[step]) for step in steps], color=colour, alpha=0.15, lw=0
+    )
+
+
+def plain_axes(axes) -> None:
+    """Whole steps below, and plain numbers at the side: 0.5, 1, 2, on a logarithmic scale where values differ much."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    values = np.concatenate([[np.nan], *(line.get_ydata() for line in axes.get_lines())]).astype(float)
+    values = values[np.isfinite(values)]
+    if axes.get_ylabel().startswith("loss") and len(values) and values.min() > 0 and values.max() > 5 * values.min():
+        axes.set_yscale("log")
+        few = values.max() < 1e3 * values.min()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter("{x:g}")
+
+
+def validation_metrics(runs: Sequence[list[dict]]) -> list[str]:
+    """The metrics that some run was scored by on its validation data, besides the loss."""
+    names = dict.fromkeys(name for rows in runs for row in rows for name in row if name.startswith("validation_"))
+    measured = [name.removeprefix("validation_") for name in names if not name.endswith("_stderr")]
+    return [name for name in measured if name != "loss"]
+
+
+def scored_once(runs: Sequence[list[dict]], metric: str) -> bool:
+    """Whether no run has more than one score, nor that of the base model, which is step 0."""
+    scored = [[row["step"] for row in rows if f"validation_{metric}" in row] for rows in runs]
+    return all(len(steps) <= 1 and 0 not in steps for steps in scored)
+
+
+def last_score(rows: list[dict], metric: str) -> Bar | None:
+    found = [row for row in rows if f"validation_{metric}" in row]
+    return Bar(found[-1][f"validation_{metric}"], found[-1].get(f"validation_{metric}_stderr")) if found else None
+
+
+def read_runs(folders: Sequence[str | Path]) -> dict[str, dict[str, list[dict]]]:
+    """The rows of each curve to draw, {name: {tenant: rows}}. A run of more than MAX_CURVES tenants is one name with
+    all of them; with fewer, each tenant is a name of its own."""
+    found: dict[str, dict[str, list[dict]]] = {}
+    for name, folder in zip(run_names(folders), folders, strict=True):
+        tenants = sorted(file.parent.name for file in expanded(folder).glob("*/config.yaml"))
+        logs = {tenant: rows for tenant in tenants if (rows := rows_of_tenant(expanded(folder) / tenant))}
+        if len(logs) > MAX_CURVES:
+            found[name] = logs
+        elif logs:
+            prefix = f"{name}/" if len(folders) > 1 else ""
+            found |= {f"{prefix}{tenant}": {tenant: rows} for tenant, rows in logs.items()}
+        else:
+            found[name] = {name: read_run(folder)}
+    return found
+
+
+def rows_of_tenant(folder) -> list[dict]:
+    """The rows of a tenant's log; none before its first step."""
+    rows = list(read_metrics(folder / "metrics.jsonl")) if is_log(folder / "metrics.jsonl") else []
+    return rows if any("loss" in row for row in rows) else []
+
+
+def read_run(folder: str | Path) -> list[dict]:
+    file = expanded(folder) / "metrics.jsonl"
+    if not is_log(file):
+        raise ValueError(f"{folder}: no run is there (metrics.jsonl); give the output_dir of `para-jax train`")
+    rows = list(read_metrics(file))
+    if not any("loss" in row for row in rows):
+        raise ValueError(f"{file}: no training step is there yet; wait for the first one")
+    return rows
+
+
+def series(rows: list[dict], name: str) -> tuple[list, list]:
+    """The steps at which a run logged `name`, and the values; NaN (a gap) for a value too large to draw."""
+    held = [(row["step"], float(row[name])) for row in rows if name in row]
+    return [step for step, _ in held], [drawable(value) for _, value in held]
+
+
+def smoothed_series(rows: list[dict]) -> tuple[list, np.ndarray]:
+    steps, values = series(rows, "loss")
+    return steps, smoothed(values)
+
+
+def smoothed(values: Sequence[float]) -> np.ndarray:
+    """Each value averaged with its neighbours, a tenth of all values; fewer at both ends, so that no end is bent."""
+    held, last = np.asarray(values), len(values) - 1
+    reach = [min(len(held) // 20, i, last - i) for i in range(len(held))]
+    return np.array([held[i - r : i + r + 1].mean() for i, r in enumerate(reach)])
+
+
+# ------------------------------------------------------------------------------------------------------------- factors
+
+
+def factors_plot(
+    factors: Mapping[str, Mapping[str, np.ndarray]], title: str, notes: Mapping[str, str] | None = None
+) -> Figure:
+    """The factors of one prompt, or of two and their difference, as heat maps: layers down, the units of a site across,
+    sorted by value. Colour is l - 1, white at 0, with one scale for all maps: where the difference is as strong as the
+    factors themselves, they depend on the prompt.
+
+    Args:
+        factors: a prompt's name to its factors l, {site: [layers, site width]}.
+        notes: by site, a line under its name.
+
+    Raises ValueError for factors of another form or shape, such as `vectors` gives for a batch, and for prompts with
+    different sites.
+    """
+    check_factors(factors)
+    maps = {name: {site: values - 1 for site, values in sites.items()} for name, sites in factors.items()}
+    if len(maps) == 2:
+        (a, first), (b, second) = maps.items()
+        both = f"{a} − {b}" if len(a) + len(b) <= 20 else "the first − the second"
+        maps[both] = {site: first[site] - second[site] for site in first}
+    sites = list(next(iter(maps.values())))
+    binned = {name: {site: sorted_bins(values) for site, values in of_name.items()} for name, of_name in maps.items()}
+    scale = max(np.quantile(abs(bins), 0.98) for of_name in binned.values() for bins in of_name.values()) or 1e-9
+    figure = new_figure(1.2 + 2.6 * len(sites), 0.9 + 2.7 * len(maps))
+    grid = figure.subplots(len(maps), len(sites), squeeze=False, sharex=True, sharey=True)
+    for axes_row, (name, of_name) in zip(grid, binned.items(), strict=True):
+        for axes, (site, bins) in zip(axes_row, of_name.items(), strict=True):
+            image = axes.imshow(
+                bins,
+                cmap="RdBu_r",
+                vmin=-scale,
+                vmax=scale,
+                aspect="auto",
+                interpolation="nearest",
+                extent=(0, 100, len(bins) - 0.5, -0.5),
+            )
+            size = root_mean_square(maps[name][site].ravel())
+            axes.set_title(f"{with_note(site, notes)}, rms {size:.3g}", fontsize=8)
+        axes_row[0].set_ylabel(f"{escaped(shorten_name(name))}\nlayer", fontsize=8)
+    for axes in grid[-1]:
+        axes.set_xlabel("units, sorted (%)", fontsize=8)
+    figure.colorbar(image, ax=grid, label="l − 1", extend="both", extendfrac=0.02, aspect=30, pad=0.02)
+    figure.suptitle(title, fontsize=9, parse_math=False)
+    said = (
+        "A factor l multiplies one unit of a linear layer's output. l − 1 is 0 (white) where the adapter changes "
+        "nothing. Units are sorted in each layer from the smallest factor to the largest; rms is the root mean square "
+        "of l − 1."
+    )
+    if len(factors) == 2:
+        said += " If the last row is as strong as the others, the factors depend on the prompt."
+    explain(figure, said)
+    return figure
+
+
+def check_factors(factors: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    """Raises ValueError as `factors_plot` says."""
+    if not isinstance(factors, Mapping) or not factors or not all(isinstance(one, Mapping) for one in factors.values()):
+        raise ValueError("factors_plot takes {prompt: {site: factors}}; give {'a name': {site: values[:, row], ...}}")
+    for name, sites in factors.items():
+        if not sites:
+            raise ValueError(f"{name} has no factors; give {{site: values}}")
+        if sites.keys() != next(iter(factors.values())).keys():
+            raise ValueError(f"{name} has the sites {', '.join(map(str, sites))}; give the same ones for every prompt")
+        for site, values in sites.items():
+            if np.ndim(values) != 2:
+                shape = np.shape(values)
+                raise ValueError(f"{name}: {site} of shape {shape}; give [layers, width], of a batch values[:, row]")
+
+
+def with_note(site: str, notes: Mapping[str, str] | None) -> str:
+    return f"{site}\n{escaped(notes[site])}" if notes and site in notes else site
+
+
+def sorted_bins(values: np.ndarray) -> np.ndarray:
+    """Each layer's values, sorted and averaged over BINS parts of equal size (fewer for fewer values)."""
+    ordered = np.sort(values, axis=1)
+    parts = np.array_split(ordered, min(BINS, values.shape[1]), axis=1)
+    return np.stack([part.mean(axis=1) for part in parts], axis=1)
+
+
+def spread_plot(spreads: Mapping[str, Spread], title: str, notes: Mapping[str, str] | None = None) -> Figure:
+    """How much factors differ from prompt to prompt, over the layers: a column per site, a colour per adapter. The
+    upper row shows the spread over prompts relative to the part that all prompts share. The lower row shows both,
+    because the ratio means little in a layer with factors near 1.
+
+    Args:
+        notes: by site, a line under its name.
+    """
+    sites = list(dict.fromkeys(site for spread in spreads.values() for site in spread.size))
+    figure = new_figure(max(6.4, 1 + 2.8 * len(sites)), 6)
+    grid = figure.subplots(2, len(sites), squeeze=False, sharex=True, sharey="row")
+    for column, site in enumerate(sites):
+        for i, (name, spread) in enumerate(spreads.items()):
+            if site not in spread.size:
+                continue
+            layers, look = np.arange(len(spread.size[site])), dict(color=f"C{i}", marker="o", markersize=3)
+            grid[0, column].plot(layers, spread.ratio[site], **look)
+            grid[1, column].plot(layers, spread.spread[site], label=f"{name}: spread over prompts", **look)
+            grid[1, column].plot(
+                layers,
+                spread.size[site],
+                label=f"{name}: shared by all prompts",
+                **look | {"marker": ""},
+                linestyle="--",
+            )
+        grid[0, column].set_title(with_note(site, notes), fontsize=9)
+        grid[1, column].set_xlabel("layer")
+    for axes, label in zip(grid[:, 0], ("spread / shared", "l − 1, root mean square"), strict=True):
+        axes.set_ylabel(label, fontsize=9)
+        axes.set_yscale("symlog", linthresh=0.01, linscale=0.3)
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter("{x:g}")
+    for axes in grid.flat:
+        axes.grid(alpha=0.3)
+    drawn = {line.get_label(): line for axes in grid[1] for line in axes.get_lines()}
+    named = [f"{name}: {what}" for name in spreads for what in ("spread over prompts", "shared by all prompts")]
+    said = wrapped(
+        figure,
+        "Above: 0 means that an adapter does not read the prompt; 1, that its factors differ from prompt to prompt as "
+        "much as they differ from doing nothing (l = 1). Below: both parts. Where both are near 0, the ratio means "
+        "little.",
+    )
+    lines = [drawn[text] for text in named]
+    legend = figure.legend(
+        lines, list(map(escaped, named)), title=said, loc="outside lower center", ncols=2, fontsize=8, frameon=False
+    )
+    legend.get_title().set(fontsize=8, color="0.3")
+    figure.suptitle(title, fontsize=9, parse_math=False)
+    return figure
+
+
+# -------------------------------------------------------------------------------------------------------- measurements
+
+
+def decode_plot(record: dict, file: str | Path) -> None:
+    """Draws the record of `para-jax bench decode`: time of a decode step over the number of different tenants in the
+    largest batch."""
+    rows = max(side["rows"] for side in record["sides"].values())
+    lines: dict[str, dict[int, float]] = {}
+    for name, side in record["sides"].items():
+        if side["rows"] == rows and "bank of 1" not in side["note"]:
+            lines.setdefault(side["method"], {})[side["tenants"]] = record["medians"][name]
+    figure = new_figure(6.4, 4)
+    axes = figure.subplots()
+    base = lines.pop("base")[0]
+    axes.axhline(base, color=COLOURS["base"], linestyle="--", label="base")
+    greys = iter(("tab:orange", "tab:red", "tab:purple"))
+    for method, points in lines.items():
+        tenants = sorted(points)
+        colour = COLOURS.get(method) or next(greys)
+        axes.plot(tenants, [points[n] for n in tenants], marker="o", color=colour, label=method)
+    axes.set_xscale("log", base=2)
+    ticks = sorted({n for points in lines.values() for n in points})
+    axes.set_xticks(ticks, [str(n) for n in ticks])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel(f"different tenants in a batch of {rows} rows")
+    axes.set_ylabel("milliseconds per decode step")
+    _, _, backbone = record["command"].partition("--backbone ")
+    title = f"{backbone.split(' ')[0]}; {record['context_tokens']} tokens of context; {record['device']}"
+    axes.set_title(title, fontsize=8)
+    axes.legend()
+    save(figure, file)

@@ -1,0 +1,213 @@
+"""The devices of this machine: how a process starts to use them, and their peak rates."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import jax
+
+from ..config import RuntimeSection
+from ..io.hub import cache_folder
+from ..io.messages import say
+
+#: Peak bfloat16 FLOP/s of one device, dense, by its device_kind. TPUs: the versions' pages at cloud.google.com/tpu/docs
+#: ("Peak compute per chip (bf16)"). GPUs: the data sheets at nvidia.com, half of what they state "with sparsity".
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA GH200 480GB": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GB200": 2500e12,
+}
+
+#: The packages that let JAX use an accelerator, by extra, and why it may not start although one is there.
+BACKENDS = {"tpu": ("libtpu",), "cuda": ("jax-cuda13-plugin", "jax-cuda12-plugin")}
+NOT_STARTED = {
+    "tpu": "perhaps another process uses the TPU",
+    "cuda": "perhaps the driver is too old for it: CUDA 13 needs 580 or newer, and older ones jax[cuda12]",
+}
+
+#: XLA's flag for runtime.deterministic.
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+
+#: The first bytes of a file that zstandard packed.
+ZSTANDARD = b"\x28\xb5\x2f\xfd"
+
+#: How long a process that ends waits for the others of its run. After an error on one process, they never come.
+SHUTDOWN_SECONDS = 30
+
+
+def start(runtime: RuntimeSection) -> None:
+    """Joins the other processes of the run, logs the devices and turns on the compilation cache, as configured.
+
+    With runtime.distributed=given, the calling program has set up JAX, and only the devices are logged and checked.
+
+    Raises ValueError if the other processes can't be joined, if JAX can't use the accelerator of this machine (unless
+    runtime.allow_cpu is set), and for runtime.deterministic if a GPU is already in use.
+    """
+    if runtime.deterministic:
+        make_deterministic()
+    join(runtime)
+    wanted = runtime.compilation_cache and runtime.distributed != "given"
+    if wanted and not jax.config.values["jax_compilation_cache_dir"]:  # JAX_COMPILATION_CACHE_DIR wins
+        remove_broken(cache_folder() / "compiled")
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    say(f"devices: {describe_devices()}")
+    unused = unused_accelerator()
+    if unused and not runtime.allow_cpu:
+        kind, extra = unused
+        use_cpu = "set runtime.allow_cpu=true (--allow-cpu for a command without a config) to use the CPU"
+        if package := installed_backend(extra):
+            raise ValueError(
+                f"the {kind} of this machine is not used: JAX could not start it, although {package} is installed; "
+                f"{NOT_STARTED[extra]}. JAX's warnings say more (JAX_PLATFORMS={extra} shows the error). Or {use_cpu}"
+            )
+        raise ValueError(
+            f"the {kind} of this machine is not used: the installed JAX runs on the CPU only; run "
+            f"`pip install 'para_jax[{extra}]'`, or {use_cpu}"
+        )
+
+
+def remove_broken(folder: Path) -> None:
+    """Removes compiled programs that a kill or a full disk left in part: JAX warns of them at every start, and never
+    writes them again. Reads only those that were written since the last look."""
+    looked = folder / "looked"
+    with suppress(OSError):  # there is no folder yet, or another user's
+        before = looked.stat().st_mtime if looked.exists() else 0.0
+        looked.touch()
+        for file in folder.glob("*-cache"):
+            with suppress(FileNotFoundError):  # another process removed it
+                if file.stat().st_mtime >= before and not is_whole(file):
+                    file.unlink()
+
+
+def is_whole(file: Path) -> bool:
+    """Whether a compiled program's zlib stream has its end. JAX uses zstandard instead where that is installed; such a
+    file counts as whole unless it is empty."""
+    unpacked = zlib.decompressobj()
+    with file.open("rb") as stream, suppress(zlib.error):
+        if stream.read(len(ZSTANDARD)) == ZSTANDARD:
+            return True
+        stream.seek(0)
+        while piece := stream.read(2**18):
+            unpacked.decompress(piece)
+    return unpacked.eof
+
+
+def installed_backend(extra: str) -> str | None:
+    """The installed package with which JAX uses the accelerator of an extra; None if it is missing."""
+    for package in BACKENDS[extra]:
+        try:
+            return f"{package} {importlib.metadata.version(package)}"
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def make_deterministic() -> None:
+    """Makes XLA use only algorithms that give the same bits each time. Call it before the first use of a device.
+
+    On GPUs the flag replaces sums by atomic additions, turns autotuning off (which may choose other kernels in the next
+    process) and asks cuDNN for the deterministic backward pass of attention (openxla/xla pull requests 12520, 14125).
+    It changes nothing on CPUs and TPUs.
+    """
+    from jax._src.xla_bridge import backends_are_initialized  # there is no public function for it
+
+    flags = os.environ.get("XLA_FLAGS", "")
+    if DETERMINISTIC in flags.split():
+        return
+    if not backends_are_initialized():
+        os.environ["XLA_FLAGS"] = f"{flags} {DETERMINISTIC}".strip()
+    elif jax.default_backend() == "gpu":
+        raise ValueError(
+            "runtime.deterministic: this process already uses a GPU; set it before the first use of JAX, or start the "
+            f"process with XLA_FLAGS={DETERMINISTIC}"
+        )
+
+
+def join(runtime: RuntimeSection) -> None:
+    """Joins the processes of a run on several hosts. Call it before the first use of a device.
+
+    Does nothing for a run on one host, and if the program has already called jax.distributed.initialize. Raises
+    ValueError for runtime.distributed=off if that has joined other processes.
+    """
+    if runtime.distributed == "off" and jax.distributed.is_initialized() and jax.process_count() > 1:
+        raise ValueError(
+            f"runtime.distributed=off, but this program has joined {jax.process_count()} processes; use "
+            "runtime.distributed=given for a run on all of them"
+        )
+    if runtime.coordinator is None or jax.distributed.is_initialized():
+        return
+    address = None if runtime.coordinator == "auto" else runtime.coordinator
+    given = address, runtime.num_processes, runtime.process_id
+    say(f"joining the other processes (runtime.coordinator {runtime.coordinator}); JAX waits five minutes for them")
+    try:
+        jax.distributed.initialize(*given, shutdown_timeout_seconds=SHUTDOWN_SECONDS)
+    except (ValueError, RuntimeError, OSError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ValueError(
+            f"runtime.coordinator {runtime.coordinator}: can't join the other processes ({said}); if JAX can't detect "
+            "the hosts, give host:port, runtime.num_processes and runtime.process_id"
+        ) from None
+
+
+def describe_devices(model=None) -> str:
+    """The devices that JAX sees. If only some of them hold the weights of a given model: "2 of 8 x ..."."""
+    devices = jax.devices()
+    used = len(devices if model is None else jax.tree.leaves(model)[0].sharding.device_set)
+    counted = f"{used} of {len(devices)}" if used < len(devices) else f"{used}"
+    return f"{counted} x {devices[0].device_kind} ({devices[0].platform}), JAX {jax.__version__}"
+
+
+def library_versions() -> dict[str, str]:
+    """The versions that a record of a measurement contains."""
+    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
+
+
+def unused_accelerator(root: Path = Path("/")) -> tuple[str, str] | None:
+    """The accelerator of this machine and the extra that installs its JAX, if JAX sees only a CPU; else None.
+
+    Looks for the device files of the drivers: /dev/accel*, /dev/vfio/* together with a Google PCI device, /dev/nvidia0.
+    """
+    if jax.default_backend() != "cpu":
+        return None
+    if any((root / "dev").glob("accel[0-9]*")) or (any((root / "dev/vfio").glob("[0-9]*")) and google_pci_device(root)):
+        return "TPU", "tpu"
+    if any((root / "dev").glob("nvidia[0-9]*")):
+        return "NVIDIA GPU", "cuda"
+    return None
+
+
+def google_pci_device(root: Path) -> bool:
+    vendors = (root / "sys/bus/pci/devices").glob("*/vendor")
+    return any(vendor.read_text().strip() == "0x1ae0" for vendor in vendors)
+
+
+@contextmanager
+def compiling(what: str) -> Iterator[None]:
+    """Logs "compiling ..." before the body, the first call of a compiled function, and how long it took."""
+    begun = time.monotonic()
+    say(f"compiling {what} ...")
+    yield
+    say(f"compiling {what} took {time.monotonic() - begun:.1f} s")

@@ -1,0 +1,266 @@
+import os
+import struct
+
+import gguf
+import numpy as np
+import pytest
+from tiny_gguf import hugging_face, write_gguf
+
+from para_jax.backbone.gguf.config import common_config
+from para_jax.backbone.gguf.file import Cursor, GgufFile
+
+Q8 = gguf.GGMLQuantizationType.Q8_0
+
+
+@pytest.mark.parametrize("family", ["llama", "smollm2", "gemma3_text"])
+def test_a_gguf_model_reads_back_as_the_same_hugging_face_model(tmp_path, family):
+    config, weights = hugging_face(family)
+    change = {"attention.sliding_window_pattern": 3, "rope.freq_base_swa": 100.0} if family == "gemma3_text" else {}
+    file = GgufFile(write_gguf(tmp_path / "m.gguf", family, change=change))
+    assert file.shapes == {name: weight.shape for name, weight in weights.items()}
+    for name, weight in weights.items():
+        assert file.read(name).dtype == np.float32
+        np.testing.assert_allclose(file.read(name), weight, atol=1e-6)
+    head_dim = config["hidden_size"] // config["num_attention_heads"]
+    not_said = {"attention_dropout", "initializer_range", "use_cache", "pad_token_id", "attn_logit_softcapping"}
+    not_said |= {
+        "pretraining_tp",
+        "query_pre_attn_scalar",
+    }  # llama.cpp takes the head's width, the fixture another number
+    eos = {"bos_token_id": 1, "eos_token_id": 2}
+    expected = {
+        k: v for k, v in ({"head_dim": head_dim, "rope_scaling": None} | config | eos).items() if k not in not_said
+    }
+    assert {key: file.config[key] for key in expected} == expected
+
+
+def test_reading_rows_dequantises_only_those_rows(tmp_path, monkeypatch):
+    file = GgufFile(write_gguf(tmp_path / "m.gguf", kind=Q8))
+    whole = {name: file.read(name) for name in file.shapes}
+    for name, weight in hugging_face("llama")[1].items():
+        np.testing.assert_allclose(whole[name], weight, atol=0.01)  # Q8_0 rounds by 1/254 of a block's largest
+    counted, dequantise = [], gguf.quants.dequantize
+    monkeypatch.setattr(
+        gguf.quants, "dequantize", lambda data, kind: counted.append(len(data)) or dequantise(data, kind)
+    )
+    for name in [
+        "model.embed_tokens.weight",
+        "model.layers.1.self_attn.q_proj.weight",
+        "model.layers.2.self_attn.k_proj.weight",
+    ]:
+        np.testing.assert_array_equal(file.read(name, 5, 19), whole[name][5:19])
+        np.testing.assert_array_equal(file.read(name, 28), whole[name][28:])
+        assert counted == [14, len(whole[name]) - 28]
+        counted.clear()
+
+
+def test_biases_are_read_with_the_rows_of_their_matrices(tmp_path):
+    rng, widths = np.random.default_rng(0), {"q_proj": 64, "k_proj": 32, "v_proj": 32, "o_proj": 64}
+    biases = {
+        f"model.layers.{i}.self_attn.{name}.bias": rng.normal(size=width).astype(np.float32)
+        for i in range(3)
+        for name, width in widths.items()
+    }
+    file = GgufFile(write_gguf(tmp_path / "m.gguf", tensors=biases))
+    assert file.config["attention_bias"] and not file.config["mlp_bias"]
+    for name, bias in biases.items():
+        np.testing.assert_array_equal(file.read(name), bias)
+        np.testing.assert_array_equal(file.read(name, 3, 20), bias[3:20])
+
+
+def llama3_factors(config, positions):
+    """The divisors of the frequencies as convert_hf_to_gguf.py computes them for factor 8, low 1, high 4."""
+    made = []
+    for i in range(0, 16, 2):
+        wavelength = 2 * np.pi * config["rope_theta"] ** (i / 16)
+        smooth = (positions / wavelength - 1) / 3
+        made.append(1 if smooth > 1 else 8 if smooth < 0 else 1 / ((1 - smooth) / 8 + smooth))
+    return np.array(made, np.float32)
+
+
+def test_llama3_rope_scaling_is_recovered_from_its_factors(tmp_path):
+    config, _ = hugging_face("llama3")
+    factors = {"raw.rope_freqs.weight": llama3_factors(config, 8192)}
+    assert not np.isin(factors["raw.rope_freqs.weight"], [1, 8]).all()
+    scaling = GgufFile(write_gguf(tmp_path / "a.gguf", "llama3", tensors=factors)).config["rope_scaling"]
+    assert scaling == {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    factors = {"raw.rope_freqs.weight": llama3_factors(config, 64)}
+    with pytest.raises(ValueError, match=r"rope_freqs\.weight"):
+        GgufFile(write_gguf(tmp_path / "b.gguf", "llama3", tensors=factors))
+    factors = {"raw.rope_freqs.weight": llama3_factors(config, 8192)}
+    with pytest.raises(ValueError, match=r"rope_freqs\.weight together with .*linear"):
+        GgufFile(write_gguf(tmp_path / "c.gguf", "llama3", tensors=factors, change={"rope.scaling.factor": 2.0}))
+
+
+def test_linear_rope_scaling_and_a_second_end_token_are_read(tmp_path):
+    change = {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0, "tokenizer.ggml.eot_token_id": 7}
+    config = GgufFile(write_gguf(tmp_path / "m.gguf", change=change)).config
+    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
+    assert config["eos_token_id"] == [2, 7]
+
+
+@pytest.mark.parametrize(("ends", "read"), [((None, 7), 7), ((2, None), 2), ((7, 7), 7), ((None, None), None)])
+def test_one_end_token_or_none_is_read(ends, read):
+    named = dict(zip(("eos", "eot"), ends, strict=True))
+    held = {f"tokenizer.ggml.{name}_token_id": end for name, end in named.items() if end is not None}
+    sizes = ("attention.head_count", "embedding_length", "feed_forward_length", "block_count", "context_length")
+    metadata = {f"llama.{name}": 8 for name in sizes} | {"llama.attention.layer_norm_rms_epsilon": 1e-5}
+    assert common_config(metadata | held | {"general.architecture": "llama"}, {})["eos_token_id"] == read
+
+
+@pytest.mark.parametrize(
+    ("kind", "factor", "scaled"),
+    [("linear", 8.0, True), (None, 8.0, True), ("none", 8.0, False), ("linear", 1.0, False), (None, None, False)],
+)
+def test_a_file_without_a_kind_of_rope_scaling_is_linear_as_in_llama_cpp(tmp_path, kind, factor, scaled):
+    change = {"rope.scaling.type": kind, "rope.scaling.factor": factor}
+    scaling = GgufFile(write_gguf(tmp_path / "m.gguf", change=change)).config["rope_scaling"]
+    assert scaling == ({"rope_type": "linear", "factor": factor} if scaled else None)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_file_that_was_merged_from_parts_is_read(tmp_path, count):
+    """`llama-gguf-split --merge` sets split.count to 0."""
+    file = GgufFile(write_gguf(tmp_path / "m.gguf", change={"split.count": count}))
+    assert file.shapes == GgufFile(write_gguf(tmp_path / "plain.gguf")).shapes
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"arch": "qwen2"}, "architecture 'qwen2'"),
+        ({"change": {"rope.scaling.type": "yarn"}}, "rope scaling 'yarn'"),
+        ({"change": {"rope.dimension_count": 8}}, r"rope\.dimension_count 8 is not supported; only 16 is"),
+        ({"family": "gemma3_text", "change": {"rope.dimension_count": 8}}, r"rope\.dimension_count 8"),
+        ({"change": {"rope.scaling.attn_factor": 1.5}}, r"rope\.scaling\.attn_factor 1.5"),
+        ({"change": {"attention.causal": 0}}, r"attention\.causal 0"),
+        ({"change": {"block_count": None}}, r"llama\.block_count is None"),
+        ({"change": {"attention.head_count": [4, 4, 4]}}, r"llama\.attention\.head_count is \[4, 4, 4\]"),
+        ({"change": {"block_count": 4}}, r"missing.*model\.layers\.3\."),
+        ({"change": {"block_count": 2}}, r"model\.layers\.2\."),
+        ({"change": {"block_count": 2**31}}, "2147483648 layers"),
+        ({"change": {"block_count": 3.0}}, r"llama\.block_count is 3\.0"),
+        ({"change": {"attention.head_count_kv": 0}}, r"llama\.attention\.head_count_kv is 0"),
+        ({"change": {"split.count": 3}}, "one of 3 parts"),
+        ({"tensors": {"model.norm.weight": None}}, r"missing.*model\.norm\.weight"),
+        ({"tensors": {"raw.blk.0.ffn_gate_exps.weight": np.ones((2, 2), np.float32)}}, "ffn_gate_exps"),
+    ],
+)
+def test_unsupported_or_missing_metadata_is_named(tmp_path, change, said):
+    path = write_gguf(tmp_path / "m.gguf", **change)
+    with pytest.raises(ValueError, match=said) as error:
+        GgufFile(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_truncated_or_foreign_file_is_refused(tmp_path):
+    whole = write_gguf(tmp_path / "m.gguf").read_bytes()
+    cut = tmp_path / "cut.gguf"
+    for size in [0, 3, 4, 23, *range(24, len(whole), len(whole) // 60), len(whole) - 33]:
+        cut.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="not a GGUF file" if size < 24 else "damaged GGUF file"):
+            GgufFile(cut)
+    cut.write_bytes(b"PK" + whole[2:])
+    with pytest.raises(ValueError, match="not a GGUF file"):
+        GgufFile(cut)
+    with pytest.raises(ValueError, match="no such file"):
+        GgufFile(tmp_path / "none.gguf")
+
+
+def test_a_damaged_header_never_raises_another_error(tmp_path):
+    whole = write_gguf(tmp_path / "m.gguf").read_bytes()
+    damaged, rng = tmp_path / "damaged.gguf", np.random.default_rng(0)
+    refused = 0
+    for at in [*range(8, 32), *rng.integers(32, 3000, 150)]:
+        damaged.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
+        try:
+            GgufFile(damaged)
+        except ValueError:
+            refused += 1
+    assert refused > 50
+    endless = struct.pack("<4sIQQQ1sIIQ", b"GGUF", 3, 0, 1, 1, b"k", 9, 0, 2**60)  # an array of 2**60 numbers
+    damaged.write_bytes(endless)
+    with pytest.raises(ValueError, match="cut off"):
+        GgufFile(damaged)
+
+
+def test_a_count_that_the_file_cannot_hold_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    """Empty texts are eight zero bytes each, so a sparse file would give very many of them."""
+    header = struct.pack("<4sIQQQ1sIIQ", b"GGUF", 3, 0, 1, 1, b"k", 9, 8, 2**40)  # an array of 2**40 texts
+    (tmp_path / "m.gguf").write_bytes(header + bytes(8000))
+    reads, real = [], Cursor.string
+    monkeypatch.setattr(Cursor, "string", lambda self: reads.append(1) or real(self))
+    with pytest.raises(ValueError, match="cut off"):
+        GgufFile(tmp_path / "m.gguf")
+    assert len(reads) == 1  # the key
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path):
+    file = GgufFile(write_gguf(tmp_path / "m.gguf"))
+    os.truncate(file.path, file.path.stat().st_size - 5000)
+    with pytest.raises(ValueError, match="m.gguf changed while it was read.*fetch"):
+        file.read("model.embed_tokens.weight")
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value.encode())) + value.encode()
+
+
+def number(key: str, value: int) -> bytes:
+    return text(key) + struct.pack("<II", 4, value)
+
+
+def vector(name: str, offset: int, count: int = 8) -> bytes:
+    return text(name) + struct.pack("<IQIQ", 1, count, 0, offset)  # 0: float32
+
+
+def made(values=(), tensors=(), counts=None, data=64) -> bytes:
+    counts = counts or (len(tensors), len(values))
+    header = struct.pack("<4sIQQ", b"GGUF", 3, *counts) + b"".join([*values, *tensors])
+    return header + bytes(-len(header) % 32 + data)
+
+
+BYTES = struct.pack("<IIQ", 9, 0, 3 * 2**20)  # the head of an array of 3 Mi bytes
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (made([number("a", 1), number("a", 1)]), "metadata key a .*twice"),
+        (made(tensors=[vector("a", 0), vector("a", 32)]), "tensor a .*twice"),
+        (made(tensors=[vector("a", 0), vector("b", 0)]), "tensor b begins at byte 0 .*32"),
+        (made(tensors=[vector("a", 0), vector("b", 16)]), "tensor b begins at byte 16"),
+        (made(tensors=[vector("a", 32)]), "tensor a begins at byte 32 .*0"),
+        (made(tensors=[vector("\x1b]0;owned\x07" * 99, 0, 0)]), r"tensor '\\x1b\]0;owned.*\.\.\. has shape"),
+        (made([text("general.alignment") + struct.pack("<I?", 7, True)]), "general.alignment is True"),
+        (made(counts=(2**40, 0)), "1099511627776 names"),
+        (made(counts=(0, 70_000)), "70000 names"),
+        (made([text("a") + struct.pack("<I", 8) + text("x" * 2**20 + "x")]), "1048577 bytes"),
+        (made([text(key) + BYTES + bytes(3 * 2**20) for key in "ab"]), "6291456 values"),
+    ],
+)
+def test_a_wrong_or_huge_header_is_refused(tmp_path, content, said):
+    (tmp_path / "m.gguf").write_bytes(content)
+    with pytest.raises(ValueError, match=said) as error:
+        GgufFile(tmp_path / "m.gguf")
+    assert str(error.value).startswith(str(tmp_path)) and str(error.value).isprintable()
+    assert len(str(error.value)) < 500
+
+
+def test_wrong_head_counts_are_refused_before_a_conversion(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", change={"attention.head_count": 8})
+    with pytest.raises(ValueError, match="m.gguf: .*k_proj.weight has 32 rows.*16"):
+        GgufFile(path)
+
+
+def test_a_wide_head_with_few_rotary_factors_allocates_nothing(tmp_path):
+    tensors = {"raw.rope_freqs.weight": np.ones(8, np.float32)}
+    path = write_gguf(tmp_path / "m.gguf", change={"attention.key_length": 2**32 - 2}, tensors=tensors)
+    with pytest.raises(ValueError, match=r"rope_freqs\.weight"):
+        GgufFile(path)

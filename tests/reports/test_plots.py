@@ -1,0 +1,298 @@
+"""Figures contain the data that they claim to show; their looks were judged by eye."""
+
+import json
+
+import numpy as np
+import pytest
+
+from para_jax.evaluation.factors import Spread
+from para_jax.io.storage.bucket import BucketPath
+from para_jax.reports import plots
+from para_jax.reports.plots import curves_plot, factors_plot, save, smoothed, sorted_bins, spread_plot
+
+SITES = ("q_proj", "v_proj")
+
+
+def run(folder, *, metric="accuracy", steps=20, slope=-0.01):
+    """A run folder: the loss falls linearly, with scores at two steps."""
+    folder.mkdir(parents=True)
+    rows = [{"step": i, "loss": 1 + slope * i, "grad_norm": 1.0} for i in range(1, steps + 1)]
+    rows += [
+        {"step": i, "validation_loss": 0.5, f"validation_{metric}": i / 100, f"validation_{metric}_stderr": 0.01}
+        for i in (10, 20)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 21, "lo')
+    return folder
+
+
+def lines(axes):
+    return [line.get_xydata() for line in axes.get_lines() if len(line.get_xydata())]
+
+
+def factors(seed, width=100):
+    draw = np.random.default_rng(seed)
+    return {site: (1 + draw.normal(0, 0.1, (3, width))).astype(np.float32) for site in SITES}
+
+
+@pytest.mark.parametrize("count", [1, 2, 20, 137])
+def test_smoothing_leaves_a_line_as_it_is_and_calms_what_jumps(count):
+    line = np.arange(count) * 0.5 - 3
+    np.testing.assert_allclose(smoothed(line), line, atol=1e-12)
+    noise = np.random.default_rng(0).normal(size=count)
+    assert len(smoothed(noise)) == count and (count < 20 or smoothed(noise).std() < noise.std())
+
+
+def test_learning_curves_show_losses_and_scores_at_their_steps(tmp_path):
+    figure = curves_plot([run(tmp_path / "a"), run(tmp_path / "b", slope=-0.02)])
+    loss, accuracy = figure.axes
+    assert (loss.get_ylabel(), accuracy.get_ylabel()) == ("loss (nats per token)", "validation accuracy")
+    assert accuracy.get_xlabel() == "optimiser step"
+    assert [text.get_text() for text in loss.get_legend().get_texts()][:2] == ["a", "b"]
+    raw, calm, validation = lines(loss)[:3]
+    np.testing.assert_allclose(raw[:, 1], 1 - 0.01 * np.arange(1, 21))
+    np.testing.assert_allclose(calm, raw)
+    np.testing.assert_array_equal(validation, [[10, 0.5], [20, 0.5]])
+    np.testing.assert_array_equal(lines(accuracy)[0], [[10, 0.1], [20, 0.2]])
+
+
+def test_many_runs_have_a_colour_each(tmp_path):
+    figure = curves_plot([run(tmp_path / f"run{i}") for i in range(12)])
+    colours = [line.get_color() for line in figure.axes[1].get_lines()]
+    assert len(set(colours)) == 12
+
+
+def test_each_metric_has_a_panel_and_runs_of_equal_names_stay_apart(tmp_path):
+    figure = curves_plot([run(tmp_path / "a" / "run"), run(tmp_path / "b" / "run", metric="f1")])
+    assert [axes.get_ylabel() for axes in figure.axes[1:]] == ["validation accuracy", "validation f1"]
+    a, b = named(figure)[:2]
+    assert a.endswith("/a/run") and b.endswith("/b/run")
+
+
+def test_a_run_that_is_called_by_dollars_is_drawn_with_them(tmp_path):
+    figure = curves_plot([run(tmp_path / "$5 and $\\bad{$", metric="$\\bad{$")])
+    save(figure, tmp_path / "curves.svg")
+    assert (tmp_path / "curves.svg").stat().st_size > 1000
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:Data has no positive values")
+def test_numbers_that_no_run_measures_are_drawn_or_left_out(tmp_path):
+    for i, value in enumerate(("NaN", "Infinity", "-Infinity", "1e308", "1e29", "-5", "0", "1e-320", "1" + "0" * 300)):
+        folder = run(tmp_path / str(i))
+        rows = [f'{{"step": {step}, "loss": {value}}}\n' for step in (1, 2, 2**62)]
+        (folder / "metrics.jsonl").write_text("".join(rows) + f'{{"step": 1, "validation_accuracy": {value}}}\n')
+        save(curves_plot([folder]), tmp_path / "curves.png")
+
+
+def test_a_log_of_another_form_is_refused_by_file_and_line(tmp_path):
+    folder = run(tmp_path / "a")
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n5\n')
+    with pytest.raises(ValueError, match=f"{folder}/metrics.jsonl:2: '5'"):
+        curves_plot([folder])
+
+
+def test_what_is_no_run_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path}: no run is there"):
+        curves_plot([tmp_path])
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "test_before_loss": 1.0}\n')
+    with pytest.raises(ValueError, match="no training step is there yet"):
+        curves_plot(str(tmp_path))
+
+
+def test_no_folders_are_an_error_and_a_folder_may_be_in_a_bucket(monkeypatch):
+    with pytest.raises(ValueError, match="no folders; give the output_dir"):
+        curves_plot([])
+    rows = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]
+    monkeypatch.setattr(plots, "read_runs", lambda folders: {str(folder): {"": rows} for folder in folders})
+    (legend,) = (text.get_text() for text in curves_plot(BucketPath("bucket", "runs/a")).axes[0].get_legend().texts[:1])
+    assert legend == "gs://bucket/runs/a"
+
+
+def test_bins_are_averages_of_sorted_units():
+    values = np.array([[3.0, 1, 2, 4], [0, 0, -8, 0]])
+    np.testing.assert_array_equal(sorted_bins(values), [[1, 2, 3, 4], [-8, 0, 0, 0]])
+    many = np.random.default_rng(0).normal(size=(2, 960))
+    bins = sorted_bins(many)
+    assert bins.shape == (2, 48) and (np.diff(bins, axis=1) > 0).all()
+    np.testing.assert_allclose(bins.mean(axis=1), many.mean(axis=1))
+
+
+def test_two_prompts_and_their_difference_have_one_colour_scale_around_zero():
+    a, b = factors(1), factors(2)
+    figure = factors_plot({"A": a, "B": b}, "Factors of x")
+    images = [axes.images[0] for axes in figure.axes if axes.images]
+    assert len(images) == 3 * len(SITES)
+    assert len({image.get_clim() for image in images}) == 1
+    low, high = images[0].get_clim()
+    assert low == -high < 0 and images[0].get_cmap().name == "RdBu_r"
+    np.testing.assert_allclose(images[0].get_array(), sorted_bins(a["q_proj"] - 1))
+    np.testing.assert_allclose(images[-1].get_array(), sorted_bins(a["v_proj"] - b["v_proj"]))
+    assert "Factors of x" in figure.get_suptitle() and figure.axes[4].get_ylabel().startswith("A − B")
+
+
+def test_factors_of_a_batch_are_refused_with_their_shape():
+    with pytest.raises(ValueError, match=r"p: q_proj of shape \(3, 1, 8\)"):
+        factors_plot({"p": {"q_proj": np.ones((3, 1, 8))}}, "t")
+
+
+@pytest.mark.parametrize("wrong", [{"q_proj": np.ones((3, 1, 8))}, {}, None])
+def test_factors_without_the_name_of_their_prompt_are_refused(wrong):
+    with pytest.raises(ValueError, match="takes {prompt: {site: factors}}"):
+        factors_plot(wrong, "t")
+
+
+def test_prompts_with_other_sites_are_refused():
+    q, v = ({site: np.ones((3, 8))} for site in ("q_proj", "v_proj"))
+    with pytest.raises(ValueError, match="b has the sites v_proj; give the same"):
+        factors_plot({"a": q, "b": v}, "t")
+    with pytest.raises(ValueError, match="b has no factors"):
+        factors_plot({"a": q, "b": {}}, "t")
+
+
+def test_one_prompt_has_a_map_per_site_and_a_fresh_adapter_blank_maps():
+    figure = factors_plot({"A": {site: np.ones((3, 8), np.float32) for site in SITES}}, "t")
+    images = [axes.images[0] for axes in figure.axes if axes.images]
+    assert len(images) == len(SITES) and all((image.get_array() == 0).all() for image in images)
+
+
+def test_the_spread_has_a_column_per_site_and_a_colour_per_adapter():
+    size, spread = ({site: np.array([0.5, 0.2, 0.1]) * k for site in SITES} for k in (1, 0.3))
+    figure = spread_plot({"raw": Spread(size, spread, 9), "rms": Spread(size, size, 9)}, "t")
+    assert len(figure.axes) == 4 and [axes.get_title() for axes in figure.axes[:2]] == list(SITES)
+    raw, rms = lines(figure.axes[0])
+    np.testing.assert_allclose(raw, [[0, 0.3], [1, 0.3], [2, 0.3]])
+    np.testing.assert_allclose(rms[:, 1], 1)
+    assert len(lines(figure.axes[2])) == 4  # each adapter's spread and size
+    named = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert named[0].startswith("raw: spread") and named[-1].startswith("rms: shared")
+
+
+def test_an_adapter_has_one_colour_and_one_legend_entry():
+    q, v, both = ({site: np.array([0.5, 0.2]) for site in sites} for sites in (SITES[:1], SITES[1:], SITES))
+    spreads = {name: Spread(size, size, 9) for name, size in {"q": q, "v": v, "both": both}.items()}
+    figure = spread_plot(spreads, "t")
+    colours = [[line.get_color() for line in axes.get_lines() if len(line.get_xydata())] for axes in figure.axes[:2]]
+    assert colours == [["C0", "C2"], ["C1", "C2"]]
+    legend = figure.legends[0]
+    assert [text.get_text().split(":")[0] for text in legend.get_texts()] == ["q", "q", "v", "v", "both", "both"]
+    assert [line.get_color() for line in legend.get_lines()] == ["C0", "C0", "C1", "C1", "C2", "C2"]
+
+
+@pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")])
+def test_a_figure_is_saved_as_its_suffix_says(tmp_path, suffix, start):
+    (tmp_path / f"f{suffix}").write_text("before")
+    save(factors_plot({"A": factors(1)}, "t"), tmp_path / f"f{suffix}")
+    assert [file.name for file in tmp_path.iterdir()] == [f"f{suffix}"]
+    assert (tmp_path / f"f{suffix}").read_bytes().startswith(start)
+
+
+def test_a_prompt_in_a_title_is_text_and_never_mathematics(tmp_path):
+    title = repr("It costs $5.\nIs that less than $6?")  # as the command shows a prompt
+    size = {site: np.array([0.5, 0.2]) for site in SITES}
+    save(factors_plot({"A": factors(1)}, title), tmp_path / "factors.png")
+    save(spread_plot({"A": Spread(size, size, 9)}, title), tmp_path / "spread.png")
+
+
+# ------------------------------------------------------------------------------------------------- curves of many runs
+
+
+def many(folder, count, **how):
+    folder.mkdir()
+    (folder / "config.yaml").write_text("")
+    run(folder / "unused")  # no tenant: it has no config
+    for i in range(count):
+        run(folder / f"t{i:02}", slope=-0.01 * (1 + i % 3), **how)
+        (folder / f"t{i:02}" / "config.yaml").write_text("")
+    return folder
+
+
+def named(figure):
+    legend = figure.axes[0].get_legend() or figure.legends[0]
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def said(figure):
+    return " ".join(figure.get_supxlabel().split())
+
+
+def test_a_run_of_many_has_a_curve_for_each_tenant(tmp_path):
+    folder = many(tmp_path / "run", 3)
+    (folder / "t02" / "metrics.jsonl").write_text("")  # waits for a slot
+    figure = curves_plot([folder])
+    assert named(figure)[:3] == ["t00", "t01", "training, smoothed"]
+    other = run(tmp_path / "other")
+    assert named(curves_plot([folder, other]))[:3] == ["run/t00", "run/t01", "other"]
+
+
+def test_more_tenants_are_their_median_and_range_and_said(tmp_path):
+    figure = curves_plot([many(tmp_path / "run", 12)])
+    assert named(figure)[0] == "run: median of 12" and "lowest to the highest tenant" in said(figure)
+    median = lines(figure.axes[0])[0]
+    np.testing.assert_allclose(median[:, 1], 1 - 0.02 * np.arange(1, 21))
+    shade = figure.axes[0].collections[0].get_paths()[0].vertices[:, 1]
+    np.testing.assert_allclose((shade.min(), shade.max()), (1 - 0.03 * 20, 1 - 0.01))
+
+
+def test_steps_are_whole_and_losses_plain_numbers(tmp_path):
+    folder = run(tmp_path / "a")
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": i, "loss": 6.0 / i**2}) + "\n" for i in range(1, 6))
+    )
+    axes = curves_plot([folder]).axes[0]
+    assert all(float(tick).is_integer() for tick in axes.get_xticks())
+    assert axes.get_yscale() == "log" and axes.yaxis.get_major_formatter()(0.5, 0) == "0.5"
+    assert axes.yaxis.get_minor_formatter()(3.0, 0) == ""
+    assert {0.5, 1, 2, 5} <= set(np.round(axes.get_yticks(), 6))
+
+
+def test_errors_are_said_only_where_there_are_some(tmp_path):
+    assert "one standard error" in said(curves_plot([run(tmp_path / "a")]))
+    folder = run(tmp_path / "b")
+    rows = [{"step": 1, "loss": 2.0}, {"step": 2, "validation_loss": 1.0, "validation_f1": 0.5}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "standard error" not in said(curves_plot([folder]))
+
+
+def test_the_base_model_is_drawn_at_step_0(tmp_path):
+    folder = run(tmp_path / "a")
+    with (folder / "metrics.jsonl").open("w") as file:
+        for row in (
+            {"step": 0, "test_before_loss": 3.0},
+            {"step": 1, "loss": 2.0},
+            {"step": 1, "test_after_loss": 1.5},
+        ):
+            file.write(json.dumps(row) + "\n")
+    figure = curves_plot([folder])
+    diamonds = [line.get_xydata().tolist() for line in figure.axes[0].get_lines() if line.get_marker() == "D"]
+    assert diamonds[:2] == [[[0, 3.0]], [[1, 1.5]]] and "hollow for the base model" in said(figure)
+
+
+def test_runs_that_were_scored_once_are_bars_by_name(tmp_path):
+    folders = []
+    for name in ("a", "b"):
+        folders.append(run(tmp_path / name))
+        rows = [{"step": 1, "loss": 2.0}, {"step": 1, "validation_f1": 0.5, "validation_f1_stderr": 0.1}]
+        (folders[-1] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    figure = curves_plot(folders)
+    assert [text.get_text() for text in figure.axes[1].texts] == ["0.500 ± 0.100"] * 2
+    assert [tick.get_text() for tick in figure.axes[1].get_yticklabels()] == ["a", "b"]
+
+
+def test_a_base_models_score_is_no_bar_of_a_run_that_is_not_scored_yet(tmp_path):
+    folders = [run(tmp_path / name) for name in ("a", "b")]
+    for folder, step in zip(folders, (0, 1), strict=True):
+        rows = [{"step": step, "validation_f1": 0.5}, {"step": 1, "loss": 2.0}]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    curves = curves_plot(folders).axes[1]
+    assert [line.get_xydata().tolist() for line in curves.get_lines() if line.get_marker() == "o"] == [
+        [[0, 0.5]],
+        [[1, 0.5]],
+    ]
+
+
+def test_a_note_stands_under_its_site():
+    size = {site: np.array([0.5, 0.2]) for site in SITES}
+    figure = spread_plot({"A": Spread(size, size, 9)}, "t", {"v_proj": "a note"})
+    assert [axes.get_title() for axes in figure.axes[:2]] == ["q_proj", "v_proj\na note"]
+    figure = factors_plot({"A": factors(1)}, "t", {"v_proj": "a note"})
+    assert figure.axes[1].get_title().startswith("v_proj\na note, rms") and "l − 1" in said(figure)
