@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from .serving.engine import Engine as Engine
     from .serving.request import Completion as Completion
     from .serving.request import Request as Request
+    from .server.config import ServerConfig as ServerConfig
     from .server.serve import serve as serve
 
     # training
@@ -105,6 +106,7 @@ _NAMES = {
     "inference.generate": "generate",
     "serving.engine": "Engine",
     "serving.request": "Completion Request",
+    "server.config": "ServerConfig",
     "server.serve": "serve",
     "runs.compare": "compare_methods MethodsResult",
     "runs.train": "TenantsResult train_tenants TrainResult train",

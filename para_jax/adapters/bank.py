@@ -370,7 +370,7 @@ class AdapterBank:
             raise ValueError(
                 f"bank: {name}: {method.label}{rank} on {', '.join(config.target_modules)} does not fit this bank "
                 f"of {' and '.join(self.methods)} of r {self.max_r} on {', '.join(self.sites)}; serve with "
-                f"--allow-adapter-updates {options}, or in Python make AdapterBank(..., {arguments}), or for given "
+                f"{options}, or in Python make AdapterBank(..., {arguments}), or for given "
                 "adapters AdapterBank.holding"
             )
 

@@ -84,12 +84,15 @@ def add_overrides(parser) -> None:
 
 
 def add_fields(group, options: type, *names: str) -> None:
-    """Flags for these fields of a dataclass of options, with the help that the fields have: switches, and whole
-    numbers."""
+    """Flags for these fields of a dataclass of options, with the help that the fields have: switches, and whole numbers
+    unless a field names another type."""
     for one in dataclasses.fields(options):
         if one.name in names:
-            kind = {"action": "store_true"} if one.default is False else {"type": int}
-            group.add_argument(f"--{one.name.replace('_', '-')}", **kind, **one.metadata)
+            kind = {"action": "store_true"} if one.default is False else {"type": int, "default": one.default}
+            kind |= one.metadata
+            if kind.get("type") is str:
+                kind["type"] = filled
+            group.add_argument(f"--{one.name.replace('_', '-')}", **kind)
 
 
 def add_shard(group, what: str) -> None:

@@ -22,7 +22,7 @@ FUNCTIONS = {"evaluate": "evaluate_on_ray", "generate": "generate_on_ray", "serv
 NOT_HERE = {
     "evaluate": ("help", "config", "overrides", "adapter", "shard", "output", "results"),
     "generate": ("help", "prompt", "chat", "shard", "output"),
-    "serve": "help host port allow_adapter_updates adapter_root allow_hub methods sites max_r capacity".split(),
+    "serve": "help host port adapter_root allow_hub methods sites max_r capacity".split(),
 }
 
 
