@@ -304,7 +304,7 @@ class CompletionBody(Body):
     prompt: Annotated[list, PlainValidator(read_prompts)]
     max_tokens: Count = DEFAULT_TOKENS
     logprobs: Count | None = None
-    context_length: Annotated[list[Positive], BeforeValidator(listed), FailFast()] = []
+    context_length: Annotated[list[Positive], FailFast(), BeforeValidator(listed)] = []
     """how many of a prompt's tokens the adapter reads as its prompt: one number, or one for each prompt"""
     best_of: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
     suffix: Annotated[Any, only("")] = None
