@@ -29,7 +29,7 @@ from .responses import CHAT, TEXT
 
 
 def create_app(
-    engine: Engine, *, models: Models, config: ServerConfig, keys: ApiKeys | None = None, local: bool = False
+    engine: Engine, *, models: Models, config: ServerConfig | None = None, keys: ApiKeys | None = None, local: bool = False
 ) -> Starlette:
     """The application. Its lifespan starts the thread that warms the engine up and drives it.
 
@@ -38,7 +38,7 @@ def create_app(
 
     `app.state.loop` is its EngineLoop.
     """
-    keys = keys or ApiKeys([])
+    keys, config = keys or ApiKeys([]), config or ServerConfig()
     if not config.adapter_root:
         warn_of_missing(keys, models.all_names)
     metrics = Metrics(engine, models)

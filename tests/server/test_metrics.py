@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+from para_jax.server.outcome import Outcome
 from prometheus_client.parser import text_string_to_metric_families
 from running_server import eventually, new_engine, running
 from tiny_engine import prompt
 
 from para_jax.server.metrics import Metrics, finished_reasons
-from para_jax.server.outcome import Outcome
 
 BASE = "the-base"
 HISTOGRAMS = ("time_to_first_token", "inter_token_latency", "e2e_request_latency", "request_queue_time")

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from golden_models import backbone, strong
+from para_jax.server.outcome import Outcome
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 from tiny_engine import SITES
@@ -20,7 +21,6 @@ from transformers import PreTrainedTokenizerFast
 from para_jax import AdapterBank, Engine, ParaConfig, Request, init_adapter
 from para_jax.server import page
 from para_jax.server.api_keys import Access, ApiKeys
-from para_jax.server.outcome import Outcome
 from para_jax.server.page import ROWS
 from para_jax.server.serve import serve
 from para_jax.server.traffic import OTHER, Traffic
