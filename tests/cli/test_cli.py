@@ -185,7 +185,6 @@ def test_an_adapter_without_factors_is_named_before_anything_is_loaded(folder, t
     ("options", "said"),
     [
         ([], "give RUN"),
-        (["--adapter", "b", "--data", "/nowhere.jsonl"], "/nowhere.jsonl does not exist"),
         (["/nowhere"], "/nowhere: no run is there"),
         (["a", "--output", "x.doc"], "--output x.doc .*.png"),
     ],
@@ -471,7 +470,6 @@ def test_the_command_line_runs_where_its_script_is_not_on_the_path(module):
         (["evaluate", "run.yaml", "--split", "train"], "--split: invalid choice: 'train'"),
         (["evaluate", "run.yaml", "--limit", "0"], "--limit must be a whole number, at least 1; got 0"),
         (["evaluate", "run.yaml", "--backbone", "b", "--tasks", "t"], "CONFIG and --backbone"),
-        (["plot", "runs", "--limit", "3", "--output", "a.png"], "--limit requires --data"),
     ],
 )
 def test_a_wrong_command_line_is_named(capsys, config, tmp_path, monkeypatch, arguments, said):
