@@ -47,8 +47,7 @@ class TaskQuestions(NamedTuple):
     """under which it gives results: an lm-eval group has several"""
     questions: list[Question]
     results: Callable[[Lookup], dict]
-    """the task's part of an adapter's record, from that adapter's answers. Its `samples` and `white_space` go
-    elsewhere"""
+    """the task's part of an adapter's record, from that adapter's answers. Its `samples` go elsewhere"""
     owner: str | None = None
     """the only tenant that is asked, next to the base model; None: all are"""
     encoded: EncodedTask | None = None

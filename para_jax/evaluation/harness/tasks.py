@@ -30,7 +30,6 @@ from lm_eval.utils import sanitize_list
 from ...io.checks import shorten
 from ...io.messages import warn
 from ..questions import SEEDS, Answer, Likelihood, Question, Scored, Written
-from ..white_space import Stripped
 from .requests import NO_PROMPT, TokenLM
 
 #: Draws of a bootstrapped standard error; that of a mean has a closed form.
@@ -237,8 +236,6 @@ def replay(
     Args:
         answer: gives the answer to a question; None if it was not recorded.
         samples: whether to include every document with its requests and their answers, as lm-eval logs them.
-
-    Has `white_space` where it costs answers (white_space.py).
     """
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap would fork this process, which has JAX's threads
     lm = Replay(tokenizer, max_length, sampling_seed, answer, task.name)
@@ -253,9 +250,7 @@ def replay(
         warn(f"task {task.name}: {lm.lost} log-likelihoods are not numbers; lm-eval answers with the first of them")
     if samples:
         found["samples"] = {name: [as_logged(one) for one in logged] for name, logged in found["samples"].items()}
-    scores = found.get("results", {})
-    stripped = {name: lost_to_white_space(one, scores.get(name, {})) for name, one in task.loaded["tasks"].items()}
-    return found | {"white_space": {name: lost for name, lost in stripped.items() if lost is not None}}
+    return found
 
 
 def as_logged(sample: dict) -> dict:
@@ -265,29 +260,3 @@ def as_logged(sample: dict) -> dict:
     }
     resps = {name: sanitize_list(sample[name]) for name in ("resps", "filtered_resps")}
     return sample | resps | {"arguments": arguments, "target": str(sample["target"])}
-
-
-def lost_to_white_space(task, scores: dict) -> Stripped | None:
-    """How a task's exact match changes if the white space at the ends of answers is removed; None if that is little,
-    the task filters its answers itself, or it does not compare them.
-
-    Args:
-        scores: the task's results, from the answers that its instances hold.
-    """
-    scored = scores.get("exact_match,none")
-    if (
-        task.OUTPUT_TYPE != "generate_until"
-        or task.get_config("filter_list")
-        or not isinstance(scored, float | np.floating)
-    ):
-        return None
-    gained = 0.0
-    try:
-        for one in task.instances if scored < 1 else ():
-            given = one.filtered_resps["none"]
-            if given != given.strip():
-                as_given, bare = (task.process_results(one.doc, [text]) for text in (given, given.strip()))
-                gained += float(bare["exact_match"]) - float(as_given["exact_match"])
-    except Exception:  # its own metrics may raise anything
-        return None
-    return Stripped.of(float(scored), gained, len(task.instances))
