@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 
 import pytest
 import tiny_scores
@@ -18,7 +17,7 @@ from tiny_run import rows_of_text, run_config, words, write_rows
 from para_jax import EvalOptions, load_adapter, load_backbone, load_tokenizer
 from para_jax.backbone.load import load_model_config
 from para_jax.cli import main
-from para_jax.config import load_config, save_config
+from para_jax.config import save_config
 from para_jax.data.records import read_records
 from para_jax.evaluation.answers import Answerer
 from para_jax.evaluation.task_questions import read_own_tasks
@@ -209,17 +208,9 @@ def test_a_config_and_a_backbone_with_tasks_give_the_same_scores(folder, whole, 
 
 def test_what_files_as_tasks_do_not_use_is_named(folder, config, tmp_path, capsys):
     given = ["data.prompt=w7 {prompt}", "eval.metric=loss", "eval.batch_size=4", "--tasks", str(folder / "labels")]
-    assert main([*config, *given, "--chat", "--num-fewshot", "2", "--output", str(tmp_path / "out")]) == 0
+    assert main([*config, *given, "--output", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().err
     assert "warning: data.prompt, eval.metric: not used" in said and "data.test" in said
-    assert "--chat: not used" in said and "--num-fewshot: not used" in said
-
-
-def test_templates_of_a_config_that_files_as_tasks_do_not_use_are_named(folder, config, tmp_path, capsys):
-    before = load_config(tmp_path / "run.yaml")
-    save_config(replace(before, data=replace(before.data, prompt="w7 {prompt}")), tmp_path / "run.yaml")
-    assert main([*config, "--tasks", str(folder / "labels"), "--limit", "1"]) == 0
-    assert "warning: data.prompt: not used" in capsys.readouterr().err
 
 
 def test_options_of_the_model_change_the_config(config, tmp_path):

@@ -24,7 +24,6 @@ import numpy as np
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import sanitize_list
 
 from ...io.checks import shorten
@@ -128,7 +127,7 @@ def load_tasks(
         if name not in manager.all_tasks:
             nearest = difflib.get_close_matches(name, manager.all_tasks, n=3)
             hint = f"the nearest are {', '.join(nearest)}" if nearest else "`para-jax lm-eval ls tasks` lists them"
-            raise ValueError(f"task {name}: not a file, a folder or a task of lm-eval; {hint}{damaged(include_path)}")
+            raise ValueError(f"task {name}: not a file, a folder or a task of lm-eval; {hint}")
         seed_generators()  # for each, so that a task does not depend on those before it
         try:
             loaded: Any = manager.load([name])
@@ -148,16 +147,6 @@ def manager_of(names: Sequence[str], include_path: Path | None) -> TaskManager:
         raise ValueError(f"--include-path {include_path}: no such folder; give a folder of task files")
     local = TaskManager(include_path=str(include_path), include_defaults=False)
     return local if set(names) <= set(local.all_subtasks) else TaskManager(include_path=str(include_path))
-
-
-def damaged(folder: Path | None) -> str:
-    """A sentence that names the first task file of a folder that lm-eval can't read, which lm-eval itself does not."""
-    for file in sorted(folder.glob("**/*.yaml")) if folder else ():
-        try:
-            load_yaml(file, resolve_func=False)
-        except Exception as error:
-            return f". {file} can't be read: {first_line(error)}"
-    return ""
 
 
 def first_line(error: Exception) -> str:

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from para_jax import generate
-from para_jax.evaluation.harness.command import commit_here, with_para
+from para_jax.evaluation.harness.command import with_para
 from para_jax.evaluation.harness.tasks import Recorder
 from para_jax.evaluation.questions import Generation, Likelihood
 
@@ -242,9 +242,3 @@ def test_a_config_file_of_lm_eval_may_leave_the_model_out(tmp_path):
     ):
         file.write_text(text)
         assert with_para(["--config", str(file)]) == ["--config", str(file), *more.split()]
-
-
-def test_outside_a_repository_there_is_no_commit_and_git_says_nothing(tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
-    assert commit_here() is None
-    assert capfd.readouterr() == ("", "")
