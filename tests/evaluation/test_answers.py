@@ -10,11 +10,10 @@ from golden_models import backbone, strong
 from tiny_questions import ROWS, answers, asked, bank_of
 from tiny_run import tokenizer
 
-from para_jax import Adapter, AdapterBank, Engine, ParaConfig, Request, Rows, generate, init_adapter, stack_adapters
+from para_jax import AdapterBank, Engine, ParaConfig, Request, generate, init_adapter
 from para_jax.backbone.content import backbone_content
 from para_jax.evaluation import answers as answering
 from para_jax.evaluation.answers import Answerer
-from para_jax.evaluation.batch_adapters import StackBank
 from para_jax.evaluation.journal import Journal
 from para_jax.evaluation.questions import (
     Generation,
@@ -179,17 +178,6 @@ def test_an_answer_to_someone_elses_request_is_an_error_with_its_id():
         answerer.answer([(None, Generation((3,), 20))])
 
 
-def test_a_resumed_pass_has_an_engine_of_the_same_shapes(monkeypatch):
-    journal, sizes, model = Journal(), [], backbone("llama")
-    long, short = ((None, Generation((3,) * length, 4)) for length in (40, 5))
-    Answerer(model, None, tokenizer(), rows=ROWS, journal=journal).answer([long])
-    monkeypatch.setattr(answering, "Engine", lambda *a, max_length, **k: sizes.append(max_length) or stop())
-    for answered in (Journal(), journal):
-        with pytest.raises(KeyboardInterrupt):
-            Answerer(model, None, tokenizer(), rows=ROWS, journal=answered).answer([long, short])
-    assert sizes == [64, 64]
-
-
 def test_an_adapter_that_overflows_answers_nothing_and_the_others_answer_as_without_it(caplog, tmp_path):
     model, bank = backbone("llama"), AdapterBank(backbone("llama").config, max_r=4)
     adapter = strong(init_adapter(ParaConfig(r=4), model.config), 0, 0.3)
@@ -224,13 +212,3 @@ def test_a_small_queue_is_enough_and_an_engine_with_open_requests_is_refused(lim
     with pytest.raises(ValueError, match="1 open requests"):
         answerer.answer([("A", Generation((3,), 4))])
     assert [one.error for one in engine.run()] == [None]
-
-
-def test_a_single_adapter_is_not_copied_for_each_row():
-    model = backbone("llama")
-    only = strong(init_adapter(ParaConfig(r=4), model.config))
-    bank = StackBank(stack_adapters([only]))
-    one, base = bank.entry(0), None
-    assert isinstance(bank.rows_of([one, one]), Adapter)
-    assert isinstance(bank.rows_of([one, base]), Rows)  # the base model is no adapter
-    assert isinstance(StackBank(stack_adapters([only, only])).rows_of([one, one]), Rows)

@@ -31,7 +31,7 @@ from para_jax.evaluation.answers import Answerer
 from para_jax.evaluation.likelihood import continuation_scores
 from para_jax.evaluation.questions import Likelihood
 from para_jax.evaluation.scoring import Tasks
-from para_jax.evaluation.shapes import OpenShapes, batch_rows, plan_shapes
+from para_jax.evaluation.shapes import batch_rows, plan_shapes
 from para_jax.evaluation.tasks import EvalTask, encode_task
 from para_jax.inference import generate
 from para_jax.inference.generate import generate_tokens, next_token
@@ -139,14 +139,6 @@ def test_contexts_of_several_lengths_share_the_programs_of_their_continuations(c
     questions = [(None, Likelihood((5,) * n, (9,) * count)) for n in (5, 20, 30, 40) for count in (1, 2)]
     Answerer(model(), None, tokenizer(), rows=3).answer(questions)
     assert sorted(of_evaluation(compiled)) == ["_prefill"] * 4 + ["continuation_scores"] * 2
-
-
-def test_open_shapes_waste_at_most_a_third():
-    shapes = OpenShapes(longest=300)
-    sizes = {shapes.context(n): n for n in range(1, 301)}
-    assert list(sizes)[:6] == [16, 24, 32, 48, 64, 96]
-    assert all(size >= n for size, n in sizes.items()) and max(sizes) == 300
-    assert all(shapes.context(n) <= 1.5 * n + 1 for n in range(16, 300))
 
 
 # ------------------------------------------------------------------------------------------------------ the same scores
