@@ -95,8 +95,7 @@ def check_data(config: RunConfig, splits: Iterable[str]) -> None:
     are read as their tenant.yaml says."""
     from ..data.hf import check_name, is_hf, parse_hf
     from ..data.records import split_records
-    from ..data.tenant_file import with_own_fields
-    from ..data.tenants import tenant_sections
+    from ..data.tenants import tenant_sections, with_own_fields
 
     sections = {"": config.data}
     if config.data.tenants:

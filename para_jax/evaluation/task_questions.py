@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config import ModelConfig, RunConfig
-from ..data.row_files import split_file
-from ..data.tenant_file import with_own_fields
-from ..data.tenants import OWN_FILE
+from ..data.rows import split_file
+from ..data.tenants import OWN_FILE, with_own_fields
 from ..io.checks import shorten
 from .adapter_passes import PLACES
 from .defaults import scoring_rule, warn_of_guesses

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 from ..backbone.load import load_model_config
 from ..config import DataSection, ModelConfig, RunConfig
-from ..data.encode_records import encode_records, report
 from ..data.examples import Example, answer_opening, encode_completion, encode_example
 from ..data.given import rows_split
 from ..data.records import Form, MissingColumn, Record, load_records, read_records, records_of, split_records
-from ..data.row_files import split_file
+from ..data.rows import split_file
 from ..data.sources import task_of
 from ..data.tasks import TASKS, Task
+from ..data.training_data import encode_records, report
 from ..io.checks import shorten
 from ..io.messages import say, warn
 from .accepted_answers import as_learnt, as_ranked, shown_alike
