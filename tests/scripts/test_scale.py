@@ -1,4 +1,4 @@
-"""docs/scale.md has the tables of scripts/scale.py. The formulas agree with the package's own shapes and programs."""
+"""docs/scaling.md has the tables of scripts/scale.py. The formulas agree with the package's own shapes and programs."""
 
 import re
 import subprocess
@@ -20,7 +20,8 @@ from para_jax import AdapterBank, decode, init_adapter, make_mesh, prefill  # no
 from para_jax.backbone.load import abstract_backbone, load_model_config  # noqa: E402
 from para_jax.estimate.memory import tree_size  # noqa: E402
 
-PAGE = (ROOT / "docs" / "scale.md").read_text()
+SCALING = (ROOT / "docs" / "scaling.md").read_text()
+PAGE = SCALING.split("\n## The arithmetic\n")[1].split("\n## ")[0]
 TRAFFIC = scale.Traffic()
 TINY = str(FIXTURES / "llama")
 SMOL, SEVEN, SEVENTY = scale.BACKBONES
@@ -150,7 +151,7 @@ def test_a_step_with_full_memory_takes_about_20_ms_on_each_chip(tables):
 
 
 def test_the_loop_over_a_queued_resource_is_a_script():
-    (script,) = re.findall(r"```\n(export TPU=.*?)```", PAGE, re.DOTALL)
+    (script,) = re.findall(r"```\n(export TPU=[^`]*\nplace=.*?)```", SCALING, re.DOTALL)
     subprocess.run(["bash", "-n", "-c", script], check=True)
 
 
