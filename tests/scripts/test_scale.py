@@ -1,4 +1,4 @@
-"""docs/scale.md has the tables of scripts/scale.py. The formulas agree with the package's own shapes and programs."""
+"""docs/scaling.md has the tables of scripts/scale.py. The formulas agree with the package's own shapes and programs."""
 
 import re
 import sys
@@ -19,7 +19,7 @@ from para_jax import AdapterBank, decode, init_adapter, make_mesh, prefill  # no
 from para_jax.backbone.load import abstract_backbone, load_model_config  # noqa: E402
 from para_jax.estimate.memory import tree_size  # noqa: E402
 
-PAGE = (ROOT / "docs" / "scale.md").read_text()
+PAGE = (ROOT / "docs" / "scaling.md").read_text().split("\n## The arithmetic\n")[1].split("\n## ")[0]
 TRAFFIC = scale.Traffic()
 TINY = str(FIXTURES / "llama")
 SMOL, SEVEN, SEVENTY = scale.BACKBONES
