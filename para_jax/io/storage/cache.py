@@ -103,8 +103,8 @@ def fetched_adapter(folder: BucketPath, cache: Path, names: list[str], max_bytes
 
 def of_one_version(config: Place, read: Callable[[], T]) -> T:
     """What `read` makes of an adapter's files. A save deletes a config that changes first and writes it last. If that
-    happened meanwhile, `read` is called again, so the config of one adapter never meets the weights of another. It waits
-    longer each time, up to 1.6 s, so that the save can end."""
+    happened meanwhile, `read` is called again, so the config of one adapter never meets the weights of another. It
+    waits longer each time, up to 1.6 s, so that the save can end."""
     for number in range(TRIES):
         before = generation(config)
         try:
