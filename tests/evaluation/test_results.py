@@ -144,17 +144,16 @@ def test_adapters_come_from_patterns_and_lists(folder, tmp_path, bucket):
     ):
         with pytest.raises(ValueError, match=re.escape(wrong)):
             named_adapters(given, listed)
-    for text, said in (("# none\n", "no line there"), (None, "no such file")):
-        listed.write_text(text) if text else listed.unlink()
-        with pytest.raises(ValueError, match=said):
-            named_adapters([], listed)
+    listed.write_text("# none\n")
+    with pytest.raises(ValueError, match="no line there"):
+        named_adapters([], listed)
 
 
 def test_a_comparison_of_sweeps_is_not_a_set_of_tenants(tmp_path):
     for file in ("comparison.json", "lora/tenants.json", "para/tenants.json", "para/lr-1/adapter/config"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).touch()
-    with pytest.raises(ValueError, match=re.escape(f"give {tmp_path}/lora")):
+    with pytest.raises(ValueError, match="no tenant of this run has an adapter yet"):
         named_adapters([str(tmp_path)])
     assert list(named_adapters([f"{tmp_path}/para"])) == ["lr-1"]
 
