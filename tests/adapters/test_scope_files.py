@@ -77,10 +77,10 @@ def test_no_tensor_of_our_own_format_has_a_name_of_pefts(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"scope": "all"}, "scope .*response.*'all'"),
-        ({"scope": "prompt"}, "scope .*response.*'prompt'"),
-        ({"scope": "response"}, "scope_window .*2.*1"),
-        ({"scope": "response", "scope_window": 3}, "scope_window .*2.*3"),
+        ({"scope": "all"}, "alora_invocation_tokens .*scope response.*7, 9"),
+        ({"scope": "prompt"}, "alora_invocation_tokens .*7, 9"),
+        ({"scope": "response"}, "alora_invocation_tokens .*7, 9"),
+        ({"scope": "response", "scope_window": 3}, "alora_invocation_tokens .*scope_window.*7, 9"),
     ],
 )
 def test_invocation_tokens_need_the_scope_and_the_window_that_fit_them(fields, message):

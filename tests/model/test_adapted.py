@@ -383,6 +383,7 @@ def test_wrong_arguments_are_named():
         (lambda: unwrap(decode)(adapt(model, tenant), state, [5, 5, 5]), r"an adapter already; give model\.backbone"),
         (lambda: adapt(model, pick(stack, [0])), "adapt takes one adapter; got Rows"),
         (lambda: stack_adapters([tenant, init_adapter(ParaConfig(), model.config)]), "adapter 1 .*differs from"),
+        (lambda: stack_adapters([]), "stack_adapters"),
         (lambda: pick(stack, [0, 2]), r"pick.*\[0, 2\]"),
         (lambda: unwrap(right_pad)([[0, 1, 5]], [[0, 1, 1], [1, 1, 1]]), r"attention_mask of shape \(2, 3\)"),
     ):
