@@ -252,13 +252,6 @@ def test_a_run_on_int8_learns_resumes_and_says_so_in_its_card(tmp_path):
         train(replace(cut, backbone=replace(cut.backbone, quantize=None)))
 
 
-def test_another_quantisation_is_named():
-    with pytest.raises(ValueError, match="backbone.quantize .*int8.*'int4'"):
-        run_config(Path("."), "backbone.quantize=int4")
-    with pytest.raises(ValueError, match="quantize 'int4'.* int8"):
-        load_backbone(FIXTURES / "llama", quantize="int4")
-
-
 # ----------------------------------------------------------------------------------------------------- over the network
 
 
