@@ -38,11 +38,10 @@ from ..evaluation.tasks import with_limit
 from ..io.checks import expanded, one_of, printable
 from ..io.untrusted import MAX_JSON_BYTES
 from ..model.adapted import init_adapter
-from ..runs.chosen import is_auto
 from ..runs.compare import TABLE, method_configs
 from ..runs.data_table import held_examples, scoring_lines, tenants_data
 from ..runs.initial import check_initial
-from ..runs.rates import FIRST, as_trials
+from ..runs.rates import FIRST, as_trials, is_auto
 from ..runs.report import sample_lines, score_table, tenants_table
 from ..runs.tenants import describe_padding, padding_of, plan_batches, tenant_configs
 from ..runs.train import say_doubt

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ..backbone.load import load_model_config
 from ..config import DataSection, RunConfig
-from ..data.encode_records import TooLong, encode_records
+from ..data.encode_records import encode_records
 from ..data.packing import RowShape
 from ..data.records import load_records, split_records
 from ..data.tenant_file import own_values
@@ -17,7 +17,7 @@ from ..evaluation.metrics import single_spaced
 from ..evaluation.tasks import with_limit
 from ..io.checks import printable
 from ..io.table import table
-from .tenants import describe_padding, padding_of, plan_batches, steps_of, tenant_configs, too_long_in
+from .tenants import describe_padding, padding_of, plan_batches, steps_of, tenant_configs
 
 #: Lines about odd records of tenants.
 NOTES = 20
@@ -26,19 +26,15 @@ NOTES = 20
 def tenants_data(config: RunConfig, tokenizer) -> tuple[str, TrainingData]:
     """The table of all tenants, and the training data of the first.
 
-    Raises ValueError as a run does, for example with all tenants that have examples of too many tokens.
+    Raises ValueError as a run does.
     """
-    model, data, long = load_model_config(config.backbone.source), {}, {}
+    model, data = load_model_config(config.backbone.source), {}
     configs = {name: replace(own, data=with_limit(own.data, model)) for name, own in tenant_configs(config).items()}
     for name, own in configs.items():
         try:
             data[name] = load_training_data(own.data, tokenizer)
-        except TooLong as error:
-            long[name] = error
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-    if long:
-        raise too_long_in(long)
     planned = buckets, plans = plan_batches(config, configs, data, config.tenant_batch)
     columns = ["examples", "validation", "test", "steps", "mean tokens", "longest", "longest completion"]
     rows, notes = [["tenant", *columns, "metric", "tenant.yaml"]], list[str]()

@@ -5,13 +5,11 @@ import re
 import pytest
 from tiny_run import rows_of_text, run_config, run_folder, words, write_rows, write_tenants
 
-from para_jax import make_mesh
 from para_jax.cli import main
 from para_jax.config import load_config, save_config
 from para_jax.reports.inspect import data_report
 from para_jax.runs.data_table import own_fields
-from para_jax.runs.tenants import read_inputs
-from para_jax.training.passes import Layout, lay_out
+from para_jax.runs.plan import plan_run
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +36,7 @@ def test_the_table_has_every_tenant_and_the_lengths_are_those_of_the_run(folder,
     rows = {
         line.split()[0]: line.split()[1:] for line in said.splitlines() if line.startswith(("acme", "glob", "init"))
     }
-    inputs = read_inputs(config, Layout(3, 2, 4, 1))
+    inputs = plan_run(config)
     for tenant in inputs.tenants:
         lengths, held = tenant.data.examples.lengths, "0" if tenant.name == "initech" else "6"
         expected = [len(lengths), held, "0" if held == "0" else "5", tenant.order.total_steps]
@@ -63,10 +61,9 @@ def test_the_table_has_every_tenant_and_the_lengths_are_those_of_the_run(folder,
 def test_the_batches_of_one_data_set_are_those_of_its_run(folder, overrides):
     data = f"data.train={folder / 'tenants' / 'acme'}", "train.per_device_batch_size=4", "mesh.data=1"
     config = run_config(folder, *data, "train.max_steps=null", *overrides)
-    layout = lay_out(config, make_mesh(data=1), max(1, len(config.sweep.learning_rate)))
-    inputs = read_inputs(config, layout)
+    inputs = plan_run(config)
     batches, said = inputs.tenants[0].order.total_steps, data_report(config).splitlines()[-1]
-    assert f"; {batches} batches of {layout.tenant_rows} rows per epoch" in said
+    assert f"; {batches} batches of {inputs.layout.tenant_rows} rows per epoch" in said
     assert all(f"{shape.length} tokens ({shape.completion} of completion)" in said for shape in inputs.buckets)
     assert ("packed into rows of" in said) == config.data.packing and said.count("completion") == len(inputs.buckets)
 
@@ -121,7 +118,7 @@ def test_a_large_share_of_padding_is_named_by_inspect_and_once_by_the_run(folder
     for buckets, better in ((1, True), (2, False), (3, False)):
         config = run_config(folder, *data, f"data.buckets={buckets}", "train.max_steps=5000")
         said = data_report(config)
-        inputs = read_inputs(config, Layout(3, 2, 4, 1))
+        inputs = plan_run(config)
         padded = real = 0
         for order in (tenant.order for tenant in inputs.tenants):
             for i in range(order.plan.batches_per_epoch):
@@ -131,21 +128,6 @@ def test_a_large_share_of_padding_is_named_by_inspect_and_once_by_the_run(folder
         assert share in said and ("at least" in said) == many
         assert ("data.buckets=2 makes it" in said) == better
         assert capsys.readouterr().err.count("tokens are padding") == better
-
-
-def test_all_tenants_with_examples_that_are_too_long_are_named(folder, tmp_path):
-    config = tenants_config(folder, "data.max_seq_length=12")
-    for read in (lambda: data_report(config), lambda: read_inputs(config, Layout(3, 2, 4, 1))):
-        with pytest.raises(ValueError, match=r"data.max_seq_length 12") as error:
-            read()
-        said, advice = str(error.value).splitlines()
-        named = r"3 tenants .*: acme \(\d+ of 20\), globex \(9 of 9\), initech \(\d+ of 12\)"
-        assert re.search(named, said) and "data.truncate" in advice
-    with pytest.raises(ValueError, match=r"globex: .*train.jsonl:1: .* tokens exceed .* \(9 of 9"):
-        data_report(tenants_config(folder, "data.max_seq_length=20"))
-    write_tenants(tmp_path / "tenants", {f"t{i:02}": 5 for i in range(14)})
-    with pytest.raises(ValueError, match=r"14 tenants .* t09 \(\d of 5\) and 4 more\n"):
-        data_report(tenants_config(folder, f"data.tenants={tmp_path / 'tenants'}", "data.max_seq_length=11"))
 
 
 def test_what_a_tenant_sets_is_shown_on_one_line():

@@ -6,8 +6,8 @@ from tiny_run import write_rows
 from para_jax.config import load_config
 from para_jax.data.records import Record
 from para_jax.evaluation.tasks import EvalTask
+from para_jax.runs.notices import say_unscored
 from para_jax.runs.tenants import Tenant
-from para_jax.runs.unscored import say_unscored
 
 
 def tenants_of(overrides, names, validation, test=None):
