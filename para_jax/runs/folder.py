@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..config import RunConfig, config_dict, load_config, save_config
-from ..config.file import lists_for_tuples, replaced
-from ..data.tenant_file import AT_ONCE
+from ..config.file import replaced
+from ..data.tenants import AT_ONCE
 from ..io import atomic
 from ..io.checks import expanded, shorten
 from ..io.record_file import lock_output
@@ -87,7 +87,7 @@ def decided(config: RunConfig) -> dict[str, Any]:
 def with_decided(config: RunConfig, values: dict[str, Any]) -> RunConfig:
     """The config with these values, by DECIDED's names, of the fields that it leaves open. Passes follow from
     train.batch_size."""
-    fields, changes = lists_for_tuples(config_dict(config)), dict[str, dict[str, Any]]()
+    fields, changes = config_dict(config), dict[str, dict[str, Any]]()
     for name, value in values.items():
         section, field = name.split(".")
         if fields[section][field] in OPEN and value not in OPEN:

@@ -20,7 +20,7 @@ from ..backbone.load import load_model_config
 from ..config import ModelConfig, RunConfig
 from ..data.example_arrays import examples_digest
 from ..data.schedule import TenantOrder
-from ..data.tenant_file import of_most_memory, own_values
+from ..data.tenants import of_most_memory, own_values
 from ..data.tokenizer import run_tokenizer
 from ..data.training_data import TrainingData, chosen_length, load_training_data
 from ..estimate.memory import run_mesh

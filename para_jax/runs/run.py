@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from ..backbone.kernel_choice import describe_attention
 from ..config import RunConfig
 from ..data.schedule import Turn, admitted
-from ..data.tenant_file import AT_ONCE
+from ..data.tenants import AT_ONCE
 from ..estimate.roofline import peak_rate
 from ..evaluation.score import Score
 from ..evaluation.scoring import Tasks, share_shapes

@@ -24,8 +24,7 @@ from ..data.batches import (
 from ..data.example_arrays import ExampleArrays
 from ..data.packing import PackingPlan, RowShape, common_shape, plan_packing
 from ..data.schedule import TenantOrder
-from ..data.tenant_file import AT_ONCE, with_own_fields
-from ..data.tenants import tenant_sections
+from ..data.tenants import AT_ONCE, tenant_sections, with_own_fields
 from ..data.training_data import TrainingData, chosen_length
 from ..evaluation.defaults import ScoringRule
 from ..evaluation.tasks import EvalTask

@@ -14,7 +14,7 @@ from ..adapters.bank import AdapterBank, Entry
 from ..adapters.loading_bank import LoadingBank
 from ..backbone.content import backbone_content
 from ..config import BASE
-from ..data.row_files import json_problem
+from ..data.rows import json_problem
 from ..inference.content import ANSWERS_VERSION, writing_content
 from ..inference.sampling import derived_seed
 from ..io.checks import shorten, without_repeats

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import BinaryIO
 
-from ..data.chat_template import fixed_date, writes_date
+from ..data.chats import fixed_date, writes_date
 from ..data.token_cache import today
 from ..io.checks import expanded, printable, shorten
 from ..io.messages import say, warn
