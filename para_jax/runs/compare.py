@@ -28,10 +28,9 @@ from ..io.storage.bucket import Place
 from ..io.table import table
 from ..model.adapted import init_adapter
 from ..runtime.processes import on_first_process
-from ..training.scores_file import Records, logged_records
+from ..training.scores_file import Records
 from ..training.tenants_file import COMPARISON_FILE
 from .folder import claim_folder, locked_folder, with_decided
-from .health import logged_warning
 from .plan import SharedResources
 from .report import choice_lines
 from .scoring import NotFinite
@@ -212,12 +211,10 @@ def method_scores(config: RunConfig, parameters: int, standing: Standing | None)
     rows = []
     for name, entry in entries.items():
         place = folder / name if name else folder
-        log, held = place / "metrics.jsonl", load_config(place / "config.yaml")  # with the rate that `auto` chose
-        records, ended = entry.get("scores") or logged_records(log), entry.get("ended", "not finite")
-        rate = held.train.learning_rate
+        rate = load_config(place / "config.yaml").train.learning_rate  # the one that `auto` chose
+        records, ended = entry.get("scores", {}), entry.get("ended", "not finite")
         about = method, name, str(place), parameters, rate if isinstance(rate, float) else None, ended
-        step = entry.get("best_step") or records.get("validation", {}).get("step", 0)
-        rows.append(score_of(about, records, "", step, entry["warning"] if entry else logged_warning(held, log)))
+        rows.append(score_of(about, records, "", entry.get("best_step", 0), entry.get("warning")))
     based = [entry["scores"] for entry in entries.values() if "validation_base" in entry.get("scores", {})]
     return rows + [score_of((BASE, "", "", 0, None, "done"), records, "_base") for records in based[:1]]
 

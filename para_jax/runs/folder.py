@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..config import RunConfig, config_dict, load_config, save_config
@@ -44,8 +41,6 @@ LOCK = ".lock"
 REPLACED = ("config.yaml", "metrics.jsonl", "tenants.json", "scores.json")
 #: Differences that an error lists, one per line.
 LISTED = 15
-#: The folder that is renamed to see whether that works (under a temporary name), and the end of its new name.
-TRIAL, RENAMED = "rename", "-renamed"
 
 
 # ---------------------------------------------------------------------------------------------------- which run it is
@@ -102,10 +97,8 @@ def check_folder(config: RunConfig) -> None:
     folder = expanded(config.output_dir)
     if decided(config) or not folder.exists():
         return
-    own = (
-        {folder / LOCK, *atomic.files_left(folder / "config.yaml"), *trials_left(folder)} if folder.is_dir() else set()
-    )
-    if not folder.is_dir() or set(folder.iterdir()) - own:
+    unfinished = {LOCK, *(path.name for path in atomic.files_left(folder / "config.yaml"))}
+    if not folder.is_dir() or {path.name for path in folder.iterdir()} - unfinished:
         raise ValueError(f"output_dir {folder} is not a run folder; choose another")
 
 
@@ -141,12 +134,9 @@ def locked_folder(config: RunConfig) -> Iterator[None]:
     folder = expanded(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        require_renames(folder)
-        above = folder.parent if (folder.parent / LOCK).is_file() else None  # perhaps that of a run of many
-        with nullcontext() if above is None else locked(above):
-            require_own_run(config, folder)
-            delete_leftovers(folder)
-            yield
+        require_own_run(config, folder)
+        delete_leftovers(folder)
+        yield
 
 
 def require_own_run(config: RunConfig, folder: Place) -> None:
@@ -174,39 +164,10 @@ def locked(folder: Place) -> Iterator[None]:
         yield
 
 
-def require_renames(folder: Place) -> None:
-    """Raises ValueError for a folder in which folders can't be renamed. Saving needs it, so a run would fail late. In a
-    bucket nothing is renamed."""
-    if isinstance(folder, BucketPath):
-        return
-    before = atomic.temporary_name(folder / TRIAL)
-    after = before.with_name(before.name + RENAMED)
-    try:
-        before.mkdir()
-        (before / "file").touch()
-        os.rename(before, after)
-    except OSError as error:
-        raise ValueError(
-            f"output_dir {folder}: saving needs to rename folders there, and can't ({error.strerror}). If gcsfuse "
-            "mounted it, mount it with --rename-dir-limit=1000, or give output_dir=gs://bucket/folder instead "
-            "(docs/scaling.md#a-bucket)"
-        ) from None
-    finally:
-        for left in (before, after):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def trials_left(folder: Place) -> list[Path]:
-    """The folders that a killed `require_renames` left."""
-    return [*atomic.folders_left(folder / TRIAL), *atomic.folders_left(folder / TRIAL, RENAMED)]
-
-
 def delete_leftovers(folder: Place) -> None:
     """Deletes the temporary files that killed writes left."""
     from ..training.last_state import last_states_left
 
-    for left in trials_left(folder):
-        shutil.rmtree(left, ignore_errors=True)
     for file in [*(left for name in REPLACED for left in atomic.files_left(folder / name)), *last_states_left(folder)]:
         file.unlink(missing_ok=True)
 

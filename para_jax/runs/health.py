@@ -14,8 +14,6 @@ import numpy as np
 
 from ..config import RunConfig
 from ..io.messages import warn
-from ..io.storage.bucket import Place
-from ..training.metrics_file import is_log, read_metrics
 
 #: The number of steps after which a run is first looked at. It is looked at again whenever that number has doubled.
 FIRST_LOOK = 10
@@ -75,14 +73,6 @@ class Health:
         """What is wrong with the tenant so far, and what to do about it; None if nothing is."""
         found = problem(self.seen, self.config.train.max_grad_norm)
         return found and f"{found}; lower train.learning_rate ({self.config.train.peak_learning_rate:g})"
-
-
-def logged_warning(config: RunConfig, log: Place) -> str | None:
-    """What is wrong with a run of one adapter by its log."""
-    health = Health("", config)
-    for row in read_metrics(log) if is_log(log) else ():
-        take(health.seen, int(row["step"]), row)
-    return health.warning()
 
 
 def take(seen: LoggedValues, step: int, values: Mapping[str, float]) -> bool:

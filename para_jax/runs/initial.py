@@ -8,7 +8,6 @@ from dataclasses import fields
 from typing import Any
 
 from ..adapters.adapter import Adapter
-from ..adapters.bank import weights_hash
 from ..adapters.files import CONFIG, load_adapter
 from ..adapters.methods import method_of
 from ..config import ModelConfig, RunConfig
@@ -43,30 +42,9 @@ def initial_places(source: str | None, names: Iterable[str]) -> dict[str, str | 
 
 def check_initial(configs: Sequence[RunConfig], model_config: ModelConfig) -> None:
     """Raises ValueError as `initial_adapter` does. All adapters are loaded now, because some tenants start late."""
-    starts_of([own for own in configs if own.train.init_from], model_config)
-
-
-def starts_of(configs: Sequence[RunConfig], model_config: ModelConfig) -> list[str]:
-    """A hash of the adapter that each of these configs starts from."""
-    starts = {own.train.init_from: own for own in configs}
+    starts = {own.train.init_from: own for own in configs if own.train.init_from}
     with ThreadPoolExecutor(AT_ONCE) as pool:  # an error in one of them is raised here
-        hashes = pool.map(lambda own: weights_hash(initial_adapter(own, model_config)), starts.values())
-        by_source = dict(zip(starts, hashes, strict=True))
-    return [by_source[own.train.init_from] for own in configs]
-
-
-def require_same_start(name: str, own: RunConfig, held: str, found: str) -> None:
-    """Raises ValueError if a tenant would start from another adapter than it would have when the run began.
-
-    Args:
-        held: what `starts_of` gave then, if the tenant waited.
-        found: a hash of the adapter that is there now.
-    """
-    if held not in ("", found):
-        raise ValueError(
-            f"train.init_from {own.train.init_from}: another adapter than when this run began, and {name} starts from "
-            "it\nput that adapter back, or choose another output_dir"
-        )
+        list(pool.map(lambda own: initial_adapter(own, model_config), starts.values()))
 
 
 def initial_adapter(own: RunConfig, model_config: ModelConfig, *, model=None) -> Adapter:

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..adapters.adapter import Adapter
-from ..adapters.bank import weights_hash
 from ..data.batches import Batch, Bucket
 from ..data.given import is_given
 from ..data.packing import Packed
@@ -38,12 +37,12 @@ from ..training.statistics import standardise, statistics_batches
 from ..training.step import TrainState, put_state, put_tenant, tenant_of, train_step
 from ..training.stop import Interrupted, stop_signals
 from . import scoring
-from .initial import initial_adapter, require_same_start
+from .initial import initial_adapter
 from .plan import run_digests
 from .rates import TRIALS
 from .run import Dispatched, TrainingRun
 from .scoring import REMEDY, NotFinite, read_everywhere
-from .standing import Standing, TenantStanding
+from .standing import Standing
 from .tenants import Plan, Tenant
 
 
@@ -191,7 +190,7 @@ def admit(run: TrainingRun) -> None:
             last = read_last_state(run.tenants[tenant].folder, steps, like)
             run.state = put_state(run.state, jnp.int32(slot), last)
         else:
-            fresh = fresh_adapter(run, run.tenants[tenant], standing.tenants[tenant])
+            fresh = fresh_adapter(run, run.tenants[tenant])
             run.state = put_tenant(run.state, jnp.int32(slot), fresh, config=run.config.train)
     standing.slots = slots
 
@@ -252,13 +251,11 @@ def make_batches(run: TrainingRun):
     return prefetch(prepared, left)
 
 
-def fresh_adapter(run: TrainingRun, tenant: Tenant, one: TenantStanding) -> Adapter:
+def fresh_adapter(run: TrainingRun, tenant: Tenant) -> Adapter:
     if tenant.config.train.init_from:
         like = jax.eval_shape(lambda: init_adapter(run.config.adapter, run.model.config))
         read = partial(initial_adapter, tenant.config, run.model.config, model=run.model)
-        adapter = read_everywhere(read, like)
-        require_same_start(tenant.name, tenant.config, one.start, weights_hash(adapter))
-        return adapter
+        return read_everywhere(read, like)
     made = init_adapter(run.config.adapter, run.model.config, seed=tenant.config.seed)
     if made.needs_statistics:
         longest, seed = run.plan.buckets[-1], tenant.config.seed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -14,13 +13,11 @@ from ..evaluation.defaults import missing_answer
 from ..evaluation.tasks import say_long
 from ..io.messages import say, warn
 from ..io.untrusted import safe_names
-from .tenants import LARGE_PADDING, Tenant, TenantData, describe_padding, padding_of, plan_batches
+from .tenants import Tenant, TenantData
 
 
-def say_data(
-    config: RunConfig, own: Mapping[str, RunConfig], data: Mapping[str, TenantData], rows: int
-) -> tuple[tuple, dict[str, Any]]:
-    """Describes the data of a run, and gives what `plan_batches` gives.
+def say_data(config: RunConfig, own: Mapping[str, RunConfig], data: Mapping[str, TenantData]) -> None:
+    """Describes the data of a run.
 
     Args:
         own: each tenant's config.
@@ -43,10 +40,6 @@ def say_data(
     say_long("validation", [one.validation for one in distinct.values()])
     say_long("test", [one.test for one in distinct.values()])
     say_scoring(data)
-    planned = plan_batches(config, dict(own), train, rows)
-    if not config.data.packing and (share := padding_of(planned, train)) >= LARGE_PADDING:
-        say(describe_padding(config, dict(own), train, rows, share))
-    return planned
 
 
 def say_left_out(config: RunConfig, own: Mapping[str, RunConfig], data: Mapping[str, TenantData]) -> None:
@@ -86,19 +79,11 @@ def say_unscored(config: RunConfig, tenants: Sequence[Tenant]) -> None:
         whose = f" of {safe_names(without)} ({len(without)} of {len(tenants)} tenants)"
         say(f"no validation data{whose * (config.data.tenants is not None)}: {advice}")
     if config.eval.test and not any(tenant.test for tenant in tenants):
-        say(f"eval.test=true scores nothing: {reason_without_test(tenants)}")
+        say("eval.test=true scores nothing: there is no test data; set data.test")
     left_out = [answers_left_out(tenant, named=config.data.tenants is not None) for tenant in tenants]
     said = list(dict.fromkeys(line for lines in left_out for line in lines))  # a sweep shares its data
     if said:
         warn(said[0] + (f" (and {len(said) - 1} more like this)" if len(said) > 1 else ""))
-
-
-def reason_without_test(tenants: Sequence[Tenant]) -> str:
-    """Why no tenant has test data."""
-    for tenant in tenants:
-        if beside := unread(tenant.config.data, "test"):
-            return f"{beside} is not read; set data.test"
-    return "there is no test data; set data.test, or write test.jsonl into the folder that data.train names"
 
 
 def answers_left_out(tenant: Tenant, *, named: bool) -> list[str]:

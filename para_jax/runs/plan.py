@@ -29,6 +29,7 @@ from ..evaluation.metrics import LABEL_METRICS
 from ..evaluation.tasks import EvalTask, task_of_run, with_limit
 from ..io.checks import require
 from ..io.hub import resolve_backbone
+from ..io.messages import say
 from ..runtime.processes import on_every_process, on_first_process, require_same
 from ..training.passes import Layout, lay_out
 from ..training.prompt_cache import PromptCache
@@ -36,7 +37,10 @@ from .folder import at_once, check_folder, check_tenants, decided, with_decided
 from .initial import check_initial
 from .notices import say_data
 from .rates import FIRST, as_trials, is_auto
-from .tenants import Plan, Tenant, TenantData, steps_of, tenant_configs
+from .tenants import Plan, Tenant, TenantData, padding_of, plan_batches, steps_of, tenant_configs
+
+#: The share of padding from which on a run names it.
+LARGE_PADDING = 0.5
 
 
 class SharedResources:
@@ -122,7 +126,8 @@ def planned(config: RunConfig, own: dict[str, RunConfig], layout: Layout, mesh, 
                 raise ValueError(f"{name}: {error}" if name else str(error)) from None
     held = {name: shared.data[one.data, one.eval] for name, one in own.items()}
     require_validation(config, [one.validation for one in held.values()])
-    buckets, plans = say_data(config, own, held, layout.tenant_rows)
+    say_data(config, own, held)
+    buckets, plans = plan_batches(config, own, {name: one.train for name, one in held.items()}, layout.tenant_rows)
     tenants = []
     for name, one in own.items():
         data = held[name]
@@ -133,6 +138,8 @@ def planned(config: RunConfig, own: dict[str, RunConfig], layout: Layout, mesh, 
         tenants.append(Tenant(name, one, data.train, order, data.validation, data.test if one.eval.test else None))
         if not config.data.tenants:
             config = with_decided(config, values)
+    if not config.data.packing and (share := padding_of(buckets, tenants)) >= LARGE_PADDING:
+        say(f"{share:.0%} of the training rows' tokens are padding; data.buckets sets how many lengths there are")
     return Plan(config, tokenizer, tenants, buckets, layout, mesh)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from ..backbone.kernel_choice import describe_attention
 from ..config import RunConfig
-from ..data.schedule import Turn, admitted
+from ..data.schedule import Turn
 from ..data.tenants import AT_ONCE
 from ..estimate.roofline import peak_rate
 from ..evaluation.score import Score
@@ -31,7 +31,6 @@ from ..training.step import TrainState, init_state
 from ..training.stop import StopSignal
 from .folder import mend_folders
 from .health import Health
-from .initial import require_same_start, starts_of
 from .standing import Standing, fresh_standing, reopen
 from .tenants import Plan, Tenant
 
@@ -88,27 +87,12 @@ class TrainingRun:
             self.state, self.standing = restored[0], Standing.from_json(restored[1])
         self.resumed = restored is not None
         reopen(self.standing, tenants, self.layout)
-        self.note_starts()
         if self.resumed:
             say(self.describe_position())
         self.health = [Health(t.name, t.config, o.health) for t, o in zip(tenants, self.standing.tenants, strict=True)]
         for one in self.health:
             one.said = self.quiet
         self.open_logs()
-
-    def note_starts(self) -> None:
-        """Keeps what the tenants that wait for a slot will start from (train.init_from). Raises ValueError if that
-        changed since the run began."""
-        slots = admitted(self.standing.slots, self.standing.over)
-        waiting = {
-            i: tenant.config
-            for i, (tenant, one) in enumerate(zip(self.tenants, self.standing.tenants, strict=True))
-            if tenant.config.train.init_from and i not in slots and not one.ended and not one.steps
-        }
-        starts = on_first_process(lambda: starts_of(list(waiting.values()), self.model.config)) if waiting else []
-        for (i, own), start in zip(waiting.items(), starts, strict=True):
-            require_same_start(self.tenants[i].name, own, self.standing.tenants[i].start, start)
-            self.standing.tenants[i].start = start
 
     def open_logs(self) -> None:
         """Opens the logs without the rows that a run resumed from here writes again."""

@@ -34,8 +34,6 @@ class TenantStanding:
     """why: "done", "patience" or "not finite\""""
     kept: str = ""
     """a hash of its best adapter, which its folder holds"""
-    start: str = ""
-    """a hash of the adapter that it will start from, while it waits for a slot (train.init_from)"""
     scores: Records = field(default_factory=dict)
     """as training/scores_file.py describes them"""
     about: dict[str, Any] = field(default_factory=dict)

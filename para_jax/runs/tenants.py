@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -92,10 +93,6 @@ def steps_of(own: RunConfig, batches_per_epoch: int, tenant: str = "") -> int:
     return steps
 
 
-#: The share of padding from which on a run names it.
-LARGE_PADDING = 0.5
-
-
 def plan_batches(
     config: RunConfig, configs: dict[str, RunConfig], data: dict[str, TrainingData], rows: int
 ) -> tuple[tuple, dict[str, Any]]:
@@ -126,26 +123,12 @@ def plan_batches(
     return shapes, {name: plan(examples[name], own.seed) for name, own in configs.items()}
 
 
-def padding_of(planned: tuple[tuple, dict[str, Any]], data: dict[str, TrainingData]) -> float:
-    """The share of padding in the rows of an epoch, from what `plan_batches` gives."""
-    shapes, plans = planned
-    batches = ((plan, i) for plan in plans.values() for i in range(plan.batches_per_epoch))
+def padding_of(shapes: Sequence[Bucket | RowShape], tenants: Sequence[Tenant]) -> float:
+    """The share of padding in the rows of an epoch, where each tenant's rows are padded by themselves."""
+    plans = [tenant.order.plan for tenant in tenants]
+    batches = ((plan, i) for plan in plans for i in range(plan.batches_per_epoch))
     padded = sum(plan.rows * shapes[plan.batch_indices(i)[0]].length for plan, i in batches)
-    return 1 - sum(len(data[name].examples.ids) for name in plans) / padded
-
-
-def describe_padding(
-    config: RunConfig, configs: dict[str, RunConfig], data: dict[str, TrainingData], rows: int, share: float
-) -> str:
-    """ "61% of the training rows' tokens are padding; data.buckets=6 makes it 40%": other lengths are named where they
-    help, more or, where they leave batches half empty, one. Tenants in one batch are padded to the longest of them, so
-    there it is a minimum."""
-    said = f"{'at least ' * (config.data.tenants is not None)}{share:.0%} of the training rows' tokens are padding"
-    if config.data.packing or share < LARGE_PADDING:
-        return said
-    others = [replace(config, data=replace(config.data, buckets=n)) for n in (1, 2 * config.data.buckets)]
-    better, best = min((padding_of(plan_batches(o, configs, data, rows), data), o.data.buckets) for o in others)
-    return f"{said}; data.buckets={best} makes it {better:.0%}" if better < share - 0.05 else said
+    return 1 - sum(len(tenant.data.examples.ids) for tenant in tenants) / padded
 
 
 def say_packing(plans: dict[str, PackingPlan], shape: RowShape, examples: int, tokens: int) -> None:

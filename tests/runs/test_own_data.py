@@ -179,10 +179,10 @@ def test_each_tenant_has_a_metric_of_its_own(folder, tmp_path, capsys):
     assert result.report() in folder_report(tmp_path / "run")
 
 
-def test_a_dry_run_assumes_a_length_and_inspect_finds_it(folder):
+def test_a_dry_run_assumes_a_length_and_inspect_finds_it(folder, capsys):
     config = own(folder, f"data.train={folder / 'labels'}")
     assert "8 rows of at most 512 tokens" in dry_run(config) and "assumed" in dry_run(config)
-    assert "data.max_seq_length=8" in data_report(config)
+    assert data_report(config) and "data.max_seq_length=8" in capsys.readouterr().err
     swept = own(folder, f"data.train={folder / 'labels'}", "sweep.seed=[0, 1]")
     assert "of each tenant" in dry_run(swept) and "of each tenant" not in dry_run(config)
     methods = dry_run(own(folder, f"data.train={folder / 'labels'}", "sweep.method=[para, ia3]")).split("\n\n")

@@ -17,9 +17,8 @@ from para_jax.config import RunConfig, load_config
 from para_jax.data.tenants import OWN_FIELDS, of_most_memory, with_own_fields
 from para_jax.evaluation.task_questions import own_configs
 from para_jax.evaluation.tasks import task_of_run
-from para_jax.reports.inspect import configs_here, tenant_lines
+from para_jax.reports.inspect import configs_here, data_report
 from para_jax.runs import plan as plans
-from para_jax.runs.data_table import tenants_data
 from para_jax.runs.plan import plan_run
 from para_jax.runs.tenants import tenant_configs
 
@@ -63,7 +62,7 @@ def test_a_dry_run_reads_rows_by_a_tenants_own_templates(tmp_path):
     write_rows(tmp_path / "acme" / "train.jsonl", [{"text": "w20", "label": "w9"}] * 2)
     (tmp_path / "acme" / "tenant.yaml").write_text("data: {prompt: '{text}', completion: '{label}'}\n")
     config = load_config(None, [f"data.tenants={tmp_path}"])
-    assert tenant_lines(config, configs_here(config)) == ["data       1 tenants with 2 to 2 records, 2 in all"]
+    assert many_lines(config, configs_here(config)) == ["data       1 tenants with 2 to 2 records, 2 in all"]
 
 
 @pytest.mark.long
@@ -229,7 +228,7 @@ def test_an_error_of_a_tenants_own_value_names_the_tenant(text, named, folder, t
     (tmp_path / "data" / "zeta" / "tenant.yaml").write_text(text)
     config = tenants_config(folder, tmp_path / "run", f"data.tenants={tmp_path / 'data'}")
     early = [] if "max_steps" in text else [lambda: check_data(config, ["train"])]
-    for read in (*early, lambda: plan_run(config), lambda: tenants_data(config, tokenizer())):
+    for read in (*early, lambda: plan_run(config), lambda: data_report(config)):
         with pytest.raises(ValueError, match=named) as error:
             read()
         assert "zeta" in str(error.value) and "acme" not in str(error.value)

@@ -5,16 +5,12 @@ import gzip
 import json
 import os
 import re
-import resource
 import shlex
 import shutil
 import signal
-import sys
-import time
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -41,9 +37,7 @@ from para_jax import (
     load_model_config,
     save_adapter,
     train,
-    train_tenants,
 )
-from para_jax.adapters.para import Para
 from para_jax.config import CheckpointSection, ProfilerSection, load_config
 from para_jax.data.batches import Bucket, plan_buckets
 from para_jax.data.examples import Example
@@ -54,8 +48,6 @@ from para_jax.evaluation.score import Score
 from para_jax.evaluation.scoring import Tasks
 from para_jax.evaluation.tasks import task_of_run
 from para_jax.inference import generate as generation
-from para_jax.io import progress
-from para_jax.reports.inspect import dry_run
 from para_jax.runs import loop, scoring
 from para_jax.runs import train as runs
 from para_jax.runs.folder import decided, with_decided
@@ -66,7 +58,7 @@ from para_jax.runtime import devices
 from para_jax.training.log import TIMES
 from para_jax.training.optimizer import learning_rates
 from para_jax.training.statistics import standardise, statistics_batches
-from para_jax.training.stop import Interrupted, Stopped
+from para_jax.training.stop import Stopped
 
 
 @pytest.fixture(scope="module")
@@ -86,24 +78,6 @@ def whole(folder):
     """A run that was never interrupted, with TensorBoard and the test data."""
     config = run_config(folder, f"output_dir={folder / 'whole'}", "eval.test=true", "logging.report_to=[tensorboard]")
     return config, train(config)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("environment", [None, "1"])
-def test_a_run_names_its_long_stages_and_measures_the_same(whole, folder, tmp_path, monkeypatch, capsys, environment):
-    monkeypatch.setattr(progress, "SHOWN_AFTER", 0.0)
-    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
-    if environment is None:
-        monkeypatch.setattr(progress, "shows_bars", lambda: True)
-    train(run_config(folder, f"output_dir={tmp_path / 'run'}", "eval.test=true"))
-    said = capsys.readouterr()
-    assert said.out == ""
-    for stage in ("loading backbone", "scoring 5 test examples", "scoring 8 validation examples", "training"):
-        assert f"{stage}: " in said.err, stage
-    last = "training: 100%" if environment is None else "training: step 6 of 6, loss "
-    assert last in said.err
-    same = without_rates(metrics(run_config(folder, f"output_dir={tmp_path / 'run'}")))
-    assert same == without_rates(metrics(whole[0]))
 
 
 def without_rates(rows):
@@ -175,15 +149,6 @@ def test_without_the_base_models_scores_a_run_is_the_same(whole, folder, tmp_pat
     assert [name for row in rows for name in row if name.startswith("test_before")] == []
     assert "without the adapter" not in (tmp_path / "run" / "adapter" / "README.md").read_text()
     assert train(run_config(folder, *given[:2])).scores.keys() == {"validation", "test"}  # the field makes no other run
-
-
-@pytest.mark.parametrize(("answers", "named"), [(500, 0), (8, 1)])
-def test_scoring_that_takes_long_names_what_makes_it_shorter(folder, tmp_path, monkeypatch, capsys, answers, named):
-    """The 8 examples of the validation data are as many answers, ranked or scored by their loss."""
-    monkeypatch.setattr(scoring, "MANY_ANSWERS", answers)
-    train(run_config(folder, f"output_dir={tmp_path / 'run'}", "train.max_steps=1", "eval.test=true"))
-    said = capsys.readouterr().err
-    assert [said.count(field) for field in ("eval.base=false", "eval.limit", "eval.test_limit")] == [named, named, 0]
 
 
 def test_the_logged_learning_rate_is_the_schedules(whole):
@@ -320,28 +285,6 @@ def test_sigterm_breaks_into_an_evaluation_which_is_made_when_the_run_resumes(at
 
 
 @pytest.mark.long
-def test_what_a_resumed_run_found_at_its_last_step_is_known_to_a_longer_one(config, monkeypatch, capsys):
-    """The last score is the best one, and the run was stopped before it was measured."""
-    config = replace(config, eval=replace(config.eval, every=4))
-    with monkeypatch.context() as patched, pytest.raises(Stopped):
-        at_call(patched, loop, "train_step", 6, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-        train(config)
-    assert checkpoints(config) == [4, 6]
-    with monkeypatch.context() as patched:
-        scripted(patched, 0.9)
-        assert train(config).best_step == 6
-    kept, logged = kept_adapter(config), metrics(config)
-    capsys.readouterr()
-    again = train(config)
-    assert "nothing is left to train after step 6" in capsys.readouterr().err
-    assert (again.best_step, again.best_score) == (6, 0.9) and metrics(config) == logged
-    scripted(monkeypatch, 0.8)
-    longer = train(replace(config, train=replace(config.train, max_steps=8)))
-    assert (longer.best_step, longer.best_score) == (6, 0.9)
-    assert_same_arrays(kept_adapter(config), kept)
-
-
-@pytest.mark.long
 @pytest.mark.parametrize(
     "adapter", [ParaConfig(r=2), long(LoraConfig(r=2)), slow(Ia3Config())], ids=lambda one: type(one).__name__
 )
@@ -403,38 +346,6 @@ def test_checkpoints_come_as_often_as_asked_and_the_newest_are_kept(whole, confi
     train(config)
     assert [(about["step"], about["tenants"][0]["evaluated"]) for about in calls] == [(2, 0), (4, 3), (6, 6)]
     assert checkpoints(config) == [2, 4, 6]
-
-
-def test_a_full_disk_stops_the_run_with_one_line_and_keeps_what_was_saved(whole, config, monkeypatch, capfd):
-    config = replace(config, eval=whole[0].eval, checkpoint=CheckpointSection(every=1))
-    with monkeypatch.context() as patched, pytest.raises(ValueError) as error:
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-        def full(checkpoints, *arguments):
-            if checkpoints.latest_step() != 1:
-                return save(checkpoints, *arguments)
-            checkpoints.wait_until_finished()
-            resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, limits[1]))  # orbax's own metadata are more
-            try:
-                save(checkpoints, *arguments)
-                for _ in range(6000):
-                    if not checkpoints.is_saving_in_progress():
-                        break
-                    time.sleep(0.01)
-            finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-        save = loop.save_checkpoint
-        patched.setattr(loop, "save_checkpoint", full)
-        train(config)
-    assert re.fullmatch(
-        r"\S+/checkpoints: a checkpoint could not be saved \(File too large\); what was saved before is kept: make "
-        r"room there, and the same command resumes",
-        str(error.value),
-    )
-    assert "Traceback" not in capfd.readouterr().err
-    assert checkpoints(config) == [1]
-    assert_ends_as(whole, config)
 
 
 def at_call(monkeypatch, where, name, number, do):
@@ -705,18 +616,6 @@ def test_a_folder_with_another_run_is_refused_and_left_as_it_is(override, shown,
     assert contents(whole[0].output_dir) == before
 
 
-def test_a_run_that_goes_on_refuses_a_log_that_it_did_not_write_by_file_and_line(config):
-    train_interrupted(config, at_step=5)
-    log = Path(config.output_dir) / "metrics.jsonl"
-    text = log.read_text()
-    log.write_text("5\n" + text)
-    with pytest.raises(ValueError, match=re.escape(f"{log}:1: '5'")):
-        train(config)
-    log.write_text(text)
-    train(config)
-    assert [row["step"] for row in metrics(config) if "loss" in row] == [1, 2, 3, 4, 5, 6]
-
-
 def other_theta(backbone):
     described = json.loads((backbone / "config.json").read_text())
     (backbone / "config.json").write_text(
@@ -771,33 +670,7 @@ def test_a_run_does_not_go_on_with_other_data_than_it_began_with(split, size, na
     assert train(config).step == 6
 
 
-def test_an_evaluation_that_a_stop_interrupted_is_saved_once_it_is_done(config, monkeypatch):
-    def stopped(run, due):
-        run.stop.received = signal.SIGTERM
-        raise Interrupted
-
-    with monkeypatch.context() as patched, pytest.raises(Stopped):
-        patched.setattr(scoring, "evaluate", stopped)
-        train(config)
-    evaluated, real = [], scoring.evaluate
-
-    def counted(run, due):
-        evaluated.append(run.standing.step)
-        return real(run, due)
-
-    monkeypatch.setattr(scoring, "evaluate", counted)
-    for _ in range(2):
-        train_interrupted(config, at_step=5)
-    assert evaluated == [3]
-
-
 # ------------------------------------------------------------------------------------------------------ what goes wrong
-
-
-@pytest.mark.parametrize("run", [train, train_tenants])
-def test_a_config_must_be_a_run_config(run):
-    with pytest.raises(ValueError, match="config is 'a.yaml'.*load_config"):
-        run("a.yaml")
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
@@ -870,13 +743,6 @@ def test_a_config_that_does_not_fit_is_an_error_before_anything_is_written(overr
     assert not (tmp_path / "run").exists()
 
 
-def test_empty_training_data_is_an_error(folder, tmp_path):
-    empty = write_rows(tmp_path / "empty.jsonl", [])
-    with pytest.raises(ValueError, match="has no rows"):
-        train(run_config(folder, f"output_dir={tmp_path / 'run'}", f"data.train={empty}"))
-    assert not (tmp_path / "run").exists()
-
-
 def test_wandb_that_is_not_installed_gives_one_line(config, monkeypatch):
     real = builtins.__import__
 
@@ -889,15 +755,6 @@ def test_wandb_that_is_not_installed_gives_one_line(config, monkeypatch):
     with pytest.raises(ValueError, match=r"wandb.*pip install 'para_jax\[wandb\]'") as error:
         train(replace(config, logging=replace(config.logging, report_to=("wandb",))))
     assert "\n" not in str(error.value)
-
-
-def test_wandb_that_cannot_start_gives_one_line(config, monkeypatch):
-    def init(**settings):
-        raise RuntimeError("api_key not configured")
-
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    with pytest.raises(ValueError, match="logging.report_to: wandb .*api_key not configured.*wandb login"):
-        train(replace(config, logging=replace(config.logging, report_to=("wandb",))))
 
 
 def test_more_steps_than_the_schedule_counts_are_an_error(folder, tmp_path):
@@ -913,13 +770,6 @@ def test_epochs_do_not_gain_a_step_by_rounding():
         assert steps_of(load_config(None, [f"train.num_epochs={epochs}"]), batches) == steps
 
 
-def test_long_examples_are_counted_and_reported(folder, capsys):
-    config = run_config(folder, "data.max_seq_length=12", "data.truncate=left")
-    examples = only_tenant(config).data.examples
-    assert "20 examples, 8 of them too long and cut from the left" in capsys.readouterr().err
-    assert max(len(e.prompt_ids) + len(e.completion_ids) for e in examples) == 12
-
-
 def test_a_run_reads_all_its_data_as_often_as_asked(folder):
     config = run_config(
         folder, "train.max_steps=null", "train.num_epochs=1.5", "train.gradient_accumulation_steps=2", "mesh.data=2",
@@ -929,15 +779,6 @@ def test_a_run_reads_all_its_data_as_often_as_asked(folder):
     layout, order = plan.layout, plan.tenants[0].order
     assert (layout.rows, layout.passes) == (2, 2) and order.total_steps == 8  # 20 examples are 5 steps of 4
     assert sorted(i for step in range(5) for i in order.plan.batch_indices(step)[1]) == [*range(20)]
-
-
-@pytest.mark.long
-def test_statistics_are_measured_for_any_adapter_that_needs_them(config, monkeypatch):
-    shapes = []
-    monkeypatch.setattr(Para, "needs_statistics", True)
-    monkeypatch.setattr(Para, "with_statistics", lambda self, summaries: shapes.append(summaries.shape) or self)
-    train(replace(config, adapter=ParaConfig(r=4), train=replace(config.train, max_steps=1)))
-    assert len(shapes) == 1
 
 
 @pytest.mark.parametrize(
@@ -956,41 +797,3 @@ def test_a_rate_with_which_gemma_learns_little_is_said(folder, capsys, family, o
     runs.say_doubt(config, own, load_model_config(FIXTURES / family))
     warned = capsys.readouterr().err
     assert (f"rate {said}:" in warned and "adapter.summary=rms" in warned) if said else not warned
-
-
-def test_of_the_tenants_rates_the_highest_is_doubted(capsys):
-    own = [load_config(None, [f"train.learning_rate={rate}"]) for rate in (1e-4, 3e-4)]
-    runs.say_doubt(load_config(None, ["data.tenants=folder"]), own, load_model_config(FIXTURES / "gemma"))
-    assert "rate 0.0003:" in capsys.readouterr().err
-
-
-def test_a_dry_run_says_so_too(folder, tmp_path, capsys):
-    config = load_config(None, [f"data.train={folder / 'data'}", f"backbone.source={FIXTURES / 'gemma'}"])
-    assert dry_run(config) and "rate 0.001:" in capsys.readouterr().err
-    for name, rate in (("acme", "1e-4"), ("globex", "3e-4")):
-        shutil.copytree(folder / "data", tmp_path / "tenants" / name)
-        (tmp_path / "tenants" / name / "tenant.yaml").write_text(f"train: {{learning_rate: {rate}}}\n")
-    many = replace(config, data=replace(config.data, train=None, tenants=str(tmp_path / "tenants")))
-    assert "2 tenants" in dry_run(many) and "rate 0.0003:" in capsys.readouterr().err
-
-
-def test_a_dry_run_refuses_tenants_that_are_no_folder(tmp_path):
-    (tmp_path / "tenants").write_text("")
-    config = load_config(None, [f"data.tenants={tmp_path / 'tenants'}", f"backbone.source={FIXTURES / 'llama'}"])
-    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "tenants"))):
-        dry_run(config)
-
-
-def test_a_run_says_so_before_it_trains(folder, tmp_path, capsys, monkeypatch):
-    class Begins(Exception):
-        pass
-
-    def begin(*_):
-        raise Begins
-
-    model = SimpleNamespace(config=load_model_config(FIXTURES / "gemma"))
-    monkeypatch.setattr(runs, "shared_backbone", lambda *_: model)
-    monkeypatch.setattr(runs, "fit", begin)
-    with pytest.raises(Begins):
-        train(run_config(folder, "adapter.summary=raw", "train.learning_rate=1e-3", f"output_dir={tmp_path / 'run'}"))
-    assert "adapter.summary=rms" in capsys.readouterr().err
