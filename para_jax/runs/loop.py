@@ -128,7 +128,7 @@ def end_stopped_run(run: TrainingRun) -> NoReturn:
     file = run.plan.folder / "config.yaml"
     if is_given(run.config.data.train) or is_given(run.config.data.tenants):
         advice = "the same call resumes"
-    elif file.parent.name == TRIALS:
+    elif str(run.plan.folder).endswith(TRIALS):
         advice = "the same command resumes"
     else:
         advice = f"the same command resumes, or `para-jax train {shlex.quote(str(file))}`"

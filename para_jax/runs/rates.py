@@ -1,7 +1,7 @@
 """train.learning_rate=auto: several rates are trained side by side, as a sweep does, for a part of the run's steps. The
 one with the lowest validation loss is chosen.
 
-The trials are a run of many in output_dir/learning_rates, with the data, the batches and the seed of the run that
+The trials are a run of many in output_dir/learning_rates/trials, with the data, the batches and the seed of the run that
 follows. The choice is written to config.yaml, and from then on the rate is that number.
 """
 
@@ -25,8 +25,8 @@ from .folder import claim_folders
 from .standing import Standing, TenantStanding
 from .tenants import Plan, Tenant
 
-#: The folder of the trials in a run's folder.
-TRIALS = "learning_rates"
+#: The folder of the trials in a run's folder. It has two levels, so that it is not taken for a tenant's.
+TRIALS = "learning_rates/trials"
 #: The rates, as multiples of the method's default.
 FIRST = (0.1, 0.3, 1.0, 3.0)
 #: A trial has this share of the run's steps, at least FEWEST and at most MOST.

@@ -89,7 +89,7 @@ def test_a_run_with_auto_takes_the_best_rate_and_resumes_in_its_trials_and_after
     config = auto_config(folder, tmp_path / "run")
     result = train(config)
     said = capfd.readouterr().err
-    entries = json.loads((tmp_path / "run" / "learning_rates" / "tenants.json").read_text())
+    entries = json.loads((tmp_path / "run" / "learning_rates" / "trials" / "tenants.json").read_text())
     losses = {float(name.removeprefix("learning_rate-")): -one["best_score"] for name, one in entries.items()}
     assert list(losses) == [1e-4, 3e-4, 1e-3, 3e-3] and all(one["steps"] == 2 for one in entries.values())
     best = min(losses, key=losses.__getitem__)
@@ -106,7 +106,7 @@ def test_a_run_with_auto_takes_the_best_rate_and_resumes_in_its_trials_and_after
             train(stopped)
         monkeypatch.undo()
         monkeypatch.setattr(rates, "FEWEST", 2)
-        assert train(stopped).best_score == result.best_score
+    assert train(stopped).best_score == result.best_score
     assert without_times(stopped) == without_times(config)
     with pytest.raises(ValueError, match="train.learning_rate.*0.5"):
         train(auto_config(folder, tmp_path / "run", "train.learning_rate=0.5"))
@@ -140,7 +140,7 @@ def test_each_tenant_has_its_own_rate_and_one_without_validation_data_the_defaul
     chosen = {name: one.train.learning_rate for name, one in configs.items()}
     assert chosen["initech"] == 1e-3 and set(chosen) == {"acme", "initech"} and "auto" not in chosen.values()
     assert train_tenants(config).tenants == result.tenants
-    assert sorted(path.name for path in Path(tmp_path / "run" / "learning_rates").glob("acme-*")) == [
+    assert sorted(path.name for path in Path(tmp_path / "run" / "learning_rates" / "trials").glob("acme-*")) == [
         "acme-0.0001", "acme-0.0003", "acme-0.001", "acme-0.003",
     ]  # fmt: skip
 
@@ -149,7 +149,7 @@ def test_a_trial_is_scored_once_at_its_end_on_a_bounded_number_of_examples(folde
     monkeypatch.setattr(rates, "EXAMPLES", 5)
     config = auto_config(folder, tmp_path / "run", "eval.every=1", "eval.patience=1")
     train(config)
-    found = tmp_path / "run" / "learning_rates"
+    found = tmp_path / "run" / "learning_rates" / "trials"
     for name in ("learning_rate-0.0001", "learning_rate-0.003"):
         rows = [json.loads(line) for line in (found / name / "metrics.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows if "validation_loss" in row] == [2]

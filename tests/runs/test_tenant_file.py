@@ -17,7 +17,7 @@ from para_jax.config import RunConfig, load_config
 from para_jax.data.tenants import OWN_FIELDS, of_most_memory, with_own_fields
 from para_jax.evaluation.task_questions import own_configs
 from para_jax.evaluation.tasks import task_of_run
-from para_jax.reports.inspect import configs_here, data_report
+from para_jax.reports.inspect import configs_here, data_report, many_lines
 from para_jax.runs import plan as plans
 from para_jax.runs.plan import plan_run
 from para_jax.runs.tenants import tenant_configs
