@@ -168,7 +168,7 @@ def decisions(own: RunConfig, data: TenantData, model: ModelConfig) -> dict[str,
     length = chosen_length(data.train.examples.lengths, own.data.packing)
     scored = [example for task in (data.validation, data.test) if task for example in task.examples or []]
     longest = max((len(prompt) + len(completion) for prompt, completion in scored), default=0)
-    if longest <= length <= model.max_positions:  # null allows longer examples where they are scored
+    if own.data.packing and longest <= length <= model.max_positions:  # else null sets no limit, also in `evaluate`
         values["data.max_seq_length"] = length
     return values
 

@@ -1,8 +1,8 @@
 """train.learning_rate=auto: several rates are trained side by side, as a sweep does, for a part of the run's steps. The
 one with the lowest validation loss is chosen.
 
-The trials are a run of many in output_dir/learning_rates/trials, with the data, the batches and the seed of the run that
-follows. The choice is written to config.yaml, and from then on the rate is that number.
+The trials are a run of many in output_dir/learning_rates/trials, with the data, the batches and the seed of the run
+that follows. The choice is written to config.yaml, and from then on the rate is that number.
 """
 
 from __future__ import annotations

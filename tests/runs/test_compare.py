@@ -249,7 +249,7 @@ def test_a_method_that_is_not_finite_is_listed_and_the_others_continue(folder, t
     assert isinstance(result, MethodsResult)
     assert {one.method: one.ended for one in result.methods} == {"lora": "not finite", "para": "done"}
     assert [(one.metric, one.score, one.test is None) for one in result.methods] == [
-        ("loss", None, False), (None, None, True),
+        (None, None, True), ("loss", None, False),
     ]  # fmt: skip
 
 

@@ -4,6 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import datasets
+import jax
+import numpy as np
 import pytest
 from tiny_run import backbone_folder, rows_of_text, words, write_rows
 
@@ -79,6 +81,20 @@ def test_without_validation_data_some_training_rows_are_held_out(folder, tmp_pat
     assert train(config).best == result.best  # it has ended, on the same rows
     with pytest.raises(ValueError, match=r"data.validation_split \(0.1 there, 0.2 here\)"):
         train(own(folder, f"data.train={tmp_path}", f"output_dir={tmp_path / 'run'}", "data.validation_split=0.2"))
+
+
+def test_the_config_that_a_run_writes_trains_it_again_to_the_same_bits(folder, tmp_path):
+    """Also where its data are not looked at: metric, choices, lengths of answers and the rows of a step are decided."""
+    config = own(folder, f"data.train={folder / 'labels'}", f"output_dir={tmp_path / 'run'}", "adapter.summary=raw")
+    first = train(config)
+    written = load_config(tmp_path / "run" / "config.yaml", [f"output_dir={tmp_path / 'again'}"])
+    assert (written.eval.metric, len(written.eval.choices), written.train.batch_size) == ("accuracy", 3, 8)
+    again = train(written)
+    assert again.scores == first.scores
+    for mine, other in zip(jax.tree.leaves(again.adapter), jax.tree.leaves(first.adapter), strict=True):
+        np.testing.assert_array_equal(mine, other)
+    assert load_config(tmp_path / "again" / "config.yaml") == written
+    assert train(config).best == first.best  # what the first config left open is read from there
 
 
 def test_each_tenant_holds_rows_of_its_own_out_unless_it_has_validation_data(folder, tmp_path, capsys):
