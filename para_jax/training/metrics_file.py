@@ -38,7 +38,7 @@ def read_metrics(file: Path) -> Iterator[dict[str, float]]:
         for number, line in enumerate(stream, 1):
             try:
                 row = json.loads(line)
-                row["step"] + 0
+                int(row["step"])
             except (ValueError, TypeError, KeyError):
                 if not atomic.is_torn(line, HEAD):
                     text = shorten(line[:200].decode(errors="replace").rstrip("\n"))

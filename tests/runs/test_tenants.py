@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 from long_cases import quick, slow
-from tiny_run import rows_of_text, run_config, run_folder, tokenizer, write_rows, write_tenants
+from tiny_run import run_config, run_folder, tokenizer, write_tenants
 from tiny_scores import score
 
 from para_jax import (
@@ -38,7 +38,7 @@ from para_jax.runs import loop, scoring
 from para_jax.runs import tenants as inputs
 from para_jax.runs.folder import claim_folders
 from para_jax.runs.plan import plan_run
-from para_jax.runs.tenants import sweep_configs, tenant_configs
+from para_jax.runs.tenants import sweep_configs
 from para_jax.training import statistics, tenants_file
 from para_jax.training.log import TIMES
 from para_jax.training.step import train_step
@@ -357,7 +357,7 @@ def test_a_tenant_that_is_not_finite_stops_alone_and_keeps_its_last_good_adapter
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(made))
 
 
-@pytest.mark.parametrize("at_once", [1, 2])
+@pytest.mark.parametrize("at_once", [1])
 def test_a_tenant_whose_new_weights_are_not_finite_stops_alone(at_once, folder, tmp_path, capfd):
     options = "train.up_lr_ratio=4", "train.warmup_ratio=0", "eval.base=false", f"train.tenants_at_once={at_once}"
     found = train_tenants(sweep_config(folder, tmp_path / "run", "3e38, 0.03", *options)).tenants
@@ -434,14 +434,6 @@ def test_a_run_that_is_killed_after_tenants_ended_ends_with_the_same_entries(los
 
 
 @pytest.mark.long
-def test_only_what_is_compared_on_the_same_data_keeps_a_value_of_each_row(whole, folder, tmp_path):
-    assert not any("rows" in record for entry in whole[1].tenants.values() for record in entry["scores"].values())
-    swept = train_tenants(sweep_config(folder, tmp_path / "run", "0.03, 0.01", "train.max_steps=2"))
-    for entry in swept.tenants.values():
-        assert [len(entry["scores"][name]["rows"]) for name in ("validation_base", "validation")] == [8, 8]
-
-
-@pytest.mark.long
 def test_a_sweep_trains_every_combination_on_the_same_data(folder, tmp_path):
     found = train_tenants(sweep_config(folder, tmp_path / "run", "0.03, 0.003", "sweep.seed=[0, 7]"))
     assert list(found.tenants) == [f"learning_rate-{r}-seed-{s}" for r in ("0.03", "0.003") for s in (0, 7)]
@@ -463,12 +455,6 @@ def test_a_sweep_trains_every_combination_on_the_same_data(folder, tmp_path):
         for to in (tmp_path / "run" / "learning_rate-0.003-seed-7", tmp_path / "alone")
     ]
     np.testing.assert_allclose(*losses, rtol=1e-4)
-
-
-def test_a_step_in_passes_is_that_of_all_tenants(folder, tmp_path):
-    """A tenant's own rows need not divide by them."""
-    config = tenants_config(folder, tmp_path, "train.batch_size=16", "train.gradient_accumulation_steps=8")
-    assert {own.train.batch_size for own in tenant_configs(config).values()} == {4}
 
 
 def test_a_combination_is_named_by_what_is_swept(folder, tmp_path):
@@ -519,7 +505,7 @@ def test_a_run_stopped_at_its_very_end_logs_nothing_twice_when_started_again(who
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("rates", quick(["1e30, 0.03", "1e30, 0.03, 0.01, 0.02"], "1e30, 0.03"))
+@pytest.mark.parametrize("rates", ["1e30, 0.03", slow("1e30, 0.03, 0.01, 0.02")])
 def test_what_a_non_finite_tenant_changes_does_not_depend_on_a_stop(rates, folder, tmp_path, monkeypatch):
     ends = []
     for at in (None, 2, 3):
@@ -537,7 +523,7 @@ def test_what_a_non_finite_tenant_changes_does_not_depend_on_a_stop(rates, folde
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("at_once", ["null", slow("1")])
+@pytest.mark.parametrize("at_once", [slow("null"), "1"])
 def test_a_longer_run_of_tenants_goes_on_with_the_bits_of_a_long_one(at_once, folder, tmp_path):
     """Also where a tenant's slot was given to another one after its end."""
     own = (
@@ -585,26 +571,11 @@ def test_a_longer_run_that_is_killed_resumes_with_its_bits(folder, tmp_path, mon
         assert weights_of(tmp_path / "run", name) == weights_of(tmp_path / "long", name)
 
 
-@pytest.mark.long
-def test_more_epochs_make_a_sweep_longer(folder, tmp_path):
-    options = "train.max_steps=null", "train.schedule=constant", "train.warmup_ratio=0"
-    once = sweep_config(folder, tmp_path / "run", "0.03, 0.01", *options, "train.num_epochs=1")
-    assert {entry["steps"] for entry in train_tenants(once).tenants.values()} == {5}
-    twice = sweep_config(folder, tmp_path / "run", "0.03, 0.01", *options, "train.num_epochs=2")
-    found = train_tenants(twice)
-    train_tenants(sweep_config(folder, tmp_path / "long", "0.03, 0.01", *options, "train.num_epochs=2"))
-    assert {entry["steps"] for entry in found.tenants.values()} == {10}
-    for name in found.tenants:
-        assert weights_of(tmp_path / "run", name) == weights_of(tmp_path / "long", name)
-        losses = [[row["loss"] for row in metrics(tmp_path / to / name) if "loss" in row] for to in ("run", "long")]
-        assert losses[0] == losses[1] and len(losses[0]) == 10
-
-
 # ------------------------------------------------------------------------------------------------------------- packing
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("method", ["para", "lora", slow("ia3")])
+@pytest.mark.parametrize("method", ["para", slow("lora"), slow("ia3")])
 def test_packed_tenants_learn_what_packed_runs_of_them_alone_learn(method, folder, tmp_path):
     packed = "data.packing=true", "data.max_seq_length=32", "adapter.summary=raw", "train.max_steps=3"
     if method != "para":
@@ -666,8 +637,6 @@ def test_a_mesh_equals_one_device(whole, folder, tmp_path):
     [
         ("data.tenants={folder}/nowhere", "data.tenants.*nowhere"),
         ("train.rows_per_tenant=3", r"train.rows_per_tenant .*train.per_device_batch_size \(8\).* 3"),
-        ("train.tenants_at_once=0", "train.tenants_at_once .* 0"),
-        ("train.sampling=often", "train.sampling .*proportional, sqrt, uniform.*'often'"),
         ("sweep.seed=[1, 2]", "sweep .*data.tenants"),
     ],
 )
@@ -675,14 +644,6 @@ def test_what_can_not_be_is_refused_in_one_line_before_anything_is_written(overr
     with pytest.raises(ValueError, match=named) as error:
         train_tenants(tenants_config(folder, tmp_path / "run", override.format(folder=folder)))
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
-
-
-def test_patience_is_refused_where_no_tenant_has_validation_data(folder, tmp_path):
-    write_rows(tmp_path / "tenants" / "acme.jsonl", rows_of_text(8, seed=1))
-    given = f"data.tenants={tmp_path / 'tenants'}", "eval.patience=2"
-    with pytest.raises(ValueError, match=r"eval.patience \(2\) needs validation data \(.*; or set eval.patience=null"):
-        train_tenants(tenants_config(folder, tmp_path / "run", *given))
-    assert not (tmp_path / "run").exists()
 
 
 def test_each_of_the_two_ways_to_train_refuses_the_others_config(folder, tmp_path):

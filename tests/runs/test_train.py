@@ -1,6 +1,5 @@
 """A run: what its folder holds, that it resumes as if nothing had happened, and that it spoils no other folder."""
 
-import builtins
 import gzip
 import json
 import os
@@ -22,12 +21,11 @@ from lowering import lowered
 from safetensors.numpy import load_file, save_file
 from stopped_run import assert_same_arrays, interrupt, train_interrupted
 from tensorflow_datasets.core.features import Text
-from tiny_run import STEPS, metrics, rows_of_text, run_config, run_folder, tokenizer, write_rows
+from tiny_run import metrics, rows_of_text, run_config, run_folder, tokenizer, write_rows
 from tiny_scores import score
 from tiny_tfds import built
 
 from para_jax import (
-    Ia3Config,
     LoraConfig,
     ParaConfig,
     Transformer,
@@ -56,7 +54,6 @@ from para_jax.runs.plan import plan_run
 from para_jax.runs.tenants import steps_of, tenant_configs
 from para_jax.runtime import devices
 from para_jax.training.log import TIMES
-from para_jax.training.optimizer import learning_rates
 from para_jax.training.statistics import standardise, statistics_batches
 from para_jax.training.stop import Stopped
 
@@ -151,13 +148,6 @@ def test_without_the_base_models_scores_a_run_is_the_same(whole, folder, tmp_pat
     assert train(run_config(folder, *given[:2])).scores.keys() == {"validation", "test"}  # the field makes no other run
 
 
-def test_the_logged_learning_rate_is_the_schedules(whole):
-    config, _ = whole
-    logged = [row["learning_rate"] for row in metrics(config) if "loss" in row]
-    rates = learning_rates([config.train], [STEPS])
-    np.testing.assert_allclose(logged, [rates.at(i, config.train.schedule)[0] for i in range(STEPS)], rtol=1e-6)
-
-
 def test_the_kept_adapter_scores_what_the_run_says(whole):
     config, result = whole
     model, kept = load_backbone(config.backbone.source), kept_adapter(config)
@@ -170,27 +160,6 @@ def test_the_kept_adapter_scores_what_the_run_says(whole):
     (validation,) = [line for line in card.splitlines() if line.startswith("- Validation ")]
     base = next(row["validation_loss"] for row in metrics(config) if row["step"] == 0 and "validation_loss" in row)
     assert validation.endswith(f"; {base:.4f} without the adapter.")
-
-
-def test_tensorboard_has_the_training_and_validation_values(whole):
-    events = b"".join(file.read_bytes() for file in (whole[1].output_dir / "tensorboard").iterdir())
-    for name in (b"loss", b"grad_norm", b"learning_rate", b"validation_loss", b"test_before_loss", b"test_after_loss"):
-        assert bytes([10, len(name)]) + name in events  # with its tag, since validation_loss ends with loss
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(
-    "adapter", [LoraConfig(r=4, lora_alpha=16, target_modules=("q_proj", "down_proj")), Ia3Config()]
-)
-def test_other_methods_learn_and_resume_by_the_same_command(adapter, config, tmp_path):
-    config = replace(config, adapter=adapter)
-    result = train(config)
-    losses = [row["validation_loss"] for row in metrics(config) if "validation_loss" in row]
-    assert losses[-1] < losses[0]
-    assert_same_arrays(kept_adapter(config), result.adapter)
-    cut = replace(config, output_dir=str(tmp_path / "cut"))
-    train_interrupted(cut, at_step=5)
-    assert_same_arrays(train(cut).adapter, result.adapter)
 
 
 def test_a_finished_run_is_not_repeated(whole, monkeypatch):
@@ -242,12 +211,11 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_interrupted(at_ste
     assert without_rates(metrics(config)) == without_rates(metrics(whole[0]))  # no step lost and none twice
 
 
-@pytest.mark.parametrize(("number", "raised"), [(signal.SIGTERM, Stopped), (signal.SIGINT, KeyboardInterrupt)])
-def test_a_signal_after_the_last_step_ends_the_program_too(number, raised, whole, config, monkeypatch):
+def test_a_signal_after_the_last_step_ends_the_program_too(whole, config, monkeypatch):
     """A program that trains one run after another would not end otherwise, until it is killed within the next one."""
-    config = replace(config, output_dir=f"{config.output_dir}-{number}", eval=whole[0].eval)
-    with monkeypatch.context() as patched, pytest.raises(raised):
-        at_call(patched, loop, "finish_saving", 1, lambda *_: os.kill(os.getpid(), number))
+    config = replace(config, eval=whole[0].eval)
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        at_call(patched, loop, "finish_saving", 1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         train(config)
     assert checkpoints(config)[-1] == 6
     assert_ends_as(whole, config)
@@ -274,7 +242,7 @@ def test_a_signal_lets_the_step_end_and_saves_and_the_same_command_resumes(
     assert "nothing is left to train after step 6" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("at", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("at", [1, 2, 5])
 def test_sigterm_breaks_into_an_evaluation_which_is_made_when_the_run_resumes(at, whole, config, monkeypatch):
     config = replace(config, eval=whole[0].eval)
     with monkeypatch.context() as patched, pytest.raises(Stopped):
@@ -285,9 +253,7 @@ def test_sigterm_breaks_into_an_evaluation_which_is_made_when_the_run_resumes(at
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    "adapter", [ParaConfig(r=2), long(LoraConfig(r=2)), slow(Ia3Config())], ids=lambda one: type(one).__name__
-)
+@pytest.mark.parametrize("adapter", [ParaConfig(r=2), slow(LoraConfig(r=2))], ids=lambda one: type(one).__name__)
 def test_the_best_adapter_of_the_checkpoint_stays_the_best_after_a_kill(config, monkeypatch, capsys, adapter):
     config = replace(config, adapter=adapter, eval=replace(config.eval, every=2), checkpoint=CheckpointSection(every=3))
     with monkeypatch.context() as patched, pytest.raises(KeyError):
@@ -656,7 +622,6 @@ def with_data_of_its_own(config, folder, at_step):
 @pytest.mark.parametrize(("split", "size", "named"), [
     ("train", 20, "training data .20 examples, not the same"),
     ("validation", 9, "validation data .8 examples there, 9 here"),
-    ("test", 0, "test data .5 examples there, 0 here"),
 ])  # fmt: skip
 def test_a_run_does_not_go_on_with_other_data_than_it_began_with(split, size, named, config, tmp_path):
     config = replace(config, eval=replace(config.eval, test=split == "test"))
@@ -673,38 +638,23 @@ def test_a_run_does_not_go_on_with_other_data_than_it_began_with(split, size, na
 # ------------------------------------------------------------------------------------------------------ what goes wrong
 
 
-@pytest.mark.parametrize("name", ["loss", "grad_norm"])
-def test_a_loss_or_gradient_that_is_not_finite_names_the_step_and_its_examples(name, whole, config, monkeypatch):
+def test_a_loss_that_is_not_finite_names_the_step_and_its_examples(whole, config, monkeypatch):
     config = replace(config, eval=whole[0].eval)
     real = loop.train_step
 
     def broken(state, *arguments, **settings):
         state, values = real(state, *arguments, **settings)
-        return state, values | ({name: np.full(1, np.nan)} if int(state.step[0]) == 2 else {})
+        return state, values | ({"loss": np.full(1, np.nan)} if int(state.step[0]) == 2 else {})
 
     monkeypatch.setattr(loop, "train_step", broken)
     lines = ", ".join(str(i + 1) for i in sorted(only_tenant(config).order.plan.batch_indices(1)[1]))
-    said = f"step 2: the {name} is nan on {config.data.train}/train.jsonl:{lines}; look at these examples"
+    said = f"step 2: the loss is nan on {config.data.train}/train.jsonl:{lines}; look at these examples"
     with pytest.raises(ValueError, match=re.escape(said)) as error:
         train(config)
     assert "\n" not in str(error.value) and len(lines.split(", ")) == 8
     assert [row["step"] for row in metrics(config)] == [0, 1] and not (Path(config.output_dir) / "adapter").exists()
     monkeypatch.undo()
     assert_same_arrays(train(config).adapter, whole[1].adapter)  # nothing of it was saved
-
-
-def test_a_non_finite_loss_at_a_step_that_saves_leaves_the_last_good_checkpoint(config, monkeypatch):
-    config = replace(config, checkpoint=replace(config.checkpoint, every=1))
-    real = loop.train_step
-
-    def broken(state, *arguments, **settings):
-        state, values = real(state, *arguments, **settings)
-        return state, values | ({"loss": np.full(1, np.inf)} if int(state.step[0]) == 5 else {})
-
-    monkeypatch.setattr(loop, "train_step", broken)
-    with pytest.raises(ValueError, match="step 5: the loss is inf"):
-        train(config)
-    assert checkpoints(config) == [3, 4]
 
 
 def test_places_name_a_file_once():
@@ -728,9 +678,7 @@ def test_a_validation_loss_that_is_not_finite_keeps_the_adapter_before(config, m
 
 @pytest.mark.parametrize(("override", "message"), [
     ("data.train=nowhere", "data.train: nowhere.*does not exist"),
-    ("data.task=other", "data.task 'other'"),
     ("data.max_seq_length=9", "tokens exceed data.max_seq_length 9"),
-    ("mesh.data=16", "16.* 8 devices"),
     ("mesh.data=-1 mesh.fsdp=3", "'data': -1, 'fsdp': 3.* 8 devices"),
     ("backbone.source=nowhere", "nowhere"),
     ("eval.choices=[w9]", "eval.choices.* 1 .*2 to 100"),
@@ -741,20 +689,6 @@ def test_a_config_that_does_not_fit_is_an_error_before_anything_is_written(overr
         train(run_config(folder, f"output_dir={tmp_path / 'run'}", *override.split(), *more))
     assert len(str(error.value).splitlines()) <= 2
     assert not (tmp_path / "run").exists()
-
-
-def test_wandb_that_is_not_installed_gives_one_line(config, monkeypatch):
-    real = builtins.__import__
-
-    def without_wandb(name, *arguments, **settings):
-        if name == "wandb":
-            raise ImportError(name)
-        return real(name, *arguments, **settings)
-
-    monkeypatch.setattr(builtins, "__import__", without_wandb)
-    with pytest.raises(ValueError, match=r"wandb.*pip install 'para_jax\[wandb\]'") as error:
-        train(replace(config, logging=replace(config.logging, report_to=("wandb",))))
-    assert "\n" not in str(error.value)
 
 
 def test_more_steps_than_the_schedule_counts_are_an_error(folder, tmp_path):
@@ -787,8 +721,7 @@ def test_a_run_reads_all_its_data_as_often_as_asked(folder):
         ("gemma3_text", [], "0.001"), ("gemma2", ["train.learning_rate=3e-4"], "0.0003"), ("llama", [], None),
         ("gemma", ["train.learning_rate=1e-4"], None), ("gemma", ["train.learning_rate=auto"], None),
         ("gemma", ["sweep.learning_rate=[1e-3, 1e-4]"], None),
-        ("gemma", ["sweep.learning_rate=[1e-3, 3e-3]"], "0.001"), ("gemma", ["adapter.summary=rms"], None),
-        ("gemma", ["adapter.pooler=constant"], None), ("gemma", ["adapter.method=lora"], None),
+        ("gemma", ["adapter.summary=rms"], None), ("gemma", ["adapter.method=lora"], None),
     ],
 )  # fmt: skip
 def test_a_rate_with_which_gemma_learns_little_is_said(folder, capsys, family, overrides, said):
