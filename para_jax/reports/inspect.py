@@ -30,7 +30,6 @@ from ..data.training_data import TrainingData
 from ..estimate.memory import abstract_mesh, tree_size
 from ..estimate.topology import topology_report
 from ..io.checks import expanded, one_of, printable
-from ..io.untrusted import MAX_JSON_BYTES
 from ..model.adapted import init_adapter
 from ..runs.compare import TABLE, method_configs
 from ..runs.data_table import data_lines, tenant_lines
@@ -250,8 +249,7 @@ def methods_report(folder: Path, config: RunConfig) -> str:
     head = f"run        {methods} on {config.backbone.source}, data {described(config.data.train)}"
     found = "no method has ended yet"
     if file.is_file():
-        with file.open("rb") as stream:
-            found = stream.read(MAX_JSON_BYTES).decode(errors="replace").rstrip()
+        found = file.read_bytes().decode().rstrip()
     each = f"each method's run is in a folder of its own: para-jax inspect {shlex.quote(str(folder))}/METHOD"
     return "\n".join([head, found, each])
 
