@@ -29,7 +29,7 @@ from para_jax.estimate.topology import (
     topology_report,
 )
 from para_jax.reports.inspect import dry_run, tenants_of
-from para_jax.runs.fit import empty_state
+from para_jax.runs.run import empty_state
 from para_jax.runtime.sharding import shard_rows
 from para_jax.training.passes import lay_out
 
