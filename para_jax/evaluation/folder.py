@@ -23,7 +23,7 @@ from ..io.shards import SHARD_FILE, Shard, ShardOutput, begin_part, write_part
 from ..io.storage.bucket import Place
 from ..runtime import devices
 from .answers import Answerer, tokens_to_write
-from .journal import Journal
+from .journal import AnswerJournal
 from .options import EvalOptions
 from .questions import Generation
 from .results import (
@@ -97,7 +97,7 @@ def evaluate_to_folder(
     begin_part(output / SHARD_FILE, output, part.shard if part else None)
     if part is not None:
         require_no_others(output, part.shard, [file for name, file in named.items() if name not in files])
-    with closing(Journal(output / ANSWERS_FILE)) as journal:
+    with closing(AnswerJournal(output / ANSWERS_FILE)) as journal:
         given = {"rows": options.rows, "prefill_tokens": options.max_prefill_tokens, "journal": journal}
         given |= {"backbone": content, "shapes": shapes_of_tenants(tasks), "longest": longest_answer(tasks)}
         answerer = Answerer(model, bank, tokenizer, **given)

@@ -97,7 +97,7 @@ class GenerationWorker(ShardWorker):
 
     def answer(self, options: argparse.Namespace) -> None:
         engine, default = self.loaded
-        run_job(engine, options.input, options.output, default, shard=options.shard)
+        run_job(engine, options.input, options.output, default, shard=options.shard, read_body=generate.read_body)
 
 
 def read_deaths(file: Place) -> list[str]:

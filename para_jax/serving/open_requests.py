@@ -126,7 +126,7 @@ class OpenRequests:
                 reason = "stop"
             text = sample.full_text(self.tokenizer, partial=error is not None)
             logprobs = None if sample.request.logprobs is None else sample.logprobs
-            found = sample.tokens, reason, error, logprobs, sample.prompt_logprobs
+            found = sample.tokens, reason, error, logprobs, sample.prompt_logprobs, len(sample.ids)
             completion = Completion(sample.ticket.id, sample.index, text, *found)
             self.queue.remove(sample.request.tenant, sample.number)
             if not sample.ticket.streamed:

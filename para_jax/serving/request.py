@@ -100,6 +100,8 @@ class Completion(NamedTuple):
     """of each of `tokens`, also of those with text that a stop text or white space cuts; None where not asked for"""
     prompt_logprobs: list[TokenLogprob | None] | None = None
     """of each token of the prompt; the first is None"""
+    prompt_tokens: int = 0
+    """tokens of the prompt; 0 for a request that was refused"""
 
 
 class Piece(NamedTuple):

@@ -277,7 +277,7 @@ def test_an_answer_has_one_text_however_it_is_asked_for(tmp_path):
     tiny_run.write_rows(tmp_path / "in.jsonl", lines)
     run_job(engine, tmp_path / "in.jsonl", tmp_path / "out.jsonl", Request("", max_new_tokens=new))
     written = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
-    assert [one["text"] for one in sorted(written, key=lambda one: one["line"])] == answers
+    assert [one["response"]["body"]["choices"][0]["text"] for one in written] == answers
 
     records = [Record(prompt, text, (text,), None, "") for prompt, text in zip(prompts, answers, strict=True)]
     task = EvalTask("t", records, "exact_match", max_new_tokens=new)
