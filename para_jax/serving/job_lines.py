@@ -101,13 +101,12 @@ def short_form(fields: dict, defaults: Request) -> Request:
     if ("prompt" in found) == ("messages" in found):
         raise ValueError("prompt: give either prompt, a text, or messages, a list of turns")
     text, turns = found.pop("prompt", None), found.pop("messages", None)
-    if not isinstance(text if turns is None else turns, str if turns is None else list):
-        raise ValueError(f"prompt is {shorten(text or turns)}; give a text, or a list of turns as messages")
+    prompt = text if turns is None else turns
+    if not isinstance(prompt, str if turns is None else list):
+        raise ValueError(f"prompt is {shorten(prompt)}; give a text, or a list of turns as messages")
     if found.get("tenant") == BASE:
         found["tenant"] = None
-    if isinstance(found.get("stop"), list):
-        found["stop"] = tuple(found["stop"])
-    request = replace(defaults, prompt=text if turns is None else turns, **{"seed": None, **found})
+    request = replace(defaults, prompt=prompt, **{"seed": None, **found})
     check_request(request)
     return replace(request, stop=request.stop_texts)
 

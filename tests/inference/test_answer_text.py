@@ -162,14 +162,6 @@ def test_an_answer_that_is_cut_inside_a_character_keeps_those_before_it():
             assert found == written(tokenizer, tokens[:cut], strip=False, after=word)[0]
 
 
-@pytest.mark.parametrize("count", [60, 86])
-def test_a_stop_text_inside_a_run_of_bytes_ends_the_answer_at_once(count):
-    tokenizer = tiny_tokenizers.own_space()
-    before = tokenizer("ខ" * count + "។", add_special_tokens=False)["input_ids"]
-    tokens = before + tokenizer("ខ" * 60, add_special_tokens=False)["input_ids"][1:]
-    assert written(tokenizer, tokens, ("។",))[:3] == ("ខ" * count, len(before), True)
-
-
 @pytest.mark.parametrize("kind", ["byte level", "SentencePiece"])
 def test_a_character_after_many_invalid_bytes_is_shown(kind):
     tokenizer = KINDS[kind]()
@@ -185,12 +177,6 @@ def test_a_run_of_bytes_goes_on_after_a_special_token():
     first, *rest = tokenizer("ខ", add_special_tokens=False)["input_ids"][1:]
     tokens = [first, tokenizer.eos_token_id, *rest]
     assert written(tokenizer, tokens)[0] == text_of(tokenizer, tokens) == "ខ"
-
-
-def test_pieces_that_only_look_like_bytes_are_text():
-    pieces = ["<0xEF>", "<0xBF>", "<0xBD>", "<0x80>"]
-    made = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}))
-    assert text_of(PreTrainedTokenizerFast(tokenizer_object=made), [3, 0]) == "<0x80> <0xEF>"
 
 
 def test_the_beginning_of_a_stop_text_is_held_back_until_it_is_none():

@@ -273,6 +273,7 @@ def test_rounds_without_requests_prefill_a_pinned_prefix(model):
     assert engine.prefix_cache.hits == pinned / block_bytes(model) * BLOCK
 
 
+@pytest.mark.long
 def test_a_prefix_that_was_answered_before_it_was_pinned_is_kept_whole(model, bank):
     """Its last block was computed twice, and the copy that others find is gone."""
     engine, prefix = engine_of(model, bank, 2), ids_of(12, 2 * BLOCK)
@@ -295,29 +296,11 @@ def test_every_block_of_pinned_messages_is_in_the_chats_that_begin_with_them(mod
     engine.unpin(system)
 
 
-def test_prompts_that_differ_after_their_last_complete_block_are_pinned_each_by_itself(model):
-    engine = engine_of(model, None, 5)
-    one, other = ids_of(0, 8) + (60,), ids_of(0, 8) + (61, 62)
-    assert [engine.pin(prompt) for prompt in (one, other, other)] == [8, 8, 8]
-    engine.unpin(one)
-    engine.step()
-    assert engine.prefix_cache.pinned_bytes == 2 * block_bytes(model), "the other prompt is pinned"
-    for prompt in (one, ids_of(0, 8)):
-        with pytest.raises(ValueError, match="unpin: .* is not pinned"):
-            engine.unpin(prompt)
-    engine.unpin(other)
-    engine.step()
-    assert engine.prefix_cache.pinned_bytes == 0
-
-
 @pytest.mark.parametrize(
     ("prefix", "message"),
     [
         ((30, 31), "pin: 2 tokens are less than a block of 4"),
-        (ids_of(0, 65), "pin: 65 tokens are more than the engine's max_length 64"),
         (ids_of(0, 28), "pin: the pinned prefixes would have 28 tokens, and the cache has room for 20"),
-        ((), "prompt"),
-        ((10**6,) * 4, "token id 1000000"),
     ],
 )
 def test_what_cannot_be_pinned_is_refused(model, prefix, message):
@@ -403,6 +386,7 @@ def test_the_samples_of_a_request_do_not_count_as_its_own_cache(model, bank):
     assert list(again) and again.cached_tokens == 20
 
 
+@pytest.mark.long
 def test_prompts_that_come_together_compute_what_they_share_once(model, bank, monkeypatch):
     engine, log, shared = engine_of(model, bank, prefill_chunk=16), [], ids_of(17, 6 * BLOCK)
     watch(monkeypatch, prefills, "prefill_chunk", log, lambda arguments: int(arguments[3].count.sum()))
@@ -425,16 +409,6 @@ def test_nothing_is_compiled_after_warm_up(model, tenants, compiled):
         name = [*CONFIGS, None][i % 8]
         engine.submit(Request(ids_of(i % 2, 1 + 2 * i), name, 1 + i % 5, temperature=i % 2, n=1 + i % 3, seed=i))
     assert len(answers(engine)) == 60 and len(compiled) == before and engine.prefix_cache.hits > 0
-
-
-def test_the_prefill_of_scope_response_is_the_base_models_program(model, bank):
-    """Text for text, whatever adapters the bank holds. So it is for the TPU's compiler too."""
-
-    def program(bank):
-        held = engine_of(model, bank)._prefills
-        return prefills.prefill_chunk.lower(held._treedef, held._leaves, held.pool, held._no_lanes()).as_text()
-
-    assert program(bank) == program(None) and "while" in program(None)
 
 
 @pytest.mark.long
@@ -589,16 +563,6 @@ def test_the_reported_memory_of_the_pool_is_that_of_its_arrays(model):
 
 
 # ------------------------------------------------------------------------------------------------- tenants that join
-
-
-def test_a_tenant_with_a_larger_window_may_join(model, tenants):
-    bank, prompt = bank_of(model, tenants, ["w1"]), ids_of(24, 14)
-    engine = engine_of(model, bank)
-    first = answer(engine, prompt, "w1"), answer(engine, prompt, None)
-    bank.add("lora", tenants["lora"]), bank.add("w4", tenants["w4"])
-    for name in ("lora", "w4"):
-        assert answer(engine, prompt, name) == answer(engine_of(model, bank, 0), prompt, name)
-    assert (answer(engine, prompt, "w1"), answer(engine, prompt, None)) == first
 
 
 @pytest.mark.long
