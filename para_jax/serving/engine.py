@@ -130,7 +130,7 @@ class Engine:
             )
             self._prefills = self._decoder.prefills
             pool, cached = (blocks * block_size for blocks in (self._prefills.cache.blocks, self._prefills.cached))
-            sizes = {"prompts": self._prefills.rows, "pool": pool, "cached": cached}
+            sizes = {"prompts": self._prefills.table.rows, "pool": pool, "cached": cached}
             say(capacity(bank, self._decoder.row, slots, max_length, **sizes))
 
         self._requests = OpenRequests(tokenizer, seed, queue_limit, queue_limit_per_tenant)

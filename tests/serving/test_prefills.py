@@ -17,8 +17,9 @@ from para_jax.adapters import padding
 from para_jax.backbone.block_pool import rows_of_blocks
 from para_jax.serving import decoder, prefills, rounds
 from para_jax.serving.capacity import capacity
-from para_jax.serving.prefills import ROWS, ChunkedPrompt, token_bytes
+from para_jax.serving.prefills import token_bytes
 from para_jax.serving.prefix_cache import prompt_key
+from para_jax.serving.prompt_table import ROWS, ChunkedPrompt
 
 SITES = ("q_proj", "k_proj", "v_proj", "up_proj")
 CHUNK = 8
@@ -89,9 +90,9 @@ def watch(monkeypatch, owner, name, log, note=lambda arguments: None):
 
 def require_idle(engine):
     """No prompt at work refers to a block, and every block can be used again."""
-    cache, kept = engine._prefills.cache, engine._prefills._kept.values()
+    cache, kept = engine._prefills.cache, engine._prefills.table.kept.values()
     used = {block for prompt in kept if isinstance(prompt, ChunkedPrompt) for block in prompt.blocks}
-    assert not engine._prefills._working and len(kept) <= ROWS
+    assert not engine._prefills.table.working and len(kept) <= ROWS
     assert {block for block, count in enumerate(cache._references) if count} == used
     assert len(cache._free) + len(cache._idle) + cache.pinned_blocks + len(used) >= cache.blocks
 
@@ -145,11 +146,11 @@ def test_samples_of_one_prompt_are_drawn_as_if_each_were_alone(model, bank):
 
 
 def rows_and_logits(engine, key):
-    prompt = engine._prefills.kept(key)
+    prompt = engine._prefills.table.find(key)
     assert prompt is not None
     held = [rows_of_blocks(layer, np.array([prompt.blocks])) for layer in engine._prefills.pool]
-    logits, adjustments = prompt.made
-    of_row = jax.tree.map(np.asarray, (logits[prompt.row], adjustments))
+    row, logits, adjustments = prompt.made
+    of_row = jax.tree.map(np.asarray, (logits[row], adjustments))
     return [np.stack(row)[:, 0, :, : len(prompt.ids)] for row in held], *jax.tree.leaves(of_row)
 
 
@@ -361,8 +362,8 @@ def test_a_prompt_without_room_does_not_hold_up_those_that_fit(model, bank):
 @pytest.mark.long
 def test_a_prompt_without_room_is_not_overtaken_for_ever(model, bank, monkeypatch):
     engine = engine_of(model, bank, 0, slots=4)
-    has_room = engine._prefills.has_room
-    monkeypatch.setattr(engine._prefills, "has_room", lambda key, ids: len(ids) < 60 and has_room(key, ids))
+    has_room = engine._prefills.table.has_room
+    monkeypatch.setattr(engine._prefills.table, "has_room", lambda key, ids: len(ids) < 60 and has_room(key, ids))
     engine.submit(Request(ids_of(0, 60), None, 1, id="long"))
     for i in range(rounds.OVERTAKING + 9):
         engine.submit(Request(ids_of(1 + i, 5), "w1", 1, id=i))
@@ -469,14 +470,14 @@ def test_as_many_short_prompts_start_at_once_as_a_chunk_has_blocks(model, bank):
     given, held = {}, []
     while engine.open:
         given |= {completion.id: completion for completion in engine.step()}
-        prompts = [*engine._prefills._working.values(), *engine._prefills._kept_in_blocks()]
+        prompts = [*engine._prefills.table.working.values(), *engine._prefills.table._kept_in_blocks()]
         held.append(sum(len(prompt.blocks) for prompt in prompts))
     for id, one in zip(short, asked, strict=True):
         assert plain(given[id]) == answer(alone, *one)
     assert max(held) <= ROWS * -(-64 // BLOCK)
     answer(engine, ids_of(99, 3))
     engine.step()
-    assert len(engine._prefills._kept) <= ROWS + 1, "the others, and their adapters, are given up"
+    assert len(engine._prefills.table.kept) <= ROWS + 1, "the others, and their adapters, are given up"
 
 
 @pytest.mark.parametrize("program", ["prefill_chunk", "take_rows", "one_row"])

@@ -409,8 +409,7 @@ def test_a_tokenizer_that_fails_is_one_requests_error(model, bank, alone):
 
 def test_a_stream_gives_text_and_tokens_as_they_are_decoded(model, bank, alone):
     engine, asked = engine_of(model, bank), requests()
-    streamed, other = engine.submit(asked[11]), engine.submit(asked[0])
-    stream = engine.stream(streamed)
+    stream, other = engine.stream(asked[11]), engine.submit(asked[0])
     pieces = [next(stream)]
     assert pieces[0].finish_reason is None and 0 < len(pieces[0].tokens) < 14
     pieces += stream
