@@ -17,10 +17,9 @@ from typing import Any
 from ..config import TFDS as SCHEME
 from ..config import is_tfds as is_tfds
 from ..io.checks import expanded, printable, shorten
-from .split import DataSet, Split
+from .rows import READ_AT_ONCE, DataSet, Split
 
 CATALOG = "https://www.tensorflow.org/datasets/catalog"
-READ_AT_ONCE = 1000  # examples
 
 
 class NotPrepared(ValueError):

@@ -13,7 +13,7 @@ from ..config import RunConfig, Variables, template_variables
 from ..io.checks import shorten
 from ..io.hub import CONFIG_FILES, MAX_TEXT_BYTES, TOKENIZER_FILES, resolve_tokenizer
 from ..io.untrusted import read_json
-from .chat_template import default_template, with_variables
+from .chats import default_template, with_variables
 from .examples import failures
 
 #: Classes that put bos and eos around a text as add_bos_token and add_eos_token of tokenizer_config.json say.

@@ -7,11 +7,10 @@ from dataclasses import replace
 
 from ..backbone.load import load_model_config
 from ..config import DataSection, RunConfig
-from ..data.encode_records import TooLong, encode_records
 from ..data.packing import RowShape
 from ..data.records import load_records, split_records
-from ..data.tenant_file import own_values
-from ..data.training_data import TrainingData, load_training_data
+from ..data.tenants import own_values
+from ..data.training_data import TooLong, TrainingData, encode_records, load_training_data
 from ..evaluation.defaults import RANKED, scoring_rule
 from ..evaluation.metrics import single_spaced
 from ..evaluation.tasks import with_limit

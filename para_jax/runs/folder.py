@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import RunConfig, config_dict, load_config, save_config
 from ..data.example_arrays import examples_digest
-from ..data.tenant_file import AT_ONCE, OWN_FIELDS
+from ..data.tenants import AT_ONCE, OWN_FIELDS
 from ..io import atomic
 from ..io.checks import expanded, shorten
 from ..io.record_file import lock_output

@@ -12,7 +12,7 @@ from ..adapters.bank import weights_hash
 from ..adapters.files import CONFIG, load_adapter
 from ..adapters.methods import method_of
 from ..config import ModelConfig, RunConfig
-from ..data.tenant_file import AT_ONCE
+from ..data.tenants import AT_ONCE
 from ..io.checks import expanded, shorten
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from ..data.tenant_file import AT_ONCE
+from ..data.tenants import AT_ONCE
 from ..io.storage.bucket import BucketPath
 from ..runtime.processes import is_first
 from ..training.log import Log

@@ -16,12 +16,10 @@ import numpy as np
 from ..adapters.adapter import Adapter
 from ..adapters.bank import weights_hash
 from ..config import RunConfig
-from ..data.batch_tenants import batch_shares
 from ..data.batches import Batch, Bucket
 from ..data.given import is_given
 from ..data.packing import Packed, RowShape
-from ..data.prefetch import prefetch
-from ..data.schedule import Schedule, StepBatch, Turn, admitted
+from ..data.schedule import Schedule, StepBatch, Turn, admitted, batch_shares, prefetch
 from ..io.checks import expanded
 from ..io.messages import say
 from ..io.progress import Progress

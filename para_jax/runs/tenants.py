@@ -22,16 +22,14 @@ from ..data.batches import (
     lengths_worth_compiling,
     plan_buckets_of_sizes,
 )
-from ..data.encode_records import TooLong
 from ..data.example_arrays import ExampleArrays
 from ..data.examples import Example
 from ..data.packing import PackingPlan, RowShape, common_shape, plan_packing
 from ..data.schedule import TenantOrder
 from ..data.sources import is_folder, is_held_out, unread
-from ..data.tenant_file import AT_ONCE, with_own_fields
-from ..data.tenants import tenant_sections
+from ..data.tenants import AT_ONCE, tenant_sections, with_own_fields
 from ..data.tokenizer import run_tokenizer
-from ..data.training_data import TrainingData, chosen_length, describe_lengths, load_training_data
+from ..data.training_data import TooLong, TrainingData, chosen_length, describe_lengths, load_training_data
 from ..evaluation.defaults import ScoringRule, scoring_rule
 from ..evaluation.tasks import EvalTask, say_long, task_of_run, with_limit
 from ..io.checks import expanded, require

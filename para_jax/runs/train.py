@@ -24,8 +24,7 @@ from ..config import ModelConfig, RunConfig, config_dict
 from ..config.unused import unused_fields
 from ..data.example_arrays import examples_digest
 from ..data.given import with_data, with_tenants
-from ..data.tenant_file import of_most_memory, own_values
-from ..data.tenants import OWN_FILE
+from ..data.tenants import OWN_FILE, of_most_memory, own_values
 from ..estimate.memory import run_mesh
 from ..evaluation.score import describe_best
 from ..io.checks import expanded, shorten

@@ -6,7 +6,7 @@ import asyncio
 import json
 import sys
 
-from ..data.row_files import json_problem
+from ..data.rows import json_problem
 from ..io.checks import shorten, without_repeats
 from ..io.untrusted import MAX_DEPTH, bounded_int, require_flat
 from .errors import ApiError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from ..data.chat_messages import ROLES, TEXT_PART, is_text_part, joined_parts
+from ..data.chats import ROLES, TEXT_PART, is_text_part, joined_parts
 from ..io.checks import shorten
 from .errors import wrong_field
 from .fields import Fields, Name, only, read_fields, wrong_value

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import BinaryIO
 
-from ..data.chat_template import fixed_date, writes_date
+from ..data.chats import fixed_date, writes_date
 from ..io.checks import expanded, printable, shorten
 from ..io.messages import say
 from ..io.progress import Progress

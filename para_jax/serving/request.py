@@ -6,7 +6,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..data.chat_messages import checked_messages
+from ..data.chats import checked_messages
 from ..data.examples import Ids, Prompt
 from ..inference.sampling import Sampling, is_whole
 from ..io.checks import shorten

@@ -20,8 +20,7 @@ import numpy as np
 from ..data.batches import Batch, Bucket, full_batches, plan_buckets
 from ..data.example_arrays import ExampleArrays, examples_digest
 from ..data.packing import Packed, RowShape
-from ..data.prefetch import AHEAD, THREADS
-from ..data.schedule import TenantOrder
+from ..data.schedule import AHEAD, THREADS, TenantOrder
 from ..io.messages import say
 from ..io.progress import Progress
 from ..model.tail import PromptStates, prompt_states

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from para_jax.data.batch_tenants import SAMPLING, batch_shares, next_tenants
+from para_jax.data.schedule import SAMPLING, batch_shares, next_tenants
 
 
 def drawn(examples, sampling, groups, batches, running=None):

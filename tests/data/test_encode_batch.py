@@ -5,9 +5,7 @@ import random
 import pytest
 import tiny_tokenizers
 
-from para_jax.data import encode_batch
-from para_jax.data.encode_batch import encode_examples
-from para_jax.data.examples import encode_example
+from para_jax.data.examples import encode_example, encode_examples
 
 OWN_SPACE = ("own_space", "own_space_zephyr", "own_space_chatml")
 KINDS = ("plain", "with_bos", *OWN_SPACE, "moved_system", "adds_eos", "adds_both")
@@ -57,12 +55,10 @@ def tokenizer(request):
 
 @pytest.mark.parametrize("pairs", [TEXTS, CHATS, [*CHATS, *TEXTS, *CHATS], []], ids=["texts", "chats", "both", "none"])
 def test_batch_encoding_equals_encoding_one_by_one(tokenizer, pairs, monkeypatch):
-    monkeypatch.setattr(encode_batch, "RENDERED_AT_ONCE", 3)
     assert encode_examples(tokenizer, pairs) == [encode_example(tokenizer, *pair) for pair in pairs]
 
 
 def test_so_are_chats_whose_system_message_moves(monkeypatch):
-    monkeypatch.setattr(encode_batch, "RENDERED_AT_ONCE", 3)
     tokenizer, system = tokenizer_of("moved_system"), {"role": "system", "content": "Be brief."}
     pairs = [*CHATS, *(([system, *prompt], completion) for prompt, completion in CHATS)]
     assert encode_examples(tokenizer, pairs) == [encode_example(tokenizer, *pair) for pair in pairs]

@@ -4,9 +4,9 @@ import pytest
 import tiny_tokenizers
 
 from para_jax.config import DataSection
-from para_jax.data.encode_records import encode_records, report
 from para_jax.data.examples import encode_example
 from para_jax.data.records import Record
+from para_jax.data.training_data import encode_records, report
 
 
 def long_and_short():

@@ -3,11 +3,11 @@ from copy import deepcopy
 import pytest
 import tiny_tokenizers
 
-from para_jax.data.encode_batch import encode_examples
 from para_jax.data.examples import (
     answer_opening,
     encode_completion,
     encode_example,
+    encode_examples,
     encode_prompt,
     most_characters,
     stop_token_ids,

@@ -10,11 +10,10 @@ from tiny_run import write_rows
 
 from para_jax.config import DataSection, load_config
 from para_jax.data import token_cache
-from para_jax.data.encode_records import encode_records
 from para_jax.data.hf import open_data_set, parse_hf
 from para_jax.data.records import load_records, read_records
 from para_jax.data.sources import open_split
-from para_jax.data.training_data import load_training_data
+from para_jax.data.training_data import encode_records, load_training_data
 from para_jax.evaluation.tasks import warn_of_replaced
 from para_jax.reports.inspect import data_lines
 
@@ -195,7 +194,7 @@ def test_a_wrong_source_is_an_error_that_names_it(tmp_path, source, named):
 def test_other_file_formats_are_refused(tmp_path):
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "train.csv").write_text("prompt,completion\na,b\n")
-    with pytest.raises(ValueError, match="rows holds csv files"):
+    with pytest.raises(ValueError, match="rows: it holds csv files"):
         load_records(DataSection(train=f"hf:{tmp_path / 'rows'}"), "train")
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from para_jax.data.batches import Plan, collate, example_lengths, plan_buckets
 from para_jax.data.examples import Example
-from para_jax.data.prefetch import AHEAD, prefetch
+from para_jax.data.schedule import AHEAD, prefetch
 
 
 def maker(count=30, rows=4):

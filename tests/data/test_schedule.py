@@ -5,10 +5,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from para_jax.data.batch_tenants import SLACK, batch_shares
 from para_jax.data.batches import Bucket, Plan, best_lengths, example_lengths, for_mixed_rows, plan_buckets
 from para_jax.data.examples import Example
-from para_jax.data.schedule import Schedule, TenantOrder, admitted, turns
+from para_jax.data.schedule import SLACK, Schedule, TenantOrder, admitted, batch_shares, turns
 
 BUCKETS = (Bucket(8, 4), Bucket(16, 4))
 SIZES = (20, 6, 11, 1, 9)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from para_jax.data.split import plain
+from para_jax.data.rows import plain
 
 
 def test_a_field_is_plain_python():

@@ -9,12 +9,9 @@ import pytest
 import tiny_tokenizers
 
 from para_jax.config import DataSection
-from para_jax.data import encode_records as encoding
 from para_jax.data import token_cache, training_data
-from para_jax.data.encode_records import encode_records
 from para_jax.data.records import load_records
-from para_jax.data.training_data import describe_lengths, load_training_data
-from para_jax.io.atomic import temporary_name
+from para_jax.data.training_data import describe_lengths, encode_records, load_training_data
 
 USER, BOT = {"role": "user", "content": "where is my parcel?"}, {"role": "assistant", "content": "shipping"}
 KINDS = ("plain", "with_bos", "own_space")
@@ -24,7 +21,6 @@ KINDS = ("plain", "with_bos", "own_space")
 def small(monkeypatch, tmp_path):
     """Small parts, and a cache of this test's own that keeps small data too."""
     monkeypatch.setattr(training_data, "ENCODED_AT_ONCE", 7)
-    monkeypatch.setattr(encoding, "ENCODED_AT_ONCE", 5)
     monkeypatch.setattr(token_cache, "MIN_BYTES", 0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
@@ -131,22 +127,6 @@ def test_data_that_moved_is_found_and_named_by_its_new_place(tmp_path, monkeypat
     assert found.places[4] == f"{moved}:9" and made.places[4] == f"{file}:9"
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b""], ids=["cut off", "empty"])
-def test_a_damaged_file_is_named_and_made_again(tmp_path, monkeypatch, capsys, damage):
-    tokenizer, section = tiny_tokenizers.plain(), section_of(written(tmp_path))
-    made = load_training_data(section, tokenizer)
-    (file,) = cached()
-    sound = file.read_bytes()
-    damaged = damage(sound)
-    assert hash(damaged) != hash(sound)
-    file.write_bytes(damaged)
-    same(load_training_data(section, tokenizer), made)
-    assert file.name in capsys.readouterr().err
-    assert hash(file.read_bytes()) == hash(sound)
-    monkeypatch.setattr(training_data, "tokenised", untouchable)
-    same(load_training_data(section, tokenizer), made)
-
-
 def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, capsys):
     (tmp_path / "cache").write_text("a file")
     made = load_training_data(section_of(written(tmp_path)), tiny_tokenizers.plain())
@@ -165,22 +145,16 @@ def test_concurrent_writers_leave_one_complete_file(tmp_path, monkeypatch):
     assert len(load_training_data(section, tokenizer).examples) == 41
 
 
-def test_the_least_recently_used_files_make_room(tmp_path, monkeypatch):
+def test_the_least_recently_used_files_make_room(tmp_path):
     tokens = token_cache.TokenisedExamples(np.ones((10, 2), np.int32), np.arange(10), np.ones(20, np.int32), 0, 0)
-    for i in range(3):
-        token_cache.store_tokens("key", str(i), tokens)
-        os.utime(token_cache.path_of("key", str(i)), (i, i))
+    files = [token_cache.folder() / f"{i}.npz" for i in range(4)]
+    for i, file in enumerate(files):
+        token_cache.store_tokens(file, tokens)
+        os.utime(file, (i, i))
     (token_cache.folder() / "mine.txt").write_text("stays")
-    being_written, abandoned = (temporary_name(token_cache.path_of("key", "4")) for _ in range(2))
-    for part in (being_written, abandoned):
-        part.write_bytes(b"a part")
-    os.utime(abandoned, (0, 0))
-    assert token_cache.load_tokens("key", "0")  # used just now
-    monkeypatch.setattr(token_cache, "MAX_BYTES", 3 * token_cache.path_of("key", "0").stat().st_size)
-    token_cache.store_tokens("key", "3", tokens)
-    kept = [i for i in range(4) if token_cache.path_of("key", str(i)).exists()]
-    assert kept == [0, 2, 3] and being_written.exists() and not abandoned.exists()
-    assert (token_cache.folder() / "mine.txt").exists()
+    assert token_cache.load_tokens(files[0])  # used just now
+    token_cache.delete_oldest(files[1], 3 * files[0].stat().st_size)
+    assert cached() == [*files[:2], files[3], token_cache.folder() / "mine.txt"]
 
 
 # --------------------------------------------------------------------------------------------------------------- errors

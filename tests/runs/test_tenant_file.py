@@ -14,7 +14,7 @@ from para_jax.cli import main, parse
 from para_jax.cli.checks import check_data
 from para_jax.cli.evaluate import config_of
 from para_jax.config import RunConfig, load_config
-from para_jax.data.tenant_file import OWN_FIELDS, of_most_memory, with_own_fields
+from para_jax.data.tenants import OWN_FIELDS, of_most_memory, with_own_fields
 from para_jax.evaluation.task_questions import own_configs
 from para_jax.evaluation.tasks import task_of_run
 from para_jax.reports.inspect import configs_here, tenant_lines
@@ -184,16 +184,16 @@ def test_the_evaluation_that_needs_the_most_memory_chooses_the_mesh():
     ("text", "named"),
     [
         ("train: {schedule: cosine}", "train.schedule can't be set for one tenant\n.*train.learning_rate"),
-        ("eval: {metrc: loss}", "eval.metrc can't .*\ndid you mean eval.metric"),
+        ("eval: {metrc: loss}", "eval.metrc can't .*did you mean eval.metric"),
         ("eval: {batch_size: 4}", "eval.batch_size can't"),
-        ("adapter: {r: 4}", "adapter can't be set for one tenant"),
+        ("adapter: {r: 4}", "adapter.r can't be set for one tenant"),
         ("output_dir: /elsewhere", "output_dir can't"),
         ("data: {train: /etc/passwd}", "data.train can't"),
-        ("backbone: {source: other}", "backbone can't"),
+        ("backbone: {source: other}", "backbone.source can't"),
         ("eval: {metric: best}", "eval.metric .*'best'"),
         ("train: {learning_rate: fast}", "train.learning_rate .*'fast'"),
         ("train: {max_steps: 0}", "train.max_steps .* 0"),
-        ("eval: 3", "eval must be .* 3"),
+        ("eval: 3", "eval can't be set"),
         ("evaluation:", "evaluation can't"),
         ("- eval", "not a mapping"),
         ("eval: {every: 2}\neval: {every: 3}", "duplicate key"),

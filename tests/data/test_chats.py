@@ -8,14 +8,15 @@ import pytest
 import tiny_tokenizers
 
 from para_jax.data import chats
-from para_jax.data.chat_template import (
+from para_jax.data.chats import (
     TemplateError,
+    checked_messages,
     fixed_date,
+    render,
     render_template,
     with_variables,
     writes_date,
 )
-from para_jax.data.chats import render
 from para_jax.data.examples import encode_prompt, stop_token_ids, turn_stop_ids
 from para_jax.data.tokenizer import set_variables
 
@@ -215,3 +216,10 @@ def test_other_arguments_stay_as_they_are(arguments):
     message = {"role": "assistant", "content": "", "tool_calls": [call]}
     assert render_template("{{ messages | tojson }}", [message]) == json.dumps([message])
     assert render_template("{{ messages[0].tool_calls[0] }}", [message | {"tool_calls": ["other"]}]) == "other"
+
+
+def test_no_calls_are_as_no_field():
+    """Responses of servers have "tool_calls": [], and templates may ask whether the field is there."""
+    message = {"role": "assistant", "content": "Hello"}
+    for empty in ([], None, {}):
+        assert checked_messages("messages", [message | {"tool_calls": empty, "function_call": empty}]) == [message]

@@ -5,8 +5,6 @@ import json
 from dataclasses import replace
 
 import datasets
-import pyarrow
-import pyarrow.parquet
 import pytest
 import tiny_tokenizers
 from tiny_run import write_rows
@@ -15,8 +13,8 @@ from para_jax.config import DataSection
 from para_jax.data import token_cache
 from para_jax.data.given import with_data
 from para_jax.data.records import load_records, read_records
+from para_jax.data.rows import warn_of_hidden
 from para_jax.data.sources import open_split
-from para_jax.data.split import warn_of_hidden
 from para_jax.data.training_data import load_training_data
 
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -49,8 +47,8 @@ def test_an_array_of_objects_is_read_like_json_lines(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('[{"prompt": "a"', "x.json: not a JSON array"),
-        ("[1]", r"x.json\[0\]: the item is a int"),
+        ('[{"prompt": "a"', "x.json: not JSON"),
+        ("[1]", r"x.json\[0\]: the row is a int"),
         ("[]", "x.json has no rows"),
         ('[{"prompt": "a", "completion": ""}]', r"x.json\[0\]: completion is empty"),
         ("prompt,completion\na,b\n", r"x.json:1: not JSON.*\n.*\.csv"),
@@ -123,7 +121,6 @@ def test_columns_of_csv_work_as_in_json_lines(tmp_path):
     ("text", "said"),
     [
         ("prompt,completion\na,b\nc\n", "Expected 2 columns, got 1"),
-        ("prompt,completion,prompt\na,b,c\n", "the column 'prompt' is there twice"),
         ("", "Empty CSV file"),
         ("prompt,answer\na,b\n", r"\[0\]: no field 'completion'.*prompt, answer"),
         ("prompt,completion\na,\n", r"\[0\]: completion is empty"),
@@ -232,14 +229,6 @@ def test_the_token_cache_holds_parquet_and_saved_folders(tmp_path, monkeypatch):
         first, again = (load_training_data(DataSection(train=str(source)), tiny_tokenizers.plain()) for _ in range(2))
         assert list(first.examples) == list(again.examples) and list(first.places) == list(again.places)
     assert len(list(token_cache.folder().iterdir())) == 2
-
-
-def test_a_column_that_is_there_twice_is_an_error(tmp_path):
-    twice = pyarrow.table([["a"], ["b"]], names=["prompt", "prompt"])
-    pyarrow.parquet.write_table(twice, tmp_path / "x.parquet")
-    for section in (DataSection(train=str(tmp_path / "x.parquet")), with_data(DataSection(), twice)):
-        with pytest.raises(ValueError, match="the column 'prompt' is there twice"):
-            load_records(section, "train")
 
 
 def test_what_is_damaged_is_named(tmp_path):
