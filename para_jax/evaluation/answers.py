@@ -23,7 +23,7 @@ from ..runtime.sharding import mesh_of, using
 from ..serving.engine import Engine
 from ..training.stop import interruption_point
 from .batch_adapters import Bank, version
-from .journal import Journal
+from .journal import AnswerJournal
 from .likelihood import likelihoods
 from .questions import Answer, Generation, Likelihood, Pending, Question, Scored, Written, key
 from .shapes import OpenShapes, PlannedShapes, batch_rows
@@ -46,7 +46,7 @@ class Answerer:
         prefill_tokens: int | None = None,
         shapes: PlannedShapes | None = None,
         engine: Engine | None = None,
-        journal: Journal | None = None,
+        journal: AnswerJournal | None = None,
         backbone: str = "",
         longest: int = 0,
     ):
@@ -96,7 +96,7 @@ class Answerer:
         Raises ValueError, before anything is computed, for an unknown tenant and for a question that does not end with
         its adapter's alora_invocation_tokens.
         """
-        journal = Journal() if self.journal is None else self.journal
+        journal = AnswerJournal() if self.journal is None else self.journal
         entries = {tenant: self._entry(tenant) for tenant in dict.fromkeys(tenant for tenant, _ in questions)}
         self.entries = entries
         asked = [self._pending(tenant, entries[tenant], question, journal) for tenant, question in questions]
@@ -133,7 +133,7 @@ class Answerer:
                 self._warned.add(one.tenant)
                 warn(f"an answer of {describe_tenant(one.tenant)} is empty, and counts as wrong: {NO_TOKEN_MESSAGE}")
 
-    def _answers(self, left: list[Pending], distinct: list[Pending], journal: Journal) -> Answers:
+    def _answers(self, left: list[Pending], distinct: list[Pending], journal: AnswerJournal) -> Answers:
         """The answers to the questions that are left, likelihoods first: the journal has them before texts follow."""
         yield from self._scored([one for one in left if isinstance(one.question, Likelihood)])
         greedy: dict[tuple, tuple[int, ...]] = {}  # the longest first tokens that greedy decoding is known to write
@@ -194,7 +194,7 @@ class Answerer:
             raise ValueError(f"tenant {tenant!r}: there is no bank; only None, the base model, can be asked")
         return self.bank.entry(tenant)
 
-    def _pending(self, tenant: Any, entry: Any, question: Question, journal: Journal) -> Pending:
+    def _pending(self, tenant: Any, entry: Any, question: Question, journal: AnswerJournal) -> Pending:
         question = question if entry else question._replace(reads=None)  # the base model makes no factors
         if journal.file is None:
             return Pending((version(entry), question), tenant, entry, question)

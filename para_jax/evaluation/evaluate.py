@@ -24,7 +24,7 @@ from ..model.adapted import require_backbone
 from ..runtime import devices
 from .adapter_passes import PLACES, Adapters, bank_and_passes, find_adapters
 from .answers import Answerer, tokens_to_write
-from .journal import Journal
+from .journal import AnswerJournal
 from .options import EvalOptions
 from .questions import Generation
 from .results import (
@@ -157,7 +157,7 @@ def run_evaluation(
         begin_part(folder / SHARD_FILE, folder, shard)
     who = f"shard {shard}: " if shard else ""
     bank, passes = bank_and_passes(adapters, here, model, int(options.adapter_memory * 1e9), who)
-    with closing(passes), closing(Journal(folder and folder / ANSWERS_FILE)) as journal:
+    with closing(passes), closing(AnswerJournal(folder and folder / ANSWERS_FILE)) as journal:
         answerer = Answerer(
             model,
             bank,

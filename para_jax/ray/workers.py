@@ -105,4 +105,4 @@ class GenerationWorker(ShardWorker):
             sources, tenants = generate.checked(options)
             self.loaded = generate.engine_of(options, *generate.load(options, sources), tenants=tenants)
         engine, default = self.loaded
-        run_job(engine, options.input, output, default, shard=options.shard)
+        run_job(engine, options.input, output, default, shard=options.shard, read_body=generate.read_body)

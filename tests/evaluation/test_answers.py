@@ -14,7 +14,7 @@ from para_jax import AdapterBank, Engine, ParaConfig, Request, generate, init_ad
 from para_jax.backbone.content import backbone_content
 from para_jax.evaluation import answers as answering
 from para_jax.evaluation.answers import Answerer
-from para_jax.evaluation.journal import Journal
+from para_jax.evaluation.journal import AnswerJournal
 from para_jax.evaluation.questions import (
     Generation,
     Likelihood,
@@ -57,7 +57,7 @@ def test_a_likelihood_gives_away_the_answer_of_its_own_adapter_and_factors_alone
     monkeypatch.setattr(Answerer, "_in_batches", computed)
     monkeypatch.setattr(Answerer, "_by_engine", computed)
     bank, greedy, one = bank_of("llama", "A"), Likelihood((3, 4), (5, 6, 7)), Generation((3, 4), 2)
-    journal = Journal()
+    journal = AnswerJournal()
     journal.add((bank.entry("A").version, greedy), Scored(-1.0, True))
     questions = [("A", greedy), ("A", one), (None, one), ("A", one._replace(reads=(8,)))]
     _, *found = Answerer(backbone("llama"), bank, tokenizer(), journal=journal).answer(questions)
@@ -74,7 +74,7 @@ def test_an_answer_ends_at_the_stop_ids_of_the_engine_that_is_given(tmp_path):
     tokens, end = written.tokens, written.tokens[3]
     first = tokens[: tokens.index(end)]
     for given in ([], [(None, Likelihood(question.context, tuple(tokens)))]):
-        journal = Journal(tmp_path / str(len(given)) / "answers.jsonl")
+        journal = AnswerJournal(tmp_path / str(len(given)) / "answers.jsonl")
         for stop_ids, expected in ((), tokens), ((end,), first):
             engine = Engine(model, None, tokenizer(), slots=2, max_length=64, stop_ids=stop_ids)
             how = dict(rows=ROWS, journal=journal, backbone=backbone_content(model))
@@ -88,7 +88,7 @@ def test_a_journal_answers_equal_questions_for_the_same_content_only(tmp_path, m
     content = backbone_content(model)
 
     def answered(names, tenant, backbone=content):
-        journal = Journal(tmp_path / "a" / "answers.jsonl")
+        journal = AnswerJournal(tmp_path / "a" / "answers.jsonl")
         answerer = Answerer(model, bank_of("llama", names), tokenizer(), rows=ROWS, journal=journal, backbone=backbone)
         found = answerer.answer([(tenant, one) for _, one in questions] * 2)
         return found[: len(questions)], answerer.tokens
@@ -116,7 +116,7 @@ def test_an_engine_has_no_request_left_after_an_interrupt():
     answerer = Answerer(model, bank, tokenizer(), rows=ROWS, engine=engine)
     questions = [("A", Generation(one.context[:9], 4)) for one in asked()[::3][:5]]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Journal, "add", stop)
+        patch.setattr(AnswerJournal, "add", stop)
         answerer.answer(questions)
     assert not engine.open
     assert answerer.answer(questions) == answers("llama", questions, "A")
@@ -151,7 +151,7 @@ def test_replacing_an_adapter_meanwhile_changes_no_answer(monkeypatch):
     old, new = (strong(init_adapter(ParaConfig(r=4), model.config), seed, 0.3) for seed in (1, 2))
     bank.add("A", old)
     questions = [("A", asked()[0]), *(("A", Generation(one.context[:9], 4)) for one in asked()[::3][:2])]
-    journal, real = Journal(), answering.likelihoods
+    journal, real = AnswerJournal(), answering.likelihoods
 
     def replaced(*arguments):
         yield from real(*arguments)
@@ -194,7 +194,7 @@ def test_an_adapter_that_overflows_answers_nothing_and_the_others_answer_as_with
     assert said.startswith("an answer of tenant 'wild' is empty") and "logits are not finite" in said
     for _ in range(2):  # asked, then in the journal
         caplog.clear()
-        with closing(Journal(tmp_path / "answers.jsonl")) as journal:
+        with closing(AnswerJournal(tmp_path / "answers.jsonl")) as journal:
             given = dict(rows=ROWS, engine=engine, journal=journal, backbone="b")
             again = Answerer(model, bank, tokenizer(), **given).answer([("wild", questions[0]), ("A", questions[0])])
         assert again == [found[1], found[0]] and [one.getMessage() for one in caplog.records].count(said) == 1

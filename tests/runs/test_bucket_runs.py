@@ -130,7 +130,8 @@ def test_what_lies_in_a_bucket_is_evaluated_described_plotted_and_answers_a_job(
         assert cli.main(["generate", *model, "--adapter", f"{run}/adapter", *job]) == 0
         assert cli.main(["inspect", str(run)]) == cli.main(["inspect", f"{run}/adapter"]) == 0
         answers = [json.loads(line) for line in (there / "out.jsonl").read_bytes().splitlines()]
-        assert [answer["line"] for answer in answers] == [1, 2, 3] and not list((there / "out.jsonl").iterdir())
+        assert [answer["custom_id"] for answer in answers] == ["line-1", "line-2", "line-3"]
+        assert not list((there / "out.jsonl").iterdir())
     assert cli.main(["plot", str(run), "--output", f"{there}/curves.png"]) == 0
     assert (there / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert {"answers.jsonl", "table.md"} <= {path.name for path in (there / "scores").iterdir()}

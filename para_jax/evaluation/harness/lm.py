@@ -18,7 +18,7 @@ from ...io.hub import BUILT_IN, backbone_of
 from ...runtime import devices
 from ...serving.engine import Engine
 from ..answers import Answerer
-from ..journal import Journal
+from ..journal import AnswerJournal
 from ..questions import Answer, Question
 from .requests import TokenLM
 
@@ -38,7 +38,7 @@ class ParaLM(TokenLM):
         """
         super().__init__(engine.tokenizer, engine.model.config.max_positions, seed, room=engine.max_length)
         self.engine, self.tenant = engine, tenant
-        journal = Journal(expanded(cache) / "answers.jsonl" if cache else None)
+        journal = AnswerJournal(expanded(cache) / "answers.jsonl" if cache else None)
         self.answerer = Answerer(
             engine.model,
             engine.bank,
