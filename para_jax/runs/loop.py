@@ -216,7 +216,6 @@ class Loop(NamedTuple):
             else:
                 compiled.add(coming.bucket)
                 standing, pending, begun = self.read(pending, standing, bar), None, None  # compiling is not a step
-                units = len(coming.turns) if self.config.many else 1
                 with bar.away(units), devices.compiling(f"the training step for {self.shape_of(coming)}"):
                     state, values = jax.block_until_ready(train_step(state, *given, **static))
         standing = self.read(pending, standing, bar)

@@ -102,7 +102,7 @@ def test_a_run_names_its_long_stages_and_measures_the_same(whole, folder, tmp_pa
     assert said.out == ""
     for stage in ("loading backbone", "scoring 5 test examples", "scoring 8 validation examples", "training"):
         assert f"{stage}: " in said.err, stage
-    last = "training: 100%" if environment is None else "training: step 6 of 6, loss "
+    last = "training: 100%" if environment is None else "training: 6 of 6 steps, loss "
     assert last in said.err
     same = without_rates(metrics(run_config(folder, f"output_dir={tmp_path / 'run'}")))
     assert same == without_rates(metrics(whole[0]))
