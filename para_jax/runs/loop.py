@@ -216,8 +216,7 @@ def step(run: TrainingRun) -> None:
             run.compiled.add(bucket)
             read(run)
             begun = None  # compiling is not a step
-            units = len(coming.turns) if run.many else 1
-            with run.bar.away(units), devices.compiling(f"the training step for {shape_of(run, coming)}"):
+            with devices.compiling(f"the training step for {shape_of(run, coming)}"):
                 run.state, values = jax.block_until_ready(train_step(run.state, *given, **static))
     read(run)
     begun = None if run.profiler.on else begun  # nor is tracing one, and writing the trace

@@ -29,7 +29,7 @@ def written(folder, steps, clock, monkeypatch, **options):
     made, times = opened(folder, **options), iter(clock)
     monkeypatch.setattr(log.time, "monotonic", lambda: next(times))
     for done in steps:
-        made.step(done, VALUES, Progress("training", clock=lambda: 0.0))
+        made.step(done, VALUES, Progress("training"))
     made.flush()
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
