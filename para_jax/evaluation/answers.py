@@ -93,9 +93,8 @@ class Answerer:
         Args:
             what: names the work where its progress is shown.
 
-        Raises ValueError, before anything is computed, for an unknown tenant, for a question that the model has no room
-        for or that does not end with its adapter's alora_invocation_tokens, and for an answer of the wrong kind in the
-        journal.
+        Raises ValueError, before anything is computed, for an unknown tenant and for a question that does not end with
+        its adapter's alora_invocation_tokens.
         """
         journal = Journal() if self.journal is None else self.journal
         entries = {tenant: self._entry(tenant) for tenant in dict.fromkeys(tenant for tenant, _ in questions)}
@@ -104,13 +103,8 @@ class Answerer:
         distinct = {one.key: one for one in asked}
         if journal.file is not None:
             self.asked |= distinct.keys()
-        for one in distinct.values():
-            kind = Scored if isinstance(one.question, Likelihood) else Written
-            if one.key in journal and not isinstance(journal[one.key], kind):
-                raise ValueError(f"{journal.file}: answers {one.key} as another question; choose another folder")
         left = [one for one in distinct.values() if one.key not in journal]
         for one in left:
-            check_room(one.question, self.model, self.engine)
             require_invocation(one.entry and one.entry.config, one.question.context, "context")
         known = len(distinct) - len(left)
         if journal.file and known:
@@ -218,26 +212,3 @@ def context_of(one: Pending) -> tuple:
 def tokens_to_write(question: Generation) -> int:
     """The tokens that an engine needs for a question: its context and the longest answer."""
     return len(question.context) + question.max_new_tokens
-
-
-def check_room(question: Question, model: Transformer, engine: Engine | None) -> None:
-    """Raises ValueError if a question has no token, a token that the model does not know, or more than there is room
-    for."""
-    ids, room, whose = question.context, model.config.max_positions, "the model's positions"
-    if not question.context:
-        raise ValueError("context: it has no token")
-    if isinstance(question, Likelihood):
-        if not question.continuation:
-            raise ValueError("continuation: it has no token")
-        ids = (*ids, *question.continuation)
-        needed = len(ids) - 1
-    else:
-        needed = len(ids) + question.max_new_tokens
-        if engine is not None:
-            room, whose = engine.max_length, "the engine's max_length"
-    known = model.config.vocab_size
-    outside = [token for token in (min(ids), max(ids)) if not 0 <= token < known]
-    if outside:
-        raise ValueError(f"token id {outside[0]}: the model's tokens are 0 to {known - 1}")
-    if needed > room:
-        raise ValueError(f"a request of {needed} tokens does not fit {whose}, {room}; shorten its context")

@@ -24,9 +24,7 @@ from para_jax.backbone.layers import Linear
 from para_jax.backbone.load import abstract_backbone, load_model_config
 from para_jax.backbone.quantize import Int8Linear, quantise
 from para_jax.data.batches import Batch
-from para_jax.estimate.hlo_counts import collective_bytes, continues_collective
-from para_jax.estimate.hlo_loops import instructions_run
-from para_jax.estimate.hlo_parser import parse_hlo
+from para_jax.estimate.hlo import collective_bytes, continues_collective, instructions_run, parse_hlo
 from para_jax.inference.generate import generate_tokens
 from para_jax.inference.sampling import Sampling
 from para_jax.runtime.sharding import place, shard_rows

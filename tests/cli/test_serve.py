@@ -111,7 +111,7 @@ def test_the_greeting_shows_a_command_that_a_shell_understands():
 
 
 def test_the_documented_defaults_of_the_options_are_the_commands():
-    section = (ROOT / "docs" / "serving.md").read_text().split("### Options of the server\n")[1].split("\n### ")[0]
+    section = (ROOT / "docs" / "server.md").read_text().split("## Options\n")[1].split("\n## ")[0]
     commands = next(one for one in parser()._actions if one.dest == "command").choices
     actions, checked = commands["serve"]._option_string_actions, []
     with_own = {"--max-length": options.MAX_LENGTH}  # its default follows from the model, up to this

@@ -403,9 +403,11 @@ def tokenizer_of(kind):
     return made
 
 
+@pytest.mark.parametrize("kind", ALL_KINDS)
 @pytest.mark.parametrize("pairs", [TEXTS, CHATS, [*CHATS, *TEXTS, *CHATS], []], ids=["texts", "chats", "both", "none"])
 def test_batch_encoding_equals_encoding_one_by_one(kind, pairs):
-    assert encode_examples(kind, pairs) == [encode_example(tokenizer, *pair) for pair in pairs]
+    tokenizer = tokenizer_of(kind)
+    assert encode_examples(tokenizer, pairs) == [encode_example(tokenizer, *pair) for pair in pairs]
 
 
 @pytest.mark.parametrize("kind", ALL_KINDS)

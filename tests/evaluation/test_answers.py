@@ -10,21 +10,17 @@ from golden_models import backbone, strong
 from tiny_questions import ROWS, answers, asked, bank_of
 from tiny_run import tokenizer
 
-from para_jax import Adapter, AdapterBank, Engine, ParaConfig, Request, Rows, generate, init_adapter, stack_adapters
+from para_jax import AdapterBank, Engine, ParaConfig, Request, generate, init_adapter
 from para_jax.backbone.content import backbone_content
-from para_jax.data.examples import stop_token_ids
 from para_jax.evaluation import answers as answering
 from para_jax.evaluation.answers import Answerer
-from para_jax.evaluation.batch_adapters import StackBank
 from para_jax.evaluation.journal import Journal
 from para_jax.evaluation.questions import (
     Generation,
     Likelihood,
     Scored,
     Written,
-    key,
 )
-from para_jax.inference.content import writing_content
 
 
 @pytest.mark.long
@@ -114,35 +110,6 @@ def test_a_journal_answers_equal_questions_for_the_same_content_only(tmp_path, m
         answered("ABCD", "A", "another backbone")
 
 
-@pytest.mark.long
-def test_a_question_without_room_is_refused_before_anything_is_computed():
-    longest = backbone("llama").config.max_positions
-    for one, needed in (
-        (Likelihood((3,) * longest, (4, 5)), longest + 1),
-        (Generation((3,) * 8, longest), longest + 8),
-    ):
-        with pytest.raises(ValueError, match=f"request of {needed} tokens .* {longest}"):
-            answers("llama", [(None, one)])
-    assert answers("llama", [(None, Likelihood((3,) * longest, (4,)))])[0].logprob < 0
-    with pytest.raises(ValueError, match="continuation: "):
-        answers("llama", [(None, Likelihood((3,), ()))])
-    for one in (Likelihood((3,), (4, 256)), Likelihood((3, -1), (4,)), Generation((256,), 2)):
-        with pytest.raises(ValueError, match="token id (256|-1): .* 0 to 255"):
-            answers("llama", [(None, one)])
-    with pytest.raises(ValueError, match="no tenant 'E'"):
-        answers("llama", [("E", Likelihood((3,), (4,)))])
-
-
-def test_an_answer_of_the_wrong_kind_is_an_error(tmp_path):
-    model, journal = backbone("llama"), Journal(tmp_path / "answers.jsonl")
-    answerer = Answerer(model, None, tokenizer(), rows=ROWS, journal=journal, backbone="b")
-    writing = writing_content(tokenizer(), stop_token_ids(tokenizer(), model.config.eos_token_ids))
-    for one, other in ((Likelihood((3,), (4,)), Written("x", 1)), (Generation((3,), 4), Scored(-1.0, True))):
-        journal.add(key(one, None, "b", writing), other)
-        with pytest.raises(ValueError, match="answers.jsonl: answers .* as another question"):
-            answerer.answer([(None, one)])
-
-
 def test_an_engine_has_no_request_left_after_an_interrupt():
     model, bank = backbone("llama"), bank_of("llama", "A")
     engine = Engine(model, bank, tokenizer(), slots=2, max_length=32)
@@ -211,17 +178,6 @@ def test_an_answer_to_someone_elses_request_is_an_error_with_its_id():
         answerer.answer([(None, Generation((3,), 20))])
 
 
-def test_a_resumed_pass_has_an_engine_of_the_same_shapes(monkeypatch):
-    journal, sizes, model = Journal(), [], backbone("llama")
-    long, short = ((None, Generation((3,) * length, 4)) for length in (40, 5))
-    Answerer(model, None, tokenizer(), rows=ROWS, journal=journal).answer([long])
-    monkeypatch.setattr(answering, "Engine", lambda *a, max_length, **k: sizes.append(max_length) or stop())
-    for answered in (Journal(), journal):
-        with pytest.raises(KeyboardInterrupt):
-            Answerer(model, None, tokenizer(), rows=ROWS, journal=answered).answer([long, short])
-    assert sizes == [64, 64]
-
-
 def test_an_adapter_that_overflows_answers_nothing_and_the_others_answer_as_without_it(caplog, tmp_path):
     model, bank = backbone("llama"), AdapterBank(backbone("llama").config, max_r=4)
     adapter = strong(init_adapter(ParaConfig(r=4), model.config), 0, 0.3)
@@ -256,15 +212,3 @@ def test_a_small_queue_is_enough_and_an_engine_with_open_requests_is_refused(lim
     with pytest.raises(ValueError, match="1 open requests"):
         answerer.answer([("A", Generation((3,), 4))])
     assert [one.error for one in engine.run()] == [None]
-    with pytest.raises(ValueError, match="38 tokens .* 32"):
-        answerer.answer([("A", Generation((3,) * 6, 32))])
-
-
-def test_a_single_adapter_is_not_copied_for_each_row():
-    model = backbone("llama")
-    only = strong(init_adapter(ParaConfig(r=4), model.config))
-    bank = StackBank(stack_adapters([only]))
-    one, base = bank.entry(0), None
-    assert isinstance(bank.rows_of([one, one]), Adapter)
-    assert isinstance(bank.rows_of([one, base]), Rows)  # the base model is no adapter
-    assert isinstance(StackBank(stack_adapters([only, only])).rows_of([one, one]), Rows)

@@ -442,10 +442,6 @@ def test_wrong_stacks_and_picks_are_named():
         stack_adapters([])
     with pytest.raises(ValueError, match=r"pick.*\[0, 2\]"):
         pick(stack_adapters([one, one]), [0, 2])
-    with pytest.raises(ValueError, match="stack_adapters .*Para"):
-        unwrap(stack_adapters)(one)  # which is checked by its annotations in tests alone
-    with pytest.raises(ValueError, match="pick .*Para"):
-        unwrap(pick)(one, [0])
 
 
 def test_a_model_with_an_adapter_and_one_adapter_for_many_are_named():

@@ -160,11 +160,6 @@ def test_where_a_run_looks_for_the_adapter(tmp_path, bucket):
     assert initial_places(None, names) == dict.fromkeys(names)
 
 
-def test_an_adapter_of_one_method_is_no_start_for_several(folder):
-    with pytest.raises(ValueError, match="train.init_from runs/a .*sweep.method has 2"):
-        run_config(folder, "sweep.method=[para, ia3]", "train.init_from=runs/a")
-
-
 @pytest.mark.parametrize(
     ("adapter", "source", "message"),
     [

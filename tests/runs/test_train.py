@@ -49,7 +49,6 @@ from para_jax.config import CheckpointSection, ProfilerSection, load_config
 from para_jax.data.batches import Bucket, plan_buckets
 from para_jax.data.examples import Example
 from para_jax.data.records import load_records
-from para_jax.estimate.hlo_counts import describe_program
 from para_jax.estimate.roofline import matrix_weights
 from para_jax.evaluation import likelihood as evaluation
 from para_jax.evaluation.score import Score
@@ -682,7 +681,7 @@ def test_evaluation_during_training_holds_no_second_copy_of_the_backbone(config,
     train(replace(config, train=replace(config.train, max_steps=1)))
     assert len(live) >= 8 and len(programs) == 2
     assert max(live) - before < 1.1 * size
-    assert all(program.temporaries < 0.4 * size for program in programs)
+    assert all(program.temp_size_in_bytes < 0.4 * size for program in programs)
 
 
 def live_bytes():
@@ -697,7 +696,7 @@ def watch(monkeypatch, module, name, live, programs):
     def watching(*arguments, **settings):
         if programs is not None and not first:
             first.append(None)
-            programs.append(describe_program(lowered(real, arguments, settings).compile()))
+            programs.append(lowered(real, arguments, settings).compile().memory_analysis())
         live.append(live_bytes())
         found = real(*arguments, **settings)
         live.append(live_bytes())

@@ -126,7 +126,8 @@ def test_a_method_that_the_bank_was_not_made_for_is_refused(model, root):
     bank = AdapterBank(model.config, max_r=4, sites=SITES)
     refused(client_of(bank, root)[0], 400, "LoRA", bank=bank, lora_name="a", lora_path="lora")
     few = AdapterBank(model.config, max_r=4)
-    refused(client_of(few, root)[0], 400, "--sites q_proj,v_proj,o_proj,up_proj", lora_name="a", lora_path="sites")
+    needed = "sites=('q_proj', 'v_proj', 'o_proj', 'up_proj')"
+    refused(client_of(few, root)[0], 400, needed, lora_name="a", lora_path="sites")
     refused(client_of(None, root)[0], 400, "base model", lora_name="a", lora_path="lora")
 
 

@@ -59,7 +59,7 @@ def test_variables_of_the_template_are_a_chats():
     given = {"enable_thinking": False, "level": 3}
     assert read_chat(CHAT | {"chat_template_kwargs": given}).variables == given
     assert read_chat(CHAT | {"chat_template_kwargs": None}).variables == read_chat(CHAT).variables == {}
-    for wrong in ([], 3, {"messages": []}, {"a": [1]}, {"chat_template": "x"}):
+    for wrong in ([1], 3, {"messages": []}, {"a": [1]}, {"chat_template": "x"}):
         assert refusal(read_chat, CHAT | {"chat_template_kwargs": wrong}).param == "chat_template_kwargs"
     assert refusal(read_completion, TEXT | {"chat_template_kwargs": given}).param == "chat_template_kwargs"
 

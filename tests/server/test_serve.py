@@ -517,8 +517,8 @@ def test_the_command_serves_and_sigterm_lets_it_finish(tmp_path):
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="this machine has no curl")
 def test_the_requests_of_the_documentation_are_answered(engine):
-    """docs/serving.md: each curl of "The server", with the port replaced."""
-    section = (ROOT / "docs" / "serving.md").read_text().split("\n## The server\n")[1].split("\n## ")[0]
+    """docs/server.md: each curl of "Start it", with the port replaced."""
+    section = (ROOT / "docs" / "server.md").read_text().split("\n## Start it\n")[1].split("\n## ")[0]
     blocks = re.findall(r"^```\n(curl .*?)^```", section, re.M | re.S)
     commands = [shlex.split(text) for block in blocks for text in block.replace("\\\n", " ").strip().split("\n\n")]
     assert len(commands) == 4
