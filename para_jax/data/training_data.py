@@ -186,8 +186,8 @@ class Fit:
         """The example, perhaps cut; None if it is left out."""
         self.count += 1
         prompt, completion = example
-        room = self.positions - max(0, self.answer - len(completion))
-        most = min(self.section.max_seq_length or sys.maxsize, room)
+        limit, longest = self.section.max_seq_length or sys.maxsize, max(self.answer, len(completion))
+        most = min(limit, self.positions - longest + len(completion))
         if len(prompt) + len(completion) <= most:
             return example
         if self.section.truncate != "left":
@@ -199,9 +199,9 @@ class Fit:
         room = most - len(completion)
         if room < 1:
             raise ValueError(
-                f"{place}: the completion has {len(completion)} tokens, which leaves no room for a prompt in "
-                f"{most} tokens; raise data.max_seq_length, shorten the answers (eval.max_new_tokens), or set "
-                "data.truncate to skip"
+                f"{place}: an answer of {longest} tokens leaves no room for a prompt in {min(limit, self.positions)} "
+                "tokens; raise data.max_seq_length, shorten the answers (eval.max_new_tokens), or set data.truncate "
+                "to skip"
             )
         start = 1 if room > 1 and prompt[0] == self.bos else 0  # some models fail without BOS
         return Example(prompt[:start] + prompt[len(prompt) - room + start :], completion)

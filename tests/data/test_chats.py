@@ -1,7 +1,6 @@
 """A chat template is a program of strangers: what it writes is a text, or its error a ValueError that names it."""
 
 import json
-import threading
 from datetime import date
 
 import pytest
@@ -134,20 +133,6 @@ def test_a_hostile_template_ends_in_an_error(template, said):
         encode_prompt(tokenizer, [USER | {"tool_calls": 5}])
     assert len(str(raised.value)) < 500 and str(raised.value).isprintable()
     assert render_template(ECHO, [USER]) == "user" + USER["content"]
-
-
-def test_threads_get_their_own_answers():
-    found = {}
-
-    def ask(name):
-        found[name] = [render_template(ECHO, [{"role": name, "content": str(i)}]) for i in range(30)]
-
-    threads = [threading.Thread(target=ask, args=(name,)) for name in "abcd"]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == {name: [name + str(i) for i in range(30)] for name in "abcd"}
 
 
 def test_a_message_that_nests_too_deep_is_an_error():

@@ -2,7 +2,6 @@
 
 import json
 import os
-import threading
 
 import numpy as np
 import pytest
@@ -10,7 +9,8 @@ import tiny_tokenizers
 
 from para_jax.config import DataSection
 from para_jax.data import token_cache, training_data
-from para_jax.data.records import load_records
+from para_jax.data.examples import encode_example
+from para_jax.data.records import Record, load_records
 from para_jax.data.training_data import describe_lengths, encode_records, load_training_data
 
 USER, BOT = {"role": "user", "content": "where is my parcel?"}, {"role": "assistant", "content": "shipping"}
@@ -133,18 +133,6 @@ def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, capsys):
     assert len(made.examples) == 41 and "data.cache" in capsys.readouterr().err
 
 
-def test_concurrent_writers_leave_one_complete_file(tmp_path, monkeypatch):
-    tokenizer, section = tiny_tokenizers.plain(), section_of(written(tmp_path))
-    threads = [threading.Thread(target=load_training_data, args=(section, tokenizer)) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(cached()) == 1
-    monkeypatch.setattr(training_data, "tokenised", untouchable)
-    assert len(load_training_data(section, tokenizer).examples) == 41
-
-
 def test_the_least_recently_used_files_make_room(tmp_path):
     tokens = token_cache.TokenisedExamples(np.ones((10, 2), np.int32), np.arange(10), np.ones(20, np.int32), 0, 0)
     files = [token_cache.folder() / f"{i}.npz" for i in range(4)]
@@ -160,7 +148,7 @@ def test_the_least_recently_used_files_make_room(tmp_path):
 # --------------------------------------------------------------------------------------------------------------- errors
 
 
-@pytest.mark.parametrize("at", [0, 6, 7, 39])
+@pytest.mark.parametrize("at", [0, 7])
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -182,7 +170,7 @@ def test_an_error_names_its_place_in_any_part(tmp_path, at, row, message):
 
 def test_no_room_for_a_prompt_is_an_error(tmp_path):
     file = written(tmp_path)
-    with pytest.raises(ValueError, match=rf"{file}:1: the completion has \d+ tokens"):
+    with pytest.raises(ValueError, match=rf"{file}:1: an answer of \d+ tokens leaves no room"):
         load_training_data(section_of(file, max_seq_length=2, truncate="left"), tiny_tokenizers.plain())
     with pytest.raises(ValueError, match=f"{file}:1: every example is longer than data.max_seq_length 2"):
         load_training_data(section_of(file, max_seq_length=2, truncate="skip"), tiny_tokenizers.plain())
@@ -214,7 +202,59 @@ def test_a_packed_row_has_room_for_several_examples_and_for_the_longest():
     assert long.endswith("the longest 700; data.max_seq_length=704")  # one line: every row has this length
 
 
-def test_without_a_number_every_example_is_kept_whole(tmp_path):
-    file = written(tmp_path)
-    whole, limited = (section_of(file, **fields) for fields in ({"max_seq_length": None}, {}))
-    same(*(load_training_data(one, tiny_tokenizers.plain()) for one in (whole, limited)))
+# ------------------------------------------------------------------------------------------------------- long records
+
+
+def long_and_short():
+    texts = [("yes " * 3, "no"), ("the quick brown fox " * 9, "yes"), ("user:", "no"), ("lazy dog " * 20, "yes")]
+    return [Record(p, c, (c,), None, f"file:{i}") for i, (p, c) in enumerate(texts, start=1)]
+
+
+def test_examples_that_fit_are_encoded_as_everywhere():
+    tokenizer, records = tiny_tokenizers.plain(), long_and_short()
+    made = encode_records(records, tokenizer, DataSection(max_seq_length=500))
+    assert made.examples == [encode_example(tokenizer, r.prompt, r.completion) for r in records]
+    assert made.records == records and (made.cut, made.skipped) == (0, 0)
+
+
+def test_a_long_example_is_an_error_that_says_what_to_do():
+    with pytest.raises(ValueError) as error:
+        encode_records(long_and_short(), tiny_tokenizers.plain(), DataSection(max_seq_length=20))
+    tokens = sum(map(len, encode_example(tiny_tokenizers.plain(), *long_and_short()[1][:2])))
+    message = str(error.value)
+    assert message.startswith(f"file:2: {tokens} tokens exceed data.max_seq_length 20 (2 of 4 examples")
+    assert "data.truncate to skip" in message and "left" in message
+
+
+def test_skip_leaves_the_long_ones_out_and_counts_them():
+    made = encode_records(long_and_short(), tiny_tokenizers.plain(), DataSection(max_seq_length=20, truncate="skip"))
+    assert [r.place for r in made.records] == ["file:1", "file:3"] and len(made.examples) == 2
+    assert made.skipped == 2
+    with pytest.raises(ValueError, match="^file:1: every example is longer than data.max_seq_length 2"):
+        encode_records(long_and_short(), tiny_tokenizers.plain(), DataSection(max_seq_length=2, truncate="skip"))
+
+
+@pytest.mark.parametrize("kind", ["plain", "with_bos", "own_space"])
+def test_left_cuts_the_prompt_s_start_and_nothing_else(kind, length=8):
+    tokenizer, records = getattr(tiny_tokenizers, kind)(), long_and_short()
+    made = encode_records(records, tokenizer, DataSection(max_seq_length=length, truncate="left"))
+    bos = 0 if kind == "plain" else 1
+    cut = 0
+    for record, (prompt, completion) in zip(records, made.examples, strict=True):
+        whole = encode_example(tokenizer, record.prompt, record.completion)
+        assert completion == whole.completion_ids
+        assert len(prompt) == min(len(whole.prompt_ids), length - len(completion))
+        assert prompt[:bos] == whole.prompt_ids[:bos]
+        assert prompt[bos:] == whole.prompt_ids[len(whole.prompt_ids) - len(prompt) + bos :]
+        cut += len(prompt) < len(whole.prompt_ids)
+    assert made.cut == cut >= 2
+
+
+def test_left_never_cuts_a_completion_and_leaves_a_prompt_token():
+    tokenizer = tiny_tokenizers.with_bos()
+    record = Record("quick brown", "yes", ("yes",), None, "file:9")
+    size = len(encode_example(tokenizer, record.prompt, record.completion).completion_ids)
+    made = encode_records([record], tokenizer, DataSection(max_seq_length=size + 1, truncate="left"))
+    assert made.examples[0].prompt_ids == encode_example(tokenizer, record.prompt, "yes").prompt_ids[-1:]
+    with pytest.raises(ValueError, match=f"file:9: .*{size} tokens.* no room"):
+        encode_records([record], tokenizer, DataSection(max_seq_length=size, truncate="left"))
