@@ -142,7 +142,7 @@ def compiled(topology: str, file: Path, sizes: dict[str, int], room: int) -> dic
     kind, chips = parsed_topology(topology)
     mesh = make_mesh(**sizes, devices=topology_devices(topology, chips))
     found = {name: record(one) for name, one in compile_programs(config, mesh, tenants).items()}
-    if found["train"]["fits"] and found["train"]["collectives_known"]:
+    if found["train"]["fits"]:
         least = estimate_time(training_work(config, mesh, tenants), found["train"]["collective_bytes"], kind)
         found["train"] |= {"seconds_at_least": least.seconds, "bound": least.bound}
     return found | {"about": {"passes": passes, "libtpu": version("libtpu")}}
@@ -152,7 +152,6 @@ def record(found: Compiled) -> dict[str, Any]:
     return {
         "fits": found.fits,
         "needed": found.needed,
-        "collectives_known": not found.unread,
         "collectives": found.collectives,
         "collective_bytes": found.collective_bytes,
         "compile_seconds": round(found.seconds),

@@ -1,4 +1,4 @@
-"""The arithmetic of docs/scale.md: its tables, from the shapes of models and the published figures of chips.
+"""The arithmetic of docs/scaling.md: its tables, from the shapes of models and the published figures of chips.
 
     python scripts/scale.py
     python scripts/scale.py --prompt 2000 --answer 300 --requests 10       # your own traffic

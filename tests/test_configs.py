@@ -11,8 +11,8 @@ import pytest
 
 from para_jax.cli import main
 from para_jax.config import ParaConfig, load_config
-from para_jax.data.held_out import validation_rows
 from para_jax.data.records import load_records
+from para_jax.data.sources import validation_rows
 from para_jax.data.tasks import TASKS
 
 FOLDER = Path(__file__).parents[1] / "configs"

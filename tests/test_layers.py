@@ -36,12 +36,12 @@ HEAVY += "torch starlette uvicorn httptools prometheus_client pydantic ray".spli
 
 #: What may only go down, except by what an issue names.
 MOST = {
-    "lines of the package": 39_900,
-    "lines of tests": 44_650,
+    "lines of the package": 38_200,
+    "lines of tests": 41_650,
     "loose modules": 0,
     "modules and packages at the top": 19,
     "checks per 1000 lines": 31,
-    "words of docs": 43_800,
+    "words of docs": 30_200,
     "megabytes of results": 2.4,
 }
 
@@ -176,7 +176,7 @@ def test_the_public_names_are_all_there_and_no_other_answers():
     AdaptedTransformer DecodeState adapt decode forward hidden_states init_adapter multi_tenant_forward prefill
     right_pad vectors make_mesh generate train TrainResult train_tenants TenantsResult evaluate EvalOptions Results
     compare_methods MethodsResult
-    serve curves_plot factors_plot""".split()
+    serve ServerConfig curves_plot factors_plot""".split()
     assert set(names) <= set(dir(para_jax))
     assert all(callable(getattr(para_jax, name)) for name in names)
     assert set(para_jax._LATER) <= set(names)

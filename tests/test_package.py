@@ -37,7 +37,7 @@ def test_the_package_says_that_it_is_typed():
 def test_transformers_says_nothing_about_pytorch_but_its_other_warnings_stay():
     code = """
 import logging
-from para_jax.data.chat_template import render_template
+from para_jax.data.chats import render_template
 import transformers
 assert render_template("{{ messages[0].content }}", [{"role": "user", "content": "hi"}]) == "hi"
 logging.getLogger("transformers").warning("another warning")

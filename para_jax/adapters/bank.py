@@ -16,23 +16,24 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ..config import SITES, ModelConfig, listed
-from ..io.checks import shorten
+from ..config.bounds import PositiveInt, check_value
+from ..io.checks import require
 from ..io.storage.bucket import BucketPath
 from ..runtime.sharding import place
 from .adapter import Adapter, named_leaves, require_model_config
 from .files import load_adapter, require_finite
 from .methods import METHODS, method_of
+from .names import unknown
 from .padding import Held, group_template, held_leaves, host_leaves, stacked
 from .rows import Rows, Stack, check_fits
 from .scope import scope_of
-from .unknown_tenant import unknown
 
 Bank = TypeVar("Bank", bound="AdapterBank")
 
@@ -87,13 +88,11 @@ class AdapterBank:
                 (IA)^3 are close to one.
         """
         require_model_config(model_config)
-        for name, value in (("capacity", capacity), ("max_r", max_r)):
-            if type(value) is not int or value < 1:
-                raise ValueError(f"AdapterBank: {name} must be a whole number of at least 1; got {shorten(value)}")
+        check_value("AdapterBank: capacity", capacity, PositiveInt)
+        check_value("AdapterBank: max_r", max_r, PositiveInt)
+        check_value("AdapterBank: dtype", dtype, Literal["float32", "bfloat16"])
         self.methods = names_among("methods", methods, tuple(method.name for method in METHODS))
         self.sites = names_among("sites", sites, SITES)
-        if dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"AdapterBank: dtype must be float32 or bfloat16; got {shorten(dtype)}")
         self.model_config, self.capacity, self.max_r, self.dtype = model_config, capacity, max_r, dtype
         self._model: weakref.ref | None = None
         self._entries: dict[str, Entry] = {}
@@ -109,14 +108,10 @@ class AdapterBank:
     @classmethod
     def holding(cls, adapters: dict[str, Adapter], model_config: ModelConfig, *, dtype: str = "float32") -> AdapterBank:
         """A bank of these adapters, made for their methods, sites and largest rank only."""
-        if not adapters:
-            raise ValueError("AdapterBank.holding needs at least one adapter; got none")
-        named = isinstance(adapters, Mapping)
-        for one in adapters.values() if named else [adapters]:
-            if not named or not isinstance(one, Adapter):
-                what = type(one).__name__
-                raise ValueError(f"AdapterBank.holding takes {{name: adapter}} (load_adapter loads one); got {what}")
-        require_model_config(model_config)
+        if not isinstance(adapters, Mapping):
+            raise ValueError(
+                f"AdapterBank.holding takes {{name: adapter}} (load_adapter loads one); got {type(adapters).__name__}"
+            )
         configs = [adapter.normal(model_config).config for adapter in adapters.values()]
         bank = cls.fitting(configs, model_config, capacity=len(adapters), dtype=dtype)
         bank.expected = ()  # a removed adapter's group goes with it
@@ -132,7 +127,7 @@ class AdapterBank:
         programs are those of a bank with all of them, so a row has the same bits."""
         configs = tuple(dict.fromkeys(configs))
         if not configs:
-            raise ValueError("AdapterBank.fitting needs at least one adapter config; got none")
+            raise ValueError("AdapterBank: give at least one adapter")
         bank = cls(
             model_config,
             capacity=capacity,
@@ -195,8 +190,7 @@ class AdapterBank:
         Raises ValueError, and changes nothing, for a name that is taken, a full bank, and an adapter of a backbone,
         method, site or rank that the bank was not made for.
         """
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"bank: a name must be a text that is not empty; got {shorten(name)}")
+        require(isinstance(name, str) and bool(name), "bank: a name", name, "a text that is not empty")
         self._check_room(name)
         entry = self._new_entry(name, adapter)
         with self._lock:
@@ -227,11 +221,9 @@ class AdapterBank:
 
         Raises ValueError for an unknown name, with the nearest known ones, before anything is copied.
         """
-        if not isinstance(names, Iterable):
-            raise ValueError(f"bank.rows: names is {shorten(names)}; give a list with a name or None for each row")
-        names = [names] if isinstance(names, str) else list(names)
+        names = [names] if isinstance(names, str) else list(names or ())
         if not names:
-            raise ValueError("bank.rows: names is empty; give a tenant's name or None for each row")
+            raise ValueError("bank.rows: no names; give a list with a tenant's name or None for each row")
         return self.rows_of(self._entries_of(names))
 
     def _entries_of(self, names: Sequence[str | None]) -> list[Entry | None]:
@@ -362,16 +354,11 @@ class AdapterBank:
             needed["max_r"] = r
         if needed:
             arguments = ", ".join(f"{key}={value!r}" for key, value in needed.items())
-            options = " ".join(
-                f"--{key.replace('_', '-')} {','.join(value) if isinstance(value, tuple) else value}"
-                for key, value in needed.items()
-            )
             rank = f" of r {r}" if hasattr(config, "r") else ""
             raise ValueError(
                 f"bank: {name}: {method.label}{rank} on {', '.join(config.target_modules)} does not fit this bank "
-                f"of {' and '.join(self.methods)} of r {self.max_r} on {', '.join(self.sites)}; serve with "
-                f"{options}, or in Python make AdapterBank(..., {arguments}), or for given "
-                "adapters AdapterBank.holding"
+                f"of {' and '.join(self.methods)} of r {self.max_r} on {', '.join(self.sites)}; make it with "
+                f"{arguments} (serve has options of these names, with --adapter-root)"
             )
 
     def _group(self, config: Any) -> Any:
@@ -402,9 +389,9 @@ class AdapterBank:
 
 def names_among(name: str, given: Any, choices: tuple[str, ...]) -> tuple[str, ...]:
     """The given names in the order of the choices. Raises ValueError for none, and for one that is no choice."""
-    names = listed(given)
-    if not names or not all(one in choices for one in names):
-        raise ValueError(f"AdapterBank: {name} must be a list of some of {', '.join(choices)}; got {shorten(given)}")
+    names = listed(given) or ()
+    known = len(names) > 0 and all(one in choices for one in names)
+    require(known, f"AdapterBank: {name}", given, f"a list of some of {', '.join(choices)}")
     return tuple(choice for choice in choices if choice in names)
 
 

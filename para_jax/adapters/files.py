@@ -84,13 +84,10 @@ def save_adapter(
     from safetensors.numpy import save
 
     base_model, folder = hub_name(one_line(str(base_model or ""))), expanded(folder).resolve()
-    if not isinstance(adapter, Adapter):
-        raise ValueError(f"save_adapter takes one adapter; got {type(adapter).__name__}")
     require_one(adapter)
     method = method_of(adapter.config).form_of(adapter.config)
     card = [card] if isinstance(card, str) else card
     if model is not None:
-        require_model(model)
         check_fits(adapter, model.config)
     config = config_json(method, adapter, base_model, getattr(model, "fingerprint", None))
     tensors = {name: np.asarray(array, np.float32) for name, array in method.to_tensors(adapter).items()}
@@ -103,12 +100,6 @@ def save_adapter(
         CARD: model_card(method, adapter.config, base_model, card, example).encode(),
     }
     write_folder(folder, files)
-
-
-def require_model(model: object) -> None:
-    """Raises ValueError for what is no backbone, such as the config of one."""
-    if not isinstance(getattr(model, "config", None), ModelConfig):
-        raise ValueError(f"model is a {type(model).__name__}; give the backbone that load_backbone returns")
 
 
 def hub_name(base_model: str) -> str:
@@ -162,18 +153,15 @@ def write_folder(folder: Place, files: dict[str, bytes]) -> None:
     """
     require_replaceable(folder)
     config = folder / CONFIG
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for left in [left for name in files for left in files_left(folder / name)]:
-            left.unlink()
-        with replacing(folder / WEIGHTS) as stream:
-            stream.write(files[WEIGHTS])
-            if config.is_file() and config.read_bytes() != files[CONFIG]:
-                config.unlink()
-        for name in (CARD, CONFIG):
-            write_bytes(folder / name, files[name])
-    except OSError as error:
-        raise OSError(f"{folder}: not saved ({error.strerror or error}); save the adapter again") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in [left for name in files for left in files_left(folder / name)]:
+        left.unlink()
+    with replacing(folder / WEIGHTS) as stream:
+        stream.write(files[WEIGHTS])
+        if config.is_file() and config.read_bytes() != files[CONFIG]:
+            config.unlink()
+    for name in (CARD, CONFIG):
+        write_bytes(folder / name, files[name])
 
 
 def require_replaceable(folder: Place) -> None:
@@ -208,25 +196,18 @@ def load_adapter(source: str | Path | BucketPath, model_config: ModelConfig, *, 
     Raises ValueError, naming the problem, for an adapter that is damaged, not supported or made for another backbone.
     """
     require_model_config(model_config)
-    if model is not None:
-        require_model(model)
     try:
         folder = resolve_adapter(source)
         return of_one_version(folder / CONFIG, lambda: read_adapter(folder, source, model_config, model))
     except ValueError as error:
-        if "://" in str(source) and str(source) not in str(error):  # it names the local copy
-            raise ValueError(f"{source}: {error}") from None
-        raise
+        raise error if str(source) in str(error) else ValueError(f"{source}: {error}") from None
 
 
 def read_adapter(folder: Path, source: str | Path | BucketPath, model_config: ModelConfig, model) -> Adapter:
     """The adapter of a folder; `source` is the name that the user gave it."""
     method, config, backbone, base_model = read_config(folder, model_config.model_type)
     if not method.in_peft:
-        try:
-            require_same_backbone(backbone, model_config, base_model)
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from None
+        require_same_backbone(backbone, model_config, base_model)
     theirs, ours = backbone.get("fingerprint"), getattr(model, "fingerprint", None)
     if theirs and ours and theirs != ours:
         warnings.warn(
@@ -297,9 +278,11 @@ def read_config(folder: Path, model_type: str = "") -> tuple[Method, Any, dict, 
     except ValueError as error:
         raise ValueError(f"{file}: {str(error)[:500]}") from None
     revision = found.get("revision") if method.in_peft else None
-    for key, value in (("base_model_name_or_path", base_model), ("revision", revision)):
-        if not isinstance(value, (str, NoneType)):
-            raise ValueError(f"{file}: {key} must be text or null; got {shorten(value)}")
+    if not all(isinstance(text, (str, NoneType)) for text in (base_model, revision)):
+        raise ValueError(
+            f"{file}: base_model_name_or_path and revision must be text or null; got {shorten(base_model)} and "
+            f"{shorten(revision)}"
+        )
     return method, config, backbone, one_line("@".join(filter(None, (base_model, base_model and revision))))
 
 
@@ -315,7 +298,12 @@ def own_file(folder: Path, name: str) -> Path:
     if file.is_symlink():
         raise ValueError(f"{file} is a link, which may lead out of the folder; put the file itself there")
     if not file.is_file():
-        raise ValueError(f"{folder} has no {name}; choose the folder of an adapter")
+        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+        raise ValueError(
+            f"{folder} has no {name}"
+            + (f", and {safe_names(pickles)} is a pickle, which could run code and is not read" if pickles else "")
+            + f"; choose a folder with {CONFIG} and {WEIGHTS}"
+        )
     return file
 
 
@@ -336,7 +324,6 @@ def read_tensors(folder: Path, expected: dict[str, tuple[int, ...]]) -> dict[str
 
 def weights_of(folder: Path) -> dict[str, StoredTensor]:
     """The tensors in the folder's weights file, by name."""
-    refuse_pickles(folder)
     return text_tensors(stored_tensors(own_file(folder, WEIGHTS)))
 
 
@@ -360,13 +347,3 @@ def require_finite(where: str, tensors: dict[str, np.ndarray]) -> None:
     broken = [name for name, value in tensors.items() if not np.isfinite(value).all()]
     if broken:
         raise ValueError(f"{where}: these tensors have NaN or infinite values: {safe_names(broken)}")
-
-
-def refuse_pickles(folder: Path) -> None:
-    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
-    if pickles and not (folder / WEIGHTS).exists():
-        raise ValueError(
-            f"{folder}: weights only as a pickle ({safe_names(pickles)}), which is not read because it could run code. "
-            "Convert it:\n"
-            f"safetensors.torch.save_file(torch.load({pickles[0]!r}, weights_only=True), {WEIGHTS!r})"
-        )

@@ -107,7 +107,7 @@ def ia3_tensors(adapter: Adapter) -> dict[str, Array]:
     return {layer_name(i, f"{name}.ia3_l"): stack[i] for i in layers for name, stack in stacks.items()}
 
 
-def vector_of_linear(adapter: Adapter, parts: tuple[str, ...]) -> Array:
+def vector_of_linear(adapter: Adapter, parts: tuple[str, ...]) -> Array | np.ndarray:
     """The vectors of one linear, [layers, out, 1], or [layers, 1, in] if they scale its input."""
     leaves, widths = named_leaves(adapter), dict(adapter.backbone.site_widths)
     if parts[0] in adapter.config.feedforward_modules:

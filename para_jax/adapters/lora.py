@@ -18,7 +18,6 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ..config import FUSED, SITES, LoraConfig, ModelConfig
-from ..io.checks import shorten
 from .adapter import (
     Adapter,
     AdapterParam,
@@ -108,16 +107,10 @@ def lora_peft_config(config: LoraConfig, backbone: Backbone) -> dict:
 def read_lora_config(found: dict, shapes: dict[str, tuple[int, ...]]) -> LoraConfig:
     require_supported(found, ("r", "lora_alpha", "use_rslora", "alora_invocation_tokens"))
     sites = target_sites(found, shapes)
-    r, alpha, use_rslora = found.get("r"), found.get("lora_alpha"), found.get("use_rslora", False)
-    if type(r) is not int or r < 1:
-        raise ValueError(f"r must be a whole number of at least 1; got {shorten(r)}")
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 1e-9 <= alpha <= 1e9:
-        raise ValueError(f"lora_alpha must be a number from 1e-9 to 1e9; got {shorten(alpha)}")
-    if not isinstance(use_rslora, bool):
-        raise ValueError(f"use_rslora must be true or false; got {shorten(use_rslora)}")
-    return LoraConfig(
-        r=r, lora_alpha=float(alpha), use_rslora=use_rslora, target_modules=sites, **activated_scope(found)
-    )
+    values: dict[str, Any] = {"r": found.get("r"), "lora_alpha": found.get("lora_alpha")}
+    values |= {"use_rslora": found.get("use_rslora", False), "target_modules": sites}
+    config = LoraConfig(**values, **activated_scope(found))
+    return replace(config, lora_alpha=float(config.lora_alpha))
 
 
 def activated_scope(found: dict) -> dict[str, Any]:
@@ -125,9 +118,8 @@ def activated_scope(found: dict) -> dict[str, Any]:
     tokens = found.get("alora_invocation_tokens")
     if tokens is None:
         return {}
-    if not isinstance(tokens, list) or not tokens:
-        raise ValueError(f"alora_invocation_tokens must be null or a list of token ids; got {shorten(tokens)}")
-    return {"scope": "response", "scope_window": len(tokens), "alora_invocation_tokens": tuple(tokens)}
+    window = len(tokens) if isinstance(tokens, list) and tokens else 1
+    return {"scope": "response", "scope_window": window, "alora_invocation_tokens": tokens}
 
 
 def with_rank(config: LoraConfig, r: int) -> LoraConfig:

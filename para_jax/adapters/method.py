@@ -78,10 +78,6 @@ class Method:
     """(config) -> whether PEFT's format can say all of it, for a method that PEFT knows. If it can't, the folder is in
     our own format"""
 
-    def __post_init__(self):
-        if (self.to_peft_config is None) != (self.from_peft_config is None):
-            raise ValueError(f"method {self.name}: set both to_peft_config and from_peft_config, or neither")
-
     @property
     def in_peft(self) -> bool:
         """Whether Hugging Face PEFT defines the folder's format, and so can load it."""

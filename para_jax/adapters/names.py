@@ -1,18 +1,24 @@
-"""Adapters by name, from folders, hub ids, patterns, the folders of runs, and files that list these."""
+"""Adapters by name, from folders, hub ids, patterns, the folders of runs, and files that list these; and the error for
+an unknown name. The command line checks names before it loads JAX."""
 
 from __future__ import annotations
 
+import bisect
+import difflib
+from collections.abc import Sequence
 from functools import cache
 from glob import glob
 from pathlib import Path
 
 from ..config import BASE
-from ..io.checks import expanded
+from ..io.checks import expanded, shorten
 from ..io.messages import warn
 from ..io.storage.bucket import BucketPath, Place
-from ..io.untrusted import safe_names
+from ..io.untrusted import safe_name, safe_names
 
 warn_once = cache(warn)
+#: How many known names of each kind an unknown one is compared with.
+COMPARED = 50
 
 
 def named_adapters(given: list[str], listed: Place | None = None) -> dict[str, str]:
@@ -35,21 +41,15 @@ def named_adapters(given: list[str], listed: Place | None = None) -> dict[str, s
 def adapter_lines(file: Place) -> list[tuple[str, str]]:
     """(Where it is, for errors; DIR or NAME=DIR) of each line of --adapters-from. Blank lines and those that begin with
     # are left out."""
-    path = expanded(file)
-    if not path.is_file():
-        raise ValueError(f"--adapters-from {file}: no such file\ngive a file with DIR or NAME=DIR on each line")
-    try:
-        lines = [line.strip() for line in str(path.read_bytes(), "utf-8-sig").splitlines()]
-    except UnicodeDecodeError:
-        raise ValueError(f"--adapters-from {file}: not a text in UTF-8\ngive DIR or NAME=DIR on each line") from None
-    found = [
+    lines = [line.strip() for line in str(expanded(file).read_bytes(), "utf-8-sig").splitlines()]
+    sources = [
         (f"--adapters-from {file}, line {number}", line)
         for number, line in enumerate(lines, 1)
         if line and not line.startswith("#")
     ]
-    if not found:
+    if not sources:
         raise ValueError(f"--adapters-from {file}: no line there\ngive DIR or NAME=DIR on each line")
-    return found
+    return sources
 
 
 def matching(text: str) -> list[str]:
@@ -58,18 +58,15 @@ def matching(text: str) -> list[str]:
     if not any(mark in str(path) for mark in "*?[") or is_there(text):
         return []
     if isinstance(path, Path):
-        found = [one for one in sorted(glob(str(path))) if Path(one).is_dir()]
+        folders = [folder for folder in sorted(glob(str(path))) if Path(folder).is_dir()]
     else:
         parts = path.key.split("/")
         first = next(i for i, part in enumerate(parts) if any(mark in part for mark in "*?["))
         root = BucketPath(path.bucket, "/".join(parts[:first]))
-        found = sorted(str(one) for one in root.glob("/".join(parts[first:])))
-    if not found:
-        raise ValueError(
-            f"--adapters {text!r}: no folder matches\ngive a pattern of adapter folders, in quotes (write [[] for a [ "
-            "in a name)"
-        )
-    return found
+        folders = sorted(map(str, root.glob("/".join(parts[first:]))))
+    if not folders:
+        raise ValueError(f"--adapters {text!r}: no folder matches\ngive a pattern of adapter folders, in quotes")
+    return folders
 
 
 def is_there(text: str) -> bool:
@@ -96,14 +93,36 @@ def tenants_of_run(folder: str) -> list[str]:
     run = expanded(folder)
     if not any((run / file).is_file() for file in ("tenants.json", "comparison.json")):
         return []
-    found = [f"{path.parent.name}={path}" for path in sorted(run.glob("*/adapter"))]
-    left_out = {path.parent.name for path in run.glob("*/config.yaml")} - {one.partition("=")[0] for one in found}
-    sweeps = sorted(path.parent.name for path in run.glob("*/tenants.json"))
-    if not found and sweeps:
-        raise ValueError(f"--adapters {folder}: each method there has several adapters\ngive {folder}/{sweeps[0]}")
-    if not found:
+    adapters = [f"{path.parent.name}={path}" for path in sorted(run.glob("*/adapter"))]
+    if not adapters:
         raise ValueError(f"--adapters {folder}: no tenant of this run has an adapter yet\nwait until one has ended")
+    left_out = {path.parent.name for path in run.glob("*/config.yaml")} - {one.partition("=")[0] for one in adapters}
     if left_out:
-        named = f"{safe_names(sorted(left_out))} ({len(left_out)} of {len(left_out) + len(found)})"
+        named = f"{safe_names(sorted(left_out))} ({len(left_out)} of {len(left_out) + len(adapters)})"
         warn_once(f"--adapters {folder}: left out, because there is no adapter yet: {named}")
-    return found
+    return adapters
+
+
+# -------------------------------------------------------------------------------------------------------- unknown names
+
+
+def unknown(name: object, known: tuple[str, ...]) -> str:
+    """The error for a tenant that a bank does not hold, with names that are similar at the beginning or the end."""
+    if name == BASE:  # what the command line and the server call it
+        return f"no tenant {BASE!r}; for the base model give None"
+    if nearest := nearest_names(str(name), known):
+        return f"no tenant {shorten(name)}; the nearest are {', '.join(map(safe_name, nearest))}"
+    return f"no tenant {shorten(name)}; it holds {', '.join(map(safe_name, known[:3])) or 'none'}" + (
+        " ..." if len(known) > 3 else ""
+    )
+
+
+def nearest_names(name: str, known: Sequence[str]) -> list[str]:
+    """At most three known names that are similar to this one at the beginning or the end. Only some are compared: there
+    may be thousands, and a comparison takes about 50 microseconds."""
+    text = name[:100]
+    near = sorted(one for one in known if one.startswith(text[:3]))
+    at = bisect.bisect(near, text)  # neighbours in this order share the longest beginnings
+    near = near[max(0, at - COMPARED // 2) : at + COMPARED // 2]
+    near += [one for one in known if one.endswith(text[-3:])][:COMPARED] + list(known[:COMPARED])
+    return difflib.get_close_matches(text, dict.fromkeys(one[:100] for one in near), n=3, cutoff=0.5)

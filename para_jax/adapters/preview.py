@@ -21,7 +21,7 @@ from ..io.storage.bucket import BucketPath, Place
 from ..io.storage.cache import read
 from ..io.untrusted import MAX_JSON_BYTES, json_mapping
 from .adapter import Adapter, abstract
-from .files import CONFIG, WEIGHTS, load_adapter, own_file, refuse_pickles, require_rank
+from .files import CONFIG, WEIGHTS, load_adapter, own_file, require_rank
 from .formats.own import read_own_config, require_same_backbone
 from .methods import form_named
 from .padding import held_bytes
@@ -74,17 +74,12 @@ def identify(source: str) -> tuple[Place, bytes, str]:
     folder = expanded(source)
     if not isinstance(folder, BucketPath):
         folder = resolve_adapter(source)
-        refuse_pickles(folder)
         for name in (CONFIG, WEIGHTS):
             own_file(folder, name)
     config = read(folder / CONFIG, MAX_JSON_BYTES)
-    try:
-        weights = md5_of(folder / WEIGHTS)
-    except FileNotFoundError:
-        weights = None
-    if config is None or weights is None:
-        raise ValueError(f"{source} is not an adapter: it has no {CONFIG if config is None else WEIGHTS}")
-    return folder, config, hashlib.sha256(weights.encode() + config).hexdigest()
+    if config is None:
+        raise ValueError(f"{source} is not an adapter: it has no {CONFIG}")
+    return folder, config, hashlib.sha256(md5_of(folder / WEIGHTS).encode() + config).hexdigest()
 
 
 def md5_of(file: Place) -> str:

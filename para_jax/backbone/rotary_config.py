@@ -71,11 +71,7 @@ def rotary(rope: dict, c: dict, own: Collection[str], head_dim: int) -> RotaryCo
         kind = "longrope"  # its names in Phi-3's first configs
     if kind not in tuple(SCALINGS):
         raise ValueError(f"config.json: rope_type {shorten(kind)} is not supported; only {', '.join(SCALINGS)} are")
-    read, needed = SCALINGS[kind]
-    for key in needed:
-        if key not in rope:
-            raise ValueError(f"config.json: rope_type {kind!r} has no {key}")
-    return read(plain, rope, c)
+    return SCALINGS[kind](plain, rope, c)
 
 
 def dynamic(plain: RotaryConfig, rope: dict, c: dict) -> RotaryConfig:
@@ -123,20 +119,13 @@ def yarn_attention(rope: dict, factor: float) -> float:
     return of(1.0)
 
 
-def ignored_attn_factor(c: dict) -> Any:
-    """What a config gives as yarn's attn_factor, which transformers does not apply; None if it has no effect."""
-    parameters = config_mapping(c, "rope_parameters")
-    given = [config_mapping(c, "rope_scaling"), parameters, *(config_mapping(parameters, name) for name in LAYER_TYPES)]
-    yarn = [rope for rope in given if rope.get("rope_type", rope.get("type")) == "yarn"]
-    return next((rope["attn_factor"] for rope in yarn if rope.get("attn_factor") not in (None, 1)), None)
-
-
 def longrope(plain: RotaryConfig, rope: dict, c: dict) -> RotaryConfig:
     """LongRoPE (arXiv:2402.13753) with the factors of short texts. transformers takes long_factor for all positions
     once a text is longer than the original length, so keys in a cache would change while a text grows. Here the
     original length is the model's longest."""
     original = config_int(rope, "original_max_position_embeddings", least=2)
-    divisors, count = rope["short_factor"], plain.dims // 2
+    divisors: Any = rope.get("short_factor")
+    count = plain.dims // 2
     fits = isinstance(divisors, list) and len(divisors) == count
     check(fits, "short_factor", divisors, f"a list of {count} numbers, one per frequency")
     divisors = tuple(float(config_number({"short_factor": each}, "short_factor")) for each in divisors)
@@ -168,11 +157,4 @@ def divided(
     )
 
 
-#: By rope_type: the function that reads it, and the keys that it needs.
-SCALINGS = {
-    "dynamic": (dynamic, ("factor",)),
-    "linear": (linear, ("factor",)),
-    "llama3": (llama3, ("factor", "low_freq_factor", "high_freq_factor")),
-    "yarn": (yarn, ("factor", "original_max_position_embeddings")),
-    "longrope": (longrope, ("short_factor", "original_max_position_embeddings")),
-}
+SCALINGS = {"dynamic": dynamic, "linear": linear, "llama3": llama3, "yarn": yarn, "longrope": longrope}

@@ -40,12 +40,6 @@ def folder_tensors(folder: Path) -> dict[str, StoredTensor]:
         return stored_tensors(single)
     if index.is_file():
         return sharded_tensors(folder, index)
-    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
-    if pickles:
-        raise ValueError(
-            f"{folder} has its weights only as a pickle ({safe_names(pickles)}), which could run code and is not read\n"
-            "If you trust it, convert it: transformers.AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)"
-        )
     raise ValueError(f"{folder} has no model.safetensors and no model.safetensors.index.json; choose another folder")
 
 
@@ -61,16 +55,8 @@ def sharded_tensors(folder: Path, index: Path) -> dict[str, StoredTensor]:
             )
         if not (folder / shard).is_file():
             raise ValueError(f"{folder}: the shard {safe_name(shard)} is missing; fetch it again")
-        found = stored_tensors(folder / shard)
-        if repeated := everything.keys() & found.keys():
-            others = ", ".join({everything[name].file.name for name in repeated})
-            raise ValueError(
-                f"{folder / shard}: {safe_names(sorted(repeated))} is in {others} too; fetch the folder again"
-            )
-        everything |= found
-    for name, shard in shards.items():
-        if name not in everything or everything[name].file.name != shard:
-            raise ValueError(
-                f"{folder / shard} lacks the tensor {safe_name(name)}, which {index.name} lists; fetch the folder again"
-            )
+        everything |= stored_tensors(folder / shard)
+    wrong = [name for name, shard in shards.items() if name not in everything or everything[name].file.name != shard]
+    if wrong:
+        raise ValueError(f"{index}: {safe_names(wrong)} is not in the shard that it names; fetch the folder again")
     return everything

@@ -6,10 +6,8 @@ new random order.
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -26,7 +24,7 @@ from ..config import SITES, Ia3Config, LoraConfig, ParaConfig
 from ..data.batches import rounded_up
 from ..inference.generate import CACHE_MULTIPLE, next_token
 from ..model.adapted import DecodeState, decode, init_adapter, prefill
-from .rounds import measurement, medians, milliseconds, paired, random_tokens
+from .rounds import measurement, medians, paired, random_tokens
 
 #: LoRA adapts all seven linears; at r = 4 it has about as many parameters as PARA at r = 12.
 METHODS = {"PARA": ParaConfig(), "(IA)^3": Ia3Config(target_modules=("q_proj", "v_proj", "up_proj"))} | {
@@ -70,8 +68,8 @@ def bench_decode(
     largest = max(rows)
     banks = {m: bank_of(model, config, max(bank, largest) if m == "PARA" else largest) for m, config in METHODS.items()}
     single = bank_of(model, METHODS["PARA"], 1)
-    read, order = read_test(model), np.random.default_rng(0)
-    wall, cpu, bandwidth, products = ([{} for _ in range(rounds)] for _ in range(4))
+    order = np.random.default_rng(0)
+    wall, cpu = ([{} for _ in range(rounds)] for _ in range(2))
     about: dict[str, dict] = {"ratios": {}, "byte_ratios": {}, "cpu_ratios": {}, "checked": {}}
     about |= {"gigabytes": {}, "sides": {}}
     for count in rows:
@@ -84,36 +82,18 @@ def bench_decode(
             step.side = side._replace(adapters=None)  # frees gigabytes of LoRA's matrices, which decode does not need
             about["sides"][side.name] = step.side._asdict()
         jax.clear_caches()
-        multiply = products_test(model, count)
         cache = steps[base].prefill(context)[1].cache  # one for all sides: a step does not change its length
         for step in steps.values():
             cache = step(cache)[2]  # compiles
         for i in range(rounds):
-            bandwidth[i][base], products[i][base] = read(), multiply()
             for name in order.permutation(list(steps)):
                 wall[i][name], cpu[i][name], cache = steps[name](cache)
         for name in list(steps)[1:]:
             about["ratios"][f"{name} / base"] = paired(wall, name, base)
             about["cpu_ratios"][f"{name} / base"] = paired(cpu, name, base)
             about["byte_ratios"][f"{name} / base"] = steps[name].nbytes / steps[base].nbytes
-    of_read, of_wall = [], []
-    for i in range(rounds):
-        gigabytes_per_second = {n: about["gigabytes"][n] / wall[i][n] * 1e3 for n in bandwidth[i]}
-        of_read.append({n: rate / bandwidth[i][n] for n, rate in gigabytes_per_second.items()})
-        of_wall.append({n: part / wall[i][n] for n, part in products[i].items()})
-    return (
-        measurement("ms", wall)
-        | about
-        | {
-            "cpu_medians": medians(cpu),
-            "context_tokens": context,
-            "bank": bank,
-            "read_gigabytes_a_second": medians(bandwidth),
-            "share_of_read": medians(of_read),
-            "matrix_products_ms": medians(products),
-            "share_of_matrix_products": medians(of_wall),
-        }
-    )
+    sizes = {"cpu_medians": medians(cpu), "context_tokens": context, "bank": bank}
+    return measurement("ms", wall) | about | sizes
 
 
 def sides_of(model, banks: dict[str, AdapterBank], single: AdapterBank, rows: int) -> Iterator[Side]:
@@ -204,47 +184,3 @@ def random_backbone(source: str) -> Transformer:
         return leaf.shape[0] ** -0.5 * jax.random.normal(jax.random.key(i), leaf.shape, leaf.dtype)
 
     return jax.tree.unflatten(treedef, [drawn(i, leaf) for i, leaf in enumerate(leaves)])
-
-
-def read_test(model) -> Callable[[], float]:
-    """Gigabytes per second of a read of as many bytes as the weights have: a dot product on every core of a CPU, a
-    compiled one on another device."""
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(model)) // 4
-    if jax.default_backend() == "cpu":
-        cores = os.cpu_count() or 1
-        parts = np.split(np.ones(size - size % cores, np.float32), cores)
-        pool = ThreadPoolExecutor(cores)
-        read = lambda: list(pool.map(lambda part: part @ part, parts))  # noqa: E731
-    else:
-        array, product = jnp.ones(size, jnp.float32), jax.jit(jnp.vdot)
-        read = lambda: product(array, array).block_until_ready()  # noqa: E731
-
-    def gigabytes_per_second() -> float:
-        begun = time.perf_counter()
-        read()
-        return size * 4 / (time.perf_counter() - begun) / 1e9
-
-    gigabytes_per_second()
-    return gigabytes_per_second
-
-
-def products_test(model, rows: int) -> Callable[[], float]:
-    """Milliseconds of a step's matrix products alone: every linear and the head, for `rows` rows. The rest of a step is
-    attention, norms and elementwise work."""
-    matrices, head = multiplied(model), model.config.vocab_size
-
-    @jax.jit
-    def products(inputs, matrices):
-        return [inputs[w.shape[1]] @ w.T if w.shape[0] == head else inputs[w.shape[0]] @ w for w in matrices]
-
-    widths = {w.shape[1] if w.shape[0] == head else w.shape[0] for w in matrices}
-    inputs = {width: jnp.ones((rows, width), model.dtype) for width in widths}
-    jax.block_until_ready(products(inputs, matrices))
-    return milliseconds(lambda: products(inputs, matrices))
-
-
-def multiplied(model) -> list[jax.Array]:
-    """The matrices that a step multiplies by: the linears and the head. A step only reads rows of an embedding that is
-    not also the head."""
-    looked_up = None if model.head is None else model.embedding[...]
-    return [leaf for leaf in jax.tree.leaves(model) if leaf.ndim == 2 and leaf is not looked_up]

@@ -25,18 +25,10 @@ def table_rows(measured: dict) -> list[tuple[str, str]]:
     byte_ratios = measured.get("byte_ratios", {})
     for name, value in measured.get("ratios", {}).items():
         rows.append((name, f"{value:.3f}" + (f"   bytes {byte_ratios[name]:.3f}" if byte_ratios else "")))
-    rows += [(f"{name}: equal texts", f"{value:.3f}") for name, value in measured.get("equal_texts", {}).items()]
     for method, values in measured.get("latencies_ms", {}).items():
         rows += [(f"{method}: {name}", f"{value:.0f} ms") for name, value in values.items()]
     for method, share in measured.get("live_slots", {}).items():
         rows.append((f"{method}: live slots while requests wait", f"{share:.2f} of all"))
     for name, part in measured.get("parts", {}).items():
         rows += [(f"{name}: {of_part}", value) for of_part, value in table_rows(part)]
-    for name, value in measured.get("share_of_read", {}).items():
-        rows.append((f"{name}: bytes per second, relative to a read test", f"{value:.2f}"))
-    for name, value in measured.get("share_of_matrix_products", {}).items():
-        rows.append((f"{name}: its matrix products alone", f"{value:.2f} of its time"))
-    if "within_limit" in measured:
-        limit = f"within the weights + {measured['limit_above_weights']:.0f} MB"
-        rows.append((limit, "yes" if measured["within_limit"] else "no"))
     return rows

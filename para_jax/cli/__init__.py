@@ -11,14 +11,11 @@ import argparse
 import difflib
 import io
 import os
-import select
 import shlex
-import signal
 import sys
 import traceback
 
 from .. import __version__
-from ..config import RunConfig, dotted_fields, meant_field
 from ..io.checks import printable, shorten
 from ..io.messages import log_to_stderr
 from . import (
@@ -45,31 +42,15 @@ COMMANDS = (
 LONGEST_ERROR = 1900  # characters of each line of an error
 LONGEST_LIST = 16  # lines of an error after the first two; they are indented
 
-#: What the commands of vLLM, lm-eval and others call our options.
-OTHER_NAMES = {
-    "--adapters": "enable-lora lora-modules lora-path lora peft",
-    "--backbone": "model model-path model-name-or-path base-model pretrained",
-    "--max-length": "max-model-len max-seq-len max-seq-length",
-    "--quantize": "quantization load-in-8bit",
-    "--rows": "batch-size",
-    "--slots": "max-num-seqs batch-size",
-}
-
 
 def program() -> int:
     """Runs `main` and returns its exit code. If `main` raises, prints the traceback and returns 70: with Python's own
-    exit code, 1, a job that broke off would look like one that answered every line. After Ctrl-C, another one ends the
-    process at once, without a traceback of what runs at its end."""
+    exit code, 1, a job that broke off would look like one that answered every line."""
     try:
-        code = main()
-    except KeyboardInterrupt:  # while the first Ctrl-C was handled
-        code = 130
+        return main()
     except Exception:
         traceback.print_exc()
         return 70
-    if code == 130:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    return code
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -79,32 +60,13 @@ def main(arguments: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a character that the terminal lacks is escaped, as on stderr
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        try:
-            return run(sys.argv[1:] if arguments is None else arguments)
-        finally:  # after --help too
-            flush_output()
-    except BrokenPipeError:
-        discard_output()
-        return 141
-
-
-def flush_output() -> None:
-    """Writes what is left of the output. Ends with exit code 2 if it can't be written, such as into a file on a full
-    disk."""
-    try:
+        code = run(sys.argv[1:] if arguments is None else arguments)
         if sys.stdout is not None:
             sys.stdout.flush()
+        return code
     except BrokenPipeError:
-        raise
-    except OSError as error:
-        discard_output()
-        print(f"para-jax: error: the output can't be written: {error.strerror or error}", file=sys.stderr)
-        sys.exit(2)
-
-
-def discard_output() -> None:
-    """Drops what is left of the output, which Python would try to write at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python writes the rest at exit
+        return 141
 
 
 def run(arguments: list[str]) -> int:
@@ -115,8 +77,10 @@ def run(arguments: list[str]) -> int:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         return options.run(options) or 0
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
-        if os.environ.get("PARA_JAX_TRACEBACK") or (isinstance(error, BrokenPipeError) and output_is_closed()):
+        if os.environ.get("PARA_JAX_TRACEBACK"):
             raise
         return failed(str(error).strip() or type(error).__name__)
     except (RuntimeError, MemoryError) as error:
@@ -137,15 +101,6 @@ def failed(message: str) -> int:
     return 2
 
 
-def output_is_closed() -> bool:
-    """Whether the reader of standard output has closed it. If not, a broken pipe error is about another pipe."""
-    if not hasattr(select, "poll"):  # Windows
-        return True
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)
-    return bool(poll.poll(0))
-
-
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The options of a command. Overrides may come before and after flags, which argparse alone does not allow."""
     if arguments[:1] == ["lm-eval"]:  # lm-eval parses its own arguments
@@ -156,38 +111,20 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             raise_unknown(options.command, text)
     if rest:
         options.overrides = [*options.overrides, *rest]
-    require_config(options, arguments)
+    config = str(getattr(options, "config", ""))
+    if "=" in config and not (os.path.exists(config) or getattr(options, "backbone", None)):
+        subparsers(parser())[options.command].error(f"CONFIG is missing before {config}; begin with own-data")
     return options
 
 
-def require_config(options: argparse.Namespace, arguments: list[str]) -> None:
-    """Ends with an error if CONFIG was forgotten, so that a FIELD=VALUE is in its place."""
-    given = str(getattr(options, "config", None) or getattr(options, "target", None))
-    root, equals, _ = given.partition("=")
-    is_field = bool(equals) and root.partition(".")[0] in dotted_fields(RunConfig()) and not os.path.exists(given)
-    if is_field and not getattr(options, "backbone", None):  # it replaces CONFIG
-        data = ["--data"] * (options.command == "inspect" and not options.data)
-        line = shlex.join(["para-jax", options.command, "own-data", *arguments[1:], *data])
-        subparsers(parser())[options.command].error(f"CONFIG is missing: {line}")
-
-
 def raise_unknown(command: str, text: str) -> None:
-    """Ends with an error for an argument that the command lacks, and names the option or field that was meant."""
-    name = text.partition("=")[0]
+    """Ends with an error for an argument that the command lacks, and names the option that was meant."""
     own = subparsers(parser())[command]
     options = [option for one in own._actions if one.help != argparse.SUPPRESS for option in one.option_strings]
-    plain = name.replace("_", "-")
-    near = [option for option, names in OTHER_NAMES.items() if option in options and plain.lstrip("-") in names.split()]
-    near += difflib.get_close_matches(plain, options, n=1, cutoff=0.7)
-    near += ["CONFIG alone"] if name == "--config" and any(action.dest == "config" for action in own._actions) else []
+    near = difflib.get_close_matches(text.partition("=")[0].replace("_", "-"), options, n=1, cutoff=0.7)
     advice = f"; did you mean {near[0]}?" if near else ""
     if not near and any(action.dest == "overrides" for action in own._actions):
-        field = name.lstrip("-").replace("-", "_")
-        section, dot, last = field.rpartition(".")
-        root, known = RunConfig(), dotted_fields(RunConfig())
-        template = getattr(root, section) if section in known and "." not in section else root
-        meant = field if field in known else meant_field(section + dot, last, template, root)
-        advice = f"; fields are given as {meant}=VALUE" if meant in known else ""
+        advice = "; fields of the config are given as train.max_steps=VALUE, without dashes"
     own.error(f"unknown argument {shorten(text)}{advice}")
 
 

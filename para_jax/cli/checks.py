@@ -95,8 +95,7 @@ def check_data(config: RunConfig, splits: Iterable[str]) -> None:
     are read as their tenant.yaml says."""
     from ..data.hf import check_name, is_hf, parse_hf
     from ..data.records import split_records
-    from ..data.tenant_file import with_own_fields
-    from ..data.tenants import tenant_sections
+    from ..data.tenants import tenant_sections, with_own_fields
 
     sections = {"": config.data}
     if config.data.tenants:
@@ -151,18 +150,3 @@ def check_target(target: Place) -> None:
         raise ValueError(
             f"{target} holds neither an adapter (adapter_config.json) nor a run (config.yaml); choose {advice}"
         )
-
-
-def check_runs(folders: Iterable[Place]) -> None:
-    """Raises ValueError for run folders that are not there."""
-    for folder in folders:
-        if not isinstance(folder, BucketPath) and not folder.is_dir():
-            advice = nearest(folder) or "; give the output_dir of `para-jax train`"
-            raise ValueError(f"{folder}: no run is there{advice}")
-
-
-def check_data_file(file: Place) -> None:
-    """Raises ValueError for a --data that is not there."""
-    if not isinstance(file, BucketPath) and not file.is_file():
-        problem = "is a folder; give a .jsonl file" if file.is_dir() else f"does not exist{nearest(file)}"
-        raise ValueError(f"--data {file} {problem}")

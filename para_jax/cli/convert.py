@@ -15,13 +15,13 @@ def add(commands) -> None:
 
 
 def run(options) -> None:
-    from ..backbone.gguf.convert import check_new_folder, convert_gguf
-    from ..data.tokenizer import load_tokenizer
-
     if options.gguf.is_dir():
         raise ValueError(f"{options.gguf} is a folder; give the path of a .gguf file")
     if not options.gguf.is_file():
         raise ValueError(f"{options.gguf}: no such file{nearest(options.gguf) or '; give the path of a .gguf file'}")
+    from ..backbone.gguf.convert import check_new_folder, convert_gguf
+    from ..data.tokenizer import load_tokenizer
+
     check_new_folder(options.folder)
     convert_gguf(options.gguf, options.folder, load_tokenizer(options.gguf))
     print(f"wrote {options.folder}")

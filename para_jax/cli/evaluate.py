@@ -7,7 +7,7 @@ import re
 import time
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..adapters.names import named_adapters
 from ..config import load_config
@@ -128,7 +128,7 @@ def run(options) -> None:
     check_sources(options, config)
     begun, output = time.monotonic(), output_of(options)
     try:
-        results = answered(options, config, load(options, config), output)
+        results = evaluated(options, config, output)
     except KeyboardInterrupt:
         if output is not None:
             say(f"the answers so far are in {output}; the same command resumes")
@@ -214,23 +214,14 @@ def check_sources(options, config) -> None:
 
 
 def warn_of_unused(options, config) -> None:
-    """Warns of settings that --tasks makes useless: a config's templates, overrides of its data and metric, and,
-    without a task of lm-eval, its options."""
-    from ..evaluation.task_file import named_file
-
-    if not options.tasks:
-        return
+    """Warns of a config's templates, data and metric, which --tasks replaces."""
     fields = [text.partition("=")[0] for text in options.overrides]
     used = ("eval.batch_size", "data.chat_template_kwargs")
     unused = [name for name in fields if name.startswith(("data.", "eval.")) and name not in used]
     unused += [f"data.{name}" for name in ("prompt", "completion") if getattr(config.data, name) is not None]
-    if unused:
+    if options.tasks and unused:
         advice = f"give data.{options.split} in place of --tasks"
         warn(f"{', '.join(dict.fromkeys(unused))}: not used, since --tasks replaces the config's data; {advice}")
-    if all(named_file(text, options.split) for text in options.tasks):
-        for name, advice in (("include_path", ""), ("num_fewshot", ""), ("chat", "; give rows with messages")):
-            if getattr(options, name) not in (None, False):
-                warn(f"--{name.replace('_', '-')}: not used, since none of --tasks is lm-eval's{advice}")
 
 
 def config_of(options):
@@ -257,24 +248,14 @@ def given(values: dict) -> dict:
     return {name: value for name, value in values.items() if value is not None}
 
 
-class Loaded(NamedTuple):
-    """What all shards of an evaluation use."""
-
-    model: Any
-    tokenizer: Any
-    plan: Any
-    """evaluation.evaluate.Evaluation"""
-
-
-def load(options, config) -> Loaded:
-    """Starts the devices and loads everything but the adapters. A wrong task or adapter is found before weights are
-    read."""
+def evaluated(options, config, output: Place | None):
+    """The Results, into a folder if one is given. A wrong task or adapter is found before weights are read."""
     from ..backbone.load import load_model_config
     from ..data.tokenizer import run_tokenizer
-    from ..evaluation.evaluate import plan_evaluation
+    from ..evaluation.evaluate import plan_evaluation, run_evaluation
     from ..runtime import devices
 
-    if config.runtime.coordinator is not None and output_of(options) is not None:
+    if config.runtime.coordinator is not None and output is not None:
         raise ValueError(  # each host would write the same files
             f"runtime.coordinator {config.runtime.coordinator}: evaluate with --adapters, --tasks, --output or "
             "--log-samples runs on one host; set runtime.coordinator=null"
@@ -284,16 +265,8 @@ def load(options, config) -> Loaded:
     run = config
     if options.config is None:
         run = replace(config, data=replace(config.data, max_seq_length=None, truncate="left"))
-    how, tasks = eval_options(options, rows=config.eval.batch_size, seed=config.seed), options.tasks or config
-    plan = plan_evaluation(model_config, sources_of(options), tasks, tokenizer, how, run)
-    return Loaded(shared.load_model(options, **vars(config.backbone)), tokenizer, plan)
-
-
-def answered(options, config, loaded: Loaded, output: Place | None):
-    """The Results of a shard's adapters, or of all, into a folder if one is given."""
-    from ..evaluation.evaluate import run_evaluation
-
-    known = {"rows": config.eval.batch_size, "seed": config.seed, "base": not options.adapter}
+    how = eval_options(options, rows=config.eval.batch_size, seed=config.seed, base=not options.adapter)
+    plan = plan_evaluation(model_config, sources_of(options), options.tasks or config, tokenizer, how, run)
+    model = shared.load_model(options, **vars(config.backbone))
     about = {"backbone": config.backbone.source, "quantize": config.backbone.quantize, "command": options.command_line}
-    how = eval_options(options, **known)
-    return run_evaluation(loaded.model, loaded.plan, loaded.tokenizer, output, how, about)
+    return run_evaluation(model, plan, tokenizer, output, how, about)

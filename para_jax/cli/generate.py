@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from functools import cache
 
 from ..adapters.names import name_and_source, named_adapters
 from ..config import BASE
@@ -53,7 +53,8 @@ def requests() -> shared.Parser:
         "--input",
         type=shared.place,
         metavar="FILE",
-        help="requests, one JSON object per line: prompt or messages, tenant, sampling, n, id; a file or a pipe",
+        help="requests, one JSON object per line: OpenAI's batch format, or prompt or messages, tenant, sampling, n, "
+        "custom_id; a file or a pipe",
     )
     group.add_argument(
         "--output",
@@ -70,11 +71,9 @@ def run(options) -> int | None:
     sources, tenants = checked(options)
     if not options.input:
         return answer_prompts(options, *load(options, sources), tenants=tenants)
-    from ..serving.answers import Answers, check_shard
+    from ..serving.answers import Answers
 
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     with Answers(options.output) as answers:  # opened first: a wrong or locked file fails before anything is loaded
-        check_shard(answers, options.shard)
         errors = answer_file(options, *load(options, sources), tenants=tenants, answers=answers)
     return reported(options, errors)
 
@@ -130,8 +129,6 @@ def checked(options) -> tuple[dict[str, str], list[str | None] | None]:
 
 def check_input(source: Place) -> None:
     """Raises ValueError, before anything is loaded, if there is nothing to answer. A pipe is not touched."""
-    from ..serving.answers import MAX_LINE, bounded_lines
-
     if str(source) == "-":
         raise ValueError("--input -: give /dev/stdin for the standard input")
     if source.is_dir() or not source.exists():
@@ -139,11 +136,10 @@ def check_input(source: Place) -> None:
         raise ValueError(f"--input {source}: {problem}\ngive a file with one JSON request per line")
     if source.is_file():
         with source.open("rb") as stream:
-            filled = (line for line in bounded_lines(stream, MAX_LINE) if line is None or line.strip())
-            first = next(filled, b"")
-        if first == b"":
+            first = next(filter(bytes.strip, stream), b"")
+        if not first:
             raise ValueError(f"--input {source}: no line there\nwrite one request per line")
-        if first is not None and str(source).endswith(TABLES) and not first.lstrip().startswith(b"{"):
+        if str(source).endswith(TABLES) and not first.lstrip().startswith(b"{"):
             said = "is a table, not lines of JSON"
             raise ValueError(f'--input {source} {said}\nwrite one request per line, such as {{"prompt": "text"}}')
 
@@ -188,26 +184,39 @@ def answer_prompts(options, model, tokenizer, adapters, tenants) -> None:
         print(f"> {tenant}{text}\n{answer}\n")
 
 
-def answer_file(options, model, tokenizer, bank, tenants, answers) -> Counter[str]:
+def answer_file(options, model, tokenizer, bank, tenants, answers) -> int:
     from ..serving.jobs import answer_lines
 
     engine, default = engine_of(options, model, tokenizer, bank, tenants)
     try:
-        return answer_lines(engine, options.input, answers, default, options.shard)
+        return answer_lines(engine, options.input, answers, default, options.shard, read_body)
     except KeyboardInterrupt:
         if answers.regular:
             say(f"the answers so far are in {options.output}; the same command resumes")
         raise
 
 
-def reported(options, errors: Counter[str]) -> int:
+def read_body(line: dict, engine):
+    """The request of a line of OpenAI's batch format."""
+    return batch_reader()(line, engine)
+
+
+@cache
+def batch_reader():
+    from ..server.packages import require_packages
+
+    require_packages("OpenAI's batch format")
+    from ..server.batch import batch_request
+
+    return batch_request
+
+
+def reported(options, errors: int) -> int:
     """The exit code of a job that has ended, after lines about its output."""
     none = f"{options.input} has no line of shard {options.shard}, so {options.output} is not written"
     say(f"wrote {options.output}" if options.output.exists() else none)
     if errors:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in errors.most_common(10))
-        count = "1 answer is an error" if errors.total() == 1 else f"{errors.total()} answers are errors"
-        say(f"{count}: {kinds}{' ...' if len(errors) > 10 else ''}")
+        say("1 answer is an error" if errors == 1 else f"{errors} answers are errors")
     return int(bool(errors))
 
 

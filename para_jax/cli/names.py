@@ -12,7 +12,7 @@ LISTED = 20  # names in an error
 
 def tenants_of_prompts(options, sources: dict[str, str]) -> list[str | None] | None:
     """A tenant's name for each prompt, or None for the base model. With --input, the one name for lines without."""
-    from ..adapters.unknown_tenant import unknown
+    from ..adapters.names import unknown
 
     names, prompts = options.tenant, len(options.prompt) or 1
     if not names and (options.input or not sources):

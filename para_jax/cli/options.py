@@ -88,8 +88,8 @@ def add_fields(group, options: type, *names: str) -> None:
     unless a field names another type."""
     for one in dataclasses.fields(options):
         if one.name in names:
-            kind = {"action": "store_true"} if one.default is False else {"type": int, "default": one.default}
-            kind |= one.metadata
+            made = {"action": "store_true"} if one.default is False else {"type": int, "default": one.default}
+            kind = made | one.metadata
             if kind.get("type") is str:
                 kind["type"] = filled
             group.add_argument(f"--{one.name.replace('_', '-')}", **kind)

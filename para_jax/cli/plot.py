@@ -36,25 +36,21 @@ def add(commands) -> None:
         metavar="FILE",
         help="a data file: draw how much the factors differ over its prompts",
     )
-    group.add_argument("--limit", type=int, metavar="N", help=f"prompts of --data, at most (default: {PROMPTS})")
+    group.add_argument(
+        "--limit",
+        type=shared.count,
+        default=PROMPTS,
+        metavar="N",
+        help="prompts of --data (default: %(default)s)",
+    )
     parser.set_defaults(run=run)
 
 
 def run(options) -> None:
-    from .checks import check_adapters, check_data_file, check_runs, chosen_backbone
+    from .checks import check_adapters, chosen_backbone
 
     if options.output.suffix not in FORMATS:
         raise ValueError(f"--output {options.output} is no picture\ngive a file that ends in {' or '.join(FORMATS)}")
-    if not options.output.absolute().parent.is_dir():
-        raise ValueError(f"--output {options.output}: no such folder\nmake the folder first")
-    if options.limit is not None and options.data is None:
-        raise ValueError("--limit requires --data\nit is the number of prompts of that file")
-    for name in ("backbone", "dtype"):
-        if getattr(options, name) is not None and not options.adapter:
-            raise ValueError(f"--{name} {getattr(options, name)} requires --adapter\nonly factors need the model")
-    options.limit = PROMPTS if options.limit is None else options.limit
-    if options.limit < 2:
-        raise ValueError(f"--limit {options.limit} is too few\ngive at least 2 prompts")
     adapters, prompts = len(options.adapter), len(options.prompt)
     curves = options.runs and not (adapters or prompts or options.data)
     maps = adapters == 1 and prompts in (1, 2) and not (options.runs or options.data)
@@ -64,12 +60,9 @@ def run(options) -> None:
             "plot draws one of three things\ngive RUN... (learning curves), one --adapter with one or two --prompt "
             "(factors), or --adapter once or more with --data FILE (how much factors differ)"
         )
-    check_runs(options.runs)
-    if options.data:
-        check_data_file(options.data)
-    check_adapters(options.adapter)
-    require_factors(options.adapter)
-    if options.adapter:
+    if not curves:
+        check_adapters(options.adapter)
+        require_factors(options.adapter)
         options.backbone = chosen_backbone(options.backbone, options.adapter)
     from ..reports.plots import curves_plot, save
 

@@ -10,6 +10,8 @@ from .adapter import listed as listed
 from .adapter import sites_in_order as sites_in_order
 from .adapter import with_scope_of as with_scope_of
 from .bounds import allowed_values as allowed_values
+from .fields import dotted_fields as dotted_fields
+from .fields import meant_field as meant_field
 from .file import adapter_method as adapter_method
 from .file import config_dict as config_dict
 from .file import load_config as load_config
@@ -40,5 +42,3 @@ from .run import TrainSection as TrainSection
 from .run import is_tfds as is_tfds
 from .template_variables import Variables as Variables
 from .template_variables import template_variables as template_variables
-from .unknown_field import dotted_fields as dotted_fields
-from .unknown_field import meant_field as meant_field

@@ -59,9 +59,7 @@ class ParaConfig(AdapterConfig):
         if self.scope == "response":
             last = self.pooler in ("last", "constant")
             require(last, "pooler", self.pooler, "last or constant: scope response reads the last prompt token alone")
-            require(
-                self.scope_window == 1, "scope_window", self.scope_window, "1 for PARA: that token makes the factors"
-            )
+            require(self.scope_window == 1, "scope_window", self.scope_window, "1 for PARA")
         if self.late_r is not None:  # a zero has to stay zero where a layer's rank ends
             expected = "another one with late_r; rational maps zero to a learned number"
             require(self.activation != "rational", "activation", self.activation, expected)
@@ -107,15 +105,10 @@ class LoraConfig(AdapterConfig):
     def __post_init__(self):
         object.__setattr__(self, "target_modules", sites_in_order(self.target_modules))
         super().__post_init__()
-        if self.alora_invocation_tokens is not None:
-            self.check_invocation(self.alora_invocation_tokens)
-
-    def check_invocation(self, tokens: Any) -> None:
-        given = isinstance(tokens, tuple) and len(tokens) > 0
-        require(given, "alora_invocation_tokens", tokens, "None, or a list of token ids")
-        require(self.scope == "response", "scope", self.scope, "response where alora_invocation_tokens are set")
-        count = f"{len(tokens)}, the number of alora_invocation_tokens"
-        require(self.scope_window == len(tokens), "scope_window", self.scope_window, count)
+        if (tokens := self.alora_invocation_tokens) is not None:
+            fits = self.scope == "response" and self.scope_window == len(tokens)
+            expected = "None, or a list of scope_window token ids with scope response"
+            require(fits, "alora_invocation_tokens", tokens, expected)
 
     @property
     def scale(self) -> float:
@@ -146,14 +139,9 @@ def late_layers(num_layers: int) -> int:
     return max(1, num_layers // 3)
 
 
-def with_scope_of(config: Any, kind: type) -> Any:
-    """The defaults of another config class, with the scope and window of this config. Raises ValueError for a class
-    without them, unless the scope is `all`."""
-    scope: dict[str, Any] = {one.name: getattr(config, one.name, one.default) for one in fields(AdapterConfig)}
-    if issubclass(kind, AdapterConfig):
-        return kind(**scope)
-    require(scope["scope"] == "all", "adapter.scope", scope["scope"], f"all: {kind.__name__} has no scope")
-    return kind()
+def with_scope_of(config: AdapterConfig, kind: Any) -> Any:
+    """The defaults of another config class, with the scope and window of this config."""
+    return kind(scope=config.scope, scope_window=config.scope_window)
 
 
 def given_fields(config: Any) -> dict[str, Any]:

@@ -63,63 +63,50 @@ def names_in_files(config: Any) -> list[str]:
 
 def check_fields(config: Any, section: str = "") -> None:
     """Raises ValueError for a field of a dataclass whose value has the wrong type, or is outside the field's Literal or
-    Bounds. NumPy's and JAX's numbers become Python's, and paths become texts, because files can hold these. Lists
-    become tuples, because configs are hashed.
+    Bounds. Values become Python's own types, which a file can hold and which can be hashed.
 
     Args:
         section: what stands before the field's name in an error, such as "train.".
     """
     for name, kind in field_types(type(config)).items():
-        value = getattr(config, name)
-        own = in_python_types(value)
-        own = tuple(own) if isinstance(own, list | range) else own
-        if own is not value:
-            object.__setattr__(config, name, own)
-        check_value(section + name, own, kind)
+        object.__setattr__(config, name, in_python_types(getattr(config, name)))
+        check_value(section + name, getattr(config, name), kind)
 
 
 def in_python_types(value: Any) -> Any:
-    """The value with Python's numbers instead of other libraries', a tuple instead of an array and a text instead of a
-    path; the same object if it has none of them."""
-    if isinstance(value, tuple | list):
-        own = [in_python_types(item) for item in value]
-        return value if all(a is b for a, b in zip(own, value, strict=True)) else tuple(own)
-    if isinstance(value, os.PathLike):
-        return str(value)
-    own = value.tolist() if hasattr(value, "tolist") else value
-    return tuple(own) if own is not value and isinstance(own, list) else own
+    """The value with Python's numbers instead of NumPy's and JAX's, tuples instead of lists and arrays, and texts
+    instead of paths."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, tuple | list | range):
+        return tuple(map(in_python_types, value))
+    return str(value) if isinstance(value, os.PathLike) else value
 
 
 def check_value(name: str, value: Any, kind: Any) -> None:
     """Raises ValueError where a value is not of its field's type, or not what a Literal or Bounds allows. Fields of
     type Any or JsonObject are not checked."""
     kind, optional = without_none(kind)
-    arguments = typing.get_args(kind)
+    kind = Finite if kind is float else kind
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if value is None and optional:
         return
-    if typing.get_origin(kind) is Literal:
+    if origin is Literal:
         require_one_of(arguments, name, value)
-    elif typing.get_origin(kind) is Annotated:
-        if isinstance(value, str) and value in arguments[1].words:
-            return
-        integer = arguments[0] is int
-        is_number = isinstance(value, numbers.Integral if integer else numbers.Real) and not isinstance(value, bool)
-        expected = f"a whole number, {arguments[1]}" if integer else f"a number, {arguments[1]}"
-        require(is_number and arguments[1].accept(value), name, value, expected)
-    elif kind in (bool, str):
-        require(isinstance(value, kind), name, value, "true or false" if kind is bool else "a text")
-    elif kind is int:
-        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-        require(whole, name, value, "a whole number")
-    elif kind is float:
-        check_value(name, value, Finite)
-    elif typing.get_origin(kind) is tuple:
-        require(isinstance(value, tuple), name, value, "a list")
-        items = f"each item of {name} {shorten(list(value or ()))}"
-        for item in value or ():
-            check_value(items, item, arguments[0])
-    elif dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        require(isinstance(value, kind), name, value, f"a {kind.__name__}")
+    elif origin is Annotated or kind is int:
+        number, bounds = arguments[:2] if arguments else (int, Bounds())
+        whole = number is int
+        is_number = isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool)
+        expected = ", ".join(filter(None, ["a whole number" if whole else "a number", str(bounds)]))
+        fits = value in bounds.words if isinstance(value, str) else is_number and bounds.accept(value)
+        require(fits, name, value, expected)
+    elif origin is tuple:
+        require(isinstance(value, tuple), name, value, "a list, such as [a, b] or []")
+        for item in value:
+            check_value(f"each item of {name} {shorten(list(value))}", item, arguments[0])
+    elif kind is not Any and isinstance(kind, type):
+        names = {bool: "true or false", str: "a text"}
+        require(isinstance(value, kind), name, value, names.get(kind, f"a {kind.__name__}"))
 
 
 def without_none(kind: Any) -> tuple[Any, bool]:

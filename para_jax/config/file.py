@@ -27,11 +27,7 @@ def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str
 
     Raises ValueError, naming the field and the nearest known one, for an unknown key, a wrong type or a bad value.
     """
-    if isinstance(overrides, str | dict):
-        texts = [overrides] if isinstance(overrides, str) else [f"{name}={held}" for name, held in overrides.items()]
-        kind = "text" if isinstance(overrides, str) else "dict"
-        raise ValueError(f"overrides is a {kind}; give a list of texts: {shorten(texts)}")
-    if not isinstance(overrides, list | tuple) or not all(isinstance(text, str) for text in overrides):
+    if not isinstance(overrides, list | tuple):
         raise ValueError(f"overrides is {shorten(overrides)}; give a list of texts, such as ['train.max_steps=3']")
     in_file = {} if file is None else read_yaml(config_file(file))
     changes: dict[str, Any] = {}
@@ -46,54 +42,32 @@ def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str
     method = named_method(changes, file_method)
     require_one_of(ADAPTER_CONFIGS, "adapter.method", method)
     if method != file_method:
-        in_file["adapter"] = kept_scope(in_file.get("adapter", {}), changes.get("adapter", {}))
+        kept = () if "scope" in changes["adapter"] else ("scope", "scope_window")
+        in_file["adapter"] = {name: value for name, value in in_file.get("adapter", {}).items() if name in kept}
     template = RunConfig(adapter=ADAPTER_CONFIGS[method]())
     try:
         values = typed_fields(without_method(in_file), template)
     except ValueError as error:
         raise ValueError(f"config {file}: {error}") from None
     unset = {"train": {"learning_rate": None}}  # the template has its method's
-    values = merged(unset, values)
-    wanted = merged(values, typed_fields(without_method(changes), template))
+    values = merged(merged(unset, values), typed_fields(without_method(changes), template))
     try:
-        return replaced(template, wanted)
+        return replaced(template, values)
     except ValueError as error:
-        raise ValueError(f"config {file}: {error}" if fails_alone(template, values, error) else str(error)) from None
+        is_of_override = file is None or any(text.partition("=")[0] in str(error) for text in overrides)
+        raise ValueError(str(error) if is_of_override else f"config {file}: {error}") from None
 
 
-def kept_scope(in_file: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """The adapter fields of a file that stay with another method: its scope and window, unless `changes` sets a scope.
-    A scope of all, which every method has, need not be named."""
-    if "scope" in changes or in_file.get("scope", "all") == "all":
-        return {}
-    return {name: in_file[name] for name in ("scope", "scope_window") if name in in_file}
-
-
-def fails_alone(template: RunConfig, values: dict[str, Any], error: ValueError) -> bool:
-    """Whether the file gives this error without the overrides."""
-    try:
-        replaced(template, values)
-    except ValueError as found:
-        return str(found) == str(error)
-    return False
-
-
-def merged(below: dict[str, Any], above: dict[str, Any], section: str = "") -> dict[str, Any]:
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """The fields of both. Where both have a field, `above` wins; sections are merged."""
-    joined = below | above
-    for name in below.keys() & above.keys():
-        low, high = below[name], above[name]
-        if isinstance(high, dict) and low is not None:
-            require(isinstance(low, dict), f"{section}{name}", low, "a mapping of fields")
-            joined[name] = merged(low, high, f"{section}{name}.")
-    return joined
+    sections = {name for name in below.keys() & above.keys() if isinstance(below[name], dict)}
+    joined = {name: merged(below[name], above[name]) for name in sections if isinstance(above[name], dict)}
+    return below | above | joined
 
 
 def named_method(run: dict[str, Any], default: Any) -> Any:
     """The value of adapter.method in a mapping of sections."""
     adapter: Any = run.get("adapter", {})
-    if isinstance(adapter, str) and adapter in ADAPTER_CONFIGS:
-        raise ValueError(f"adapter must be a mapping; got {adapter!r}; did you mean adapter.method={adapter}?")
     require(isinstance(adapter, dict), "adapter", adapter, "a mapping, such as {method: para, r: 12}")
     return adapter.get("method", default)
 
@@ -110,7 +84,8 @@ def replaced(config: Any, values: dict[str, Any]) -> Any:
     changes = {}
     for name, value in values.items():
         try:
-            changes[name] = replaced(getattr(config, name), value) if isinstance(value, dict) else value
+            section = dataclasses.is_dataclass(getattr(config, name))
+            changes[name] = replaced(getattr(config, name), value) if section else value
         except ValueError as error:  # an adapter's config does not know that it is in a section
             raise ValueError(f"adapter.{error}" if name == "adapter" else str(error)) from None
     return dataclasses.replace(config, **changes)
@@ -140,10 +115,6 @@ def adapter_method(config: Any) -> str:
     return next(name for name, kind in ADAPTER_CONFIGS.items() if kind is type(config))
 
 
-def data_advice(path: Path) -> str:
-    return f"give a config, and this as its data: para-jax train own-data data.train={quote(str(path))}"
-
-
 def shipped_configs() -> dict[str, Path]:
     """The configs that come with para_jax, by name. They are in the installed package, and in a checkout next to it."""
     package = Path(__file__).parents[1]
@@ -159,19 +130,16 @@ def config_file(file: str | Path) -> Path:
 
 def read_yaml(file: Path) -> dict[str, Any]:
     """The mapping of sections in a YAML file. Raises ValueError, naming the file, for anything else."""
+    if file.suffix in DATA or any((file / f"train{end}").is_file() for end in DATA):
+        advice = f"give a config, and this as its data: para-jax train own-data data.train={quote(str(file))}"
+        raise ValueError(f"config {file} is data\n{advice}")
     if file.is_dir():
-        inside = file / "config.yaml"
-        advice = "give a .yaml file, such as the config.yaml in a run's folder"
-        if any((file / f"train{end}").is_file() for end in (*DATA, ".json")):
-            advice = f"it holds data\n{data_advice(file)}"
-        raise ValueError(f"config {file} is a folder; {f'did you mean {inside}?' if inside.is_file() else advice}")
+        raise ValueError(f"config {file} is a folder; give a .yaml file, such as the config.yaml in a run's folder")
     if not file.exists():
         shipped = shipped_configs()
         others = f"; give the path of a .yaml file, or the name of a shipped config: {', '.join(shipped)}"
         advice = nearest(file) or near_name(file.stem.replace("_", "-"), shipped) or others
         raise ValueError(f"config {file}: no such file{advice}")
-    if file.suffix in DATA:
-        raise ValueError(f"config {file} is a file of data\n{data_advice(file)}")
     try:
         read = parse_yaml(str(file.read_bytes(), "utf-8")) or {}
     except ValueError as error:
@@ -185,19 +153,15 @@ def read_yaml(file: Path) -> dict[str, Any]:
 def parse_override(text: str) -> dict[str, Any]:
     """The field that an override sets, as nested dictionaries."""
     key, equals, value = text.partition("=")
-    is_name = re.fullmatch(r"[\w-]+(\.[\w-]+)*", key)
-    if is_name and not equals and "." in key:
-        raise ValueError(f"override {shorten(text)} has no value; write {key}=VALUE, without spaces around the =")
-    if not equals or not is_name:
+    if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
         raise ValueError(
-            f"override {shorten(text)} names no field; write section.field=value, such as train.learning_rate=3e-3"
+            f"override {shorten(text)}: write section.field=value without spaces around the =, such as "
+            "train.learning_rate=3e-3"
         )
     try:
         inner: Any = value.replace("\\n", "\n") if key in TEXT_FIELDS else parse_yaml(value)
     except ValueError as error:
         raise ValueError(f"override {shorten(text)} is not YAML: {printable(str(error))}") from None
-    if isinstance(inner, str) and "#" in value and "#" not in inner and key not in TEXT_FIELDS:
-        raise ValueError(f'override {shorten(text)}: YAML takes the # for a comment; quote the value, as in "a #1"')
     *sections, name = key.split(".")
     nested: dict[str, Any] = {name: inner}
     for section in reversed(sections):

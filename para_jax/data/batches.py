@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .example_arrays import ExampleArrays, prompt_and_completion_sizes
+from .example_arrays import arrays_of
 from .examples import Example
 
 COMPILING = 20  # steps in the time of one compilation: a few on a CPU, hundreds on an accelerator
@@ -45,7 +45,7 @@ class Bucket(NamedTuple):
 
 def plan_buckets(examples: Sequence[Example], count: int) -> tuple[Bucket, ...]:
     """At most `count` buckets, shortest first, that hold all examples with the least padding in total."""
-    return plan_buckets_of_sizes(prompt_and_completion_sizes(examples), count)
+    return plan_buckets_of_sizes(arrays_of(examples).sizes, count)
 
 
 def plan_buckets_of_sizes(sizes: np.ndarray, count: int) -> tuple[Bucket, ...]:
@@ -146,9 +146,7 @@ def full_batches(
 
 def example_lengths(examples: Sequence[Example]) -> Sequence[int]:
     """Tokens of each example, prompt and completion together."""
-    if isinstance(examples, ExampleArrays):
-        return examples.lengths.tolist()
-    return [len(example.prompt_ids) + len(example.completion_ids) for example in examples]
+    return arrays_of(examples).lengths.tolist()
 
 
 def assign_buckets(lengths: Sequence[int], buckets: Sequence[Bucket]) -> np.ndarray:

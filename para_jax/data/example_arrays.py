@@ -11,8 +11,6 @@ import numpy as np
 
 from .examples import Example
 
-HASHED_AT_ONCE = 4096  # examples
-
 
 class ExampleArrays(Sequence[Example]):
     """A sequence of examples, each created when it is indexed."""
@@ -39,49 +37,21 @@ class ExampleArrays(Sequence[Example]):
         return Example(ids[:prompt], ids[prompt:])
 
 
-class ExampleBuilder:
-    """Collects examples into arrays."""
-
-    def __init__(self):
-        self.ids, self.sizes = array("i"), array("i")
-
-    def add(self, examples: Iterable[Example]) -> None:
-        for prompt, completion in examples:
-            self.ids.extend(prompt)
-            self.ids.extend(completion)
-            self.sizes.extend((len(prompt), len(completion)))
-
-    def __len__(self) -> int:
-        return len(self.sizes) // 2
-
-    def arrays(self) -> ExampleArrays:
-        """The added examples, without a copy. No more can be added afterwards."""
-        return ExampleArrays(np.frombuffer(self.ids, np.int32), np.frombuffer(self.sizes, np.int32).reshape(-1, 2))
-
-
-def prompt_and_completion_sizes(examples: Sequence[Example]) -> np.ndarray:
-    """Tokens in each example's prompt and completion, int32 [examples, 2]."""
+def arrays_of(examples: Iterable[Example]) -> ExampleArrays:
+    """The examples as arrays, made without a list of them."""
     if isinstance(examples, ExampleArrays):
-        return examples.sizes
-    return np.array([(len(prompt), len(completion)) for prompt, completion in examples], np.int32).reshape(-1, 2)
+        return examples
+    ids, sizes = array("i"), array("i")
+    for prompt, completion in examples:
+        ids.extend(prompt)
+        ids.extend(completion)
+        sizes.extend((len(prompt), len(completion)))
+    return ExampleArrays(np.frombuffer(ids, np.int32), np.frombuffer(sizes, np.int32).reshape(-1, 2))
 
 
 def examples_digest(examples: Sequence[Example]) -> str:
     """The sha256 of each example as int64: the two sizes, then the ids. Checkpoints store it."""
-    found = hashlib.sha256()
-    if not isinstance(examples, ExampleArrays):
-        for prompt, completion in examples:
-            found.update(array("q", [len(prompt), len(completion), *prompt, *completion]).tobytes())
-        return found.hexdigest()
-    for first in range(0, len(examples), HASHED_AT_ONCE):
-        last = min(first + HASHED_AT_ONCE, len(examples))
-        begin, end = examples.starts[first], examples.starts[last]
-        sizes_at = examples.starts[first:last] - begin + 2 * np.arange(last - first)
-        values = np.empty(end - begin + 2 * (last - first), np.int64)
-        is_id = np.ones(len(values), bool)
-        for column in (0, 1):
-            values[sizes_at + column] = examples.sizes[first:last, column]
-            is_id[sizes_at + column] = False
-        values[is_id] = examples.ids[begin:end]
-        found.update(values.tobytes())
+    arrays, found = arrays_of(examples), hashlib.sha256()
+    for sizes, start, end in zip(arrays.sizes, arrays.starts, arrays.starts[1:], strict=False):
+        found.update(sizes.astype(np.int64).tobytes() + arrays.ids[start:end].astype(np.int64).tobytes())
     return found.hexdigest()

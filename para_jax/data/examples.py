@@ -7,7 +7,7 @@ produce every token from the first completion id on, including the end of sequen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import NamedTuple
@@ -15,8 +15,7 @@ from typing import NamedTuple
 from ..config import Variables
 from ..io.checks import printable, shorten
 from ..io.untrusted import require_unicode
-from .chat_messages import checked_messages
-from .chats import answered, render_all
+from .chats import answered, checked_messages, render
 
 #: Text, or chat messages ({"role": ..., "content": ...}) for the tokenizer's chat template.
 Prompt = str | list[dict]
@@ -35,7 +34,62 @@ class Example(NamedTuple):
 
 def encode_example(tokenizer, prompt: Prompt, completion: str) -> Example:
     """The example that training and evaluation use, with the prompt ids of `encode_prompt`."""
-    return Example(encode_prompt(tokenizer, prompt), encode_completion(tokenizer, prompt, completion))
+    return encode_examples(tokenizer, [(prompt, completion)])[0]
+
+
+def encode_completion(tokenizer, prompt: Prompt, completion: str) -> list[int]:
+    """The ids that the model must produce after the prompt, including the token that ends them."""
+    return encode_example(tokenizer, prompt, completion).completion_ids
+
+
+def encode_examples(tokenizer, pairs: Sequence[tuple[Prompt, str]]) -> list[Example]:
+    """The example of each (prompt, completion). A fast tokenizer uses all cores, in a few calls for all of them.
+
+    A completion of a text follows it after one space, unless the prompt ends or the completion starts with white space.
+    It ends with one EOS, also if the completion has it already. After messages, it is the assistant turn as the chat
+    template renders it, up to the template's end token (EOS if it has none).
+    """
+    texts = [prompt_and_answer(tokenizer, prompt, completion) for prompt, completion in pairs]
+    chats = [not isinstance(prompt, str) for prompt, _ in pairs]
+    joined = [prompt + answer for prompt, answer in texts] if adds_own_space(tokenizer) else []
+    ids = encode_prompts(tokenizer, [prompt for prompt, _ in texts] + joined, chats + chats[: len(joined)])
+    prompts, both = ids[: len(texts)], ids[len(texts) :]
+    if not all(prompts):
+        raise ValueError(f"prompt {shorten(texts[prompts.index([])][0])} becomes no tokens")
+    # A tokenizer that puts a space before each text would put one between a newline and an answer too. So the answer
+    # has the ids that follow the prompt's in the joined text. If those do not begin with the prompt's, it is encoded
+    # alone, as other tokenizers do it.
+    answers: list[list[int] | None] = [None] * len(texts)
+    for i, (before, whole) in enumerate(zip(prompts, both, strict=False)):
+        if whole[: len(before)] == before:
+            answers[i] = whole[len(before) :]
+    alone = [continuation_text(tokenizer, text) for (_, text), ids in zip(texts, answers, strict=True) if ids is None]
+    encoded = iter(encode_texts(tokenizer, alone))
+    completions = [next(encoded) if ids is None else ids for ids in answers]
+    return [
+        Example(prompt, up_to_end_token(tokenizer, ids) if chat else with_eos(tokenizer, ids))
+        for prompt, ids, chat in zip(prompts, completions, chats, strict=True)
+    ]
+
+
+def prompt_and_answer(tokenizer, prompt: Prompt, completion: str) -> tuple[str, str]:
+    """The text of a prompt, and that of the completion as it follows."""
+    for name, value in (("prompt", prompt), ("completion", completion)):
+        require_filled(name, value)
+        require_unicode(name, value)
+    if isinstance(prompt, str):
+        bare = completion.rstrip()
+        has_eos = tokenizer.eos_token and bare.endswith(tokenizer.eos_token)
+        return prompt, joined_completion(prompt, bare if has_eos else completion)
+    answer = without_end(tokenizer, completion)
+    if not answer.strip():
+        raise ValueError(f"completion {shorten(completion)} is only an end token; leave the row out")
+    return answered(tokenizer, without_ends(tokenizer, checked_messages("prompt", prompt)), answer)
+
+
+def joined_completion(prompt: str, completion: str) -> str:
+    """The completion as it follows the prompt: after one space, unless there already is white space."""
+    return completion if prompt[-1].isspace() or completion[0].isspace() else " " + completion
 
 
 def encode_prompt(
@@ -60,48 +114,84 @@ def encode_prompt(
     """
     if not may_be_blank:
         require_filled("prompt", prompt)
-    if not isinstance(prompt, str):
+    is_chat = not isinstance(prompt, str)
+    if is_chat:
         prompt = without_ends(tokenizer, checked_messages("prompt", prompt))
     require_short(prompt, most)
     require_unicode("prompt", prompt)
-    if isinstance(prompt, str):
-        ids = encode_text(tokenizer, prompt)
-    else:
-        (text,) = render_all(tokenizer, [(prompt, {**(variables or {}), "add_generation_prompt": generation_prompt})])
+    text = prompt
+    if not isinstance(prompt, str):
+        text = render(tokenizer, prompt, **{**(variables or {}), "add_generation_prompt": generation_prompt})
         require_short(text, most)
-        ids = encode(tokenizer, text)
+    ids = encode_prompts(tokenizer, [str(text)], [is_chat])[0]
     if not ids:
         raise ValueError(f"prompt {shorten(prompt)} becomes no tokens")
     return ids
 
 
-def encode_completion(tokenizer, prompt: Prompt, completion: str) -> list[int]:
-    """The ids that the model must produce after the prompt, including the token that ends them.
-
-    Text follows the prompt after one space, unless the prompt ends or the completion starts with white space. It ends
-    with one EOS, also if the completion has it already. After messages, it is the assistant turn as the chat template
-    renders it, up to the template's end token (EOS if it has none).
-    """
-    require_filled("prompt", prompt)
-    require_filled("completion", completion)
-    require_unicode("completion", completion)
-    if isinstance(prompt, str):
-        text = joined_completion(prompt, up_to_eos(tokenizer, completion))
-        return with_end(encode_following(tokenizer, prompt, text, encode_text), eos_token_id(tokenizer))
-    messages = without_ends(tokenizer, checked_messages("prompt", prompt))
-    ((before, turn),) = answered(tokenizer, [(messages, answer_alone(tokenizer, completion))])
-    return up_to_end_token(tokenizer, encode_following(tokenizer, before, turn, encode))
+def require_filled(name: str, value: object) -> None:
+    if not value or (isinstance(value, str) and not value.strip()):
+        raise ValueError(f"{name} is missing or empty; pass text{' or messages' if name == 'prompt' else ''}")
 
 
-def with_end(ids: list[int], end: int) -> list[int]:
-    """The ids of a completion with the end token. Data for other libraries may have it in the text."""
-    return ids if ids[-1:] == [end] else [*ids, end]
+def require_short(prompt: Prompt, most: int | None) -> None:
+    """Raises ValueError for a prompt of more than `most` characters in all its messages; None means no limit."""
+    texts = [prompt] if isinstance(prompt, str) else [text for m in prompt for text in (m["role"], m["content"])]
+    characters = sum(map(len, texts))
+    if most is not None and characters > most:
+        raise ValueError(f"prompt has {characters} characters; at most {most} fit the maximum number of tokens")
 
 
-def up_to_eos(tokenizer, completion: str) -> str:
-    """The completion without the white space after an EOS at its end."""
-    bare = completion.rstrip()
-    return bare if tokenizer.eos_token and bare.endswith(tokenizer.eos_token) else completion
+def most_characters(tokenizer, tokens: int) -> int:
+    """The maximum number of characters of a prompt with this many tokens, if all were as long as the longest token."""
+    return tokens * max(TOKEN_CHARACTERS, *map(len, tokenizer.get_vocab()))
+
+
+# ------------------------------------------------------------------------------------------- the end of a chat's turns
+
+
+class Turn(NamedTuple):
+    """How the tokenizer's chat template writes an answer."""
+
+    opening: str
+    """what begins every answer, such as Qwen3's <think></think>; without the white space at its ends"""
+    end: int
+    writes_end: bool
+    """whether the template itself writes `end`; else we add it"""
+
+
+def answer_turn(tokenizer) -> Turn | None:
+    """How the tokenizer's current chat template writes an answer. None if it refuses a short conversation."""
+    return turn_of_template(tokenizer, str(tokenizer.chat_template))
+
+
+@lru_cache(8)
+def turn_of_template(tokenizer, template: str) -> Turn | None:
+    """`answer_turn`. The template is part of the cache's key, because users may replace it."""
+    answer = "0123456789"
+    try:
+        _, turn = answered(tokenizer, [{"role": "user", "content": "a"}], answer)
+        ids = encode(tokenizer, turn)
+        end = up_to_end_token(tokenizer, ids)[-1]
+        before, found, _ = turn.partition(answer)
+        opening = encode(tokenizer, before) if found else []
+    except ValueError:
+        return None
+    text = tokenizer.decode(opening, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return Turn(text.strip(), end, end in ids)
+
+
+def turn_stop_ids(tokenizer, prompt: Prompt | Ids) -> tuple[int, ...]:
+    """The ids, besides `stop_token_ids`, that end the answer to this prompt: the end-of-turn token of a chat."""
+    turn = None if isinstance(prompt, str | tuple) else answer_turn(tokenizer)
+    return () if turn is None else (turn.end,)
+
+
+def answer_opening(tokenizer, prompt: Prompt) -> str:
+    """What the model writes before its answer to this prompt, because the chat template begins every answer with it.
+    Mostly nothing."""
+    turn = None if isinstance(prompt, str) else answer_turn(tokenizer)
+    return "" if turn is None else turn.opening
 
 
 def without_ends(tokenizer, messages: list[dict]) -> list[dict]:
@@ -117,96 +207,56 @@ def without_end(tokenizer, answer: str) -> str:
     them, and the chat template writes one itself. If it writes none, the answer stays as it is."""
     if answer.rstrip()[-1:] not in last_characters(tokenizer, len(tokenizer)):
         return answer
-    try:
-        end = template_end(tokenizer, str(tokenizer.chat_template))
-    except ValueError:  # the template refuses the short conversation
-        end = tokenizer.eos_token_id
-    if end is None:
+    turn = answer_turn(tokenizer)
+    end = tokenizer.eos_token_id if turn is None else turn.end
+    if end is None or (turn is not None and not turn.writes_end):
         return answer
-    ends = tokenizer.convert_ids_to_tokens(list({end, tokenizer.eos_token_id} - {None}))
-    kept = stop = len(answer)
+    ends = tuple(tokenizer.convert_ids_to_tokens(list({end, tokenizer.eos_token_id} - {None})))
+    stop = size = len(answer)
     while True:  # without a copy of the text, which may consist of end tokens
-        while stop and answer[stop - 1].isspace():
-            stop -= 1
-        found = next((text for text in ends if answer.endswith(text, 0, stop)), None)
-        if found is None:
-            return answer[:kept]
-        kept = stop = stop - len(found)
+        while size and answer[size - 1].isspace():
+            size -= 1
+        if not answer.endswith(ends, 0, size):
+            return answer[:stop]
+        stop = size = size - next(len(text) for text in ends if answer.endswith(text, 0, size))
 
 
-def answer_alone(tokenizer, completion: str) -> str:
-    """The completion `without_end`. Raises ValueError if nothing is left."""
-    answer = without_end(tokenizer, completion)
-    if not answer.strip():
-        raise ValueError(f"completion {shorten(completion)} is only an end token; leave the row out")
-    return answer
+def up_to_end_token(tokenizer, ids: list[int]) -> list[int]:
+    """A turn's ids up to its end token, without the white space that templates write after it. EOS is added if the turn
+    has no end token."""
+    for i in reversed(range(len(ids))):
+        if (ends := ends_turn(tokenizer, ids[i])) is not None:
+            if ends:
+                return ids[: i + 1]
+            break
+    return [*ids, eos_token_id(tokenizer)]
+
+
+@lru_cache(256)
+def ends_turn(tokenizer, token: int) -> bool | None:
+    """True for a special token, which ends a turn; None for white space, which may follow the end; else False."""
+    text = tokenizer.decode([token])
+    if text != "" and tokenizer.decode([token], skip_special_tokens=True) == "":
+        return True
+    return False if text.strip() else None
+
+
+def with_eos(tokenizer, ids: list[int]) -> list[int]:
+    """The ids of a completion with one EOS. Data for other libraries may have it in the text."""
+    end = eos_token_id(tokenizer)
+    return ids if ids[-1:] == [end] else [*ids, end]
+
+
+def eos_token_id(tokenizer) -> int:
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no EOS token, so completions would never end; set its eos_token")
+    return tokenizer.eos_token_id
 
 
 def stop_token_ids(tokenizer, config_eos: tuple[int, ...] = ()) -> tuple[int, ...]:
     """The ids that end every completion: EOS of the tokenizer and of the model config."""
     own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     return tuple(sorted({*config_eos, *own}))
-
-
-def turn_stop_ids(tokenizer, prompt: Prompt | Ids) -> tuple[int, ...]:
-    """The ids, besides `stop_token_ids`, that end the answer to this prompt: the end-of-turn token of a chat.
-
-    The chat template is rendered once, and only if the prompt is a chat.
-    """
-    if isinstance(prompt, str | tuple):
-        return ()
-    try:
-        return (end_of_turn(tokenizer, str(tokenizer.chat_template)),)
-    except ValueError:  # the template refuses the short conversation
-        return ()
-
-
-@lru_cache(8)
-def end_of_turn(tokenizer, template: str) -> int:
-    """The id that ends an answer in the tokenizer's chat template.
-
-    Args:
-        template: the tokenizer's current template, part of the cache key because users may replace it.
-    """
-    return up_to_end_token(tokenizer, short_turn(tokenizer))[-1]
-
-
-@lru_cache(8)
-def template_end(tokenizer, template: str) -> int | None:
-    """`end_of_turn`, if the template itself writes it."""
-    turn = short_turn(tokenizer)
-    end = up_to_end_token(tokenizer, turn)[-1]
-    return end if end in turn else None
-
-
-def short_turn(tokenizer) -> list[int]:
-    """The ids of an answer's turn, in a short conversation."""
-    ((before, turn),) = answered(tokenizer, [([{"role": "user", "content": "a"}], "a")])
-    return encode_following(tokenizer, before, turn, encode)
-
-
-def answer_opening(tokenizer, prompt: Prompt) -> str:
-    """What the model writes before its answer to this prompt, because the chat template begins every answer with it, as
-    Qwen3's does with <think></think>. Mostly nothing. As text without the white space at its ends.
-
-    The chat template is rendered once, and only if the prompt is a chat.
-    """
-    if isinstance(prompt, str):
-        return ""
-    try:
-        return template_opening(tokenizer, str(tokenizer.chat_template))
-    except ValueError:  # the template refuses the short conversation
-        return ""
-
-
-@lru_cache(8)
-def template_opening(tokenizer, template: str) -> str:
-    """`answer_opening` of the tokenizer's chat template, which is `template`, as in `end_of_turn`."""
-    answer = "0123456789"
-    ((_, turn),) = answered(tokenizer, [([{"role": "user", "content": "a"}], answer)])
-    before, found, _ = turn.partition(answer)
-    ids = encode(tokenizer, before) if found else []
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
 
 
 def special_stop_ids(tokenizer, stop: Sequence[str]) -> tuple[int, ...]:
@@ -229,42 +279,58 @@ def last_characters(tokenizer, length: int) -> frozenset[str]:
     return frozenset(text[-1] for text in special_tokens(tokenizer, length))
 
 
+# ----------------------------------------------------------------------------------------------------------- tokenizer
+
+
 def require_tokenizer(tokenizer: object) -> None:
     """Raises ValueError for what is no tokenizer, such as the name of one."""
     if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
         raise ValueError(f"tokenizer is a {type(tokenizer).__name__}; give one that load_tokenizer returns")
 
 
-def most_characters(tokenizer, tokens: int) -> int:
-    """The maximum number of characters of a prompt with this many tokens, if all were as long as the longest token."""
-    return tokens * max(TOKEN_CHARACTERS, *map(len, tokenizer.get_vocab()))
+def encode_prompts(tokenizer, texts: list[str], chats: list[bool]) -> list[list[int]]:
+    """The ids of prompts: of rendered chats as they are, of texts by the tokenizer's own rules for special tokens.
+
+    Left out are an EOS that the tokenizer appends to a text, since the prompt continues, and a BOS that it adds to a
+    text that begins with one, as a rendered chat does.
+
+    Args:
+        chats: which of the texts are chats.
+    """
+    plain = iter(encode_texts(tokenizer, [text for text, chat in zip(texts, chats, strict=True) if chat]))
+    own = iter(encode_texts(tokenizer, [t for t, chat in zip(texts, chats, strict=True) if not chat], special=True))
+    found = [next(plain if chat else own) for chat in chats]
+    eos, two_bos = tokenizer.eos_token_id, [tokenizer.bos_token_id] * 2
+    doubtful = [i for i, ids in enumerate(found) if not chats[i] and (ids[-1:] == [eos] or ids[:2] == two_bos)]
+    for i, bare in zip(doubtful, encode_texts(tokenizer, [texts[i] for i in doubtful]), strict=True):
+        ids = found[i]
+        if ids[-1:] == [eos] and ids[:-1][-len(bare) :] == bare:
+            ids = ids[:-1]
+        found[i] = ids[1:] if ids[:2] == two_bos and len(ids) > len(bare) else ids
+    return found
 
 
-def require_filled(name: str, value: object) -> None:
-    if not value or (isinstance(value, str) and not value.strip()):
-        raise ValueError(f"{name} is missing or empty; pass text{' or messages' if name == 'prompt' else ''}")
-
-
-def require_short(prompt: Prompt, most: int | None) -> None:
-    """Raises ValueError for a prompt of more than `most` characters in all its messages; None means no limit."""
-    texts = [prompt] if isinstance(prompt, str) else [text for m in prompt for text in (m["role"], m["content"])]
-    characters = sum(map(len, texts))
-    if most is not None and characters > most:
-        raise ValueError(f"prompt has {characters} characters; at most {most} fit the maximum number of tokens")
-
-
-# ----------------------------------------------------------------------------------------------------------- tokenizer
+def encode_text(tokenizer, text: str) -> list[int]:
+    """The ids of a text prompt."""
+    return encode_prompts(tokenizer, [text], [False])[0]
 
 
 def encode(tokenizer, text: str) -> list[int]:
     """The ids of a text, without added special tokens. Special tokens written in the text are recognised."""
-    return tokenise(tokenizer, text, add_special_tokens=False)
+    return encode_texts(tokenizer, [text])[0]
 
 
-def tokenise(tokenizer, text: str, **options: bool) -> list[int]:
-    """The ids of a text by the tokenizer's own rules. ValueError if the tokenizer fails."""
-    with failures(f"the tokenizer fails on {shorten(text)}"):
-        return tokenizer(text, verbose=False, **options)["input_ids"]
+def encode_texts(tokenizer, texts: list[str], special: bool = False) -> list[list[int]]:
+    """The ids of each text. ValueError if the tokenizer fails.
+
+    Args:
+        special: whether the tokenizer adds its special tokens.
+    """
+    if not texts:
+        return []
+    only_ids = dict(return_attention_mask=False, return_token_type_ids=False, verbose=False)
+    with failures(f"the tokenizer fails on {shorten(texts[0]) if len(texts) == 1 else f'one of {len(texts)} texts'}"):
+        return tokenizer(texts, add_special_tokens=special, **only_ids)["input_ids"]
 
 
 @contextmanager
@@ -278,27 +344,6 @@ def failures(what: str) -> Iterator[None]:
             raise  # KeyboardInterrupt and the like
         lines = str(error).strip().splitlines() or [repr(error)]
         raise ValueError(f"{what}: {printable(lines[0], 300)}") from None
-
-
-def encode_following(tokenizer, prompt: str, text: str, ids_of: Callable[..., list[int]]) -> list[int]:
-    """The ids of a text that follows a prompt.
-
-    A tokenizer that puts a space before each text would also put one between a newline and an answer. So it encodes
-    prompt and text together, and the text's ids are those after the prompt's. If the prompt has other ids in the joined
-    text, the text is encoded alone, as other tokenizers do it.
-
-    Args:
-        ids_of: ids_of(tokenizer, prompt) gives the prompt's ids.
-    """
-    found = None
-    if adds_own_space(tokenizer):
-        found = following(ids_of(tokenizer, prompt), ids_of(tokenizer, prompt + text))
-    return encode_continuation(tokenizer, text) if found is None else found
-
-
-def following(prompt: list[int], ids: list[int]) -> list[int] | None:
-    """The ids after the prompt's; None if the ids do not begin with them."""
-    return ids[len(prompt) :] if ids[: len(prompt)] == prompt else None
 
 
 def encode_continuation(tokenizer, text: str) -> list[int]:
@@ -318,67 +363,3 @@ def adds_own_space(tokenizer) -> bool:
         word = encode(tokenizer, "a")
         return " " in tokenizer.decode(word + word)
     return False
-
-
-def joined_completion(prompt: str, completion: str) -> str:
-    """The completion as it follows the prompt: after one space, unless there already is white space."""
-    return completion if prompt[-1].isspace() or completion[0].isspace() else " " + completion
-
-
-def encode_text(tokenizer, text: str) -> list[int]:
-    """The ids of a text prompt by the tokenizer's own rules for special tokens, less those of `without_added`."""
-    ids = tokenise(tokenizer, text)
-    return without_added(tokenizer, ids, encode(tokenizer, text)) if may_have_added(tokenizer, ids) else ids
-
-
-def may_have_added(tokenizer, ids: list[int]) -> bool:
-    """Whether `without_added` could leave out one of these ids."""
-    return ids[-1:] == [tokenizer.eos_token_id] or ids[:2] == [tokenizer.bos_token_id] * 2
-
-
-def without_added(tokenizer, ids: list[int], plain: list[int]) -> list[int]:
-    """The ids without an EOS that the tokenizer appended, since the prompt continues, and without a BOS that it added
-    to a text that begins with one, as a rendered chat does.
-
-    Args:
-        plain: the ids of the same text without added special tokens.
-    """
-    if ids[-1:] == [tokenizer.eos_token_id] and ids[:-1][-len(plain) :] == plain:
-        ids = ids[:-1]
-    second_bos = ids[:2] == [tokenizer.bos_token_id] * 2 and len(ids) > len(plain)
-    return ids[1:] if second_bos else ids
-
-
-def eos_token_id(tokenizer) -> int:
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no EOS token, so completions would never end; set its eos_token")
-    return tokenizer.eos_token_id
-
-
-# ---------------------------------------------------------------------------------------------------- the end of a turn
-
-
-def up_to_end_token(tokenizer, ids: list[int], seen: dict[int, bool | None] | None = None) -> list[int]:
-    """A turn's ids up to its end token, without the white space that templates write after it. EOS is added if the turn
-    has no end token.
-
-    Args:
-        seen: results of `ends_turn` by token, kept for the next turn.
-    """
-    seen = {} if seen is None else seen
-    for i in reversed(range(len(ids))):
-        if ids[i] not in seen:
-            seen[ids[i]] = ends_turn(tokenizer, ids[i])
-        if seen[ids[i]]:
-            return ids[: i + 1]
-        if seen[ids[i]] is False:
-            break
-    return [*ids, eos_token_id(tokenizer)]
-
-
-def ends_turn(tokenizer, token: int) -> bool | None:
-    """True for a special token, which ends a turn; None for white space, which may follow the end; else False."""
-    text = tokenizer.decode([token])
-    if text != "" and tokenizer.decode([token], skip_special_tokens=True) == "":
-        return True
-    return False if text.strip() else None

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .batches import epoch_bits, example_lengths, permutation, rounded_up
-from .example_arrays import prompt_and_completion_sizes
+from .example_arrays import arrays_of
 from .examples import Example
 
 # Examples that are packed together: enough to fill the rows, few enough that millions are packed in minutes.
@@ -62,7 +62,7 @@ class PackingPlan:
         self.packed = pack(example_lengths(examples), length, seed)
         self.rows, self.seed = rows, seed
         self.batches_per_epoch = -(-len(self.packed) // rows)
-        sizes = prompt_and_completion_sizes(examples)
+        sizes = arrays_of(examples).sizes
         prompt, completion = np.max([sizes[row].sum(axis=0) for row in self.packed], axis=0).tolist()
         self.shape = RowShape(length, completion, max(map(len, self.packed)), rounded_up(prompt))
         # two epochs, as in Plan

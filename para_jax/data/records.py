@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Iterator
-from datetime import date, datetime
-from decimal import Decimal
+from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,11 +13,10 @@ from ..config import DataSection
 from ..io.checks import expanded, shorten
 from ..io.messages import warn
 from ..io.storage.bucket import BucketPath
-from .chat_messages import CALLS, checked_messages, prompt_messages, split_conversation
+from .chats import CALLS, checked_messages
 from .examples import Prompt
-from .row_files import open_file
+from .rows import Split, open_file
 from .sources import FORMS, open_split, task_of
-from .split import Split
 from .tasks import TASKS, field, names_of
 
 #: Keys of an answer that chat templates read next to its content. Only the content is learnt and scored.
@@ -54,10 +52,6 @@ class Form(NamedTuple):
     prompt: str | None = None
     completion: str | None = None
     task: str | None = None
-
-    @property
-    def templates(self) -> bool:
-        return bool(self.prompt or self.completion)
 
 
 class MissingColumn(ValueError):
@@ -104,7 +98,7 @@ def read_prompts(path: Path | BucketPath | str) -> list[Prompt]:
     for place, row in open_file(expanded(path)).rows():
         try:
             has_chat = "messages" in row and "prompt" not in row
-            prompts += [one.prompt for one in turns_of(row, place)] if has_chat else [column(row, "prompt")]
+            prompts += [record.prompt for record in turns_of(row, place)] if has_chat else [column(row, "prompt")]
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from None
     if not prompts:
@@ -119,9 +113,11 @@ def records_of(split: Split, form: Form) -> Iterator[Record]:
     """The records of a split. A conversation has one for each answer."""
     if form.task is not None and form.task not in TASKS:
         raise ValueError(f"data.task {shorten(form.task)} is unknown; choose one of {', '.join(TASKS)}")
-    check_templates(form)
     count = 0
     for place, row in split.rows():
+        if not count:
+            check_template("prompt", form.prompt or "", row)
+            check_template("completion", form.completion or "", row)
         try:
             records = record_of(row, form, place)
         except MissingColumn as error:
@@ -136,27 +132,23 @@ def records_of(split: Split, form: Form) -> Iterator[Record]:
 
 def record_of(row: dict, form: Form, place: str) -> list[Record]:
     """A row's record. A row of `messages` gives one for each assistant turn."""
-    ready = "prompt" in row and "completion" in row
-    if form.task is not None and not form.templates and not ready:
+    own = form.prompt or form.completion or ("prompt" in row and "completion" in row)
+    if form.task is not None and not own:
         prompt, completion, accepted = TASKS[form.task].record(row)
         return [Record(prompt, completion, accepted, label_of(row), place)]
-    if "messages" in row and not form.templates and not ready:
+    if "messages" in row and not own:
         return turns_of(row, place)
-    require_column(form, row)
     prompt = fill(form.prompt, row) if form.prompt else column(row, "prompt")
     completion = fill(form.completion, row) if form.completion else column(row, "completion")
-    if isinstance(completion, list):
-        weight = completion[0].get("weight")
-        if isinstance(prompt, str) or len(completion) != 1 or completion[0]["role"] != "assistant" or weight == 0:
-            raise ValueError(
-                "completion has weight 0, so there is nothing to learn; leave the row out"
-                if weight == 0
-                else "completion must be text, or one assistant message after a prompt of messages; a conversation "
-                "with more turns to learn is written as `messages`"
-            )
-        completion = answer_text(completion[0])
     if isinstance(prompt, list):
         require_plain_chat(row)
+    if isinstance(completion, list):
+        if isinstance(prompt, str) or list(map(is_learnt, completion)) != [True]:
+            raise ValueError(
+                "completion must be text, or one assistant message to learn after a prompt of messages; a conversation "
+                "with more turns is written as `messages`"
+            )
+        completion = answer_text(completion[0])
     for name, value in (("prompt", prompt), ("completion", completion)):
         if isinstance(value, str) and not value.strip():
             raise ValueError(f"{name} is empty")
@@ -164,27 +156,33 @@ def record_of(row: dict, form: Form, place: str) -> list[Record]:
 
 
 def turns_of(row: dict, place: str) -> list[Record]:
-    """A record for each assistant turn of `messages` that is learnt: those without `"weight": 0`, OpenAI's mark."""
+    """A record for each assistant turn of `messages` that is learnt."""
     require_plain_chat(row)
-    turns = split_conversation(checked_messages("messages", row["messages"]))
+    messages = checked_messages("messages", row["messages"])
+    last = max((i for i, turn in enumerate(messages) if turn["role"] == "assistant"), default=0)
     records = []
-    for before, turn in turns:
-        if turn.get("weight") != 0:
-            answer, is_last = answer_text(turn), turn is turns[-1][1]
-            accepted, label = (references(row, answer), label_of(row)) if is_last else ((answer,), None)
-            records.append(Record(prompt_messages(before), answer, accepted, label, place))
+    for i, turn in enumerate(messages):
+        if is_learnt(turn):
+            if not i:
+                raise ValueError("prompt is empty: there is no message before the assistant's")
+            answer = answer_text(turn)
+            accepted, label = (references(row, answer), label_of(row)) if i == last else ((answer,), None)
+            records.append(Record(messages[:i], answer, accepted, label, place))
     if not records:
         raise ValueError("messages has no turn with the role assistant to learn (weight 0 leaves a turn out)")
     return records
+
+
+def is_learnt(turn: dict) -> bool:
+    """Whether this is an assistant turn without `"weight": 0`, OpenAI's mark."""
+    return turn["role"] == "assistant" and turn.get("weight") != 0
 
 
 def require_plain_chat(row: dict) -> None:
     """Raises ValueError for a row with tools or variables of its own. Chat templates can write them into the prompt; we
     don't pass them on."""
     for name in NOT_PASSED:
-        value = row.get(name)
-        parts = value.values() if isinstance(value, dict) else [str(value or "").strip()]
-        if any(part not in (None, "", [], "[]", "{}", "null") for part in parts):
+        if row.get(name) not in (None, "", [], {}, "[]", "{}", "null"):
             raise ValueError(
                 f"{name} of a row are not given to the chat template; put tools into the system message, set "
                 "data.chat_template_kwargs for all rows, or remove the column"
@@ -233,56 +231,41 @@ def references(row: dict, completion: str) -> tuple[str, ...]:
 # ----------------------------------------------------------------------------------------------------------- templates
 
 
-#: What the columns of a template may hold.
-TEMPLATE_VALUES = "text, numbers and dates without a time of day; make other columns text"
-
-
 def fill(template: str, row: dict) -> str:
     """The template with each {column} replaced by the row's text, number or date. {{ and }} give braces."""
-    parts = []
-    for literal, name in template_parts(template):
-        value: Any = literal if name is None else field(row, name)
-        if not isinstance(value, str | int | float | Decimal | date) or isinstance(value, datetime):
-            raise ValueError(f"{name} is a {type(value).__name__}; a template takes {TEMPLATE_VALUES}")
-        parts += [literal, str(value)] if name is not None else [literal]
-    return "".join(parts)
-
-
-def check_templates(form: Form) -> None:
-    """Raises ValueError for a template that names no plain columns."""
-    for name, template in (("prompt", form.prompt or ""), ("completion", form.completion or "")):
-        try:
-            parts = list(string.Formatter().parse(template))
-        except ValueError as error:
-            raise ValueError(f"data.{name}: {shorten(template)}: {error}; write {{{{ or }}}} for a brace") from None
-        for _, column_name, spec, conversion in parts:
-            if column_name is not None and (not column_name or spec or conversion or set(column_name) & set(".[]")):
-                raise ValueError(
-                    f"data.{name}: {shorten(template)} has a field that is not a plain {{column}}; write {{{{ and }}}} "
-                    "for braces"
-                )
-        if "\\n" in template:
-            warn_once(
-                f"data.{name} is {shorten(template)}: it has a backslash and an n where you may mean a new line; in "
-                "YAML, write the template in double quotes"
-            )
-
-
-def require_column(form: Form, row: dict) -> None:
-    """Raises ValueError for a template that is a column's name without braces, or in two pairs of them as in other
-    libraries. Every row would have this text."""
-    for name, template in (("prompt", form.prompt or ""), ("completion", form.completion or "")):
-        parts = template_parts(template)
-        text = "".join(literal for literal, _ in parts).strip()
-        constant = text and all(column_name is None for _, column_name in parts)
-        bare = text.replace("{ ", "{").replace(" }", "}")
-        if constant and (text == "null" or text in row or any(f"{{{other}}}" in bare for other in row)):
+    text = ""
+    for literal, name, _, _ in string.Formatter().parse(template):
+        value: Any = "" if name is None else field(row, name)
+        if isinstance(value, list | dict | datetime):
             raise ValueError(
-                f"data.{name} is {shorten(template)}, so every {name} would be {shorten(text)}\nput the name of a "
-                f"column into one pair of braces, as {{column}}, or write 'data.{name}=' for the column {name}"
+                f"{name} is a {type(value).__name__}; make it text: a template takes texts, numbers and dates"
             )
+        text += literal + str(value)
+    return text
 
 
-def template_parts(template: str) -> list[tuple[str, str | None]]:
-    """A template's parts: literal text, and the name of the column that follows it."""
-    return [(literal, name) for literal, name, _, _ in string.Formatter().parse(template)]
+def check_template(name: str, template: str, row: dict) -> None:
+    """Raises ValueError for a template that names no plain columns, or that is a column's name without braces or in two
+    pairs of them, as in other libraries: every row would have this text."""
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"data.{name}: {shorten(template)}: {error}; write {{{{ or }}}} for a brace") from None
+    columns = [part[1] for part in parts if part[1] is not None]
+    if not all(columns) or any(spec or conversion or set(c or "") & set(".[]") for _, c, spec, conversion in parts):
+        raise ValueError(
+            f"data.{name}: {shorten(template)} has a field that is not a plain {{column}}; write {{{{ and }}}} "
+            "for braces"
+        )
+    text = "".join(literal for literal, *_ in parts).strip()
+    bare = text.replace("{ ", "{").replace(" }", "}")
+    if text and not columns and (text == "null" or text in row or any(f"{{{other}}}" in bare for other in row)):
+        raise ValueError(
+            f"data.{name} is {shorten(template)}, so every {name} would be {shorten(text)}\nput the name of a "
+            f"column into one pair of braces, as {{column}}, or write 'data.{name}=' for the column {name}"
+        )
+    if "\\n" in template:
+        warn_once(
+            f"data.{name} is {shorten(template)}: it has a backslash and an n where you may mean a new line; in "
+            "YAML, write the template in double quotes"
+        )

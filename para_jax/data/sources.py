@@ -1,22 +1,29 @@
-"""Finds the data of a split: a file, a data set of a library or a folder of one, or rows that a program gave."""
+"""Finds the data of a split: a file, a data set of a library or a folder of one, or rows that a program gave. A part of
+the training data may be held out as validation data (data.validation_split)."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
+from fractions import Fraction
+from itertools import count
+from math import ceil
 from pathlib import Path
+from typing import TypeVar
 
 from ..config import DataSection, is_tfds
 from ..io.checks import expanded, nearest
 from ..io.storage.bucket import Place
 from . import hf, tfds
 from .given import given_split, is_given
-from .held_out import part_of
-from .hf import SCHEME, is_hf, parse_hf
-from .row_files import ENDINGS, OTHER_NAMES, is_saved, open_file, saved_data_set, split_file, splits_of_saved
-from .split import DataSet, Split
+from .rows import ENDINGS, DataSet, Split, open_file, split_file
 from .tasks import TFDS_TASKS
-from .tfds import parse_tfds
 
 FORMS = "a .jsonl, .csv or .parquet file, a folder with {split}.jsonl (or .csv, .parquet), tfds:NAME or hf:NAME"
+#: What others call the validation data. It is not read by these names.
+OTHER_NAMES = ("valid", "val", "dev", "eval")
+
+Row = TypeVar("Row")
 
 
 def open_split(section: DataSection, split: str) -> Split | None:
@@ -31,33 +38,20 @@ def open_split(section: DataSection, split: str) -> Split | None:
     return None if split == "validation" and not any(True for _ in part.read()) else part
 
 
-def is_held_out(section: DataSection) -> bool:
-    """Whether a part of the training data is the validation data (data.validation_split)."""
-    return section.validation_split is not None and whole_split(section, "validation") is None
-
-
 def whole_split(section: DataSection, split: str) -> Split | None:
     """The data that a split's field names, else that next to data.train: the other files of a folder, the other splits
     of a data set."""
     source, train = getattr(section, split), section.train
     if is_given(source) or (source is None and is_given(train)):
         return given_split(section, split)
-    if source is not None:
-        return named_split(section, source, split)
-    if train is None or not (found := data_set_of(section, train)):
+    if (named := source or train) is None:
         return None
+    found = data_set_of(section, named)
     if isinstance(found, DataSet):
-        return found.sibling(split)
-    file = split_file(found, split) if found.is_dir() else None
-    return open_file(file, split) if file else None
-
-
-def named_split(section: DataSection, source: str, split: str) -> Split:
-    """The data that a field names."""
-    found = data_set_of(section, source)
-    if isinstance(found, DataSet):
-        return found.of_field(split)
+        return found.sibling(split) if source is None else found.of_field(split)
     file = split_file(found, split) if found.is_dir() else found
+    if source is None:
+        return open_file(file, split) if file and file != found else None
     if file is None or not file.is_file():
         missing = file or found / f"{split}.jsonl"
         advice = (nearest(missing) or f" in {Path.cwd()}") if isinstance(missing, Path) else ""
@@ -69,14 +63,12 @@ def data_set_of(section: DataSection, source: str) -> DataSet | Place:
     """The data set that a field names, or its file or folder of files."""
     if is_tfds(source):
         return tfds.open_data_set(source, section.data_dir)
-    if is_hf(source):
-        name, _, named = parse_hf(source)
-        folder = expanded(name)
-        return saved_data_set(folder, named) if is_saved(folder) else hf.open_data_set(source)
+    if hf.is_hf(source):
+        return hf.open_data_set(source)
     path = expanded(source)
-    if isinstance(path, Path) and is_saved(path):
-        return saved_data_set(path)
-    return hf.open_data_set(f"{SCHEME}{path}") if is_hub_folder(path) else path
+    if hf.is_saved(path):
+        return hf.saved_data_set(path)
+    return hf.open_data_set(f"{hf.SCHEME}{path}") if is_hub_folder(path) else path
 
 
 def is_hub_folder(folder: Place) -> bool:
@@ -84,6 +76,48 @@ def is_hub_folder(folder: Place) -> bool:
     if not isinstance(folder, Path) or split_file(folder, "train") is not None:
         return False
     return any(any(folder.glob(pattern)) for pattern in ("train-*", "data/train*", "*/train-*.parquet"))
+
+
+def task_of(section: DataSection) -> str | None:
+    """The public task of the data: data.task, else the one that belongs to data.train's tfds: name, unless templates
+    read its columns."""
+    if section.task is None and is_tfds(section.train) and section.prompt is None and section.completion is None:
+        return TFDS_TASKS.get(tfds.parse_tfds(str(section.train))[0])
+    return section.task
+
+
+# ------------------------------------------------------------------------------------------------------- held-out rows
+
+
+def is_held_out(section: DataSection) -> bool:
+    """Whether a part of the training data is the validation data (data.validation_split)."""
+    return section.validation_split is not None and whole_split(section, "validation") is None
+
+
+def part_of(rows: Iterator[Row], share: float, *, held_out: bool) -> Iterator[Row]:
+    """The rows that are held out, or the others. A row's number alone decides. So sorted data is held out evenly, and
+    rows that are added at the end change nothing before them."""
+    chosen = validation_rows(Fraction(str(share)))  # 0.1 is a tenth
+    following = next(chosen)
+    for number, row in enumerate(rows):
+        is_chosen = number == following
+        if is_chosen:
+            following = next(chosen)
+        if is_chosen == held_out:
+            yield row
+
+
+def validation_rows(share: Fraction) -> Iterator[int]:
+    """The numbers of the rows that are held out, from 0: one of each block of 1 / share rows. Its place in the block
+    changes from block to block, because data may repeat a pattern. In the first block it is the last row, so that a few
+    rows are all trained on."""
+    for block in count():
+        start, end = ceil(block / share), ceil((block + 1) / share)
+        drawn = int.from_bytes(hashlib.sha256(str(block).encode()).digest()[:8], "big")
+        yield start + drawn % (end - start) if block else end - 1
+
+
+# ----------------------------------------------------------------------------------------------------- files left out
 
 
 def unread(section: DataSection, split: str) -> Path | None:
@@ -94,19 +128,19 @@ def unread(section: DataSection, split: str) -> Path | None:
     if getattr(section, split) is not None or not (train and (train.is_dir() or train.stem == "train")):
         return None
     folder = train if train.is_dir() else train.parent
-    there = splits_of_saved(folder)
+    there = hf.splits_of_saved(folder)
     if split in there or (train.is_dir() and split_file(folder, split) is not None):
         return None
     names = (split, *OTHER_NAMES) if split == "validation" else (split,)
     meant = {*(set(names) & set(there)), *(f"{name}{ending}" for name in names for ending in ENDINGS)}
     named = [local_place(source) for source in (section.validation, section.test)]
-    found = (file for file in sorted(folder.iterdir()) if file.name.lower() in meant and file not in named)
-    return next((file for file in found if file.is_file() or is_saved(file)), None)
+    files = (file for file in sorted(folder.iterdir()) if file.name.lower() in meant and file not in named)
+    return next((file for file in files if file.is_file() or hf.is_saved(file)), None)
 
 
 def local_place(source: str | None) -> Path | None:
     """The file or folder that a field names on this machine; None for other data."""
-    if source is None or is_given(source) or is_tfds(source) or is_hf(source):
+    if source is None or is_given(source) or is_tfds(source) or hf.is_hf(source):
         return None
     place = expanded(source)
     return place if isinstance(place, Path) else None
@@ -116,11 +150,3 @@ def is_folder(train: str | None) -> bool:
     """Whether data.train is a folder on this machine."""
     place = local_place(train)
     return place is not None and place.is_dir()
-
-
-def task_of(section: DataSection) -> str | None:
-    """The public task of the data: data.task, else the one that belongs to data.train's tfds: name, unless templates
-    read its columns."""
-    if section.task is None and is_tfds(section.train) and section.prompt is None and section.completion is None:
-        return TFDS_TASKS.get(parse_tfds(str(section.train))[0])
-    return section.task

@@ -92,19 +92,13 @@ def gsm8k(row: dict) -> Fields:
 def wikisql(row: dict) -> Fields:
     """WikiSQL (arXiv:1709.00103), fields question, table (header) and sql (sel, agg, conds). The conditions are triples
     or three lists. Column names become lower case, with _ for spaces."""
-    header = part(row, "table", "header")
-    chosen, how, conditions = (part(row, "sql", name) for name in ("sel", "agg", "conds"))
-    try:
-        header = ["_".join(name.lower().split()) for name in header]
-        if isinstance(conditions, dict):
-            names = ("column_index", "operator_index", "condition")
-            conditions = list(zip(*(conditions[name] for name in names), strict=True))
-        if min([chosen, how, *(index for condition in conditions for index in condition[:2])]) < 0:
-            raise IndexError("a negative index would count from the end")
-        wanted = f"{WIKISQL_AGGREGATES[how]}({header[chosen]})" if how else header[chosen]
-        tests = [f"{header[c]} {WIKISQL_OPERATORS[o]} '{str(value).lower()}'" for c, o, value in conditions]
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-        raise ValueError(f"sql must hold indices into the table's header, not {shorten(row['sql'])}") from None
+    header = ["_".join(name.lower().split()) for name in field(row, "table")["header"]]
+    chosen, how, conditions = (field(row, "sql")[name] for name in ("sel", "agg", "conds"))
+    if isinstance(conditions, dict):
+        names = ("column_index", "operator_index", "condition")
+        conditions = zip(*(conditions[name] for name in names), strict=True)
+    wanted = f"{WIKISQL_AGGREGATES[how]}({header[chosen]})" if how else header[chosen]
+    tests = [f"{header[c]} {WIKISQL_OPERATORS[o]} '{str(value).lower()}'" for c, o, value in conditions]
     query = f"SELECT {wanted} FROM table" + (f" WHERE {' AND '.join(tests)}" if tests else "")
     columns = ", ".join(sorted(header))
     return f"Columns: {columns}\nQuestion: {text(row, 'question')}\nSQL:", query, (query,)
@@ -154,7 +148,7 @@ TFDS_TASKS = {
 }
 
 
-def field(row: dict, name: str) -> object:
+def field(row: dict, name: str) -> Any:
     """A field of a row. The error for a missing field lists the others."""
     if name not in row:
         raise ValueError(f"no field {shorten(name)}; the row has {names_of(row)}. A null counts as missing")
@@ -167,14 +161,6 @@ def names_of(row: dict) -> str:
     """The names of a row's first twenty fields, for an error."""
     more = f" ... ({len(row)} in all)" if len(row) > 20 else ""
     return ", ".join(printable(str(name), 80) for name in list(row)[:20]) + more or "none"
-
-
-def part(row: dict, name: str, inner: str) -> Any:
-    """A field of an object in a row."""
-    held = field(row, name)
-    if not isinstance(held, dict) or inner not in held:
-        raise ValueError(f"{name} must be an object with {inner}, not {shorten(held)}")
-    return held[inner]
 
 
 def text(row: dict, name: str) -> str:

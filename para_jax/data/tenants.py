@@ -1,23 +1,48 @@
-"""The data of many tenants: a folder with their files, or what a program gave."""
+"""The data of many tenants: a folder with their files, or what a program gave; and tenant.yaml, next to a tenant's
+train.jsonl: the fields that are set for this tenant alone, in the form of a run's config."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from ..config import BASE, DataSection
-from ..io.checks import expanded
+from ..config import BASE, DataSection, RunConfig, config_dict
+from ..config.fields import typed_fields
+from ..config.file import read_yaml, replaced
+from ..io.checks import expanded, near_name, printable
 from ..io.storage.bucket import Place
 from .given import PYTHON, is_given
-from .row_files import ENDINGS, OTHER_NAMES, SPLITS, is_saved, split_file, splits_of_saved
+from .hf import SPLITS, is_saved, splits_of_saved
+from .rows import ENDINGS, split_file
+from .sources import OTHER_NAMES
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-#: What a tenant sets of its own (data/tenant_file.py), in its sub-folder.
-OWN_FILE = "tenant.yaml"
 #: Names that a run's folder uses itself, and the name of the base model.
 RESERVED = ("adapter", BASE, "checkpoints", "config.yaml", "learning_rates", "metrics.jsonl", "profile")
 RESERVED += ("tensorboard", "tenants.json")
+#: Tenants' files that are read or written at once.
+AT_ONCE = 16
+OWN_FILE = "tenant.yaml"
+#: The fields that it may set. None of them changes the compiled training step, which all tenants share.
+OWN_FIELDS = (
+    "data.prompt",
+    "data.completion",
+    "train.learning_rate",
+    "train.warmup_ratio",
+    "train.max_steps",
+    "train.num_epochs",
+    "eval.metric",
+    "eval.also",
+    "eval.choices",
+    "eval.max_new_tokens",
+    "eval.limit",
+    "eval.every",
+    "eval.patience",
+    "eval.test",
+    "eval.test_limit",
+)
 
 
 def tenant_sections(folder: str | Path, section: DataSection) -> dict[str, DataSection]:
@@ -42,15 +67,11 @@ def tenant_sections(folder: str | Path, section: DataSection) -> dict[str, DataS
             f"data.train={folder}, or name the folder above it"
         )
     found: dict[str, DataSection] = {}
-    for path in shown(root):
-        if not (path.is_dir() or path.suffix.lower() in ENDINGS):
-            continue
+    for path in data_in(root):
         name = path.name if path.is_dir() else path.stem
-        require_name(path, name)
-        if name.lower() in {other.lower() for other in found}:
-            raise ValueError(f"data.tenants: {path} is a second tenant named {name!r}; rename one of them")
+        require_name(path, name, found)
         for file in path.iterdir() if path.is_dir() else ():
-            if is_own(file) and file.name != OWN_FILE:
+            if file.name.lower() in (OWN_FILE, "tenant.yml") and file.name != OWN_FILE:
                 raise ValueError(f"data.tenants: {file} would not be read; rename it to {OWN_FILE}")
         if path.is_dir() and not is_saved(path) and split_file(path, "train") is None:
             raise ValueError(f"data.tenants: {path} has no train.jsonl; add it, or remove the folder")
@@ -63,19 +84,20 @@ def tenant_sections(folder: str | Path, section: DataSection) -> dict[str, DataS
 def files_of_one(root: Place) -> str | None:
     """The names of the data files of a folder, or of the parts that `save_to_disk` wrote, if it has the splits of one
     data set and nothing else; else None. Read as tenants, the test data would be trained on."""
-    data = [path for path in shown(root) if path.is_dir() or path.suffix.lower() in ENDINGS]
+    data = data_in(root)
     splits = {path.stem for path in data}
     one = "train" in splits and splits <= {"train", "validation", "test", *OTHER_NAMES} and len(splits) > 1
-    if isinstance(root, Path) and is_saved(root):
+    if is_saved(root):
         one = one or not splits_of_saved(root)
     else:
         one = one and all(path.is_file() for path in data)
     return ", ".join(path.name for path in data) if one else None
 
 
-def shown(root: Place) -> list[Place]:
-    """What is in a folder, sorted, without hidden files and the list of splits that `save_to_disk` writes."""
-    return sorted(path for path in root.iterdir() if path.name != SPLITS and not path.name.startswith("."))
+def data_in(root: Place) -> list[Place]:
+    """The subfolders and data files of a folder, sorted, without hidden ones."""
+    shown = (path for path in root.iterdir() if path.name != SPLITS and not path.name.startswith("."))
+    return sorted(path for path in shown if path.is_dir() or path.suffix.lower() in ENDINGS)
 
 
 def given_tenants(section: DataSection) -> dict[str, DataSection]:
@@ -84,27 +106,72 @@ def given_tenants(section: DataSection) -> dict[str, DataSection]:
         raise ValueError(
             "data.tenants: the data of this run came from Python; give it again as train_tenants(config, data=...)"
         )
-    for name in section.given:
-        require_name(Path(name), name)
-    if len({name.lower() for name in section.given}) < len(section.given):
-        raise ValueError(f"data of many tenants: two names differ only in case: {', '.join(sorted(section.given))}")
-    return {
-        name: replace(
-            section, train=f"{PYTHON}/{name}", validation=None, test=None, tenants=None, given=section.given[name]
-        )
-        for name in sorted(section.given)
-    }
+    found: dict[str, DataSection] = {}
+    for name, splits in sorted(section.given.items()):
+        require_name(name, name, found)
+        found[name] = replace(section, train=f"{PYTHON}/{name}", validation=None, test=None, tenants=None, given=splits)
+    return found
 
 
-def is_own(file: Path) -> bool:
-    """Whether a file in a tenant's folder is its tenant.yaml, perhaps by a wrong name."""
-    return file.name.lower() in (OWN_FILE, "tenant.yml", "tenant.json")
-
-
-def require_name(path: Path, name: str) -> None:
-    """Raises ValueError unless a tenant's name can be the name of a folder inside a run's folder."""
+def require_name(place: Place | str, name: str, others: dict[str, DataSection]) -> None:
+    """Raises ValueError unless a tenant's name can be the name of a folder inside a run's folder, next to others."""
     if not NAME.fullmatch(name) or name.lower() in RESERVED:
         raise ValueError(
-            f"data.tenants: {str(path)!r}: {name!r} cannot be a tenant's name; use letters, digits, '.', '_' and '-', "
+            f"data.tenants: {str(place)!r}: {name!r} cannot be a tenant's name; use letters, digits, '.', '_' and '-', "
             f"starting with a letter or digit, and none of {', '.join(RESERVED)}"
         )
+    if name.lower() in map(str.lower, others):
+        raise ValueError(f"data.tenants: {place} is a second tenant named {name!r}; rename one of them")
+
+
+# --------------------------------------------------------------------------------------------------------- tenant.yaml
+
+
+def with_own_fields(config: RunConfig, folder: Place) -> RunConfig:
+    """A tenant's config with what the tenant.yaml in its data folder sets. Without that file, the config itself.
+
+    Its own eval.metric resets the run's eval.also and eval.choices, and its own train.num_epochs the run's
+    train.max_steps, because they belong to the run's value of that field.
+
+    Raises ValueError, naming the file and the field, for a file that is not YAML, a field that no tenant can set, and a
+    value that the field does not accept.
+    """
+    file = folder / OWN_FILE
+    if not file.exists():
+        return config
+    values = read_yaml(file)
+    try:
+        for section, fields in values.items():
+            for field in [f"{section}.{name}" for name in fields] if isinstance(fields, dict) else [section]:
+                require_own(field)
+        typed = typed_fields(values, config)
+        if "metric" in typed.get("eval", {}):
+            typed["eval"] = {"also": (), "choices": ()} | typed["eval"]
+        if "num_epochs" in typed.get("train", {}):
+            typed["train"] = {"max_steps": None} | typed["train"]
+        return replaced(config, typed)
+    except ValueError as error:
+        raise ValueError(f"{printable(str(file), 1000)}: {error}") from None
+
+
+def require_own(field: str) -> None:
+    if field not in OWN_FIELDS:
+        raise ValueError(
+            f"{printable(field, 100)} can't be set for one tenant{near_name(field, OWN_FIELDS)}\na {OWN_FILE} may set "
+            f"{', '.join(OWN_FIELDS)}; the run's config sets everything else"
+        )
+
+
+def own_values(config: RunConfig) -> dict[str, Any]:
+    """The values of OWN_FIELDS in a config, as JSON by their dotted names."""
+    held = config_dict(config)
+    return {f"{section}.{field}": held[section][field] for section, field in (n.split(".") for n in OWN_FIELDS)}
+
+
+def of_most_memory(config: RunConfig, own: list[RunConfig]) -> RunConfig:
+    """The run's config with the evaluation of its tenants that needs the most memory."""
+    writes = [tenant.eval for tenant in own if tenant.eval.metric != "loss" or tenant.eval.also]
+    if not writes:
+        return config
+    new = max(section.max_new_tokens or 0 for section in writes) or None
+    return replace(config, eval=replace(config.eval, metric=writes[0].metric, also=writes[0].also, max_new_tokens=new))

@@ -17,10 +17,7 @@ from typing import Any
 from ..config import TFDS as SCHEME
 from ..config import is_tfds as is_tfds
 from ..io.checks import expanded, printable, shorten
-from .split import DataSet, Split
-
-CATALOG = "https://www.tensorflow.org/datasets/catalog"
-READ_AT_ONCE = 1000  # examples
+from .rows import READ_AT_ONCE, DataSet, Split
 
 
 class NotPrepared(ValueError):
@@ -71,8 +68,6 @@ def prepare(source: str, data_dir: str | None = None) -> Path:
     name, split = parse_tfds(source)
     if split is not None:
         raise ValueError(f"{source} names a split, but data sets are prepared with all splits; write {SCHEME}{name}")
-    if "://" in (data_dir or ""):
-        raise ValueError(f"--data-dir {data_dir} is not a folder on this host; tfds data can't be in a bucket")
     try:
         with redirect_stdout(StringIO()):  # the progress bars go to stderr
             import tensorflow_datasets as tfds
@@ -84,10 +79,21 @@ def prepare(source: str, data_dir: str | None = None) -> Path:
             builder = tfds.builder(name, data_dir=data_dir and str(expanded(data_dir)))
             builder.download_and_prepare(file_format="array_record")
     except Exception as error:  # builders raise errors of any kind
-        raise ValueError(f"{SCHEME}{name}: {prepare_failure(error)}") from None
+        raise ValueError(f"{SCHEME}{name}: cannot prepare it: {prepare_failure(error)}") from None
     folder = Path(builder.data_path)
     require_array_record(name, folder)
     return folder
+
+
+def prepare_failure(error: BaseException) -> str:
+    """One line on why `prepare` failed: the package that is missing, or what the error says first."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ImportError) and cause.name:
+            package = cause.name.partition(".")[0]
+            return f"it needs the package {package}: pip install {package}"
+        cause = cause.__cause__
+    return printable((str(error).strip().splitlines() or [type(error).__name__])[0], 200)
 
 
 def describe_splits(folder: Path) -> str:
@@ -137,17 +143,3 @@ def builder_at(folder: Path) -> Any:
     import tensorflow_datasets as tfds
 
     return tfds.builder_from_directory(str(folder))
-
-
-def prepare_failure(error: BaseException) -> str:
-    """One line on why `prepare` failed."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ImportError) and cause.name:
-            package = cause.name.partition(".")[0]
-            return f"preparing it needs the package {package}: pip install {package}"
-        cause = cause.__cause__
-    line = printable((str(error).strip().splitlines() or [type(error).__name__])[0])
-    if "not found" in line:  # the rest of the line lists hundreds of names
-        line = f"{line.partition('. ')[0].rstrip('.')}; {CATALOG} lists the data sets"
-    return f"cannot prepare it: {line}"

@@ -13,7 +13,7 @@ from ..config import RunConfig, Variables, template_variables
 from ..io.checks import shorten
 from ..io.hub import CONFIG_FILES, MAX_TEXT_BYTES, TOKENIZER_FILES, resolve_tokenizer
 from ..io.untrusted import read_json
-from .chat_template import default_template, with_variables
+from .chats import default_template, with_variables
 from .examples import failures
 
 #: Classes that put bos and eos around a text as add_bos_token and add_eos_token of tokenizer_config.json say.
@@ -55,7 +55,6 @@ def load_tokenizer(source: str | Path, chat_template_kwargs: Variables | str | N
                 local_files_only=True,
             )
             tokenizer = with_own_ends(as_published(found, path), path)
-    require_working(str(source), tokenizer)
     if variables := template_variables("chat_template_kwargs", chat_template_kwargs):
         set_variables(tokenizer, variables, str(source))
     return tokenizer
@@ -137,14 +136,3 @@ def require_small_files(folder: Path) -> None:
     for file in (file for pattern in CONFIG_FILES + TOKENIZER_FILES for file in folder.glob(pattern)):
         if file.stat().st_size > MAX_TEXT_BYTES:
             raise ValueError(f"{file} is larger than {MAX_TEXT_BYTES} bytes, the limit for a tokenizer's files")
-
-
-def require_working(source: str, tokenizer) -> None:
-    """Raises ValueError for settings that transformers accepts, but that would fail later."""
-    longest = tokenizer.model_max_length
-    if not isinstance(longest, int | float) or isinstance(longest, bool) or not longest > 0:
-        raise ValueError(
-            f"{source}: model_max_length in tokenizer_config.json is {shorten(longest)}; set it to a number of tokens"
-        )
-    with failures(f"{source}: the tokenizer fails on an empty text"):
-        tokenizer.decode(tokenizer("", verbose=False)["input_ids"], skip_special_tokens=True)

@@ -1,6 +1,6 @@
-"""A run's training data as token ids. Rows are read and tokenised a part at a time, so that only ids stay in memory.
-
-Reading and tokenising overlap. The ids are cached for the next start (token_cache.py).
+"""Records as token ids; those that are too long are cut or skipped. Training data is read and tokenised a part at a
+time, so that only ids stay in memory. Reading and tokenising overlap. The ids are cached for the next start
+(token_cache.py).
 """
 
 from __future__ import annotations
@@ -21,18 +21,28 @@ from ..io.messages import say
 from ..io.progress import Progress
 from . import token_cache
 from .batches import rounded_up
-from .encode_records import ENCODED_AT_ONCE, all_too_long, cut_left, encode_all, report, too_long
-from .example_arrays import ExampleArrays, ExampleBuilder
-from .examples import Example
+from .example_arrays import ExampleArrays, arrays_of
+from .examples import Example, encode_example, encode_examples
 from .records import Record, split_records
+from .rows import Split, place_of
 from .sources import is_held_out, open_split, task_of
-from .split import Split, place_of
 from .token_cache import TokenisedExamples
 
+#: Examples per call of the tokenizer.
+ENCODED_AT_ONCE = 1024
 #: An example with this many times the tokens of 99 % of the others is reported.
 FAR_LONGER = 2
 #: Tokenising that takes longer than this is reported.
 REPORTED_SECONDS = 5.0
+
+
+class EncodedRecords(NamedTuple):
+    """Examples, the record of each, and how many were longer than `max_seq_length` and so cut or skipped."""
+
+    examples: list[Example]
+    records: list[Record]
+    cut: int = 0
+    skipped: int = 0
 
 
 class Places(Sequence[str]):
@@ -68,6 +78,13 @@ class TrainingData(NamedTuple):
         return report(len(self.examples), self.cut, self.skipped)
 
 
+def report(count: int, cut: int, skipped: int) -> str:
+    """One line for the user: the number of examples, and how many were cut or skipped."""
+    also_cut = f", {cut} of them too long and cut from the left" if cut else ""
+    also_skipped = f", {skipped} too long and skipped" if skipped else ""
+    return f"{count} examples{also_cut}{also_skipped}"
+
+
 def describe_lengths(lengths: np.ndarray, packing: bool = False) -> str:
     """How long the examples are, and the length that follows from them. A second line names an example that is far
     longer than the rest, what it costs, and the fields that leave it out. Packed rows all have one length, so there it
@@ -99,16 +116,119 @@ def chosen_length(lengths: np.ndarray, packing: bool) -> int:
     return max(ASSUMED_LENGTH, longest) if packing else longest
 
 
+# ------------------------------------------------------------------------------------------------------------ encoding
+
+
+def encode_records(
+    records: list[Record], tokenizer, section: DataSection, *, answer: int = 0, positions: int = sys.maxsize
+) -> EncodedRecords:
+    """The records as token ids. data.truncate says whether those longer than `max_seq_length` raise, are skipped or are
+    cut.
+
+    A cut removes the prompt's first tokens after BOS. The prompt's last token and the completion always stay.
+
+    Args:
+        answer: the most tokens of another answer to each prompt.
+        positions: of the model. A cut leaves room for the longer of completion and answer.
+    """
+    fit = Fit(section, tokenizer.bos_token_id, answer, positions)
+    fitted = [
+        fit(example, record.place) for example, record in zip(encode_all(tokenizer, records), records, strict=True)
+    ]
+    fit.check()
+    kept = [i for i, example in enumerate(fitted) if example is not None]
+    examples = [example for example in fitted if example is not None]
+    return EncodedRecords(examples, [records[i] for i in kept], fit.cut, fit.skipped)
+
+
+def encode_all(tokenizer, records: Sequence[Record]) -> list[Example]:
+    """The records' examples. ValueError names the place of the first that cannot be encoded."""
+    examples: list[Example] = []
+    for start in range(0, len(records), ENCODED_AT_ONCE):
+        part = records[start : start + ENCODED_AT_ONCE]
+        try:
+            examples += encode_examples(tokenizer, [(record.prompt, record.completion) for record in part])
+        except ValueError:  # one by one, to name the record
+            examples += [encode_at_place(tokenizer, record) for record in part]
+    return examples
+
+
+def encode_at_place(tokenizer, record: Record) -> Example:
+    try:
+        return encode_example(tokenizer, record.prompt, record.completion)
+    except ValueError as error:
+        raise ValueError(f"{record.place}: {error}") from None
+
+
+class TooLong(ValueError):
+    """Examples have more than data.max_seq_length tokens."""
+
+    advice = "raise data.max_seq_length, or set data.truncate to skip (drop them) or left (cut the start of the prompt)"
+
+    def __init__(self, said: str, long: int, count: int, limit: int | None):
+        super().__init__(f"{said}\n{self.advice}")
+        self.long, self.count, self.limit = long, count, limit
+
+
+class Fit:
+    """Cuts examples that are too long, or leaves them out, as data.truncate says, and counts them."""
+
+    def __init__(self, section: DataSection, bos: int | None, answer: int = 0, positions: int = sys.maxsize):
+        """
+        Args:
+            answer, positions: as of `encode_records`.
+        """
+        self.section, self.bos, self.answer, self.positions = section, bos, answer, positions
+        self.count = self.cut = self.skipped = 0
+        self.first = "", 0  # the place and the tokens of the first one that is left out
+
+    def __call__(self, example: Example, place: str) -> Example | None:
+        """The example, perhaps cut; None if it is left out."""
+        self.count += 1
+        prompt, completion = example
+        limit, longest = self.section.max_seq_length or sys.maxsize, max(self.answer, len(completion))
+        most = min(limit, self.positions - longest + len(completion))
+        if len(prompt) + len(completion) <= most:
+            return example
+        if self.section.truncate != "left":
+            if not self.skipped:
+                self.first = place, len(prompt) + len(completion)
+            self.skipped += 1
+            return None
+        self.cut += 1
+        room = most - len(completion)
+        if room < 1:
+            raise ValueError(
+                f"{place}: an answer of {longest} tokens leaves no room for a prompt in {min(limit, self.positions)} "
+                "tokens; raise data.max_seq_length, shorten the answers (eval.max_new_tokens), or set data.truncate "
+                "to skip"
+            )
+        start = 1 if room > 1 and prompt[0] == self.bos else 0  # some models fail without BOS
+        return Example(prompt[:start] + prompt[len(prompt) - room + start :], completion)
+
+    def check(self) -> None:
+        """Raises TooLong where data.truncate is error, and ValueError where no example is left."""
+        limit, (place, tokens) = self.section.max_seq_length, self.first
+        if self.skipped and self.section.truncate == "error":
+            many = f"{self.skipped} of {self.count} examples are too long"
+            said = f"{place}: {tokens} tokens exceed data.max_seq_length {limit} ({many})"
+            raise TooLong(said, self.skipped, self.count, limit)
+        if self.skipped and self.skipped == self.count:
+            raise ValueError(f"{place}: every example is longer than data.max_seq_length {limit}; raise it")
+
+
+# ------------------------------------------------------------------------------------------------------- training data
+
+
 def load_training_data(section: DataSection, tokenizer) -> TrainingData:
     """The training data of a run, from the cache of token ids if it holds this data (data.cache).
 
     Raises ValueError as `load_records` and `encode_records` do, naming the place.
     """
-    source, key, content = open_split(section, "train"), None, ""
-    if source and section.cache and sum(file.stat().st_size for file in source.files) >= token_cache.MIN_BYTES:
-        key = token_cache.tokenizer_key(tokenizer, fields_of(source, section))
-        content = token_cache.files_digest(source.files)
-    tokens = token_cache.load_tokens(key, content) if key else None
+    source, file = open_split(section, "train"), None
+    if source and source.files and section.cache:
+        file = token_cache.cache_file(source.files, tokenizer, fields_of(source, section))
+    tokens = token_cache.load_tokens(file) if file else None
     if tokens is not None:
         say(f"using cached token ids from {token_cache.folder()}")
     else:
@@ -116,39 +236,36 @@ def load_training_data(section: DataSection, tokenizer) -> TrainingData:
         tokens = tokenised(split_records(section, "train") or [], tokenizer, section)
         if time.monotonic() - begun > REPORTED_SECONDS:
             say(f"tokenised {len(tokens.sizes)} examples in {time.monotonic() - begun:.0f} s")
-        if key:
-            token_cache.store_tokens(key, content, tokens)
+        if file:
+            token_cache.store_tokens(file, tokens)
     places = Places(source.prefix if source else "", tokens.numbers)
     return TrainingData(ExampleArrays(tokens.ids, tokens.sizes), places, tokens.cut, tokens.skipped)
 
 
+def fields_of(source: Split, section: DataSection) -> dict[str, Any]:
+    """Everything that the ids depend on besides the data's content and the tokenizer."""
+    fields = {name: getattr(section, name) for name in ("prompt", "completion", "max_seq_length", "truncate")}
+    if is_held_out(section):
+        fields["validation_split"] = section.validation_split
+    return fields | dict(task=task_of(section), split=source.name, form=source.files[0].suffix)
+
+
 def tokenised(records: Iterable[Record], tokenizer, section: DataSection) -> TokenisedExamples:
     """The records as token ids. Long ones are treated as in `encode_records`."""
-    builder, numbers = ExampleBuilder(), array("q")
-    cut = skipped = total = 0
-    too_long_first: tuple[Example, str] | None = None
-    most = section.max_seq_length or sys.maxsize
-    with Progress("tokenising", unit="example") as bar:
+    numbers, fit = array("q"), Fit(section, tokenizer.bos_token_id)
+
+    def fitted(bar: Progress) -> Iterator[Example]:
         for part, examples in encoded_parts(records, tokenizer):
-            total += len(part)
             for example, record in zip(examples, part, strict=True):
-                if len(example.prompt_ids) + len(example.completion_ids) > most:
-                    if section.truncate == "left":
-                        example = cut_left(example, most, tokenizer.bos_token_id, record.place)
-                        cut += 1
-                    else:
-                        too_long_first = too_long_first or (example, record.place)
-                        skipped += 1
-                        continue
-                builder.add([example])
-                numbers.append(number_of(record.place))
+                if (example := fit(example, record.place)) is not None:
+                    numbers.append(number_of(record.place))
+                    yield example
             bar.advance(len(part))
-    if too_long_first and section.truncate == "error":
-        raise too_long(*too_long_first, skipped, total, section)
-    if too_long_first and not len(builder):
-        raise all_too_long(too_long_first[1], section)
-    arrays = builder.arrays()
-    return TokenisedExamples(arrays.sizes, np.frombuffer(numbers, np.int64), arrays.ids, cut, skipped)
+
+    with Progress("tokenising", unit="example") as bar:
+        arrays = arrays_of(fitted(bar))
+    fit.check()
+    return TokenisedExamples(arrays.sizes, np.frombuffer(numbers, np.int64), arrays.ids, fit.cut, fit.skipped)
 
 
 def encoded_parts(records: Iterable[Record], tokenizer) -> Iterator[tuple[list[Record], list[Example]]]:
@@ -169,14 +286,3 @@ def encoded_parts(records: Iterable[Record], tokenizer) -> Iterator[tuple[list[R
 def number_of(place: str) -> int:
     """The number at the end of a place: the line in "file:line", or the index in "tfds:NAME:SPLIT[index]"."""
     return int(re.findall(r"\d+", place[-21:])[-1])
-
-
-# ---------------------------------------------------------------------------------------------------------------- cache
-
-
-def fields_of(source: Split, section: DataSection) -> dict[str, Any]:
-    """Everything that the ids depend on besides the data's content and the tokenizer."""
-    fields = {name: getattr(section, name) for name in ("prompt", "completion", "max_seq_length", "truncate")}
-    if is_held_out(section):
-        fields["validation_split"] = section.validation_split
-    return fields | dict(task=task_of(section), split=source.name, form=source.files[0].suffix)

@@ -37,7 +37,7 @@ CHIPS = {
     "v5p": Chip(459e12, 2765e9, 1200e9 / 2),
     "v6e": Chip(918e12, 1638e9, 800e9 / 2),
 }
-#: How often a device receives the bytes in hlo_counts.collective_bytes: an all-reduce scatters sums, then gathers.
+#: How often a device receives the bytes in hlo.collective_bytes: an all-reduce scatters sums, then gathers.
 #: It holds for large groups. In a group of n a device receives (n - 1) / n of that, so half of it in a group of two.
 RECEIVED = {"all-reduce": 2}
 
@@ -68,7 +68,7 @@ def estimate_time(work: Work, collectives: Mapping[str, int], kind: str) -> Time
     """The estimate for a kind of chip ("v5e").
 
     Args:
-        collectives: bytes by kind of collective, from hlo_counts.collective_bytes.
+        collectives: bytes by kind of collective, from hlo.collective_bytes.
     """
     chip = CHIPS[kind]
     ici = float(sum(RECEIVED.get(name, 1) * size for name, size in collectives.items()))

@@ -16,13 +16,11 @@ from jax.sharding import AbstractMesh, Mesh
 
 from ..backbone.load import load_model_config
 from ..config import RunConfig
-from ..io.checks import printable, require
+from ..io.checks import require
 from ..runtime.sharding import even_tenants, make_mesh, mesh_sizes, replicated_lines, tenants_sharding
 from ..training.passes import lay_out
 from ..training.step import train_step
-from .hlo_counts import Program, collective_bytes, collectives_run, describe_program, program_bytes
-from .hlo_loops import unknown_loops
-from .hlo_parser import parse_hlo
+from .hlo import collective_bytes, collectives_run
 from .longest_row import examples_in_row, kernel_of_run, longest_split
 from .memory import (
     CHIP_GIB,
@@ -42,29 +40,36 @@ from .roofline import estimate_time, time_lines, training_work
 TOO_MUCH = re.compile(r"Used ([\d.]+)([GM]) of ([\d.]+)G hbm|\(([\d.]+)([GM])\) exceeds available HBM \(([\d.]+)G\)")
 
 
+class ProgramMemory(NamedTuple):
+    """Bytes on one chip of the mesh."""
+
+    arguments: int
+    """padding included"""
+    outputs: int
+    """that do not reuse a donated argument"""
+    temporaries: int
+    code: int
+
+
 class Compiled(NamedTuple):
     """What the compiler made of a program for one chip of the mesh."""
 
-    program: Program | None
-    """None: it does not fit, or this JAX can't read it (`unread`)"""
+    memory: ProgramMemory | None
+    """None: it does not fit"""
     needed: int
     """bytes"""
     limit: float | None
-    """bytes that the compiler allows a program, if it said so"""
-    collectives: dict[str, int]
-    """how often each runs, loops unrolled"""
+    """bytes that the compiler allows a program that does not fit"""
     seconds: float
     """that the compiler took"""
+    collectives: dict[str, int] = {}
+    """how often each runs, loops unrolled"""
     collective_bytes: dict[str, int] = {}
-    """of each, over all its runs: see hlo_counts.collective_bytes"""
-    loops_once: int = 0
-    """loops with an unknown number of iterations; their content counts once"""
-    unread: str = ""
-    """the error of a JAX that is older than the compiler and can't read its program; only the memory is known then"""
+    """of each, over all its runs"""
 
     @property
     def fits(self) -> bool:
-        return self.program is not None or bool(self.unread)
+        return self.memory is not None
 
 
 def topology_report(config: RunConfig, topology: str, tenants: int = 1) -> str:
@@ -92,7 +97,7 @@ def topology_report(config: RunConfig, topology: str, tenants: int = 1) -> str:
     head = header(config, topology, mesh, tenants)
     found = compile_step(config, mesh, tenants)
     lines = compiled_lines(found, libtpu)
-    if found.program:
+    if found.fits:
         lines += time_lines(estimate_time(training_work(config, mesh, tenants), found.collective_bytes, kind), kind)
     return "\n".join([head[0], *why, *head[1:], *lines])
 
@@ -153,15 +158,19 @@ def ask_compiler(lowered: jax.stages.Lowered) -> tuple[Compiled, jax.stages.Comp
             raise
         used, unit, limit = match.groups()[:3] if match[1] else match.groups()[3:]
         needed = float(used) * (GIB if unit == "G" else 2**20)
-        return Compiled(None, int(needed), float(limit) * GIB, {}, time.perf_counter() - begun), None
-    seconds = time.perf_counter() - begun
-    try:
-        text = compiled.as_text() or ""
-    except jax.errors.JaxRuntimeError as error:
-        unread = str(error).strip().partition("\n")[0] or type(error).__name__
-        return Compiled(None, program_bytes(compiled), None, {}, seconds, unread=unread), compiled
-    program, runs, sizes = describe_program(compiled), collectives_run(text), collective_bytes(text)
-    return Compiled(program, program.memory, None, runs, seconds, sizes, unknown_loops(parse_hlo(text))), compiled
+        return Compiled(None, int(needed), float(limit) * GIB, time.perf_counter() - begun), None
+    seconds, memory, text = time.perf_counter() - begun, program_memory(compiled), compiled.as_text() or ""
+    return Compiled(memory, sum(memory), None, seconds, collectives_run(text), collective_bytes(text)), compiled
+
+
+def program_memory(compiled: jax.stages.Compiled) -> ProgramMemory:
+    sizes: Any = compiled.memory_analysis()
+    return ProgramMemory(
+        arguments=sizes.argument_size_in_bytes,
+        outputs=sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
+        temporaries=sizes.temp_size_in_bytes,
+        code=sizes.generated_code_size_in_bytes,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ the lines
@@ -202,26 +211,19 @@ def tenants_line(config: RunConfig, mesh: Mesh | AbstractMesh, tenants: int) -> 
 
 def compiled_lines(found: Compiled, libtpu: str) -> list[str]:
     by = f"compiled by libtpu {libtpu} in {found.seconds:.0f} s"
-    if found.unread:
-        return [
-            f"HBM        for a training step a chip needs {found.needed / GIB:.2f} GiB: it fits ({by})",
-            f"collectives not known: JAX {jax.__version__} can't read this compiler's program; install the libtpu that "
-            f"belongs to it, pip install 'jax[tpu]=={jax.__version__}' ({printable(found.unread, 120)})",
-        ]
-    if found.program is None:
+    if found.memory is None:
         assert found.limit
         over = (found.needed - found.limit) / GIB
         needed = f"{found.needed / GIB:.2f} of {found.limit / GIB:.2f} GiB"
         return [f"HBM        for a training step a chip needs {needed}: {over:.2f} GiB too much; {by}"]
-    program = found.program
-    parts = {"arguments": program.arguments, "temporaries": program.temporaries, "outputs": program.outputs}
-    sizes_of_parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+    parts = ", ".join(
+        f"{name} {getattr(found.memory, name) / GIB:.2f}" for name in ("arguments", "temporaries", "outputs")
+    )
     sizes = found.collective_bytes
-    run = ", ".join(f"{count} {name} {sizes[name] / 1e9:.2f} GB" for name, count in found.collectives.items()) or "none"
-    once = f"; {found.loops_once} loops of unknown length counted once" if found.loops_once else ""
+    runs = ", ".join(f"{count} {name} {sizes[name] / 1e9:.2f} GB" for name, count in found.collectives.items())
     return [
-        f"HBM        for a training step a chip needs {program.memory / GIB:.2f} GiB: it fits ({sizes_of_parts}; {by})",
-        f"collectives of a chip and step: {run}{once}",
+        f"HBM        for a training step a chip needs {found.needed / GIB:.2f} GiB: it fits ({parts}; {by})",
+        f"collectives of a chip and step: {runs or 'none'}",
     ]
 
 

@@ -44,34 +44,25 @@ def find_adapters(adapters: Any, config: ModelConfig) -> Adapters:
         return Adapters({}, {}, {}, None)
     if isinstance(adapters, Adapter):
         adapters = {"adapter": adapters}
-    if isinstance(adapters, Mapping):
-        adapters = held_or_named(adapters, config)
-    elif not isinstance(adapters, AdapterBank):
+    if not isinstance(adapters, AdapterBank | Mapping):
         places = [adapters] if isinstance(adapters, PLACES) else listed(adapters)
-        wrong = [adapters] if not places else [one for one in places if not isinstance(one, PLACES)]
-        if wrong:
-            raise ValueError(
-                f"adapters: got {'a list with ' * (wrong[0] is not adapters)}a {type(wrong[0]).__name__}; give an "
-                "adapter, an AdapterBank, {name: adapter}, or folders"
-            )
-        adapters = named_adapters(list(map(str, places or ())))
+        if places is None or not all(isinstance(one, PLACES) for one in places):
+            kind = type(adapters).__name__
+            raise ValueError(f"adapters is a {kind}; give an adapter, an AdapterBank, {{name: adapter}}, or folders")
+        adapters = named_adapters(list(map(str, places)))
+    if isinstance(adapters, Mapping) and any(isinstance(one, Adapter) for one in adapters.values()):
+        adapters = AdapterBank.holding({name: in_memory(one, config) for name, one in adapters.items()}, config)
     if isinstance(adapters, AdapterBank):
         if adapters.model_config != config:
             raise ValueError("adapters: the AdapterBank is made for another backbone; make it with model.config")
         return Adapters(dict.fromkeys(adapters.names), dict(adapters.identities()), {}, adapters)
-    found = dict(zip(adapters, previews(adapters.values(), config), strict=True))
-    return Adapters(dict(adapters), {name: one.digest for name, one in found.items()}, found, None)
+    sources = {name: str(one) for name, one in adapters.items()}
+    found = dict(zip(sources, previews(sources.values(), config), strict=True))
+    return Adapters(dict(sources), {name: one.digest for name, one in found.items()}, found, None)
 
 
-def held_or_named(adapters: Mapping[str, Any], config: ModelConfig) -> AdapterBank | dict[str, str]:
-    """A bank if one of the adapters is in memory already, else the folders by name."""
-    for name, one in adapters.items():
-        if not isinstance(name, str) or not isinstance(one, (Adapter, *PLACES)):
-            raise ValueError(f"adapters[{name!r}] is a {type(one).__name__}; give an adapter or its folder")
-    if not any(isinstance(one, Adapter) for one in adapters.values()):
-        return {name: str(one) for name, one in adapters.items()}
-    load = {name: one if isinstance(one, Adapter) else load_adapter(one, config) for name, one in adapters.items()}
-    return AdapterBank.holding(load, config)
+def in_memory(adapter: Any, config: ModelConfig) -> Adapter:
+    return adapter if isinstance(adapter, Adapter) else load_adapter(adapter, config)
 
 
 def bank_and_passes(

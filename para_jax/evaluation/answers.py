@@ -23,7 +23,7 @@ from ..runtime.sharding import mesh_of, using
 from ..serving.engine import Engine
 from ..training.stop import interruption_point
 from .batch_adapters import Bank, version
-from .journal import Journal
+from .journal import AnswerJournal
 from .likelihood import likelihoods
 from .questions import Answer, Generation, Likelihood, Pending, Question, Scored, Written, key
 from .shapes import OpenShapes, PlannedShapes, batch_rows
@@ -46,7 +46,7 @@ class Answerer:
         prefill_tokens: int | None = None,
         shapes: PlannedShapes | None = None,
         engine: Engine | None = None,
-        journal: Journal | None = None,
+        journal: AnswerJournal | None = None,
         backbone: str = "",
         longest: int = 0,
     ):
@@ -93,24 +93,18 @@ class Answerer:
         Args:
             what: names the work where its progress is shown.
 
-        Raises ValueError, before anything is computed, for an unknown tenant, for a question that the model has no room
-        for or that does not end with its adapter's alora_invocation_tokens, and for an answer of the wrong kind in the
-        journal.
+        Raises ValueError, before anything is computed, for an unknown tenant and for a question that does not end with
+        its adapter's alora_invocation_tokens.
         """
-        journal = Journal() if self.journal is None else self.journal
+        journal = AnswerJournal() if self.journal is None else self.journal
         entries = {tenant: self._entry(tenant) for tenant in dict.fromkeys(tenant for tenant, _ in questions)}
         self.entries = entries
         asked = [self._pending(tenant, entries[tenant], question, journal) for tenant, question in questions]
         distinct = {one.key: one for one in asked}
         if journal.file is not None:
             self.asked |= distinct.keys()
-        for one in distinct.values():
-            kind = Scored if isinstance(one.question, Likelihood) else Written
-            if one.key in journal and not isinstance(journal[one.key], kind):
-                raise ValueError(f"{journal.file}: answers {one.key} as another question; choose another folder")
         left = [one for one in distinct.values() if one.key not in journal]
         for one in left:
-            check_room(one.question, self.model, self.engine)
             require_invocation(one.entry and one.entry.config, one.question.context, "context")
         known = len(distinct) - len(left)
         if journal.file and known:
@@ -139,7 +133,7 @@ class Answerer:
                 self._warned.add(one.tenant)
                 warn(f"an answer of {describe_tenant(one.tenant)} is empty, and counts as wrong: {NO_TOKEN_MESSAGE}")
 
-    def _answers(self, left: list[Pending], distinct: list[Pending], journal: Journal) -> Answers:
+    def _answers(self, left: list[Pending], distinct: list[Pending], journal: AnswerJournal) -> Answers:
         """The answers to the questions that are left, likelihoods first: the journal has them before texts follow."""
         yield from self._scored([one for one in left if isinstance(one.question, Likelihood)])
         greedy: dict[tuple, tuple[int, ...]] = {}  # the longest first tokens that greedy decoding is known to write
@@ -200,7 +194,7 @@ class Answerer:
             raise ValueError(f"tenant {tenant!r}: there is no bank; only None, the base model, can be asked")
         return self.bank.entry(tenant)
 
-    def _pending(self, tenant: Any, entry: Any, question: Question, journal: Journal) -> Pending:
+    def _pending(self, tenant: Any, entry: Any, question: Question, journal: AnswerJournal) -> Pending:
         question = question if entry else question._replace(reads=None)  # the base model makes no factors
         if journal.file is None:
             return Pending((version(entry), question), tenant, entry, question)
@@ -218,26 +212,3 @@ def context_of(one: Pending) -> tuple:
 def tokens_to_write(question: Generation) -> int:
     """The tokens that an engine needs for a question: its context and the longest answer."""
     return len(question.context) + question.max_new_tokens
-
-
-def check_room(question: Question, model: Transformer, engine: Engine | None) -> None:
-    """Raises ValueError if a question has no token, a token that the model does not know, or more than there is room
-    for."""
-    ids, room, whose = question.context, model.config.max_positions, "the model's positions"
-    if not question.context:
-        raise ValueError("context: it has no token")
-    if isinstance(question, Likelihood):
-        if not question.continuation:
-            raise ValueError("continuation: it has no token")
-        ids = (*ids, *question.continuation)
-        needed = len(ids) - 1
-    else:
-        needed = len(ids) + question.max_new_tokens
-        if engine is not None:
-            room, whose = engine.max_length, "the engine's max_length"
-    known = model.config.vocab_size
-    outside = [token for token in (min(ids), max(ids)) if not 0 <= token < known]
-    if outside:
-        raise ValueError(f"token id {outside[0]}: the model's tokens are 0 to {known - 1}")
-    if needed > room:
-        raise ValueError(f"a request of {needed} tokens does not fit {whose}, {room}; shorten its context")

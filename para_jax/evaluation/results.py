@@ -8,20 +8,20 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config import BASE
-from ..io.checks import shorten
-from ..io.messages import say
+from ..io import atomic
 from ..io.record_file import check_results_folder
 from ..io.shards import SHARD_FILE
+from ..io.storage.bucket import Place
 from ..runtime import devices
 from .answers import Answerer
 from .metrics import error_of_mean
+from .options import EvalOptions
 from .questions import SEEDS, Answer
 from .score import likelihoods_of, rows_of_ratio, score_answers, with_error
 from .score_plots import Bar, Scores, scores_plot
@@ -112,19 +112,18 @@ def metric_values(encoded: EncodedTask, answers: Sequence[Answer]) -> dict[str, 
     return values | {"loss": (score.loss, error_of_mean(rows_of_ratio(nats, tokens)))}
 
 
-def run_record(answerer: Answerer, tenant: str | None, about: Mapping, limits: Mapping, begun: float) -> dict:
+def run_record(answerer: Answerer, tenant: str | None, about: Mapping, options: EvalOptions, begun: float) -> dict:
     """The rest of lm-eval's layout: the run, and the adapter that answered.
 
     Args:
         about: what was asked for, as the model's arguments.
-        limits: the limit, the rows and the sampling seed.
     """
     entry = answerer.entries.get(tenant)
     model = {"model": "para_jax", "model_args": dict(about), "model_dtype": str(answerer.model.dtype)}
     content = {"adapter_content": entry.content if entry else None, "backbone_content": answerer.backbone}
-    asked = {"limit": limits["limit"], "batch_size": limits["rows"]}
+    asked = {"limit": options.limit, "batch_size": options.rows}
     return {
-        "config": model | content | asked | SEEDS | {"sampling_seed": limits["seed"]},
+        "config": model | content | asked | SEEDS | {"sampling_seed": options.seed},
         "date": begun,
         "versions_of": versions(),
         "device": devices.describe_devices(answerer.model),
@@ -143,29 +142,28 @@ def work_of(answerer: Answerer) -> dict:
 
 
 def markdown_table(
-    by_tenant: dict[str, dict],
+    by_tenant: Mapping[str, dict],
     computed: str,
     libraries: Mapping[str, str],
-    *,
-    limit: int | None,
-    seed: int,
-    shuffled: bool = False,
-    own: Mapping[str, str] | None = None,
+    options: Mapping[str, Any],
+    own: Mapping[str, str],
 ) -> str:
     """The Markdown table, adapters by tasks, and what a reader needs to know about it.
 
     Args:
         computed: how much was computed, in what time and where (`described_work`).
         libraries: their versions.
+        options: the fields of EvalOptions.
         own: each tenant's task, if every tenant has one of its own; the table then has a row per tenant.
     """
     table = own_rows(by_tenant, own) if own else rows_by_adapter(by_tenant)
     lines = ["| " + " | ".join(cells) + " |" for cells in table]
     lines.insert(1, "|" + "---|" * len(table[0]))
-    seeds = f"few-shot {SEEDS['fewshot_seed']}, sampling {seed}"
+    seeds = f"few-shot {SEEDS['fewshot_seed']}, sampling {options['seed']}"
+    limit = options["limit"]
     named = ", ".join(f"{name} {number}" for name, number in libraries.items())
     which = f"the first {limit} examples of each task" if limit else "all examples"
-    which += ", each with the factors of another example's prompt" if shuffled else ""
+    which += ", each with the factors of another example's prompt" if options["shuffle_prompts"] else ""
     which += "" if own else counts(by_tenant)
     return "\n".join([
         *lines,
@@ -297,41 +295,27 @@ def names_of_samples(parts: Sequence[tuple[str, str]]) -> dict[tuple[str, str], 
     return {part: files[text] + "l" for part, text in texts.items()}
 
 
-def check_results(folder: Path, files: Sequence[str], content: str) -> dict[str, set[str]]:
-    """The names of the tasks in each of these files that exists. Raises ValueError if one holds another backbone's
-    results, or something else, and for the folder of a run or an adapter. A damaged file is named and may be written
-    again, since all answers are in the journal."""
+def check_results(folder: Place, files: Iterable[str], content: str) -> None:
+    """Raises ValueError for the folder of a run or an adapter, and if one of these files is there and does not hold
+    results of this backbone."""
     check_results_folder(folder)
-    tasks: dict[str, set[str]] = {}
-    for name in files:
-        file = folder / name
+    for file in (folder / name for name in files):
         if not file.exists():
             continue
-        if not file.is_file():
-            raise foreign(file, b"")
-        data = file.read_bytes()
         try:
-            found = json.loads(data)
-        except RecursionError:
-            found = None
-        except ValueError:
-            if data and not (folder / ANSWERS_FILE).exists():
-                raise foreign(file, data) from None
-            say(f"{file} is damaged, and is written again")
-            continue
-        config = found.get("config") if isinstance(found, dict) else None
-        backbone = config.get("backbone_content") if isinstance(config, dict) else None
-        if not isinstance(backbone, str):
-            raise foreign(file, data)
+            backbone = json.loads(file.read_bytes())["config"]["backbone_content"]
+        except (ValueError, KeyError, TypeError, OSError):
+            backbone = None
         if backbone != content:
-            raise ValueError(f"--output {folder}: {name} holds results of another backbone; choose another --output")
-        held = found.get("results")  # pyright: ignore[reportOptionalMemberAccess]
-        tasks[name] = set(held) if isinstance(held, dict) else set()
-    return tasks
+            said = "results of another backbone" if backbone else "no results of an evaluation"
+            raise ValueError(f"--output: {file} holds {said}; choose another --output, or remove the file")
 
 
-def foreign(file: Path, data: bytes) -> ValueError:
-    held = f" ({shorten(data[:40])})" if data else ""
-    return ValueError(
-        f"--output: {file} does not hold results of an evaluation{held}. Choose another --output, or remove the file"
-    )
+def write_results(folder: Place, records: Mapping[str, dict], files: Mapping[str, str], text: str) -> None:
+    """Writes each adapter's record to its file, and the tables: table.md comes last, so with it the folder is
+    complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, record in records.items():
+        atomic.write_text(folder / files[name], json.dumps(record, indent=2, default=str) + "\n")
+    atomic.write_text(folder / "table.csv", csv_table(records))
+    atomic.write_text(folder / "table.md", text + "\n")

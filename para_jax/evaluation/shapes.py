@@ -128,11 +128,10 @@ def batch_rows(batch_size: int) -> int:
 
 
 def say_evaluation(parts: Mapping[str, Sequence[EncodedTask]], batch_size: int) -> None:
-    """Reports what a run's evaluations compute on the current mesh: the rows of a batch, and the tokens to write.
+    """Reports what a run's evaluations compute on the current mesh.
 
     Args:
-        parts: the tasks of each split. Many tenants' tasks share their batches if they are scored at the same step.
-            Each tenant's test data is scored alone, when the tenant ends.
+        parts: the tasks of each split.
     """
     if not parts:
         return
@@ -143,15 +142,6 @@ def say_evaluation(parts: Mapping[str, Sequence[EncodedTask]], batch_size: int) 
     if rows != batch_size:
         given += f" (eval.batch_size {batch_size}, rounded up to what mesh.data x mesh.fsdp divides)"
     each = " and ".join(f"{count} {name} examples" for name, count in counts.items())
-    say(f"evaluation: {each}, in batches of {given}")
     new = max(one.task.max_new_tokens if one.task.writes else 0 for tasks in parts.values() for one in tasks)
-    if not new:
-        return
-    writing = {name: [one for one in tasks if one.task.writes] for name, tasks in parts.items()}
-    batches = {name: sum(-(-len(one.examples) // rows) for one in tasks) for name, tasks in writing.items()}
-    steps = " and ".join(f"{count * new} decoding steps for {name}" for name, count in batches.items())
-    limits = {"validation": "eval.limit", "test": "eval.test_limit"}
-    advice = f"{' and '.join(limits[name] for name in counts)} score{'' if len(counts) > 1 else 's'} fewer examples"
-    if devices > 1 and mesh.shape["fsdp"] > 1:
-        advice = f"each gathers all weights over mesh.fsdp, so a larger eval.batch_size saves time, and {advice}"
-    say(f"evaluation writes answers of up to {new} tokens: at most {steps}; {advice}")
+    writes = f", with answers of up to {new} tokens; eval.limit and eval.test_limit score fewer" if new else ""
+    say(f"evaluation: {each}, in batches of {given}{writes}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..config import RunConfig
-from ..data.row_files import split_file
+from ..data.rows import split_file
 from ..data.sources import open_split
 from ..data.tasks import TASKS
 from ..io.checks import expanded, nearest, require_one_of, shorten

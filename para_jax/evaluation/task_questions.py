@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -10,9 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config import ModelConfig, RunConfig
-from ..data.row_files import split_file
-from ..data.tenant_file import with_own_fields
-from ..data.tenants import OWN_FILE
+from ..data.rows import split_file
+from ..data.tenants import OWN_FILE, with_own_fields
 from ..io.checks import shorten
 from .adapter_passes import PLACES
 from .defaults import scoring_rule, warn_of_guesses
@@ -30,6 +30,7 @@ from .tasks import (
     check_room,
     encode_task,
     file_task,
+    renamed,
     rows_task,
     say_long,
     task_of_run,
@@ -47,8 +48,7 @@ class TaskQuestions(NamedTuple):
     """under which it gives results: an lm-eval group has several"""
     questions: list[Question]
     results: Callable[[Lookup], dict]
-    """the task's part of an adapter's record, from that adapter's answers. Its `samples` and `white_space` go
-    elsewhere"""
+    """the task's part of an adapter's record, from that adapter's answers. Its `samples` go elsewhere"""
     owner: str | None = None
     """the only tenant that is asked, next to the base model; None: all are"""
     encoded: EncodedTask | None = None
@@ -81,7 +81,7 @@ def read_tasks(tasks: Any, tokenizer, config: ModelConfig, options: EvalOptions)
     files = with_metrics_in_names(files)
     questions += [questions_of(one.encoded, one.original, options) for one in files]
     own_names = [name for one in questions for name in one.names]
-    require_distinct([*names, *own_names], files)
+    require_distinct([*names, *own_names])
     if not names:
         return questions
     loaded = questions_of_harness(names, tokenizer, config, options)
@@ -93,23 +93,15 @@ def read_tasks(tasks: Any, tokenizer, config: ModelConfig, options: EvalOptions)
 def named_tasks(tasks: Any) -> list[tuple[str | None, Any]]:
     """(Its name, if the caller gave one; the task) of each task: a path or name, a RunConfig, an EvalTask, or rows."""
     if isinstance(tasks, Mapping):
-        wrong = [name for name in tasks if not isinstance(name, str)]
-        if not tasks or wrong:
-            raise ValueError(f"tasks: {shorten(wrong[0] if wrong else tasks)} is no name; give {{name: task}}")
         return list(tasks.items())
     several = isinstance(tasks, list | tuple) and not isinstance(tasks, EvalTask)
     if not several or (tasks and isinstance(tasks[0], Mapping)):
         return [(None, tasks)]
-    if not tasks:
-        raise ValueError("tasks is empty; give a path, the name of a task of lm-eval, or rows")
     rows = [one for one in tasks if not isinstance(one, (*PLACES, RunConfig, EvalTask))]
-    if rows:
-        raise ValueError(f"tasks: {shorten(rows[0])} in a list is no path or task; give rows as {{name: rows}}")
+    if rows or not tasks:
+        said = f"{shorten(rows[0])} in a list is no path or task" if rows else "the list is empty"
+        raise ValueError(f"tasks: {said}; give paths, names of lm-eval's tasks, or {{name: rows}}")
     return [(None, one) for one in tasks]
-
-
-def renamed(task: FileTask, name: str) -> FileTask:
-    return task._replace(encoded=task.encoded._replace(task=task.encoded.task._replace(name=name)))
 
 
 def run_task(config: RunConfig, split: str, tokenizer, model: ModelConfig) -> EvalTask:
@@ -161,11 +153,9 @@ def read_own_tasks(
         raise ValueError(f"--tasks {text}: not a folder\nwith --own, give the folder that has a folder for each tenant")
     missing = [tenant for tenant in tenants if split_file(folder / tenant, options.split) is None]
     if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise ValueError(
-            f"--own: {folder} has no {options.split}.jsonl for {', '.join(missing[:5])}{more}\nadd "
-            f"{folder / missing[0] / options.split}.jsonl, or name adapters by their data: --adapters NAME=DIR. "
-            "To leave tenants out, name the adapters of the others alone"
+            f"--own: {folder} has no {options.split}.jsonl for {', '.join(missing[:5])}\nadd it, or name "
+            "adapters by their data: --adapters NAME=DIR"
         )
     tasks, of_runs, rules = [], [], []
     for tenant in tenants:
@@ -242,13 +232,12 @@ def questions_of_harness(names: list[str], tokenizer, config: ModelConfig, optio
     return asked
 
 
-def require_distinct(names: Sequence[str], files: Sequence[FileTask] = ()) -> None:
+def require_distinct(names: Sequence[str]) -> None:
     """Raises ValueError for tasks with one name. A file gives its task its own name, and a folder gives it the
     folder's."""
-    twice = sorted({name for name in names if list(names).count(name) > 1})
+    twice = [name for name, times in Counter(names).items() if times > 1]
     if twice:
-        alike = sorted({str(one.file) for one in files if one.encoded.task.name in twice})
-        advice = "; give each name once"
-        if alike[1:]:
-            advice = f"\n{alike[0]} and {alike[1]} have one name: score them in two calls, each with its own --output"
-        raise ValueError(f"--tasks: {', '.join(twice)} is given more than once{advice}")
+        raise ValueError(
+            f"--tasks: {', '.join(twice)} is given more than once\nscore two files with one name in two calls, each "
+            "with its own --output"
+        )

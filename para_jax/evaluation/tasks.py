@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -11,13 +12,13 @@ from typing import Any, NamedTuple
 
 from ..backbone.load import load_model_config
 from ..config import DataSection, ModelConfig, RunConfig
-from ..data.encode_records import encode_records, report
 from ..data.examples import Example, answer_opening, encode_completion, encode_example
 from ..data.given import rows_split
 from ..data.records import Form, MissingColumn, Record, load_records, read_records, records_of, split_records
-from ..data.row_files import split_file
+from ..data.rows import split_file
 from ..data.sources import task_of
 from ..data.tasks import TASKS, Task
+from ..data.training_data import encode_records, report
 from ..io.checks import shorten
 from ..io.messages import say, warn
 from .accepted_answers import as_learnt, as_ranked, shown_alike
@@ -262,7 +263,6 @@ class FileTask(NamedTuple):
     encoded: EncodedTask
     original: int
     """how many examples the file has"""
-    file: Path
 
 
 def file_task(text: str, tokenizer, config: ModelConfig, *, split: str, limit: int | None) -> FileTask | None:
@@ -285,7 +285,7 @@ def file_task(text: str, tokenizer, config: ModelConfig, *, split: str, limit: i
         ) from None
     title = name or (path.stem if path.is_file() else path.resolve().name)
     task = task_of_records(f"task {text}", title, records, metric, known, file, tokenizer, config, limit)
-    return FileTask(task, len(records), file.resolve())
+    return FileTask(task, len(records))
 
 
 def rows_task(name: str, rows: Any, tokenizer, config: ModelConfig, *, limit: int | None) -> FileTask:
@@ -300,7 +300,7 @@ def rows_task(name: str, rows: Any, tokenizer, config: ModelConfig, *, limit: in
     label = f"tasks[{name!r}]"
     records = list(records_of(rows_split(label, "test", rows), Form()))
     task = task_of_records(label, title, records, metric, None, None, tokenizer, config, limit)
-    return FileTask(task, len(records), Path(label))
+    return FileTask(task, len(records))
 
 
 def task_of_records(
@@ -358,17 +358,14 @@ def task_of_records(
 
 
 def with_metrics_in_names(tasks: Sequence[FileTask]) -> list[FileTask]:
-    """The tasks; those that score one file by several metrics are named TASK:METRIC."""
-    metrics: dict[tuple, set[str]] = {}
-    for one in tasks:
-        metrics.setdefault((one.encoded.task.name, one.file), set()).add(one.encoded.task.metric)
-    renamed = []
-    for one in tasks:
-        task = one.encoded.task
-        if len(metrics[task.name, one.file]) > 1:
-            one = one._replace(encoded=one.encoded._replace(task=task._replace(name=f"{task.name}:{task.metric}")))
-        renamed.append(one)
-    return renamed
+    """The tasks; those that share a name are named TASK:METRIC."""
+    times = Counter(one.encoded.task.name for one in tasks)
+    named = ((one, one.encoded.task) for one in tasks)
+    return [renamed(one, f"{task.name}:{task.metric}") if times[task.name] > 1 else one for one, task in named]
+
+
+def renamed(task: FileTask, name: str) -> FileTask:
+    return task._replace(encoded=task.encoded._replace(task=task.encoded.task._replace(name=name)))
 
 
 def answer_room(task: EvalTask, tokenizer) -> int:

@@ -1,5 +1,5 @@
 """The text of an answer. Training puts a space between a prompt and its completion, so an answer's first token begins
-with one: white space at both ends of an answer is not part of its text (`stripped_text`).
+with one: white space at both ends of an answer is not part of its text.
 
 AnswerText is the same text while its tokens come one at a time: cut before the first stop text, then stripped, and
 released as soon as no later token can change it. The cost is linear in the tokens, because only a short tail is decoded
@@ -110,11 +110,6 @@ def beginning(text: str, stop: str) -> int:
     while at >= 0 and not stop.startswith(text[at:]):
         at = text.find(stop[0], at + 1)
     return len(text) if at < 0 else at
-
-
-def stripped_text(tokenizer, tokens: list[int]) -> str:
-    """The tokens' text as an answer, without the white space at its ends."""
-    return text_of(tokenizer, tokens).strip()
 
 
 def text_of(tokenizer, tokens: Sequence[int], after: Sequence[int] = ()) -> str:

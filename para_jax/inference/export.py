@@ -37,8 +37,6 @@ def export_ia3(
     Raises ValueError for an adapter that makes no factors (LoRA), for one of another scope than `all`, for a prompt
     longer than the model's positions, and as save_adapter does.
     """
-    if not isinstance(adapter, Adapter):
-        raise ValueError(f"export_ia3 takes one adapter; got {type(adapter).__name__}")
     require_backbone(model)
     require_tokenizer(tokenizer)
     method = method_of(adapter.config)

@@ -24,7 +24,7 @@ from ..io.checks import shorten
 from ..model.adapted import decode_step, prefill, require_backbone, stacked_state
 from ..runtime.processes import full_arrays
 from ..runtime.sharding import on_its_mesh
-from .answer_text import AnswerText, stripped_text
+from .answer_text import AnswerText
 from .draw import NO_TOKEN, NO_TOKEN_MESSAGE, RowSampling, draw, greedy, row_keys, row_sampling
 from .sampling import Sampling
 
@@ -72,8 +72,6 @@ def generate(
     require_tokenizer(tokenizer)
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise ValueError(f"prompts is a {type(prompts).__name__}; give a list of texts or of message lists")
-    if not prompts:
-        raise ValueError("prompts is empty; give at least one")
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, stop)
     given, adapters = adapters, rows_of_tenants(adapters, tenants, len(prompts))
     ids = encoded_prompts(tokenizer, prompts)
@@ -91,19 +89,13 @@ def generate(
         for i, (answer, row) in enumerate(zip(answers, rows, strict=True)):
             for token in before_stop(row, turns[i])[len(answer.pieces) :]:  # one piece per token so far
                 if not ended[i]:
-                    require_finite(i, [token])
+                    if token == NO_TOKEN:
+                        raise ValueError(f"prompt {i}: {NO_TOKEN_MESSAGE}")
                     ended[i] = answer.add(token)
         return ended
 
-    written = generate_tokens(
-        model, adapters, ids, sampling, stop_ids=stop_ids, ended=add_tokens if sampling.stop else None
-    )
-    if not sampling.stop:
-        kept = [before_stop(row, turn) for row, turn in zip(written, turns, strict=True)]
-        for i, row in enumerate(kept):
-            require_finite(i, row)
-        return [stripped_text(tokenizer, row) for row in kept]
-    add_tokens(written)
+    watch = add_tokens if sampling.stop else None  # a stop text may end the answers before their end tokens do
+    add_tokens(generate_tokens(model, adapters, ids, sampling, stop_ids=stop_ids, ended=watch))
     for answer, over in zip(answers, ended, strict=True):
         if not over:
             answer.finish()
@@ -221,8 +213,6 @@ def check_prompts(model, adapters, prompt_ids: Sequence[list[int]], most: Sequen
     """Raises ValueError for prompts that the model or the adapters cannot answer with `most` new tokens each."""
     if not len(prompt_ids):
         raise ValueError("prompts is empty; give at least one")
-    if isinstance(adapters, Rows) and adapters.batch != len(prompt_ids):
-        raise ValueError(f"adapters: Rows for {adapters.batch} rows; give one for each of {len(prompt_ids)} prompts")
     for i, (ids, max_new_tokens) in enumerate(zip(prompt_ids, most, strict=True)):
         if not len(ids):
             raise ValueError(f"prompt {i} has no tokens; give at least one")
@@ -241,9 +231,3 @@ def before_stop(tokens: list[int], stop_ids: Sequence[int]) -> list[int]:
 def up_to_no_token(tokens: list[int]) -> list[int]:
     """The tokens up to the first NO_TOKEN."""
     return tokens[: tokens.index(NO_TOKEN) + 1] if NO_TOKEN in tokens else tokens
-
-
-def require_finite(prompt: int, tokens: Sequence[int]) -> None:
-    """Raises ValueError where logits that are not finite gave NO_TOKEN."""
-    if NO_TOKEN in tokens:
-        raise ValueError(f"prompt {prompt}: {NO_TOKEN_MESSAGE}")

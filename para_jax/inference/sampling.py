@@ -39,18 +39,16 @@ class Sampling:
     """texts that end the answer, special tokens too; held as a tuple"""
 
     def __post_init__(self):
-        if not is_whole(self.max_new_tokens) or self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {shorten(self.max_new_tokens)}; give a whole number of at least 1")
+        for name, least, end in (("max_new_tokens", 1, 2**31), ("top_k", 0, 2**31), ("seed", 0, 2**32)):
+            value = getattr(self, name)
+            if not is_whole(value) or not least <= value < end:
+                raise ValueError(f"{name} is {shorten(value)}; give a whole number from {least} to {end - 1}")
         if not is_number(self.temperature) or not 0 <= self.temperature < 1e38:  # the limit of float32; not NaN
             raise ValueError(f"temperature is {shorten(self.temperature)}; give a number of at least 0 (0: greedy)")
         if self.temperature < np.finfo(np.float32).tiny:  # zero in float32, or zero to some devices
             object.__setattr__(self, "temperature", 0.0)  # the dataclass is frozen
-        if not is_whole(self.top_k) or not 0 <= self.top_k < 2**31:
-            raise ValueError(f"top_k is {shorten(self.top_k)}; give a whole number of at least 0 (0: all tokens)")
         if not is_number(self.top_p) or not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {shorten(self.top_p)}; give a probability above 0 and at most 1")
-        if not is_whole(self.seed) or not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed is {shorten(self.seed)}; give a whole number from 0 to 2**32 - 1")
         texts = (self.stop,) if isinstance(self.stop, str) else self.stop
         if not isinstance(texts, Sequence) or not all(isinstance(text, str) and text for text in texts):
             raise ValueError(f"stop is {shorten(self.stop)}; give texts that are not empty")

@@ -8,32 +8,27 @@ import difflib
 import io
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import redirect_stderr
 from typing import Any
 
 from .. import cli
-from ..io.checks import shorten
 
 #: The functions that take the options of a command.
-FUNCTIONS = {"evaluate": "evaluate_on_ray", "generate": "generate_on_ray", "serve": "serve_app"}
+FUNCTIONS = {"generate": "generate_on_ray", "serve": "serve_app"}
 #: Options that have no meaning here, or that the function itself gives. Ray's proxies listen for serve_app, and an
 #: update of an adapter would reach one replica.
 NOT_HERE = {
-    "evaluate": ("help", "config", "overrides", "adapter", "shard", "output", "results"),
     "generate": ("help", "prompt", "chat", "shard", "output"),
     "serve": "help host port adapter_root allow_hub methods sites max_r capacity".split(),
 }
 
 
-def arguments(
-    command: str, positional: Sequence[object], overrides: Sequence[str], options: Mapping[str, Any]
-) -> list[str]:
-    """The command line with these options. Raises ValueError for a name that the command does not have, and for several
-    values of an option that has one."""
+def arguments(command: str, options: Mapping[str, Any]) -> list[str]:
+    """The command line with these options. Raises ValueError for a name that the command does not have."""
     actions = {action.dest: action for action in cli.subparsers(cli.parser())[command]._actions}
     known = [name for name in actions if name not in NOT_HERE[command]]
-    made = [command, *map(str, positional), *overrides]
+    made = [command]
     for name, value in options.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
@@ -45,8 +40,6 @@ def arguments(
             made += [flag] * value
         elif value is not None and values and actions[name].nargs == "+":
             made += [flag, *map(str, values)]
-        elif len(values) > 1 and not isinstance(actions[name], argparse._AppendAction):
-            raise ValueError(f"{FUNCTIONS[command]}: {name} is {shorten(value)}; give one value")
         elif value is not None:
             made += [f"{flag}={one}" for one in values]
     return made

@@ -13,13 +13,13 @@ from ..io.storage.bucket import Place
 
 
 def run_shards(
-    worker: type, line: Sequence[str], outputs: Sequence[Place], what: str, workers: int, reserved: Mapping[str, Any]
+    worker: type, call: Any, outputs: Sequence[Place], what: str, workers: int, reserved: Mapping[str, Any]
 ) -> None:
     """Has all shards answered.
 
     Args:
         worker: a class as workers.ShardWorker.
-        line: the command line with the options.
+        call: what all shards have in common.
         outputs: of each shard.
         what: for the bar of the shards that have ended.
         workers: actors of the pool.
@@ -35,7 +35,7 @@ def run_shards(
         batch_size=1,
         # Without a queue in front of each worker, none waits behind a long shard while another worker is idle.
         compute=data.ActorPoolStrategy(size=min(workers, count), max_tasks_in_flight_per_actor=1),
-        fn_constructor_kwargs={"line": list(line), "folder": os.getcwd(), "count": count},
+        fn_constructor_kwargs={"call": call, "folder": os.getcwd(), "count": count},
         **reserved,
     )  # Ray Data replaces an actor that died, and gives its task to the new one, any number of times
     shards.context.enable_progress_bars = False

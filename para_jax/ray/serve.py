@@ -17,7 +17,7 @@ from ..cli import serve as command
 from ..config import BASE
 from ..io.checks import expanded
 from ..server.config import ServerConfig
-from .command import NOT_HERE, arguments, parsed
+from .command import arguments, parsed
 
 #: What chooses a replica by the header x-session-id.
 STICKY = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
@@ -66,8 +66,6 @@ def serve_app(
     Raises ValueError for wrong options, and for a backbone or adapters that are not there.
     """
     served = served_by(options, any_host)
-    if replicas < 1:
-        raise ValueError(f"replicas is {replicas}; give a number of at least 1")
     slots = served.options.slots
     how: dict[str, Any] = {
         "name": "para-jax",
@@ -91,10 +89,7 @@ def serve_app(
 
 def served_by(options: Mapping[str, Any], any_host: bool) -> Served:
     """What replicas serve with these options. Paths become absolute, because replicas work in another folder."""
-    for name in NOT_HERE["serve"]:
-        if name in options:
-            raise ValueError(f"serve_app has no option {name}; leave it out")
-    given = parsed(arguments("serve", [], [], options))
+    given = parsed(arguments("serve", options))
     sources, config = command.checked(given)
     given.backbone = absolute(given.backbone)
     config = replace(config, api_key_file=config.api_key_file and absolute(config.api_key_file))

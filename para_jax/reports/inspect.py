@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import jax
@@ -21,30 +19,25 @@ from ..adapters.files import CONFIG, Described, read_adapter_config
 from ..backbone.load import abstract_backbone, load_model_config
 from ..backbone.weights import parameter_shapes
 from ..config import ModelConfig, RunConfig, adapter_method, config_dict, given_fields, is_tfds, load_config
-from ..data.batches import Bucket
 from ..data.given import SPLITS, described, is_given
 from ..data.hf import is_hf
-from ..data.packing import RowShape
 from ..data.records import load_records
 from ..data.show_example import show_example
 from ..data.tasks import TASKS
 from ..data.tenants import tenant_sections
 from ..data.tfds import NotPrepared
-from ..data.tokenizer import run_tokenizer
-from ..data.training_data import TrainingData, describe_lengths, load_training_data
+from ..data.training_data import TrainingData
 from ..estimate.memory import abstract_mesh, tree_size
 from ..estimate.topology import topology_report
-from ..evaluation.tasks import with_limit
 from ..io.checks import expanded, one_of, printable
-from ..io.untrusted import MAX_JSON_BYTES
 from ..model.adapted import init_adapter
-from ..runs.chosen import is_auto
 from ..runs.compare import TABLE, method_configs
-from ..runs.data_table import held_examples, scoring_lines, tenants_data
+from ..runs.data_table import data_lines, tenant_lines
 from ..runs.initial import check_initial
-from ..runs.rates import FIRST, as_trials
+from ..runs.plan import SharedResources, planned
+from ..runs.rates import FIRST, as_trials, is_auto
 from ..runs.report import sample_lines, score_table, tenants_table
-from ..runs.tenants import describe_padding, padding_of, plan_batches, tenant_configs
+from ..runs.tenants import tenant_configs
 from ..runs.train import say_doubt
 from ..runtime import devices
 from ..training.metrics_file import is_log, read_metrics
@@ -83,7 +76,7 @@ def dry_run(config: RunConfig, topology: str | None = None) -> str:
         f"optimiser {size(tree_size(state.optimizer))}" + " of each tenant" * config.many,
         *(topology_lines(config, own, topology) if topology else [step_line(config)]),
     ]
-    return "\n".join(lines + data_lines(config, own) + start_lines(config, own, model))
+    return "\n".join(lines + source_lines(config, own) + start_lines(config, own, model))
 
 
 def configs_here(config: RunConfig) -> list[RunConfig]:
@@ -145,12 +138,12 @@ def step_rows(config: RunConfig) -> int:
     return train.batch_size or rows_over(config) * train.per_device_batch_size * train.gradient_accumulation_steps
 
 
-def data_lines(config: RunConfig, own: list[RunConfig]) -> list[str]:
+def source_lines(config: RunConfig, own: list[RunConfig]) -> list[str]:
     """The data, as far as it is known without a tokenizer. Files that do not exist yet are named; they are no error."""
     if config.data.task is not None and config.data.task not in TASKS:
         raise ValueError(f"data.task {config.data.task!r} is not a task; use {one_of(TASKS)}")
     if config.data.tenants is not None:
-        return tenant_lines(config, own)
+        return many_lines(config, own)
     if config.data.train is None:
         return ["data       data.train is not set"]
     if is_given(config.data.train):
@@ -166,7 +159,7 @@ def data_lines(config: RunConfig, own: list[RunConfig]) -> list[str]:
     return [f"data       {split}: {len(records)} records" for split, records in found.items() if records]
 
 
-def tenant_lines(config: RunConfig, own: list[RunConfig]) -> list[str]:
+def many_lines(config: RunConfig, own: list[RunConfig]) -> list[str]:
     folder = config.data.tenants
     if is_given(folder):
         return ["data       of many tenants, from Python"]
@@ -204,36 +197,14 @@ def rows_over(config: RunConfig) -> int:
 def data_report(config: RunConfig) -> str:
     """Three training examples as tokens, and how all of them are put into batches. With many tenants, a table of them
     and examples of the first."""
-    tokenizer = run_tokenizer(config)
+    config = replace(config, eval=replace(config.eval, test=True))
+    own = tenant_configs(config)
+    layout = lay_out(config, abstract_mesh(mesh_here(config)), len(own))
+    plan = planned(config, own, layout, None, SharedResources())
+    examples = shown_examples(config, plan.tokenizer, plan.tenants[0].data)
     if config.data.tenants:
-        found, data = tenants_data(config, tokenizer)
-        first = "examples of the first tenant:"
-        return "\n\n".join([found, first, *shown_examples(config, tokenizer, data)])
-    section = with_limit(config.data, load_model_config(config.backbone.source))
-    data = load_training_data(section, tokenizer)
-    held = {split: held_examples(section, split, tokenizer) for split in ("validation", "test")}
-    rows = config.tenant_batch if config.many else step_rows(config)
-    configs = dict(islice(tenant_configs(config).items(), 2))  # two combinations of a sweep have the shapes of all
-    of_each = dict.fromkeys(configs, data)
-    planned = buckets, plans = plan_batches(config, configs, of_each, rows)
-    examples = shown_examples(config, tokenizer, data)
-    if config.data.max_seq_length is None:
-        examples.append(describe_lengths(data.examples.lengths, config.data.packing))
-    batches = f"{next(iter(plans.values())).batches_per_epoch} batches of {rows} rows per epoch"
-    others = [f"{count} {split}" for split, count in held.items() if count]
-    also = f"; also {' and '.join(others)} examples" if others else ""
-    if config.data.validation_split and not held["validation"]:
-        also = f"; data.validation_split={config.data.validation_split} holds out none of so few rows{also}"
-    lines = scoring_lines(replace(config, data=section), tokenizer)
-    lines.append(describe_padding(config, configs, of_each, rows, padding_of(planned, of_each)))
-    return "\n\n".join([*examples, "\n".join(lines), f"{data.report()}; {describe_shapes(buckets)}; {batches}{also}"])
-
-
-def describe_shapes(shapes: Sequence[Bucket | RowShape]) -> str:
-    """ "padded to 16 tokens (6 of completion), 24 tokens (6 of completion)"."""
-    sizes = ", ".join(f"{one.length} tokens ({one.completion} of completion)" for one in shapes)
-    most = "".join(f", at most {one.segments} examples each" for one in shapes if isinstance(one, RowShape))
-    return f"packed into rows of {sizes}{most}" if most else f"padded to {sizes}"
+        return "\n\n".join(["\n".join(tenant_lines(plan)), "examples of the first tenant:", *examples])
+    return "\n\n".join([*examples, "\n".join(data_lines(plan))])
 
 
 def shown_examples(config: RunConfig, tokenizer, data: TrainingData) -> list[str]:
@@ -278,8 +249,7 @@ def methods_report(folder: Path, config: RunConfig) -> str:
     head = f"run        {methods} on {config.backbone.source}, data {described(config.data.train)}"
     found = "no method has ended yet"
     if file.is_file():
-        with file.open("rb") as stream:
-            found = stream.read(MAX_JSON_BYTES).decode(errors="replace").rstrip()
+        found = file.read_bytes().decode().rstrip()
     each = f"each method's run is in a folder of its own: para-jax inspect {shlex.quote(str(folder))}/METHOD"
     return "\n".join([head, found, each])
 

@@ -6,14 +6,13 @@ Each function returns a matplotlib Figure, which a notebook shows if it is the l
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..evaluation.factors import Spread, root_mean_square
-from ..evaluation.score_plots import Bar, Scores, draw_panel, shorten_name
+from ..evaluation.score_plots import shorten_name
 from ..io.checks import expanded
 from ..io.figures import drawable, escaped, explain, new_figure, run_names, wrapped
 from ..io.figures import save as save
@@ -30,6 +29,42 @@ BINS = 48
 
 # ----------------------------------------------------------------------------------------------------- learning curves
 
+#: More curves of one run than this are drawn as their median and range.
+MAX_CURVES = 10
+
+
+def curves_plot(folders: str | Place | Sequence[str | Place]) -> Figure:
+    """The training loss, smoothed, and the validation loss and scores of one or more runs over the optimiser's steps,
+    from their metrics.jsonl. A run of many tenants has a curve for each tenant; with more than MAX_CURVES, the median
+    of all and their range. Raises ValueError for a folder without a run, and for no folders."""
+    folders = [folders] if isinstance(folders, str | Path | BucketPath) else folders
+    if not folders:
+        raise ValueError("curves_plot: no folders; give the output_dir of one or more runs")
+    runs = read_runs(folders)
+    metrics = validation_metrics([rows for tenants in runs.values() for rows in tenants.values()])
+    figure = new_figure(7, 3.9 + 2.1 * len(metrics))
+    panels = figure.subplots(1 + len(metrics), 1, squeeze=False, height_ratios=[3.0] + [2.1] * len(metrics))[:, 0]
+    for colour, (name, tenants) in zip(colours_of(len(runs)), runs.items(), strict=True):
+        draw_losses(panels[0], name, list(tenants.values()), colour)
+        for metric, axes in zip(metrics, panels[1:], strict=True):
+            draw_scores(axes, metric, list(tenants.values()), colour)
+    panels[0].set_ylabel("loss (nats per token)")
+    name_curves(figure, panels[0])
+    for metric, axes in zip(metrics, panels[1:], strict=True):
+        axes.set_ylabel(escaped(f"validation {metric}"))
+    for axes in panels:
+        plain_axes(axes)
+        axes.set_xlim(panels[0].get_xlim())
+    panels[-1].set_xlabel("optimiser step")
+    panels[0].set_title("Learning curves", fontsize=10)
+    explain(
+        figure,
+        "A loss that falls is good; a validation loss that rises while training falls is overfitting. Bars are one "
+        "standard error over the examples; shades span the lowest to the highest tenant. Diamonds are the test data: "
+        "hollow for the base model, filled for the adapter that was kept.",
+    )
+    return figure
+
 
 def colours_of(count: int) -> list[str]:
     """This number of different colours: those of matplotlib's cycle, or of a map if there are not enough."""
@@ -40,160 +75,73 @@ def colours_of(count: int) -> list[str]:
     return [colors.to_hex(colormaps["turbo"](i / (count - 1))) for i in range(count)]
 
 
-def curves_plot(folders: str | Place | Sequence[str | Place]) -> Figure:
-    """The training loss, smoothed, and the validation loss and scores of one or more runs over the optimiser's steps,
-    from their metrics.jsonl. A run of many tenants has a curve for each tenant; with more than MAX_CURVES, the median
-    of all and their range. Where each run was scored once, the scores are bars. A sentence under the picture says how
-    to read it. Raises ValueError for a folder without a run, and for no folders."""
-    folders = [folders] if isinstance(folders, str | Path | BucketPath) else folders
-    if not folders:
-        raise ValueError("curves_plot: no folders; give the output_dir of one or more runs")
-    runs = read_runs(folders)
-    whole = {name: next(iter(of_run.values())) for name, of_run in runs.items() if len(of_run) == 1}
-    several = {name: list(of_run.values()) for name, of_run in runs.items() if len(of_run) > 1}
-    every = [*whole.values(), *(rows for of_run in several.values() for rows in of_run)]
-    metrics = validation_metrics(every)
-    bars = {metric for metric in metrics if whole and not several and len(whole) > 1 and scored_once(every, metric)}
-    heights = [3.0] + [0.9 + 0.25 * len(whole) if metric in bars else 2.1 for metric in metrics]
-    figure = new_figure(7, sum(heights) + 0.9)
-    panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
-    losses, of_metrics = panels[0], dict(zip(metrics, panels[1:], strict=True))
-    contents, colours = Contents(), colours_of(len(whole) + len(several))
-    for colour, (name, rows) in zip(colours, whole.items(), strict=False):
-        draw_losses(losses, name, rows, colour, contents)
-        for metric, axes in of_metrics.items():
-            if metric not in bars:
-                draw_scores(axes, metric, rows, colour, contents)
-    for colour, (name, of_run) in zip(colours[len(whole) :], several.items(), strict=True):
-        label = f"{name}: median of {len(of_run)}"
-        draw_range(losses, [smoothed_series(rows) for rows in of_run], colour, escaped(label), contents)
-        draw_range(losses, [series(rows, "validation_loss") for rows in of_run], colour, None, contents, linestyle="--")
-        for metric, axes in of_metrics.items():
-            draw_range(
-                axes, [series(rows, f"validation_{metric}") for rows in of_run], colour, None, contents, marker="o"
-            )
-    losses.set_ylabel("loss (nats per token)")
-    validated = any("validation_loss" in row for rows in every for row in rows)
-    name_curves(figure, losses, validated=validated, tested=contents.tested)
-    for metric, axes in of_metrics.items():
-        if metric in bars:
-            found = {name: bar for name, rows in whole.items() if (bar := last_score(rows, metric))}
-            draw_panel(axes, f"validation {metric}", Scores(metric, found))
-            contents.errors |= any(bar.stderr for bar in found.values())
-        else:
-            axes.set_ylabel(escaped(f"validation {metric}"))
-    over_steps = [losses, *(axes for metric, axes in of_metrics.items() if metric not in bars)]
-    for axes in over_steps:
-        plain_axes(axes)
-        axes.set_xlim(over_steps[0].get_xlim())
-    over_steps[-1].set_xlabel("optimiser step")
-    losses.set_title("Learning curves", fontsize=10)
-    explain(figure, contents.sentence(bool(bars)))
-    return figure
-
-
-#: More curves of one run than this are drawn as their median and range.
-MAX_CURVES = 10
-
-
-@dataclass
-class Contents:
-    """What a picture of curves contains, so that the sentence under it can explain it."""
-
-    errors: bool = False
-    ranges: bool = False
-    tested: bool = False
-
-    def sentence(self, bars: bool) -> str:
-        sentences = ["A loss that falls is good; a validation loss that rises while training falls is overfitting."]
-        if self.ranges:
-            sentences.append("Shades span the lowest to the highest tenant.")
-        if self.tested:
-            sentences.append(
-                "Diamonds are the test data: hollow for the base model, filled for the adapter that was kept."
-            )
-        if self.errors:
-            sentences.append(f"{'Whiskers' if bars else 'Bars'} are one standard error over the examples.")
-        return " ".join(sentences)
-
-
-def draw_losses(axes, name: str, rows: list[dict], colour: str, contents: Contents) -> None:
-    steps, values = series(rows, "loss")
-    axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
+def draw_losses(axes, name: str, tenants: list[list[dict]], colour: str) -> None:
+    if len(tenants) > 1:
+        label = escaped(f"{name}: median of {len(tenants)}")
+        draw_range(axes, [smoothed_series(rows) for rows in tenants], colour, label=label)
+        draw_range(axes, [series(rows, "validation_loss") for rows in tenants], colour, linestyle="--")
+        return
+    (rows,) = tenants
+    axes.plot(*series(rows, "loss"), color=colour, alpha=0.2, linewidth=0.8)
     axes.plot(*smoothed_series(rows), color=colour, label=escaped(shorten_name(name, 60)))
     axes.plot(*series(rows, "validation_loss"), color=colour, marker="o", markersize=4, linestyle="--")
-    draw_tested(axes, "loss", rows, colour, contents)
+    draw_tested(axes, "loss", rows, colour)
 
 
-def draw_scores(axes, metric: str, rows: list[dict], colour: str, contents: Contents) -> None:
+def draw_scores(axes, metric: str, tenants: list[list[dict]], colour: str) -> None:
+    if len(tenants) > 1:
+        draw_range(axes, [series(rows, f"validation_{metric}") for rows in tenants], colour, marker="o")
+        return
+    (rows,) = tenants
     steps, scores = series(rows, f"validation_{metric}")
     held = dict(zip(*series(rows, f"validation_{metric}_stderr"), strict=True))
     errors = [held.get(step, np.nan) for step in steps]
     axes.errorbar(steps, scores, errors, color=colour, marker="o", markersize=4, capsize=2)
-    contents.errors |= bool(held)
-    draw_tested(axes, metric, rows, colour, contents)
+    draw_tested(axes, metric, rows, colour)
 
 
-def draw_tested(axes, metric: str, rows: list[dict], colour: str, contents: Contents) -> None:
+def draw_tested(axes, metric: str, rows: list[dict], colour: str) -> None:
     """The test scores of the base model, hollow, and of the adapter that was kept, filled."""
     for when, fill in (("before", "white"), ("after", colour)):
         steps, values = series(rows, f"test_{when}_{metric}")
-        if steps:
-            contents.tested = True
-            look = dict(markersize=5, linestyle="", markeredgecolor=colour, markerfacecolor=fill)
-            axes.plot(steps[-1:], values[-1:], marker="D", **look)
+        look = dict(markersize=5, linestyle="", markeredgecolor=colour, markerfacecolor=fill)
+        axes.plot(steps[-1:], values[-1:], marker="D", **look)
 
 
-def name_curves(figure: Figure, losses, *, validated: bool, tested: bool) -> None:
-    """The legend of the losses' curves, with what each kind of line is; above the picture if the panel has no room."""
+def draw_range(axes, curves: Sequence[tuple[list, Sequence[float] | np.ndarray]], colour: str, **look) -> None:
+    """The median of many curves at each step, and the range from the lowest to the highest."""
+    at: dict[int, list[float]] = {}
+    for curve in curves:
+        for step, value in zip(*curve, strict=True):
+            if np.isfinite(value):
+                at.setdefault(step, []).append(value)
+    steps = sorted(at)
+    low, middle, high = ([of(at[step]) for step in steps] for of in (min, np.median, max))
+    axes.plot(steps, middle, color=colour, markersize=4, **look)
+    axes.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
+
+
+def name_curves(figure: Figure, losses) -> None:
+    """The legend of the losses' curves; above the picture if the panel has no room."""
     losses.plot([], [], color="grey", label="training, smoothed")
-    if validated:
-        losses.plot([], [], color="grey", marker="o", markersize=4, linestyle="--", label="validation")
-    if tested:
-        losses.plot([], [], color="grey", marker="D", markersize=5, linestyle="", label="test, before and after")
+    losses.plot([], [], color="grey", marker="o", markersize=4, linestyle="--", label="validation")
     handles, labels = losses.get_legend_handles_labels()
-    if len(labels) > 8 or max(map(len, labels)) > 40:  # no room inside
+    if len(labels) > 8 or max(map(len, labels)) > 40:
         figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=7)
     else:
         losses.legend(fontsize=8)
 
 
-def draw_range(
-    axes,
-    curves: Sequence[tuple[list, Sequence[float] | np.ndarray]],
-    colour: str,
-    label: str | None,
-    contents: Contents,
-    **look,
-) -> None:
-    """The median of many curves at each step, and the range from the lowest to the highest."""
-    at: dict[int, list[float]] = {}
-    for steps, values in curves:
-        for step, value in zip(steps, values, strict=True):
-            if np.isfinite(value):
-                at.setdefault(step, []).append(value)
-    if not at:
-        return
-    contents.ranges = True
-    steps = sorted(at)
-    axes.plot(steps, [np.median(at[step]) for step in steps], color=colour, label=label, markersize=4, **look)
-    axes.fill_between(
-        steps, [min(at[step]) for step in steps], [max(at[step]) for step in steps], color=colour, alpha=0.15, lw=0
-    )
-
-
 def plain_axes(axes) -> None:
-    """Whole steps below, and plain numbers at the side: 0.5, 1, 2, on a logarithmic scale where values differ much."""
+    """Whole steps below, and plain numbers at the side, on a logarithmic scale where losses differ much."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
-    values = np.concatenate([[np.nan], *(line.get_ydata() for line in axes.get_lines())]).astype(float)
-    values = values[np.isfinite(values)]
-    if axes.get_ylabel().startswith("loss") and len(values) and values.min() > 0 and values.max() > 5 * values.min():
+    low, high = axes.dataLim.intervaly
+    if axes.get_ylabel().startswith("loss") and 0 < 5 * low < high:
         axes.set_yscale("log")
-        few = values.max() < 1e3 * values.min()
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,)))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter("{x:g}")
 
@@ -203,17 +151,6 @@ def validation_metrics(runs: Sequence[list[dict]]) -> list[str]:
     names = dict.fromkeys(name for rows in runs for row in rows for name in row if name.startswith("validation_"))
     measured = [name.removeprefix("validation_") for name in names if not name.endswith("_stderr")]
     return [name for name in measured if name != "loss"]
-
-
-def scored_once(runs: Sequence[list[dict]], metric: str) -> bool:
-    """Whether no run has more than one score, nor that of the base model, which is step 0."""
-    scored = [[row["step"] for row in rows if f"validation_{metric}" in row] for rows in runs]
-    return all(len(steps) <= 1 and 0 not in steps for steps in scored)
-
-
-def last_score(rows: list[dict], metric: str) -> Bar | None:
-    found = [row for row in rows if f"validation_{metric}" in row]
-    return Bar(found[-1][f"validation_{metric}"], found[-1].get(f"validation_{metric}_stderr")) if found else None
 
 
 def read_runs(folders: Sequence[str | Path]) -> dict[str, dict[str, list[dict]]]:

@@ -28,14 +28,13 @@ from ..io.storage.bucket import Place
 from ..io.table import table
 from ..model.adapted import init_adapter
 from ..runtime.processes import on_first_process
-from ..training.scores_file import Records, logged_records
-from ..training.tenants_file import COMPARISON_FILE, read_entries
-from .folder import claim_folder, locked_folder, rows_before
-from .health import logged_warning
+from ..training.scores_file import Records
+from ..training.tenants_file import COMPARISON_FILE
+from .folder import claim_folder, locked_folder, with_decided
+from .plan import SharedResources
 from .report import choice_lines
 from .scoring import NotFinite
 from .standing import Standing
-from .tenants import SharedResources, of_data, tenant_configs
 from .train import require_config, start, trained
 
 #: The table of a comparison, in its output_dir.
@@ -143,13 +142,14 @@ def compare_methods(config: RunConfig, data: Any = None) -> MethodsResult:
 
     on_first_process(claim)
     result = MethodsResult([], folder)
-    shared, methods = SharedResources(), method_configs(config)
-    if not any(own.many for own in methods.values()):
-        shared.rows = on_first_process(lambda: next(filter(None, map(rows_before, methods.values())), None))
-    for number, (method, own) in enumerate(methods.items(), 1):
+    shared, batch_size = SharedResources(), None
+    for number, (method, own) in enumerate(method_configs(config).items(), 1):
         say(f"{method}: method {number} of {len(config.sweep.method)}, in {own.output_dir}")
+        if not config.train.rows_per_tenant:
+            own = with_decided(own, {"train.batch_size": batch_size})  # on other devices the others keep the first's
         standing = train_method(own, shared)
-        rows = on_first_process(partial(method_scores, own, shared, parameters_of(own, shared), standing))
+        rows = on_first_process(partial(method_scores, own, parameters_of(own, shared), standing))
+        batch_size = on_first_process(partial(batch_size_of, own))
         result = compared([*result.all, *(MethodScore(*row) for row in rows)], folder)
         on_first_process(partial(write_comparison, result))
     return result
@@ -196,29 +196,26 @@ def method_configs(config: RunConfig) -> dict[str, RunConfig]:
     }
 
 
-def method_scores(
-    config: RunConfig, shared: SharedResources, parameters: int, standing: Standing | None
-) -> list[MethodScore]:
+def batch_size_of(config: RunConfig) -> int | None:
+    return load_config(expanded(config.output_dir) / "config.yaml").train.batch_size
+
+
+def method_scores(config: RunConfig, parameters: int, standing: Standing | None) -> list[MethodScore]:
     """What a method's run left in its folder, and what the base model scored there.
 
     Args:
         standing: at the end of the run; None: its loss was not finite.
     """
     folder, method = expanded(config.output_dir), adapter_method(config.adapter)
-    entries = read_entries(folder) if config.many else {"": standing.entry(0)} if standing else {}
+    entries = {one.name: one.entry() for one in standing.tenants} if standing else {"": {}}
     rows = []
-    for name, own in tenant_configs(config).items():
-        _, validation, *_ = shared.data[of_data(own)]
-        place, entry = folder / name if name else folder, entries.get(name, {})
-        log, held = place / "metrics.jsonl", load_config(place / "config.yaml")  # with the rate that `auto` chose
-        # The log may also have scores of data that changed since, but a run that broke off has nothing else.
-        count = len(validation.records[: own.eval.limit]) if validation else 0
-        records = entry.get("scores") or logged_records(log, count)
-        rate, ended = held.train.learning_rate, entry.get("ended", "not finite")
+    for name, entry in entries.items():
+        place = folder / name if name else folder
+        rate = load_config(place / "config.yaml").train.learning_rate  # the one that `auto` chose
+        records, ended = entry.get("scores", {}), entry.get("ended", "not finite")
         about = method, name, str(place), parameters, rate if isinstance(rate, float) else None, ended
-        step = entry.get("best_step") or records.get("validation", {}).get("step", 0)
-        rows.append(score_of(about, records, "", step, entry.get("warning") if entry else logged_warning(held, log)))
-    based = [entry["scores"] for entry in entries.values() if "validation_base" in entry["scores"]]
+        rows.append(score_of(about, records, "", entry.get("best_step", 0), entry.get("warning")))
+    based = [entry["scores"] for entry in entries.values() if "validation_base" in entry.get("scores", {})]
     return rows + [score_of((BASE, "", "", 0, None, "done"), records, "_base") for records in based[:1]]
 
 
@@ -227,7 +224,7 @@ def score_of(about: tuple, records: Records, suffix: str, step: int = 0, warning
     held, test = (records.get(f"{split}{suffix}", {}) for split in ("validation", "test"))
     metric, values, tested = (held or test).get("metric"), held.get("values", {}), test.get("values", {})
     scores: tuple[Any, ...] = (
-        metric, values.get(metric), values.get(f"{metric}_stderr"), held.get("count", 0), values.get("loss"), step,
+        metric, values.get(metric), values.get(f"{metric}_stderr"), held.get("count") or 0, values.get("loss"), step,
         tested.get(metric), tested.get(f"{metric}_stderr"), warning, values.get("f1"), held.get("rows", ()),
     )  # fmt: skip
     return MethodScore(*about, *scores)

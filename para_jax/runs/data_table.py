@@ -1,108 +1,83 @@
-"""What `inspect --data` says about the data of many tenants: a table with a line for each, and the padded lengths."""
+"""What `inspect --data` says about the data of a run: how it is scored and padded, and a line for each tenant."""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 
-from ..backbone.load import load_model_config
-from ..config import DataSection, RunConfig
-from ..data.encode_records import TooLong, encode_records
+from ..config import RunConfig
 from ..data.packing import RowShape
-from ..data.records import load_records, split_records
-from ..data.tenant_file import own_values
-from ..data.training_data import TrainingData, load_training_data
-from ..evaluation.defaults import RANKED, scoring_rule
+from ..data.records import split_records
+from ..data.tenants import own_values
+from ..evaluation.defaults import RANKED
 from ..evaluation.metrics import single_spaced
-from ..evaluation.tasks import with_limit
 from ..io.checks import printable
 from ..io.table import table
-from .tenants import describe_padding, padding_of, plan_batches, steps_of, tenant_configs, too_long_in
-
-#: Lines about odd records of tenants.
-NOTES = 20
+from .tenants import Plan, Tenant, padding_of
 
 
-def tenants_data(config: RunConfig, tokenizer) -> tuple[str, TrainingData]:
-    """The table of all tenants, and the training data of the first.
+def data_lines(plan: Plan) -> list[str]:
+    """The metric and the labels of a run on one data set, and how its rows are padded or packed."""
+    config, tenant = plan.config, plan.tenants[0]
+    batches = f"{tenant.order.plan.batches_per_epoch} batches of {plan.layout.tenant_rows} rows per epoch"
+    held = [f"{count} {split}" for split, count in zip(("validation", "test"), held_out(tenant), strict=True) if count]
+    also = f"; also {' and '.join(held)} examples" if held else ""
+    if config.data.validation_split and not tenant.validation:
+        also = f"; data.validation_split={config.data.validation_split} holds out none of so few rows{also}"
+    metric = " and ".join([config.eval.metric or "loss", *config.eval.also])
+    return [
+        f"metric: {metric}" + f" over {len(config.eval.choices)} choices" * bool(config.eval.choices),
+        *label_lines(config),
+        padding_line(plan),
+        f"{tenant.data.report()}; {describe_shapes(plan)}; {batches}{also}",
+    ]
 
-    Raises ValueError as a run does, for example with all tenants that have examples of too many tokens.
-    """
-    model, data, long = load_model_config(config.backbone.source), {}, {}
-    configs = {name: replace(own, data=with_limit(own.data, model)) for name, own in tenant_configs(config).items()}
-    for name, own in configs.items():
-        try:
-            data[name] = load_training_data(own.data, tokenizer)
-        except TooLong as error:
-            long[name] = error
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-    if long:
-        raise too_long_in(long)
-    planned = buckets, plans = plan_batches(config, configs, data, config.tenant_batch)
+
+def tenant_lines(plan: Plan) -> list[str]:
+    """A table of the tenants, and how their rows are padded or packed."""
     columns = ["examples", "validation", "test", "steps", "mean tokens", "longest", "longest completion"]
-    rows, notes = [["tenant", *columns, "metric", "tenant.yaml"]], list[str]()
-    for name, own in configs.items():
-        sizes = data[name].examples.sizes
+    rows = [["tenant", *columns, "metric", "tenant.yaml"]]
+    for tenant in plan.tenants:
+        sizes, section = tenant.data.examples.sizes, tenant.config.eval
         lengths = sizes.sum(axis=1)
-        try:
-            held = [held_examples(own.data, split, tokenizer) for split in ("validation", "test")]
-            rule = scoring_rule(own, tokenizer, model=model)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-        numbers = [len(sizes), *held, steps_of(own, plans[name].batches_per_epoch, name)]
+        numbers = [len(sizes), *held_out(tenant), tenant.order.total_steps]
         tokens = [f"{lengths.mean():.0f}", lengths.max(), sizes[:, 1].max()]
-        notes += [f"{printable(name)}: {line}" for line in labels_and_oddities(own.data)[1]]
-        metric = f"{rule.metric} of {len(rule.choices)} labels" if rule.choices else rule.metric
-        rows.append([name, *map(str, (*numbers, *tokens)), metric, own_fields(config, own)])
-    lengths = " or ".join(str(bucket.length) for bucket in buckets)
-    packed = isinstance(buckets[0], RowShape)
-    said = f"packed into rows of {lengths} tokens" if packed else f"padded to {lengths} tokens"
-    total, cut = sum(len(one.examples) for one in data.values()), sum(one.cut + one.skipped for one in data.values())
-    lost = f", {cut} too long and cut or skipped" if cut else ""
-    last = f"{total} examples of {len(data)} tenant{'s' * (len(data) > 1)}{lost}; {said}"
-    named = notes[:NOTES] + [f"... and {len(notes) - NOTES} more lines like these"] * (len(notes) > NOTES)
-    padding = describe_padding(config, configs, data, config.tenant_batch, padding_of(planned, data))
-    lines = "\n".join([last, padding, *named])
-    return f"{table(rows, left=(0, len(columns) + 1, len(columns) + 2))}\n\n{lines}", next(iter(data.values()))
+        metric = f"{section.metric} of {len(section.choices)} labels" if section.choices else str(section.metric)
+        rows.append([tenant.name, *map(str, (*numbers, *tokens)), metric, own_fields(plan.config, tenant)])
+    count = sum(len(tenant.data.examples) for tenant in plan.tenants)
+    last = f"{count} examples of {len(plan.tenants)} tenants; {describe_shapes(plan)}"
+    return [table(rows, left=(0, len(columns) + 1, len(columns) + 2)), "", last, padding_line(plan)]
 
 
-def scoring_lines(config: RunConfig, tokenizer) -> list[str]:
-    """The metric of a run on one data set, the labels with their counts, and what is odd about the records."""
-    rule, (labels, odd) = scoring_rule(config, tokenizer), labels_and_oddities(config.data)
-    metric = rule.describe() if rule.from_data else " and ".join([rule.metric, *rule.also])
-    counts = ", ".join(f"{printable(label, 60)} {count}" for label, count in labels.most_common())
-    return [f"metric: {metric}", *([f"labels: {counts}"] if counts else []), *odd]
+def held_out(tenant: Tenant) -> list[int]:
+    """How many examples there are to score of the validation and the test data."""
+    return [len(task.records) if task else 0 for task in (tenant.validation, tenant.test)]
 
 
-def labels_and_oddities(section: DataSection) -> tuple[Counter[str], list[str]]:
-    """How often the training data has each label (nothing where the completions are no labels), and a line each on
-    labels that differ only in case and on prompts that end with a space."""
-    labels, spaced, examples = Counter[str](), 0, 0
-    for record in split_records(section, "train") or ():
+def padding_line(plan: Plan) -> str:
+    return f"{padding_of(plan.buckets, plan.tenants):.0%} of the training rows' tokens are padding, at least"
+
+
+def describe_shapes(plan: Plan) -> str:
+    """ "padded to 16 tokens (6 of completion), 24 tokens (6 of completion)"."""
+    sizes = ", ".join(f"{one.length} tokens ({one.completion} of completion)" for one in plan.buckets)
+    most = "".join(f", at most {one.segments} examples each" for one in plan.buckets if isinstance(one, RowShape))
+    return f"packed into rows of {sizes}{most}" if most else f"padded to {sizes}"
+
+
+def label_lines(config: RunConfig) -> list[str]:
+    """How often the training data has each label; nothing where the completions are no labels."""
+    labels, examples = Counter[str](), 0
+    for record in split_records(config.data, "train") or ():
         examples += 1
-        spaced += isinstance(record.prompt, str) and record.prompt.endswith(" ")
         if len(labels) <= RANKED:
             labels[single_spaced(record.completion)] += 1
-    labels = labels if len(labels) <= min(RANKED, examples // 2) else Counter[str]()
-    folded, lines = Counter(label.casefold() for label in labels), []
-    if same := [label for label in sorted(labels, key=str.casefold) if folded[label.casefold()] > 1]:
-        lines.append(f"{len(same)} labels differ only in case: {', '.join(printable(label, 60) for label in same)}")
-    if spaced:
-        why = "which tokenizers often make a token of its own: PARA then reads that token"
-        lines.append(f"{spaced} of {examples} prompts end with a space, {why}")
-    return labels, lines
+    if len(labels) > min(RANKED, examples // 2):
+        return []
+    return ["labels: " + ", ".join(f"{printable(label, 60)} {count}" for label, count in labels.most_common())]
 
 
-def held_examples(section: DataSection, split: str, tokenizer) -> int:
-    """How many examples a run has to score of its validation or test data, without those that data.truncate=skip leaves
-    out. Raises ValueError for one that is too long with data.truncate=error, as a run does."""
-    records = load_records(section, split)
-    return len(encode_records(records, tokenizer, section).examples) if records else 0
-
-
-def own_fields(config: RunConfig, own: RunConfig) -> str:
-    """What a tenant's tenant.yaml changes: "learning_rate 0.01, metric loss"."""
-    run, found = own_values(config), own_values(own)
-    changed = [f"{name.partition('.')[2]} {found[name]}" for name in run if found[name] != run[name]]
-    return printable(", ".join(changed), 200)
+def own_fields(config: RunConfig, tenant: Tenant) -> str:
+    """What a tenant's tenant.yaml changes: "learning_rate 0.01, max_steps 7". How it is scored has a column."""
+    run, found = own_values(config), own_values(tenant.config)
+    names = [name for name in run if found[name] != run[name] and not name.startswith("eval.")]
+    return printable(", ".join(f"{name.partition('.')[2]} {found[name]}" for name in names), 200)

@@ -1,6 +1,6 @@
 """Notices a run that goes wrong: a loss that rises, gradient norms that explode, scores worse than the base model's.
 
-`Health` gets the values of every step, logged or not. It warns of each tenant once, as soon as something is wrong.
+A tenant's `Health` gets the values of every step, logged or not. It warns once, as soon as something is wrong.
 `warning` says what is wrong at the end; the last lines of the command and tenants.json repeat it.
 """
 
@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..config import RunConfig
 from ..io.messages import warn
-from ..io.storage.bucket import Place
-from ..training.metrics_file import is_log, read_metrics
-from ..training.scores_file import Records
 
 #: The number of steps after which a run is first looked at. It is looked at again whenever that number has doubled.
 FIRST_LOOK = 10
@@ -29,8 +26,6 @@ RISE, ERRORS = 0.05, 3.0
 TIMES_START, TIMES_LIMIT = 30.0, 10.0
 #: The share by which a loss on held-out data is above the base model's before that is said.
 ABOVE_BASE = 0.02
-#: The scores on validation data, as records and `LoggedValues.scores` name them.
-VALIDATION = ("validation_base", "validation")
 
 
 class LoggedValues(NamedTuple):
@@ -47,65 +42,37 @@ class LoggedValues(NamedTuple):
 
 
 class Health:
-    """Watches the tenants of a run."""
+    """What the steps and scores of one tenant say."""
 
-    def __init__(self, names: Sequence[str], configs: Sequence[RunConfig], *, quiet: bool = False):
+    def __init__(self, name: str, config: RunConfig, held: Mapping[str, Any] | None = None):
         """
         Args:
-            names: of the tenants; "" in a run of one adapter.
-            configs: their own.
-            quiet: give no warnings.
+            name: of the tenant; "" in a run of one adapter.
+            config: its own.
+            held: what `to_json` gave.
         """
-        self.names, self.configs = names, configs
-        self.seen = [LoggedValues(array("d"), array("d"), array("d", [0, 0]), {}) for _ in names]
-        self.said: set[int] = set(range(len(names))) if quiet else set()
+        self.name, self.config, self.said = name, config, False
+        self.seen = LoggedValues(array("d"), array("d"), array("d", [0, 0]), {})
+        if held:
+            losses, norms, totals = (array("d", held[part]) for part in LoggedValues._fields[:3])
+            self.seen = LoggedValues(losses, norms, totals, dict(held["scores"]))
 
-    def watch(self, tenant: int, step: int, values: Mapping[str, float]) -> None:
-        """Takes values that are logged of a tenant's own step, and says what is wrong with them."""
-        seen = self.seen[tenant]
-        looks = take(seen, step, values)
-        if not looks or tenant in self.said:
-            return
-        if found := self.warning(tenant):
-            self.said.add(tenant)
-            name = self.names[tenant]
-            warn(f"{name}: {found}" if name else found)
+    def to_json(self) -> dict[str, Any]:
+        """What a checkpoint holds: a log lacks steps (logging.every)."""
+        return {name: list(part) for name, part in zip(LoggedValues._fields[:3], self.seen[:3], strict=True)} | {
+            "scores": dict(self.seen.scores)
+        }
 
-    def warning(self, tenant: int) -> str | None:
-        """What is wrong with a tenant so far, and what to do about it; None if nothing is."""
-        train = self.configs[tenant].train
-        found = problem(self.seen[tenant], train.max_grad_norm)
-        return found and f"{found}; lower train.learning_rate ({train.peak_learning_rate:g})"
+    def watch(self, step: int, values: Mapping[str, float]) -> None:
+        """Takes values that are logged of the tenant's own step, and says once what is wrong with them."""
+        if take(self.seen, step, values) and not self.said and (found := self.warning()):
+            self.said = True
+            warn(f"{self.name}: {found}" if self.name else found)
 
-    def held(self, over: Sequence[bool]) -> dict[str, list[list[float]]]:
-        """What a checkpoint holds, as a log lacks steps (logging.every). Of many tenants only those that go on."""
-        kept = zip(self.names, over, self.seen, strict=True)
-        return {name: [list(part) for part in seen[:3]] for name, done, seen in kept if not (name and done)}
-
-    def read(self, tenant: int, log: Place, held: Mapping[str, Sequence[Sequence[float]]]) -> None:
-        """Takes the values of earlier steps from a log, without warning about them. Losses and norms that a checkpoint
-        held count instead of the log's."""
-        if is_log(log):
-            for row in read_metrics(log):
-                take(self.seen[tenant], int(row["step"]), row)
-        for part, values in zip(self.seen[tenant][:3], held.get(self.names[tenant], ()), strict=False):
-            part[:] = array("d", values)
-
-    def compare_with(self, tenant: int, records: Records) -> None:
-        """Takes the validation losses of a run's records in place of its log's, if the log's are of other data."""
-        logged = self.seen[tenant].scores
-        losses = {what: records[what]["values"]["loss"] for what in VALIDATION if what in records}
-        if losses.get("validation_base") != logged.get("validation_base"):
-            for what in VALIDATION:
-                logged.pop(what, None)
-            logged |= losses
-
-
-def logged_warning(config: RunConfig, log: Place) -> str | None:
-    """What is wrong with a run of one adapter by its log."""
-    health = Health([""], [config])
-    health.read(0, log, {})
-    return health.warning(0)
+    def warning(self) -> str | None:
+        """What is wrong with the tenant so far, and what to do about it; None if nothing is."""
+        found = problem(self.seen, self.config.train.max_grad_norm)
+        return found and f"{found}; lower train.learning_rate ({self.config.train.peak_learning_rate:g})"
 
 
 def take(seen: LoggedValues, step: int, values: Mapping[str, float]) -> bool:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from typing import Any
 
 from ..adapters.adapter import Adapter
-from ..adapters.bank import weights_hash
 from ..adapters.files import CONFIG, load_adapter
 from ..adapters.methods import method_of
 from ..config import ModelConfig, RunConfig
-from ..data.tenant_file import AT_ONCE
+from ..data.tenants import AT_ONCE
 from ..io.checks import expanded, shorten
 
 
@@ -41,37 +40,11 @@ def initial_places(source: str | None, names: Iterable[str]) -> dict[str, str | 
         return dict(zip(names, pool.map(own, names), strict=True))
 
 
-def check_initial(configs: Iterable[RunConfig], model_config: ModelConfig) -> None:
+def check_initial(configs: Sequence[RunConfig], model_config: ModelConfig) -> None:
     """Raises ValueError as `initial_adapter` does. All adapters are loaded now, because some tenants start late."""
-    hashes_of(configs, model_config)
-
-
-def hashes_of(configs: Iterable[RunConfig], model_config: ModelConfig) -> dict[str, str]:
-    """A hash of each adapter that these configs start from, by its source."""
-    starts = {source: own for own in configs if (source := own.train.init_from)}
+    starts = {own.train.init_from: own for own in configs if own.train.init_from}
     with ThreadPoolExecutor(AT_ONCE) as pool:  # an error in one of them is raised here
-        hashes = pool.map(lambda own: weights_hash(initial_adapter(own, model_config)), starts.values())
-        return dict(zip(starts, hashes, strict=True))
-
-
-def starts_of(configs: Mapping[str, RunConfig], model_config: ModelConfig) -> dict[str, str]:
-    """A hash of the adapter that each of these tenants will start from, by its name."""
-    hashes = hashes_of(configs.values(), model_config)
-    return {name: hashes[own.train.init_from or ""] for name, own in configs.items()}
-
-
-def require_same_start(name: str, own: RunConfig, held: dict[str, str], found: str) -> None:
-    """Raises ValueError if a tenant would start from another adapter than it would have when the run began.
-
-    Args:
-        held: what `starts_of` gave then, of the tenants that waited.
-        found: a hash of the adapter that is there now.
-    """
-    if held.get(name, found) != found:
-        raise ValueError(
-            f"train.init_from {own.train.init_from}: another adapter than when this run began, and {name} starts from "
-            "it\nput that adapter back, or choose another output_dir"
-        )
+        list(pool.map(lambda own: initial_adapter(own, model_config), starts.values()))
 
 
 def initial_adapter(own: RunConfig, model_config: ModelConfig, *, model=None) -> Adapter:

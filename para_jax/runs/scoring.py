@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,8 @@ from ..adapters.card import score_line, training_lines
 from ..adapters.files import add_test_score, load_adapter, save_adapter
 from ..adapters.methods import method_of
 from ..adapters.rows import Stack
-from ..config import RunConfig
 from ..data.given import is_given
 from ..evaluation.score import Score, describe_best, shown_score
-from ..evaluation.scoring import Tasks
 from ..evaluation.tasks import EncodedTask
 from ..io.checks import expanded, printable
 from ..io.messages import say
@@ -28,12 +26,10 @@ from ..io.storage.bucket import Place
 from ..model.adapted import init_adapter
 from ..runtime.processes import broadcast_arrays, full_arrays, is_first, on_first_process
 from ..runtime.sharding import place_tenants
-from ..training.step import TrainState, tenant_of
-from ..training.stop import StopSignal
+from ..training.step import put_adapter, tenant_of
 from ..training.tenants_file import write_entries
-from .logs import Logs
 from .report import record_of
-from .standing import Standing
+from .run import TrainingRun
 from .tenants import Tenant
 
 #: Answers of the base model from which on a run says how to ask for fewer.
@@ -45,193 +41,170 @@ class NotFinite(ValueError):
     """A run of one adapter can't continue, because its loss, gradient or weights are not finite."""
 
 
-class Scoring(NamedTuple):
-    """Scores adapters and keeps the best. A NamedTuple, because its parts never change."""
+def evaluate(run: TrainingRun, due: list[int]) -> None:
+    """Scores the adapters of these tenants, and keeps each where it is its best so far."""
+    with run.stop.interrupting():
+        found = run.validation.scores(Stack(run.state.adapters), {i: run.standing.running[i] for i in due})
+    for tenant in due:
+        after_score(run, tenant, found.get(tenant))
 
-    config: RunConfig
-    model: Any
-    tenants: list[Tenant]
-    validation: Tasks
-    test: Tasks
-    logs: Logs
-    stop: StopSignal
-    base: dict[int, Score]
-    """the base model's scores by the id of their task, which the combinations of a sweep share"""
-    others: dict[str, dict[str, Any]] = {}
-    """what tenants.json said at the start, if the run has other parts"""
 
-    def evaluate(self, state: TrainState, standing: Standing, due: list[int]) -> Standing:
-        """Scores the tenants' adapters, and keeps each where it is its best so far."""
-        with self.stop.interrupting():
-            found = self.validation.scores(Stack(state.adapters), {tenant: standing.running[tenant] for tenant in due})
-        for tenant in due:
-            standing = self.after_score(state, standing, tenant, found.get(tenant))
-        return standing
+def after_score(run: TrainingRun, tenant: int, score: Score | None) -> None:
+    """Notes a tenant's score; None: it has no validation data."""
+    one = run.standing.tenants[tenant]
+    one.evaluated = one.steps
+    if score is None and run.many:  # its adapter is written once, when it ends
+        return
+    if score is not None:
+        if not math.isfinite(score.loss):
+            if not run.many:
+                raise NotFinite(f"step {one.steps}: the loss of the validation data is {score.loss}; {REMEDY}")
+            kept = "its best adapter is kept" if one.best_score is not None else "its last one is kept"
+            say(f"{one.name}: stopped at its step {one.steps}: the validation loss is {score.loss}; {kept}")
+            one.failed = run.standing.step - 1
+            return
+        run.write(tenant, one.steps, scores("validation", score), show=True)
+        if run.many:
+            shown = {f"{one.name}/{key}": value for key, value in scores("validation", score).items()}
+            run.log.write(run.standing.step, shown)
+        if one.best_score is not None and (score.score, -score.loss) <= (one.best_score, -one.best_loss()):
+            one.since_best += 1
+            return
+    keep(run, tenant, one.steps, score)
+    note_score(run, tenant, "validation", score)
+    one.best_score, one.since_best = None if score is None else score.score, 0
 
-    def after_score(self, state: TrainState, standing: Standing, tenant: int, score: Score | None) -> Standing:
-        """The standing after a tenant's adapter was scored; None: it has no validation data."""
-        name, own = self.tenants[tenant].name, standing.steps[tenant]
-        if score is None and self.config.many:  # its adapter is written once, when it ends
-            return standing.changed(tenant, evaluated=own)
-        best = standing.best_score[tenant]
-        if score is not None:
-            if not math.isfinite(score.loss):
-                self.require_many(own, score)
-                kept = "its best adapter is kept" if best is not None else "its last one is kept"
-                say(f"{name}: stopped at its step {own}: the validation loss is {score.loss}; {kept}")
-                return standing.changed(tenant, evaluated=own, failed=standing.step - 1)
-            self.logs.write(tenant, own, scores("validation", score), show=True)
-            if self.config.many:
-                shown = {f"{name}/{key}": value for key, value in scores("validation", score).items()}
-                self.logs.run.write(standing.step, shown)
-            if best is not None and (score.score, -score.loss) <= (best, -standing.best_loss(tenant)):
-                return standing.changed(tenant, evaluated=own, since_best=standing.since_best[tenant] + 1)
-        base = base_score(standing, tenant, score)
-        kept = self.keep(tenant, tenant_of(state.adapters, jnp.int32(standing.running[tenant])), own, score, base)
-        found = None if score is None else score.score
-        standing = self.with_score(standing, tenant, "validation", score).with_kept(tenant, kept)
-        return standing.changed(tenant, evaluated=own, best_score=found, best_step=own, since_best=0)
 
-    def require_many(self, step: int, score: Score) -> None:
-        """Raises ValueError, in a run of one adapter, for a validation loss that is not finite."""
-        if not self.config.many:
-            raise NotFinite(f"step {step}: the loss of the validation data is {score.loss}; {REMEDY}")
+def keep(run: TrainingRun, tenant: int, step: int, score: Score | None) -> None:
+    """Writes the adapter in a tenant's slot into its folder, with its validation score and the base model's."""
+    one, own = run.standing.tenants[tenant], run.tenants[tenant]
+    base = one.scores.get("validation_base")
+    card = card_lines(own, step, score, base["values"].get(score.metric) if base and score else None)
+    if others := len(run.tenants) - 1:
+        card.append(f"- Trained in one run with {others} other{'s' * (others > 1)}.")
+    adapter = full_arrays(adapter_of(run, tenant))
+    given: dict[str, Any] = dict(base_model=run.config.backbone.source, model=run.model, card=card)
+    on_first_process(lambda: save_adapter(adapter, own.folder / "adapter", **given, example=example_prompt(own)))
+    one.kept, one.best_step = weights_hash(adapter), step
 
-    def keep(self, tenant: int, adapter: Adapter, step: int, score: Score | None, base: float | None = None) -> str:
-        """Writes a tenant's adapter into its folder, with its validation score and the base model's. Returns a hash of
-        the adapter."""
-        card, whole = card_lines(self.tenants[tenant], step, score, base), full_arrays(adapter)
-        if others := len(self.tenants) - 1:
-            card.append(f"- Trained in one run with {others} other{'s' * (others > 1)}.")
-        to, source = self.tenants[tenant].folder / "adapter", self.config.backbone.source
-        given: dict[str, Any] = dict(base_model=source, model=self.model, card=card)
-        on_first_process(lambda: save_adapter(whole, to, **given, example=example_prompt(self.tenants[tenant])))
-        return weights_hash(whole)
 
-    def with_kept_best(self, state: TrainState, standing: Standing) -> Standing:
-        """The standing at a resume. Where a tenant's folder does not hold the best adapter that the checkpoint knows,
-        but one from steps that were lost, the next score begins a new search."""
-        known, like = standing.kept, jax.eval_shape(tenant_of, state.adapters, jnp.int32(0))
-        for tenant in standing.running:
-            name, folder = standing.names[tenant], self.tenants[tenant].folder
-            if standing.best_score[tenant] is None:
-                continue
-            there = on_first_process((folder / "adapter").exists)
-            if not there or weights_hash(self.kept(tenant, like)) != known[name]:
-                step = standing.best_step[tenant]
-                say(
-                    f"{folder / 'adapter'} is not the best adapter so far, that of step {step}; the search begins again"
-                )
-                standing = standing.without_best(tenant)
-        return standing
+def adapter_of(run: TrainingRun, tenant: int) -> Adapter:
+    return tenant_of(run.state.adapters, jnp.int32(run.standing.running[tenant]))
 
-    def kept(self, tenant: int, last: Adapter) -> Adapter:
-        return kept_adapter(self.tenants[tenant].folder, self.model, last)
 
-    def replaced_for_test(self, state: TrainState, standing: Standing, tenant: int) -> Adapter | None:
-        """A leaving tenant's last adapter, if another one is its best and is to be tested."""
-        is_best = standing.best_score[tenant] is None or standing.best_step[tenant] == standing.steps[tenant]
-        if is_best or not self.tenants[tenant].test:
-            return None
-        return full_arrays(tenant_of(state.adapters, jnp.int32(standing.running[tenant])))
+def check_best(run: TrainingRun) -> None:
+    """At a resume: where a tenant's folder does not hold the best adapter that the checkpoint knows, but one from steps
+    that were lost, the next score begins a new search."""
+    like = jax.eval_shape(tenant_of, run.state.adapters, jnp.int32(0))
+    for tenant in run.standing.running:
+        one, folder = run.standing.tenants[tenant], run.tenants[tenant].folder
+        if one.best_score is not None and not is_kept(folder, run.model, like, one.kept):
+            place = folder / "adapter"
+            say(f"{place} is not the best adapter so far, that of step {one.best_step}; the search begins again")
+            one.forget_best()
 
-    def finish(self, state: TrainState, standing: Standing, tenant: int, why: str) -> Standing:
-        """Ends a tenant. If it has test data, its best adapter is in its slot, and is scored."""
-        own, slot = self.tenants[tenant], standing.running[tenant]
-        steps = int(full_arrays(state.step)[slot])
-        if standing.best_score[tenant] is None and standing.best_step[tenant] < steps:  # the last one is the best
-            kept = self.keep(tenant, tenant_of(state.adapters, jnp.int32(slot)), steps, None)
-            standing = standing.with_kept(tenant, kept).changed(tenant, best_step=steps)
-        test_after = None
-        if own.test and on_first_process((own.folder / "adapter").exists):
-            if self.config.eval.base or standing.has_base(tenant, "test"):  # as at its end before it was made longer
-                standing = self.score_backbone(state, standing, "test", [tenant])
-            standing, test_after = self.tested(state, standing, tenant)
-        best = standing.best_score[tenant]
-        entry = {
-            "examples": len(own.data.examples),
-            "steps": steps,
-            "best_step": standing.best_step[tenant],
-            "best_score": best,
-            "metric": own.validation.metric if own.validation else own.test.metric if own.test else None,
-            "test_before": standing.test_before[tenant],
-            "test_after": test_after,
-            "ended": why,
-            "warning": self.logs.health.warning(tenant),
-        }
-        standing = standing.changed(tenant, ended=why)._replace(entries=standing.entries | {own.name: entry})
-        if not self.config.many:
-            return standing
-        said = "" if best is None else f", {describe_best(entry['metric'], best, standing.best_step[tenant])}"
-        ended = f"{sum(standing.over)} of {len(self.tenants)} tenants have ended"
-        say(f"{own.name}: {steps} steps{said} ({why}; {ended})")
-        if is_first():
-            with self.logs.run.errors_named():
-                self.logs.tenants[tenant].flush()
-        return standing
 
-    def tested(self, state: TrainState, standing: Standing, tenant: int) -> tuple[Standing, float | None]:
-        """The standing with the test score of the adapter in a tenant's slot, and the score; None: it is not finite.
-        The model card gets it too."""
-        with self.stop.interrupting():
-            found = self.test.scores(Stack(state.adapters), {tenant: standing.running[tenant]})[tenant]
-        self.logs.write(tenant, standing.steps[tenant], scores("test_after", found), show=True)
-        before = standing.test_before[tenant]
-        line = card_score("Test", found, None if before is None else shown_score(found.metric, before))
-        on_first_process(lambda: add_test_score(self.tenants[tenant].folder / "adapter", line))
-        score = found.score if math.isfinite(found.score) else None
-        return self.with_score(standing, tenant, "test", found), score
+def finish(run: TrainingRun, tenant: int, why: str) -> None:
+    """Ends a tenant, and scores its best adapter on its test data."""
+    one, own = run.standing.tenants[tenant], run.tenants[tenant]
+    slot = jnp.int32(run.standing.running[tenant])
+    steps = int(full_arrays(run.state.step)[run.standing.running[tenant]])
+    if one.best_score is None and one.best_step < steps:  # the last one is the best
+        keep(run, tenant, steps, None)
+    test_after = None
+    if own.test and on_first_process((own.folder / "adapter").exists):
+        # The best adapter is tested in its slot, in the programs that scored validation. A longer run goes on from the
+        # last one, also where a signal breaks this off.
+        last = None if one.best_step in (one.steps, steps) else full_arrays(adapter_of(run, tenant))
+        if last is not None:
+            run.state = put_adapter(run.state, slot, kept_adapter(own.folder, run.model, last))
+        try:
+            test_after = tested(run, tenant)
+        finally:
+            if last is not None:
+                run.state = put_adapter(run.state, slot, last)
+    one.about = {
+        "examples": len(own.data.examples),
+        "steps": steps,
+        "best_step": one.best_step,
+        "best_score": one.best_score,
+        "metric": own.validation.metric if own.validation else own.test.metric if own.test else None,
+        "test_before": one.test_before,
+        "test_after": test_after,
+        "ended": why,
+        "warning": run.health[tenant].warning(),
+    }
+    one.ended = why
+    if not run.many:
+        return
+    said = "" if one.best_score is None else f", {describe_best(one.about['metric'], one.best_score, one.best_step)}"
+    ended = f"{sum(run.standing.over)} of {len(run.tenants)} tenants have ended"
+    say(f"{one.name}: {steps} steps{said} ({why}; {ended})")
+    if is_first():
+        with run.log.errors_named():
+            run.rows[tenant].flush()
 
-    def write_ended(self, standing: Standing) -> None:
-        """Writes the tenants.json of a run of many: the tenants that have ended, a sweep's in its order."""
-        if self.config.many:
-            own = {name: i for i, name in enumerate(standing.names)}
-            entries = {name: entry for name, entry in self.others.items() if name not in own}
-            entries |= {name: standing.entry(i) for name, i in own.items() if standing.ended[i]}
-            ordered = entries if self.config.sweep else dict(sorted(entries.items()))
-            on_first_process(lambda: write_entries(expanded(self.config.output_dir), ordered))
 
-    def score_backbone(self, state: TrainState, standing: Standing, split: str, asked: list[int]) -> Standing:
-        """Scores the backbone alone on the validation or test data of these tenants, once where they share it. Scores
-        on validation data at the start of a run are logged as step 0."""
-        tasks, limit = (self.validation, "eval.limit") if split == "validation" else (self.test, "eval.test_limit")
-        data = {i: id(getattr(self.tenants[i], split)) for i in asked if i in tasks.encoded}
-        first = {one: i for i, one in data.items() if one not in self.base}
-        if first:
-            encoded, stack, slot = [tasks.encoded[i] for i in first.values()], Stack(state.adapters), -1
-            whose, answers = f" of {len(first)} tenants" * (len(first) > 1), sum(map(answers_of, encoded))
-            advice = f" ({answers} answers; eval.base=false skips this, {limit} scores fewer examples)"
-            examples = f"{sum(len(one.examples) for one in encoded)} {split} examples{whose}"
-            if len(first) > 1 or not self.config.many:  # there may be thousands of tenants that end one by one
-                say(f"scoring {examples} with the base model{advice * (answers >= MANY_ANSWERS)} ...")
-            if stack.size == 1:
-                # A new adapter changes nothing, and its programs are those of all other scores.
-                stack, slot = self.alone(init_adapter(self.config.adapter, self.model.config)), 0
-            with self.stop.interrupting():
-                found = tasks.scores(stack, dict.fromkeys(first.values(), slot))
-            self.base.update({one: found[i] for one, i in first.items()})
-        for tenant, score in ((i, self.base[one]) for i, one in data.items()):
-            if split == "test":
-                self.logs.write(tenant, standing.steps[tenant], scores("test_before", score), show=True)
-                standing = standing.changed(tenant, test_before=score.score)
-            elif standing.steps[tenant] == 0:  # later it would be a point in the middle of the adapter's curve
-                self.logs.write(tenant, 0, scores("validation", score), show=True)
-            standing = self.with_score(standing, tenant, f"{split}_base", score)
-        self.logs.flush()
-        return standing
+def tested(run: TrainingRun, tenant: int) -> float | None:
+    """The test score of the adapter in a tenant's slot, next to the base model's; None: it is not finite. The model
+    card gets it too."""
+    one, own = run.standing.tenants[tenant], run.tenants[tenant]
+    scored = one.test_before is not None or "test_base" in one.scores  # at its end before it was made longer
+    if run.config.eval.base or scored:
+        score_backbone(run, "test", [tenant])
+    with run.stop.interrupting():
+        found = run.test.scores(Stack(run.state.adapters), {tenant: run.standing.running[tenant]})[tenant]
+    run.write(tenant, one.steps, scores("test_after", found), show=True)
+    line = card_score("Test", found, None if one.test_before is None else shown_score(found.metric, one.test_before))
+    on_first_process(lambda: add_test_score(own.folder / "adapter", line))
+    note_score(run, tenant, "test", found)
+    return found.score if math.isfinite(found.score) else None
 
-    def alone(self, adapter: Adapter) -> Stack:
-        """A stack of one adapter, on the run's mesh."""
-        stack = Stack(jax.tree.map(lambda leaf: leaf[None], adapter))
-        return place_tenants(stack, jax.sharding.get_mesh(), self.model.config)
 
-    def with_score(self, standing: Standing, tenant: int, what: str, score: Score | None) -> Standing:
-        """The standing with a score that is finite. Answers are kept in a run of one adapter only, and the validation
-        rows where adapters are compared on the same data."""
-        if score is None or not all(map(math.isfinite, score.values().values())):
-            return standing
-        rows = what in ("validation", "validation_base") and not self.config.data.tenants
-        return standing.with_score(tenant, what, record_of(score, samples=not self.config.many, rows=rows))
+def write_ended(run: TrainingRun) -> None:
+    """Writes the tenants.json of a run of many: the tenants that have ended."""
+    if run.many:
+        entries = {one.name: one.entry() for one in run.standing.tenants if one.ended}
+        on_first_process(lambda: write_entries(run.plan.folder, entries))
+
+
+def score_backbone(run: TrainingRun, split: str, asked: list[int]) -> None:
+    """Scores the backbone alone on the validation or test data of these tenants, once where they share it. Scores on
+    validation data at the start of a run are logged as step 0."""
+    tasks, limit = (run.validation, "eval.limit") if split == "validation" else (run.test, "eval.test_limit")
+    data = {i: id(getattr(run.tenants[i], split)) for i in asked if i in tasks.encoded}
+    first = {one: i for i, one in data.items() if one not in run.base}
+    if first:
+        encoded, stack, slot = [tasks.encoded[i] for i in first.values()], Stack(run.state.adapters), -1
+        whose, answers = f" of {len(first)} tenants" * (len(first) > 1), sum(map(answers_of, encoded))
+        advice = f" ({answers} answers; eval.base=false skips this, {limit} scores fewer examples)"
+        examples = f"{sum(len(one.examples) for one in encoded)} {split} examples{whose}"
+        if len(first) > 1 or not run.many:  # there may be thousands of tenants that end one by one
+            say(f"scoring {examples} with the base model{advice * (answers >= MANY_ANSWERS)} ...")
+        if stack.size == 1:
+            # A new adapter changes nothing, and its programs are those of all other scores.
+            fresh = jax.tree.map(lambda leaf: leaf[None], init_adapter(run.config.adapter, run.model.config))
+            stack, slot = place_tenants(Stack(fresh), jax.sharding.get_mesh(), run.model.config), 0
+        with run.stop.interrupting():
+            found = tasks.scores(stack, dict.fromkeys(first.values(), slot))
+        run.base.update({one: found[i] for one, i in first.items()})
+    for tenant, score in ((i, run.base[one]) for i, one in data.items()):
+        one = run.standing.tenants[tenant]
+        if split == "test":
+            run.write(tenant, one.steps, scores("test_before", score), show=True)
+            one.test_before = score.score
+        elif one.steps == 0:  # later it would be a point in the middle of the adapter's curve
+            run.write(tenant, 0, scores("validation", score), show=True)
+        note_score(run, tenant, f"{split}_base", score)
+    run.flush()
+
+
+def note_score(run: TrainingRun, tenant: int, what: str, score: Score | None) -> None:
+    """Keeps a score that is finite. Answers are kept in a run of one adapter only, and the validation rows where
+    adapters are compared on the same data."""
+    if score is not None and all(map(math.isfinite, score.values().values())):
+        rows = what in ("validation", "validation_base") and not run.config.data.tenants
+        run.standing.tenants[tenant].scores[what] = record_of(score, samples=not run.many, rows=rows)
 
 
 def answers_of(encoded: EncodedTask) -> int:
@@ -252,10 +225,10 @@ def read_everywhere(read: Callable[[], Adapter], like: Adapter) -> Adapter:
     return broadcast_arrays(found[0] if is_first() else empty)
 
 
-def base_score(standing: Standing, tenant: int, found: Score | None) -> float | None:
-    """The base model's score on a tenant's validation data by the metric of `found`, as people read it."""
-    record = standing.records(tenant).get("validation_base")
-    return record["values"].get(found.metric) if record and found else None
+def is_kept(folder: Place, model, like: Adapter, known: str) -> bool:
+    """Whether a run keeps the adapter with this hash in a folder."""
+    there = on_first_process((folder / "adapter").exists)
+    return there and weights_hash(kept_adapter(folder, model, like)) == known
 
 
 def card_lines(tenant: Tenant, steps: int, found: Score | None, base: float | None) -> list[str]:

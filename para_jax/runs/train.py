@@ -7,6 +7,7 @@ output_dir/NAME/{config.yaml, metrics.jsonl, adapter/}.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -16,44 +17,37 @@ import jax
 import jax.numpy as jnp
 
 from ..adapters.adapter import Adapter
-from ..adapters.bank import weights_hash
 from ..adapters.methods import method_of
 from ..backbone.content import digests_of_run
-from ..backbone.load import load_backbone, load_model_config
+from ..backbone.load import load_backbone
 from ..config import ModelConfig, RunConfig, config_dict
 from ..config.unused import unused_fields
-from ..data.example_arrays import examples_digest
 from ..data.given import with_data, with_tenants
-from ..data.tenant_file import of_most_memory, own_values
-from ..data.tenants import OWN_FILE
-from ..estimate.memory import run_mesh
 from ..evaluation.score import describe_best
-from ..io.checks import expanded, shorten
+from ..io.checks import shorten
 from ..io.error_frames import errors_forget
-from ..io.messages import say, warn
+from ..io.messages import warn
 from ..io.storage.bucket import Place
-from ..io.untrusted import safe_names
 from ..runtime import devices
-from ..runtime.processes import on_every_process, on_first_process, require_same
+from ..runtime.processes import on_first_process, require_same
 from ..runtime.sharding import place
-from ..training.passes import Layout, batch_devices, lay_out
+from ..training.passes import batch_devices
 from ..training.prompt_cache import PromptCache, cached_prompts
 from ..training.scores_file import Records, write_scores
 from ..training.step import TrainState, tenant_of
 from ..training.stop import end_if_told
-from ..training.tenants_file import read_entries
-from .chosen import chosen_rates, is_auto, resolved
-from .fit import fit
-from .folder import HOST_FIELDS, check_folder, check_tenants, claim_folders, locked_folder
-from .initial import check_initial
-from .parts import Part, has_begun, parts_of_run, write_parts
-from .rates import FIRST, as_trials, choose_rates, resolved_inputs
+from .folder import claim_folders, locked_folder
+from .loop import fit
+from .notices import say_unscored
+from .plan import SharedResources, plan_run
+from .rates import is_auto, with_chosen_rates
 from .report import sample_lines, score_table, tenants_table
-from .rows_per_step import say_rows, with_rows_before
-from .scoring import kept_adapter
+from .scoring import is_kept, kept_adapter
 from .standing import Standing
-from .tenants import Inputs, SharedResources, read_inputs, require_validation, tenant_configs, with_length
-from .unscored import say_unscored
+from .tenants import Plan
+
+#: Sections and fields that may differ between the hosts of a run. All hosts save a checkpoint at the same step.
+OF_HOST = ("output_dir", "logging", "profiler", "runtime")
 
 
 class TrainResult(NamedTuple):
@@ -104,15 +98,10 @@ class TenantsResult(NamedTuple):
 class Ended(NamedTuple):
     """What a run leaves in memory."""
 
+    plan: Plan
     model: Any
-    mesh: Any
-    names: list[str]
-    """of the tenants, in their order"""
     state: TrainState
-    """of the part that was trained last"""
     standing: Standing
-    metric: str | None
-    """of the validation data, in a run of one adapter"""
 
 
 @errors_forget()
@@ -138,14 +127,19 @@ def train(config: RunConfig, data: Any = None) -> TrainResult:
     refuse_methods(config)
     if data is not None:
         config = replace(config, data=with_data(config.data, data))
-    model, mesh, _, state, standing, metric = trained(config)
-    folder, records = expanded(config.output_dir), standing.records(0)
-    with jax.set_mesh(mesh):
-        last = tenant_of(state.adapters, jnp.int32(0))
-        kept = kept_as_reported(folder, model, last, standing)
-        best = last if standing.best_step[0] == standing.step else place(kept, mesh, model.config)
-    of_best = standing.best_score[0], standing.best_step[0]
-    return TrainResult(best, *of_best, standing.step, folder, metric, records, standing.entry(0).get("warning"))
+    plan, model, state, standing = trained(config)
+    one, folder, validation = standing.tenants[0], plan.folder, plan.tenants[0].validation
+    with jax.set_mesh(plan.mesh):
+        best = tenant_of(state.adapters, jnp.int32(0))
+        if not is_kept(folder, model, best, one.kept):
+            raise ValueError(
+                f"{folder / 'adapter'} is not the adapter of step {one.best_step} that this run kept; restore it from "
+                "a copy, or train into another output_dir"
+            )
+        if one.best_step != standing.step:
+            best = place(kept_adapter(folder, model, best), plan.mesh, model.config)
+    metric, warning = validation.metric if validation else None, one.about.get("warning")
+    return TrainResult(best, one.best_score, one.best_step, standing.step, folder, metric, one.scores, warning)
 
 
 @errors_forget()
@@ -167,9 +161,8 @@ def train_tenants(config: RunConfig, data: Any = None) -> TenantsResult:
     if not config.many:
         raise ValueError("train_tenants needs data.tenants or a sweep; `train` is for a run of one adapter")
     refuse_methods(config)
-    names, folder = trained(config).names, expanded(config.output_dir)
-    entries = on_first_process(lambda: read_entries(folder))
-    return TenantsResult({name: entries[name] for name in names}, folder)
+    plan, _, _, standing = trained(config)
+    return TenantsResult({one.name: one.entry() for one in standing.tenants}, plan.folder)
 
 
 def require_config(config: Any) -> None:
@@ -193,176 +186,67 @@ def trained(config: RunConfig, shared: SharedResources | None = None) -> Ended:
     start(config)
     if config.train.cache_prompts != "off" and (count := jax.process_count()) > 1:
         raise ValueError(
-            f"train.cache_prompts={config.train.cache_prompts} keeps the prompts of one process, and this run has "
-            f"{count}; use train.cache_prompts=off"
+            f"train.cache_prompts keeps the prompts of one process, and this run has {count}; set it to off"
         )
-    config, own, parts, chosen = known_run(config)
-    kept = with_rows_before(config, shared.rows)
-    mesh = mesh_of_run(kept, list(own.values()), parts)
-    if kept is not config and (rows := kept.train.batch_size):
-        say_rows(rows, lay_out(config, mesh).tenant_rows, batch_devices(mesh))
-    layouts = on_every_process(lambda: [lay_out(kept, mesh, len(part.names)) for part in parts])
-    shared.rows = shared.rows or (None if config.data.tenants else layouts[0].tenant_rows)
-    inputs = read_parts(config, parts, layouts, chosen, shared)
-    tenants = [tenant for of_part in inputs for tenant in of_part.tenants]
-    tasks = [task for tenant in tenants for task in (tenant.validation, tenant.test) if task]
+    plan = plan_run(config, shared)
+    tasks = [task for tenant in plan.tenants for task in (tenant.validation, tenant.test) if task]
     written = {metric for task in tasks if task.writes for metric in task.also}
     for line in unused_fields(config, written | {task.metric for task in tasks}):
         warn(line)
-    say_unscored(config, tenants)
+    say_unscored(config, plan.tenants)
     with ExitStack() as held:
         on_first_process(lambda: held.enter_context(locked_folder(config)))
-        if parts_of_run(config, list(own)) != parts:  # another process has added tenants since
-            raise ValueError(f"output_dir {config.output_dir} has changed meanwhile\nstart the command again")
-        on_first_process(lambda: write_parts(parts))
-        on_first_process(lambda: claim_folders(config, tenants))
-        model = shared_backbone(config, mesh, shared)
-        say_doubt(config, [one for name, one in own.items() if name not in chosen], model.config)
-        for part, of_part, layout in zip(parts, inputs, layouts, strict=True):
-            if part is not parts[0]:
-                end_if_told()
-            if part is parts[-1] and len(parts) > 1:
-                say(f"added to the run after it had begun: {safe_names(part.names)}")
-            state, standing = train_part(config, model, of_part, layout, mesh, part, shared)
-        records = {} if config.many else standing.records(0)
-        if records:
-            on_first_process(lambda: write_scores(expanded(config.output_dir), records))
-        metric = tenants[0].validation.metric if not config.many and tenants[0].validation else None
+        on_first_process(lambda: claim_folders(plan.config, plan.tenants))
+        model = shared_backbone(plan, shared)
+        say_doubt(config, [tenant.config for tenant in plan.tenants], model.config)
+        prompts = partial(prompts_of, plan, model, shared)
+        if any(is_auto(tenant.config) for tenant in plan.tenants):
+            plan = with_chosen_rates(plan, lambda trials: fit(trials, model, prompts, shared.digests, quiet=True))
+            on_first_process(lambda: claim_folders(plan.config, plan.tenants))
+        state, standing = fit(plan, model, prompts, shared.digests)
+        if not config.many:
+            on_first_process(lambda: write_scores(plan.folder, standing.tenants[0].scores))
         end_if_told()
-        return Ended(model, mesh, list(own), state, standing, metric)
-
-
-def say_doubt(config: RunConfig, own: list[RunConfig], model_config: ModelConfig) -> None:
-    """Warns of a learning rate at which the method may learn little on the backbone. The lowest rate of a
-    sweep counts, and the highest of the tenants. train.learning_rate=auto finds out by itself.
-
-    Args:
-        own: the configs of the tenants, or of the one run. Rates that trials have chosen are left out.
-    """
-    rates = [one.train.peak_learning_rate for one in own if not is_auto(one)]
-    worst = min if config.sweep else max
-    said = method_of(config.adapter).doubt(config.adapter, model_config, worst(rates)) if rates else None
-    if said:
-        warn(said)
+        return Ended(plan, model, state, standing)
 
 
 def start(config: RunConfig) -> None:
     """Joins the processes of a run. Raises ValueError on all of them if their configs differ."""
     devices.start(config.runtime)
-    require_same("the config", lambda: {k: v for k, v in config_dict(config).items() if k not in HOST_FIELDS})
+    require_same("the config", lambda: {k: v for k, v in config_dict(config).items() if k not in OF_HOST})
 
 
-def known_run(config: RunConfig) -> tuple[RunConfig, dict[str, RunConfig], list[Part], dict[str, float]]:
-    """The config of the run, those of its tenants, its parts, and the rates that trials have chosen before, which take
-    the place of `auto` in the configs. Raises ValueError for an output folder that holds another run."""
-    on_first_process(lambda: check_folder(config))
-    own = on_every_process(lambda: tenant_configs(config))
-    require_same("the list of tenants", lambda: list(own))
-    parts = parts_of_run(config, list(own))
-    by_part = on_first_process(lambda: [chosen_rates(part.folder) for part in parts])
-    chosen = {name: rate for rates in by_part for name, rate in rates.items()}
-    config, own = resolved(config, chosen), {name: resolved(one, chosen, name) for name, one in own.items()}
-    on_first_process(lambda: check_tenants(config, own))
-    return config, own, parts, chosen
-
-
-def kept_as_reported(folder: Place, model, last: Adapter, standing: Standing) -> Adapter:
-    """The adapter in a run's folder. Raises ValueError if it is missing, or if the reported scores are another one's.
+def say_doubt(config: RunConfig, own: Sequence[RunConfig], model_config: ModelConfig) -> None:
+    """Warns of a learning rate at which the method may learn little on the backbone. The lowest rate of a
+    sweep counts, and the highest of the tenants. train.learning_rate=auto finds out by itself.
 
     Args:
-        last: the one after the last step, for its shapes.
+        own: the configs of the tenants, or of the one run.
     """
-    there, known = on_first_process((folder / "adapter").exists), standing.kept[standing.names[0]]
-    kept = kept_adapter(folder, model, last) if there else None
-    if kept is None or weights_hash(kept) != known:
-        raise ValueError(
-            f"{folder / 'adapter'} is not the adapter of step {standing.best_step[0]} that this run kept; restore it "
-            "from a copy, or train into another output_dir"
-        )
-    return kept
+    rates = [one.train.peak_learning_rate for one in own if not is_auto(one)]
+    worst = min if config.sweep else max
+    if rates and (said := method_of(config.adapter).doubt(config.adapter, model_config, worst(rates))):
+        warn(said)
 
 
-def mesh_of_run(config: RunConfig, own: list[RunConfig], parts: list[Part]):
-    """The mesh on which every part fits by its estimate, with the trials of its learning rates if there are any."""
-    estimated = of_most_memory(config, own)
-    if config.data.max_seq_length is None and jax.device_count() > 1:  # one device needs no estimate
-        estimated = on_every_process(lambda: with_length(estimated))
-    trials = len(FIRST) if any(map(is_auto, own)) else 1
-    if trials > 1 and not config.many:
-        estimated = as_trials(estimated)
-    return run_mesh(estimated, max(len(part.names) for part in parts) * trials)
-
-
-def read_parts(
-    config: RunConfig, parts: list[Part], layouts: list[Layout], chosen: dict[str, float], shared: SharedResources
-) -> list[Inputs]:
-    """The inputs of each part. Raises ValueError where the data or a tenant.yaml of two hosts differ."""
-
-    def inputs_of(part: Part, layout: Layout) -> Inputs:
-        names = part.names if len(parts) > 1 else None
-        return resolved_inputs(read_inputs(config, layout, names, shared=shared), chosen)
-
-    inputs = on_every_process(lambda: [inputs_of(*one) for one in zip(parts, layouts, strict=True)])
-    tenants = [tenant for of_part in inputs for tenant in of_part.tenants]
-    require_same(
-        "the data",
-        lambda: [
-            (t.name, *(p and examples_digest(p.examples or []) for p in (t.data, t.validation, t.test)))
-            for t in tenants
-        ],
-    )
-    require_same(f"a tenant's {OWN_FILE}", lambda: [own_values(tenant.config) for tenant in tenants])
-    on_first_process(lambda: require_validation(config, [tenant.validation for tenant in tenants]))
-
-    def check_start() -> None:
-        new = [of_part for of_part, part in zip(inputs, parts, strict=True) if not has_begun(part.folder)]
-        starting = [tenant.config for of_part in new for tenant in of_part.tenants]
-        check_initial(starting, load_model_config(config.backbone.source))
-
-    on_first_process(check_start)
-    return inputs
-
-
-def shared_backbone(config: RunConfig, mesh, shared: SharedResources):
-    """The backbone on this mesh, loaded once for all runs that share it."""
+def shared_backbone(plan: Plan, shared: SharedResources):
+    """The backbone on the plan's mesh, loaded once for all runs that share it."""
+    mesh = plan.mesh
     if mesh not in shared.backbones:
         shared.backbones.clear()  # two at once may not fit
         shared.prompts.clear()
-        shared.backbones[mesh] = load_backbone(**vars(config.backbone), mesh=mesh, layout="stacked")
+        shared.backbones[mesh] = load_backbone(**vars(plan.config.backbone), mesh=mesh, layout="stacked")
         with jax.set_mesh(mesh):
-            shared.digests = digests_of_run(shared.backbones[mesh])
-    model = shared.backbones[mesh]
-    require_same("the backbone", lambda: [model.fingerprint, shared.digests])
-    return model
+            shared.digests = {"backbone": shared.backbones[mesh].fingerprint or ""}
+            shared.digests |= digests_of_run(shared.backbones[mesh])
+    require_same("the backbone", lambda: shared.digests)
+    return shared.backbones[mesh]
 
 
-def train_part(
-    config: RunConfig, model, inputs: Inputs, layout: Layout, mesh, part: Part, shared: SharedResources
-) -> tuple[TrainState, Standing]:
-    """Trains a part's tenants, after the trials of those whose learning rate is still to be chosen."""
-    prompts = partial(prompts_of, config, model, inputs, layout, mesh, shared)
-    backbone = shared.digests
-    if any(is_auto(tenant.config) for tenant in inputs.tenants):
-        chosen = choose_rates(
-            config,
-            model,
-            inputs,
-            layout,
-            mesh,
-            partial(fit, prompts=prompts, backbone=backbone, quiet=True),
-            part.folder,
-        )
-        config, inputs = resolved(config, chosen), resolved_inputs(inputs, chosen)
-        on_first_process(lambda: claim_folders(config, inputs.tenants))
-    return fit(config, model, inputs, layout, mesh, part, prompts, backbone)
-
-
-def prompts_of(
-    config: RunConfig, model, inputs: Inputs, layout: Layout, mesh, shared: SharedResources
-) -> PromptCache | None:
+def prompts_of(plan: Plan, model, shared: SharedResources) -> PromptCache | None:
     """The states of the prompts that a run and its trials read, where the config asks to keep them."""
-    train, orders = config.train, [tenant.order for tenant in inputs.tenants]
+    train, layout, orders = plan.config.train, plan.layout, [tenant.order for tenant in plan.tenants]
     if train.cache_prompts == "off":
         return None
-    rows = dict(step_rows=layout.passes * layout.pass_rows, rows=train.per_device_batch_size * batch_devices(mesh))
-    return cached_prompts(model, orders, inputs.buckets, **rows, held=shared.prompts)
+    rows = dict(step_rows=layout.passes * layout.pass_rows, rows=train.per_device_batch_size * batch_devices(plan.mesh))
+    return cached_prompts(model, orders, plan.buckets, **rows, held=shared.prompts)

@@ -54,7 +54,7 @@ def routes(models: Models, root: str | Path, *, allow_hub: bool = False) -> list
         root: the folder with all adapters that may be loaded.
         allow_hub: whether a path may also be a hub id, user/name or user/name@revision.
 
-    Raises ValueError for a root that is not a folder.
+    Raises OSError for a root that is not there.
     """
     updates = AdapterUpdates(models, root, allow_hub=allow_hub)
     return [Route(LOAD, updates.load, methods=["POST"]), Route(UNLOAD, updates.unload, methods=["POST"])]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,16 +97,21 @@ def warn_of_missing(keys: ApiKeys, names: Iterable[str]) -> None:
 def read_keys(file: str | Path) -> ApiKeys:
     """The keys of a file: one per line, perhaps with tenants. Lines that begin with # are left out.
 
-    Raises ValueError for a file without a key. Warns of one that every user of the machine can read.
+    Raises ValueError for a file that has no key or can't be read. Warns of one that every user of the machine can read.
     """
     path = Path(file).expanduser()
     try:
         lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
-    except OSError as error:
-        raise ValueError(f"--api-key-file {file}: {error.strerror}\ngive a file with one key per line") from None
-    keys = [line for line in lines if line and not line.startswith("#")]
+        keys = ApiKeys([line for line in lines if line and not line.startswith("#")])
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--api-key-file {file}: {error}\ngive a file with one key per line") from None
     if not keys:
         raise ValueError(f"--api-key-file {file}: it has no key\nwrite one key per line")
     if path.stat().st_mode & 0o004:
-        warn(f"--api-key-file {shorten(str(file))} can be read by every user of this machine; run chmod 600")
-    return ApiKeys(keys)
+        warn_of_readers(str(file))
+    return keys
+
+
+@lru_cache(16)  # a server reads its keys before it loads anything, and once more when it starts
+def warn_of_readers(file: str) -> None:
+    warn(f"--api-key-file {shorten(file)} can be read by every user of this machine; run chmod 600")

@@ -29,7 +29,12 @@ from .responses import CHAT, TEXT
 
 
 def create_app(
-    engine: Engine, *, models: Models, config: ServerConfig | None = None, keys: ApiKeys | None = None, local: bool = False
+    engine: Engine,
+    *,
+    models: Models,
+    config: ServerConfig | None = None,
+    keys: ApiKeys | None = None,
+    local: bool = False,
 ) -> Starlette:
     """The application. Its lifespan starts the thread that warms the engine up and drives it.
 

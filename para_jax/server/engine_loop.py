@@ -192,9 +192,7 @@ class EngineLoop:
                 self._note_failure(error, failures)
                 if failures >= MOST_FAILURES:
                     self.fail_all(engine_failed)
-                    if (
-                        not self.engine.open
-                    ):  # was one of the requests the reason? If not, this raises and ends the server
+                    if not self.engine.open:  # if no request was the reason, this raises and ends the server
                         self.engine.warm_up()
                         failures = 0
             self._round_began = None

@@ -7,7 +7,7 @@ import re
 from functools import lru_cache
 
 from ..config import Variables
-from ..data.chat_template import TemplateError
+from ..data.chats import TemplateError
 from ..data.examples import Ids, Prompt, encode_prompt, most_characters, turn_stop_ids
 from ..io.checks import shorten
 from ..serving.engine import Engine

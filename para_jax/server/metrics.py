@@ -140,7 +140,7 @@ class Metrics:
         new = CounterMetricFamily("para_jax_tenant_generation_tokens", "Tokens of answers.", labels=["tenant"])
         for tenant, of_tenant in counts.items():
             label = base if tenant is None else tenant
-            for outcome, count in of_tenant.requests.items():
+            for outcome, count in dict(of_tenant.requests).items():  # a copy: asyncio adds to it meanwhile
                 requests.add_metric([label, outcome], count)
             prompt.add_metric([label], of_tenant.prompt_tokens)
             new.add_metric([label], of_tenant.new_tokens)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from ..adapters.bank import AdapterBank, Entry
 from ..adapters.loading_bank import LoadingBank
-from ..adapters.unknown_tenant import nearest_names
+from ..adapters.names import nearest_names
 from ..config import BASE
 from ..io.checks import printable, shorten
 from ..io.messages import warn

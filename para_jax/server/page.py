@@ -9,7 +9,7 @@ from heapq import nsmallest
 from pathlib import Path
 
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ..serving.engine import Engine
@@ -20,7 +20,7 @@ from .traffic import OTHER, Counts, Traffic
 #: Tenants that the page shows at once.
 ROWS = 50
 STATIC = Path(__file__).parent / "static"
-FILES = {"/": "page.html", "/page.css": "page.css", "/page.js": "page.js"}
+TYPES = {"page.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
 HEADERS = {
     "content-security-policy": "default-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'",
@@ -32,8 +32,10 @@ HEADERS = {
 
 def routes(engine: Engine, models: Models, traffic: Traffic) -> list[Route]:
     """The page, and what it asks every two seconds."""
-    files = [Route(path, FileResponse(STATIC / name, headers=HEADERS), methods=["GET"]) for path, name in FILES.items()]
-    return [*files, Route("/page/state", partial(show_state, engine, models, traffic))]
+    files = {name: Response((STATIC / name).read_bytes(), 200, HEADERS, kind) for name, kind in TYPES.items()}
+    at = {"/" if name == "page.html" else f"/{name}": file for name, file in files.items()}
+    state = Route("/page/state", partial(show_state, engine, models, traffic))
+    return [*(Route(path, file, methods=["GET"]) for path, file in at.items()), state]
 
 
 def show_state(engine: Engine, models: Models, traffic: Traffic, request: Request) -> Response:

@@ -24,7 +24,7 @@ from pydantic import model_validator as validator
 from pydantic_core import PydanticCustomError, from_json
 
 from ..config import Variables, template_variables
-from ..data.chat_messages import ROLES, is_text_part, joined_parts
+from ..data.chats import ROLES, is_text_part, joined_parts
 from ..data.examples import Ids, Prompt
 from ..io.checks import shorten
 from ..serving.request import MAX_SALT, MAX_SAMPLES, MAX_STOP_LENGTH, MAX_STOPS
@@ -53,7 +53,7 @@ class Fields(BaseModel):
     def without_nulls(cls, value: Any) -> Any:
         """A field that is null counts as missing, because OpenAI's clients send such fields."""
         if not isinstance(value, dict):
-            return value
+            raise ValueError("give a JSON object")
         for name in value.keys() - cls.model_fields:  # one error: pydantic would make one for each of them
             near = difflib.get_close_matches(name[:100], cls.model_fields, n=1)
             advice = f"; did you mean {near[0]}?" if near else ""
@@ -68,11 +68,18 @@ T = TypeVar("T", bound=Fields)
 def read(model: type[T], body: bytes) -> T:
     """The fields of a body of JSON. Raises ApiError 400 that names the wrong field and its value."""
     try:
-        return model.model_validate(from_json(body, allow_inf_nan=False))
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
+        fields = from_json(body, allow_inf_nan=False)
     except ValueError as error:
         raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from None
+    return validated(model, fields)
+
+
+def validated(model: type[T], fields: object) -> T:
+    """The fields of a body that is parsed. Raises ApiError as `read` does."""
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
     path = [part for part in problem["loc"] if not isinstance(part, str) or not part.startswith("function-")]
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)[1:]
     context, message = problem.get("ctx", {}), problem["msg"]
@@ -81,7 +88,7 @@ def read(model: type[T], body: bytes) -> T:
     if problem["type"] == "missing":
         raise wrong_field(place, f"{place} is missing")
     advice = str(context.get("error", message)).replace("Input should", "it must").replace("String should", "it must")
-    raise wrong_field(place, f"{place or 'the body'} is {shorten(problem['input'])}; {advice}")
+    raise wrong_field(place or None, f"{place or 'the body'} is {shorten(problem['input'])}; {advice}")
 
 
 def only(*allowed: Any, advice: str = NOT_COMPUTED) -> AfterValidator:

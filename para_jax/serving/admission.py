@@ -47,9 +47,7 @@ class Admission:
                 raise ValueError(f"n: {request.n} samples are more than the engine's {name}, {limit}; ask for fewer")
         if entry is None:
             entry = self._entry(request.tenant)
-        elif self.bank is None:
-            raise ValueError("entry: the engine has no bank; leave entry out")
-        elif not isinstance(entry, Entry) or not self.bank.takes(entry):
+        elif self.bank is None or not self.bank.takes(entry):
             raise ValueError(f"entry: {shorten(entry)} does not fit the engine's bank; give bank.entry(name)")
         ids = self.ids(request.prompt)
         self._check_logprobs(request, ids, entry)

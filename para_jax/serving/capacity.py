@@ -11,7 +11,8 @@ from ..backbone.cache import HELD
 from ..backbone.kernel_choice import describe_decode
 from ..model.adapted import DecodeState
 from ..runtime.sharding import shard_sizes
-from .prefills import ROWS, token_bytes
+from .prefills import token_bytes
+from .prompt_table import ROWS
 
 
 def capacity(

@@ -19,7 +19,8 @@ from ..inference.sampling import Sampling
 from ..io.progress import Progress
 from ..model.adapted import prefill
 from ..runtime.sharding import mesh_of
-from .prefills import ChunkedPrompt, Prefills, WholePrompt, token_bytes
+from .prefills import Prefills, token_bytes
+from .prompt_table import ChunkedPrompt, WholePrompt
 from .scoring import ScoredPrompt, score_prompt
 from .slots import empty_slots, first_logprobs, insert, insert_prompt, steps
 from .ticket import Sample
@@ -101,7 +102,7 @@ class Decoder:
 
     def keeps(self, sample: Sample) -> bool:
         """Whether the sample's prompt is prefilled already."""
-        return self.prefills.keeps(sample.key)
+        return sample.key in self.prefills.table.kept
 
     def whole_tokens(self, sample: Sample) -> int:
         """Tokens, with padding, that have to be computed of a sample's prompt in one piece: to score it, and to prefill
@@ -111,11 +112,11 @@ class Decoder:
 
     def prefilled(self, sample: Sample) -> WholePrompt | ChunkedPrompt:
         """A sample's prefilled prompt, kept for samples with the same adapter and the same whole prompt."""
-        prompt = self.prefills.kept(sample.key)
+        prompt = self.prefills.table.find(sample.key)
         if prompt is None:
             assert not self.prefills.takes(sample.entry)
             prompt = self._prefill(sample.ids, sample.entry)
-            self.prefills.keep_whole(sample.key, prompt)
+            self.prefills.table.keep_whole(sample.key, prompt)
         return prompt
 
     def insert(

@@ -18,7 +18,7 @@ import jax
 
 from ..adapters.bank import AdapterBank, Entry
 from ..backbone.transformer import Transformer
-from ..config import ModelConfig, listed
+from ..config import ModelConfig
 from ..data.examples import Ids, Prompt, require_tokenizer, stop_token_ids
 from ..inference.sampling import is_whole
 from ..io.checks import printable, shorten
@@ -34,7 +34,7 @@ from .prefills import token_bytes
 from .prefix_cache import PrefixCacheStats
 from .request import Completion, Piece, Request, check_request
 from .rounds import Rounds
-from .stream import Stream, pieces_of_ended
+from .stream import Stream
 from .ticket import Sample, Ticket, is_request_error
 
 #: Tokens of prompts in blocks that one program computes. A CPU computes few tokens as fast per token.
@@ -98,22 +98,15 @@ class Engine:
         Reports the memory that the slots need and, where the free memory is known, how many slots would fit.
         """
         require_backbone(model)
-        require_bank(bank)
         require_tokenizer(tokenizer)
         cpu = jax.default_backend() == "cpu"
-        chunk, limit = prefill_chunk, max_prefill_tokens
-        chunk = (CPU_CHUNK if cpu else CHUNK) if chunk is None else chunk
-        limit = (CPU_PREFILL_TOKENS if cpu else PREFILL_TOKENS) if limit is None else limit
-        sizes = {"slots": slots, "max_length": max_length, "prefill_chunk": chunk, "block_size": block_size}
-        sizes["max_prefill_tokens"] = limit
+        chunk = prefill_chunk or (CPU_CHUNK if cpu else CHUNK)
+        prefill_tokens = max_prefill_tokens or (CPU_PREFILL_TOKENS if cpu else PREFILL_TOKENS)
         limits = {"queue_limit": queue_limit, "queue_limit_per_tenant": queue_limit_per_tenant}
-        counts = {"prefix_cache_bytes": prefix_cache_bytes, "max_logprobs": max_logprobs}
-        check_sizes(sizes, limits, counts, model.config)
-        ends = stop_token_ids(tokenizer, model.config.eos_token_ids) if stop_ids is None else listed(stop_ids)
-        if ends is None or not all(map(is_whole, ends)):
-            raise ValueError(
-                f"stop_ids is {shorten(stop_ids)}; give a list of token ids, or None for the usual end tokens"
-            )
+        sizes = limits | {"slots": slots, "prefill_chunk": prefill_chunk, "block_size": block_size}
+        counts = {"prefix_cache_bytes": prefix_cache_bytes or 0, "max_logprobs": max_logprobs}
+        check_sizes(model.config, max_length, counts, sizes | {"max_prefill_tokens": max_prefill_tokens})
+        ends = stop_token_ids(tokenizer, model.config.eos_token_ids) if stop_ids is None else tuple(stop_ids)
         if bank is not None:
             bank.model = model
         self.model, self.bank, self.tokenizer, self.slots, self.max_length = model, bank, tokenizer, slots, max_length
@@ -137,12 +130,12 @@ class Engine:
             )
             self._prefills = self._decoder.prefills
             pool, cached = (blocks * block_size for blocks in (self._prefills.cache.blocks, self._prefills.cached))
-            sizes = {"prompts": self._prefills.rows, "pool": pool, "cached": cached}
+            sizes = {"prompts": self._prefills.table.rows, "pool": pool, "cached": cached}
             say(capacity(bank, self._decoder.row, slots, max_length, **sizes))
 
         self._requests = OpenRequests(tokenizer, seed, queue_limit, queue_limit_per_tenant)
         self._pins = Pins(self._prefills.cache, self._prefills.cached)
-        self._rounds = Rounds(self._decoder, self._requests, self._pins, frozenset(ends), limit)
+        self._rounds = Rounds(self._decoder, self._requests, self._pins, frozenset(ends), prefill_tokens)
         self._driver: threading.Thread | None = None
         """the thread of run() or step()"""
         self._paused = False
@@ -221,33 +214,10 @@ class Engine:
             raise ValueError(ticket.error)
         return Stream(ticket, self._requests, self._advance)
 
-    def stream(self, request: Request | Hashable) -> Iterator[Piece]:
-        """The pieces of a request's answer as they are decoded, each with its sample's index. The answer goes to the
-        stream alone; run() does not give it. Closing the iterator before its end cancels the request.
-
-        Args:
-            request: the id of an open request, or a Request, which is submitted.
-
-        Raises at the call: ValueError for an id that is not open or is streamed already, and as open_stream.
-        """
-        if isinstance(request, Request):
-            return iter(self.open_stream(request))
-        with self._requests.lock:
-            ticket = self._requests.tickets.get(request)
-            if ticket is None:
-                return (piece for piece in pieces_of_ended(self._requests, request))  # an iterator that can be closed
-            if ticket.streamed:
-                raise ValueError(f"stream: the request {shorten(request)} is streamed already; each has one stream")
-            ticket.streamed = True
-            try:
-                for sample in ticket.samples:
-                    sample.follow_text(self.tokenizer)
-            except BaseException:  # some of its tokens have no text
-                ticket.streamed = False
-                raise
-            for sample in ticket.samples:
-                self._requests.done.pop(sample.number, None)
-            return iter(Stream(ticket, self._requests, self._advance))
+    def stream(self, request: Request) -> Iterator[Piece]:
+        """As `open_stream`: the pieces of the answer as they are decoded, each with its sample's index. Closing the
+        iterator before its end cancels the request."""
+        return iter(self.open_stream(request))
 
     def wait(self, timeout: float) -> bool:
         """Waits until there is work for a round, at most `timeout` seconds: a request is open, or was cancelled in its
@@ -333,8 +303,6 @@ class Engine:
 
     def _submit(self, request: Request, entry: Entry | None, streamed: bool) -> Ticket:
         """The ticket of a request. One that cannot be served has an error and no samples."""
-        if not isinstance(request, Request):
-            raise ValueError(f"submit: {shorten(request)} is no Request; give Request(prompt, ...)")
         ticket = Ticket(request, streamed)
         self._requests.require_new(ticket.id)
         samples, error = [], None
@@ -350,35 +318,15 @@ class Engine:
         return ticket
 
 
-def require_bank(bank: object) -> None:
-    """Raises ValueError for anything but a bank, or None."""
-    if bank is not None and not isinstance(bank, AdapterBank):
-        raise ValueError(
-            f"bank is a {type(bank).__name__}; give an AdapterBank, such as AdapterBank.holding({{name: adapter}}, "
-            "model.config), or None"
-        )
-
-
-def check_sizes(sizes: dict, limits: dict, counts: dict, model: ModelConfig) -> None:
-    """Raises ValueError for an argument of an engine that is out of range, by its name: sizes are at least 1, limits
-    are at least 1 or None, counts are at least 0, and only prefix_cache_bytes may be None."""
-    for name, count in sizes.items():
-        if type(count) is not int or count < 1:
-            raise ValueError(f"{name} is {shorten(count)}; give a whole number of at least 1")
-    for name, limit in limits.items():
-        if limit is not None and (type(limit) is not int or limit < 1):
-            raise ValueError(f"{name} is {shorten(limit)}; give a whole number of at least 1, or None")
-    for name, count in counts.items():
-        if count is not None and (type(count) is not int or count < 0):
-            raise ValueError(f"{name} is {shorten(count)}; give a whole number of at least 0")
-    if not 2 <= sizes["max_length"] <= model.max_positions:
-        raise ValueError(
-            f"max_length is {sizes['max_length']}; give 2 to {model.max_positions} tokens, the model's positions"
-        )
-    if counts["max_logprobs"] is None:
-        raise ValueError("max_logprobs is None; give a whole number of at least 0 (0: no log-probabilities)")
-    if counts["max_logprobs"] > model.vocab_size:
-        raise ValueError(f"max_logprobs is {counts['max_logprobs']}; the model has {model.vocab_size} tokens")
+def check_sizes(model: ModelConfig, max_length: int, counts: dict[str, int], sizes: dict[str, int | None]) -> None:
+    """Raises ValueError for an argument of an engine that is out of range, by its name: counts are at least 0, sizes
+    are at least 1 or None."""
+    for least, values in enumerate((counts, sizes)):
+        for name, value in values.items():
+            if value is not None and (not is_whole(value) or value < least):
+                raise ValueError(f"{name} is {shorten(value)}; give a whole number of at least {least}")
+    if not 2 <= max_length <= model.max_positions:
+        raise ValueError(f"max_length is {max_length}; give 2 to {model.max_positions} tokens, the model's positions")
 
 
 def per_tenant(samples: list[Sample]) -> dict[str | None, int]:

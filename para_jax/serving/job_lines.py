@@ -1,11 +1,11 @@
-"""Turns a line of a job's input into requests, one per sample. Each has a key: a hash of everything its answer depends
-on."""
+"""Turns a line of a job's input into a request: a line of OpenAI's batch format, or the short form. Each has a key, a
+hash of everything its answer depends on."""
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -14,227 +14,122 @@ from ..adapters.bank import AdapterBank, Entry
 from ..adapters.loading_bank import LoadingBank
 from ..backbone.content import backbone_content
 from ..config import BASE
-from ..data.row_files import json_problem
 from ..inference.content import ANSWERS_VERSION, writing_content
 from ..inference.sampling import derived_seed
-from ..io.checks import shorten, without_repeats
-from ..io.untrusted import MAX_DEPTH, require_unicode
-from .answers import MAX_LINE
+from ..io.checks import near_name, shorten
 from .engine import Engine
 from .request import Request, check_request
 
-FIELDS = ("prompt", "messages", "tenant", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "n", "id")
+#: Where the requests of a batch line go: chats, and texts.
+URLS = ("/v1/chat/completions", "/v1/completions")
+#: The fields of the short form.
+FIELDS = "custom_id prompt messages tenant max_new_tokens temperature top_k top_p seed stop n".split()
 #: Fields of a request that no job has: its answers don't show them.
-NOT_IN_JOBS = ("logprobs", "prompt_logprobs", "context_length", "cache_salt")
-#: Fields that hold whole numbers.
-WHOLE = ("max_new_tokens", "top_k", "n", "seed")
-#: Names that other servers use for a field.
-OTHER_NAMES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "model": "tenant"}
-#: Characters of a line's id as JSON.
-MAX_ID = 2**16
+NOT_IN_JOBS = ("logprobs", "prompt_logprobs", "context_length")
 #: Characters of an error in an answer.
 MAX_ERROR = 1000
 
 
-class LineSample(NamedTuple):
-    """One sample that a line asks for, or a line's error."""
+class Line(NamedTuple):
+    """A line of the input, read."""
 
-    line: int
+    number: int
     """from 1"""
-    index: int
+    custom_id: str
+    """line-N where the line gives none"""
     key: str
-    """a hash of everything that the answer depends on; for an error, of the line"""
-    id: object
-    """as the line gives it"""
     request: Request | None
     """None if the line could not be read"""
     entry: Entry | None = None
     """the adapter that answers, which is part of the key"""
     error: str | None = None
+    chat: bool = False
 
 
-class KeyParts(NamedTuple):
-    """What the answers of a job depend on besides its lines."""
+class Reader(NamedTuple):
+    """What the lines of a job are read with."""
 
-    bank: AdapterBank | None
-    text: str
-    """a hash of the backbone, the tokenizer and the version of para_jax's answers"""
-    chat: str
-    """the same, with the chat template"""
+    engine: Engine
+    defaults: Request
+    """the fields that a line of the short form leaves out. Its seed is the job's"""
+    settings: dict
+    """what all answers depend on (job_settings)"""
+    read_body: Callable[[dict, Engine], Request]
+    """the request of a batch line; the server's protocol is in a package above this one"""
+
+    def read(self, number: int, text: bytes) -> Line:
+        """The request of a line, or its error: a wrong line must not end the job."""
+        custom_id = f"line-{number}"
+        try:
+            fields = json.loads(text)
+            if not isinstance(fields, dict):
+                raise ValueError(f"line: a JSON {type(fields).__name__}; write an object")
+            if not isinstance(fields.get("custom_id", ""), str):
+                raise ValueError(f"custom_id is {shorten(fields['custom_id'])}; give a text")
+            custom_id = fields.get("custom_id") or custom_id
+            if "body" in fields:
+                request, chat = self.read_body(fields, self.engine), fields["url"] == URLS[0]
+            else:
+                request, chat = short_form(fields, self.defaults), "messages" in fields
+            if request.seed is None:
+                request = replace(request, seed=derived_seed(self.defaults.seed or 0, number))
+            content, entry = adapter_of(self.engine.bank, request.tenant)
+            asked = vars(request) | {"id": None, "seed": request.seed if request.temperature > 0 else None}
+            key = hashed([self.settings, content, asked, chat])
+            return Line(number, custom_id, key, replace(request, id=number), entry, None, chat)
+        except Exception as error:
+            return Line(number, custom_id, hashed(text.decode(errors="replace")), None, None, error_text(error))
 
 
-def key_parts(engine: Engine) -> KeyParts:
-    """The KeyParts of an engine. Raises ValueError if its bank has a tenant called `base`, which no line could name."""
-    if engine.bank is not None and BASE in engine.bank:
-        raise ValueError(f"bank: the tenant {BASE!r} needs another name; in a job's lines it is the base model")
-    tokenizer, stops = engine.tokenizer, engine.stop_ids
-    text = hashed([ANSWERS_VERSION, backbone_content(engine.model), writing_content(tokenizer, stops)])
-    template = tokenizer.chat_template
-    return KeyParts(engine.bank, text, hashed([text, template, *roles_in_template(tokenizer)]))
-
-
-def roles_in_template(tokenizer) -> list[tuple[str, str]]:
-    """The special tokens that the chat template writes by their roles, such as bos_token: (role, token)."""
-    special = tokenizer.special_tokens_map.items()
-    return sorted((role, str(token)) for role, token in special if role in str(tokenizer.chat_template))
-
-
-def job_settings(engine: Engine, defaults: Request) -> dict:
-    """What all shards of a job must share, so that their answers are those of one worker. Values that an error shows
-    are short, the others are hashed."""
-    tokenizer, bank = engine.tokenizer, engine.bank
-    roles = roles_in_template(tokenizer)
-    left_out = ("prompt", "id", "alone", *NOT_IN_JOBS)
-    asked = {name: value for name, value in vars(defaults).items() if name not in left_out}
-    held = sorted(bank.identities()) if bank is not None else []
+def job_settings(engine: Engine) -> dict:
+    """What the answers of a job depend on besides its lines and adapters."""
     return {
         "version": [__version__, ANSWERS_VERSION],
         "backbone": backbone_content(engine.model),
-        "tokenizer": writing_content(tokenizer, engine.stop_ids),
-        "chat_template": hashed([tokenizer.chat_template, *roles] if roles else tokenizer.chat_template),
-        "adapters": [len(held), hashed([held, bank.dtype if bank is not None else None])],
-        "max_length": engine.max_length,
-        "defaults": json.loads(json.dumps(asked)),
+        "tokenizer": writing_content(engine.tokenizer, engine.stop_ids),
+        "chat_template": hashed(engine.tokenizer.chat_template),
     }
 
 
-def samples(number: int, line: bytes | None, defaults: Request, by: KeyParts) -> list[LineSample]:
-    """The samples of a line, or one sample with the line's error.
-
-    Args:
-        number: of the line, from 1.
-        line: None if it is longer than MAX_LINE.
-        defaults: the fields that the line leaves out. Its seed is the job's: a line without a seed derives one from it.
-    """
-    id, request = None, None
-    try:
-        fields = json_object(line)
-        given = fields.pop("id", None)
-        require_small_id(given)
-        id = given
-        request = request_of(number, fields, defaults)
-        content, entry = adapter_of(by.bank, request.tenant)
-        shared = line_key(by, id, request, content)
-        found = []
-        for index in range(request.n):
-            seed = request.sampling.for_index(index).seed
-            key = hashed([shared, seed]) if request.temperature > 0 else shared
-            found.append(LineSample(number, index, key, id, replace(request, n=1, seed=seed), entry))
-        return found
-    except Exception as error:  # a wrong line must not end the job
-        key = hashlib.sha256(line or b"").hexdigest()[:32]
-        return [LineSample(number, 0, key, id, request, None, error_text(error))]
-
-
-def line_key(by: KeyParts, id: object, request: Request, content: str | None) -> str:
-    """A hash of everything that the answers to a request depend on apart from the seeds, and of what they repeat (id,
-    tenant). The engine's max_length changes no answer.
-
-    Args:
-        content: a hash of the adapter; None for the base model.
-    """
-    left_out = ("n", "seed", *NOT_IN_JOBS, *(["alone"] if request.strip else []))
-    asked = {name: value for name, value in vars(request).items() if name not in left_out}
-    asked |= {"id": id, "stop": sorted(set(request.stop_texts))}
-    asked |= {"temperature": float(request.temperature), "top_p": float(request.top_p)}
-    if request.temperature == 0:
-        asked |= {"top_k": None, "top_p": None}
-    adapter = None if content is None or by.bank is None else [content, by.bank.dtype]
-    return hashed([by.text if isinstance(request.prompt, str) else by.chat, adapter, asked])
-
-
-def error_text(error: Exception) -> str:
-    """The text of an error as an answer holds it, cut to MAX_ERROR characters."""
-    text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-    return text[:MAX_ERROR]
-
-
-def json_object(line: bytes | None) -> dict:
-    if line is None:
-        raise ValueError(f"line: longer than {MAX_LINE} bytes; split it")
-    try:
-        found = json.loads(line, object_pairs_hook=without_repeats)
-    except RecursionError:
-        raise ValueError(f"line: it nests deeper than {MAX_DEPTH} levels") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"line: not JSON: {json_problem(error)}") from None
-    except ValueError as error:  # a name that comes twice, or a number of too many digits
-        raise ValueError(f"line: {json_problem(error)}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"line: a JSON {type(found).__name__}; write an object")
-    return found
-
-
-def request_of(number: int, found: dict, defaults: Request) -> Request:
-    """The request of a line's object, with a seed. Raises ValueError that names the field."""
-    require_unicode("line", found)
-    if {"body", "custom_id"} <= found.keys():
-        raise ValueError(
-            "fields: a line of OpenAI's batch format; write the fields of `body` themselves, with custom_id as id, "
-            "model as tenant and max_tokens as max_new_tokens"
-        )
-    found = {name: value for name, value in found.items() if value is not None or name == "tenant"}
-    unknown = [name for name in found if name not in FIELDS]
-    if unknown:
-        raise ValueError("fields: " + "; ".join(map(unknown_field, unknown[:3])))
+def short_form(fields: dict, defaults: Request) -> Request:
+    """The request of a line such as {"prompt": "a", "tenant": "acme"}. Raises ValueError that names the field."""
+    found = {name: value for name, value in fields.items() if value is not None or name == "tenant"}
+    found.pop("custom_id", None)
+    for name in found:
+        if name not in FIELDS:
+            raise ValueError(f"no field {shorten(name)}{near_name(name, FIELDS)}")
     if ("prompt" in found) == ("messages" in found):
         raise ValueError("prompt: give either prompt, a text, or messages, a list of turns")
-    if "messages" in found and not isinstance(found["messages"], list):
-        raise ValueError(f"messages: {shorten(found['messages'])} is not a list of turns; give a text as prompt")
-    prompt = found.pop("messages") if "messages" in found else found.pop("prompt")
-    if not isinstance(prompt, (str, list)) or (prompt and isinstance(prompt[0], int)):  # token ids
-        raise ValueError(f"prompt: {shorten(prompt)} is not a text; write one")
-    found["tenant"] = found.get("tenant", defaults.tenant)
-    if found["tenant"] == BASE:
+    text, turns = found.pop("prompt", None), found.pop("messages", None)
+    prompt = text if turns is None else turns
+    if not isinstance(prompt, str if turns is None else list):
+        raise ValueError(f"prompt is {shorten(prompt)}; give a text, or a list of turns as messages")
+    if found.get("tenant") == BASE:
         found["tenant"] = None
-    if isinstance(found.get("stop"), list):
-        found["stop"] = tuple(found["stop"])
-    for name in WHOLE:  # a table writes 8 as 8.0 where other rows have no value
-        if isinstance(found.get(name), float) and found[name].is_integer():
-            found[name] = int(found[name])
-    if "seed" not in found:
-        found["seed"] = derived_seed(defaults.seed or 0, number)
-    request = replace(defaults, prompt=prompt, **found)
+    request = replace(defaults, prompt=prompt, **{"seed": None, **found})
     check_request(request)
     return replace(request, stop=request.stop_texts)
 
 
-def unknown_field(name: str) -> str:
-    """Says that a field does not exist, and which one was perhaps meant."""
-    nearest = difflib.get_close_matches(OTHER_NAMES.get(name, name), FIELDS, n=1)
-    meant = f"did you mean {nearest[0]}?" if nearest else f"the fields are {', '.join(FIELDS)}"
-    return f"no field {shorten(name, 80)}; {meant}"
-
-
 def adapter_of(bank: AdapterBank | None, tenant: str | None) -> tuple[str | None, Entry | None]:
-    """A hash of the adapter that a tenant has now, and the adapter. A bank that loads adapters when they are needed
-    never replaces one, so it gives None for the latter: lines that are answered already need no adapter.
-
-    Raises ValueError for an unknown tenant.
-    """
+    """A hash of the adapter that a tenant has now, with its dtype in the bank, and the adapter. A bank that loads
+    adapters when they are needed never replaces one, so it gives None for the latter: lines that are answered already
+    need no adapter."""
     if tenant is None:
         return None, None
     if bank is None:
-        raise ValueError(f"tenant: {tenant[:80]!r} is unknown, because the job has no adapters; leave it out")
-    try:
-        if isinstance(bank, LoadingBank):
-            return bank.content(tenant), None
-        entry = bank.entry(tenant)
-        return entry.content, entry
-    except ValueError as error:
-        raise ValueError(f"tenant: {error}") from None
+        raise ValueError(f"tenant: {shorten(tenant)} is unknown, because the job has no adapters; leave it out")
+    if isinstance(bank, LoadingBank):
+        return bank.content(tenant) + bank.dtype, None
+    entry = bank.entry(tenant)
+    return entry.content + bank.dtype, entry
 
 
-def require_small_id(id: object) -> None:
-    """Raises ValueError for an id that an answer could not repeat."""
-    require_unicode("id", id)
-    try:
-        length = len(json.dumps(id, allow_nan=False))
-    except ValueError:
-        raise ValueError("id: a number in it is not finite, which JSON lacks; give it as a text") from None
-    if length > MAX_ID:
-        raise ValueError(f"id: {length} characters as JSON are too many; use at most {MAX_ID}")
+def error_text(error: Exception) -> str:
+    """The text of an error as an answer holds it, cut to MAX_ERROR characters."""
+    text = f"line: not JSON: {error}" if isinstance(error, json.JSONDecodeError) else str(error)
+    return (text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}")[:MAX_ERROR]
 
 
 def hashed(value: object) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()[:32]

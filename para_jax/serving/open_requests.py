@@ -74,8 +74,6 @@ class OpenRequests:
         """answers that run() has yet to give, by the sample's number"""
         self.dropped: SimpleQueue[Ticket] = SimpleQueue()
         """requests whose streams were dropped: to be cancelled"""
-        self._refused: dict[int, str | None] = {}
-        """the tenants of refused requests in `done`: these count as waiting, so that their number is bounded too"""
         self._request_numbers, self._sample_numbers = itertools.count(), itertools.count()
         """in the order of submission"""
 
@@ -108,7 +106,6 @@ class OpenRequests:
                 ticket.error = error
                 if not ticket.streamed:
                     self.done[first] = Completion(ticket.id, 0, "", [], "error", error)
-                    self._refused[first] = tenant
                 return
             for sample in samples:
                 sample.number = first if sample is samples[0] else next(self._sample_numbers)
@@ -126,7 +123,7 @@ class OpenRequests:
                 reason = "stop"
             text = sample.full_text(self.tokenizer, partial=error is not None)
             logprobs = None if sample.request.logprobs is None else sample.logprobs
-            found = sample.tokens, reason, error, logprobs, sample.prompt_logprobs
+            found = sample.tokens, reason, error, logprobs, sample.prompt_logprobs, len(sample.ids)
             completion = Completion(sample.ticket.id, sample.index, text, *found)
             self.queue.remove(sample.request.tenant, sample.number)
             if not sample.ticket.streamed:
@@ -196,17 +193,10 @@ class OpenRequests:
         del self.tickets[ticket.id]
 
     def _require_room(self, tenant: str | None, new: int) -> None:
-        """Raises QueueFull if the queue has no room for new samples of a tenant. Refused requests count until their
-        errors are taken."""
-        if self.limit is None and self.limit_per_tenant is None:
-            self._refused.clear()
-            return
-        self._refused = {number: name for number, name in self._refused.items() if number in self.done}
-        waiting = len(self.queue) + len(self._refused)
+        """Raises QueueFull if the queue has no room for new samples of a tenant."""
+        waiting, own = len(self.queue), self.queue.waiting(tenant)
         if self.limit is not None and waiting + new > self.limit:
-            message = f"the queue holds {waiting} of {self.limit} samples; take answers first"
-            raise QueueFull(message)
-        own = self.queue.waiting(tenant) + sum(name == tenant for name in self._refused.values())
+            raise QueueFull(f"the queue holds {waiting} of {self.limit} samples; take answers first")
         if self.limit_per_tenant is not None and own + new > self.limit_per_tenant:
             message = f"the queue holds {own} of {self.limit_per_tenant} samples of tenant {shorten(tenant)}; "
             raise QueueFull(message + "take answers first", tenant_full=True)

@@ -20,8 +20,6 @@ class Pins:
         self.cache, self.blocks = cache, blocks
         self.kept: dict[tuple[int, ...], list[bytes]] = {}
         """the keys of each prompt's complete blocks, by the ids in them"""
-        self._whole: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
-        """all ids of the prompts with these complete blocks: they differ after them"""
 
     def add(self, ids: Sequence[int]) -> int:
         """Pins a prompt, and returns how many of its tokens are in complete blocks. Raises ValueError for one that is
@@ -29,8 +27,7 @@ class Pins:
         keys, size = self.cache.keys(ids), self.cache.size
         if not keys:
             raise ValueError(f"pin: {len(ids)} tokens are less than a block of {size}; give a longer prefix")
-        complete = self._complete(ids)
-        kept = self.kept | {complete: keys}
+        kept = self.kept | {self._complete(ids): keys}
         needed = len({key for of_one in kept.values() for key in of_one})
         if needed > self.blocks:
             raise ValueError(
@@ -38,23 +35,17 @@ class Pins:
                 f"{self.blocks * size}; make the engine with larger prefix_cache_bytes"
             )
         self.kept = kept
-        self._whole.setdefault(complete, set()).add(tuple(ids))
         return len(keys) * size
 
     def remove(self, ids: Sequence[int], prefix: object) -> None:
-        """Unpins a prompt. Raises ValueError that names the `prefix` if it isn't pinned."""
-        complete = self._complete(ids)
-        prompts = self._whole.get(complete, set())
-        if tuple(ids) not in prompts:
+        """Unpins the prompts with these complete blocks. Raises ValueError that names the `prefix` if there are
+        none."""
+        if not self.drop(self._complete(ids)):
             raise ValueError(f"unpin: {shorten(prefix)} is not pinned")
-        prompts.remove(tuple(ids))
-        if not prompts:
-            self.drop(complete)
 
     def drop(self, ids: tuple[int, ...]) -> bool:
-        """Unpins all prompts with these complete blocks. Returns whether there were any."""
+        """Unpins complete blocks. Returns whether they were pinned."""
         found = ids in self.kept
-        self._whole.pop(ids, None)
         self.kept = {kept: keys for kept, keys in self.kept.items() if kept != ids}
         return found
 

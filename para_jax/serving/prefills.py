@@ -1,75 +1,31 @@
 """Prompts that are prefilled in blocks, some blocks per round, so that decoding rows never wait for longer than that.
-And the last prompts of any kind, which are kept for the next request.
 
-Those in blocks are the prompts of the base model and of scope `response`. They run through the plain backbone, and
-share the blocks in which they agree (prefix_cache.py). An adapter acts on the last tokens alone, the tail of its prompt
-(prompt_blocks.py). One thread at a time may use this.
+They are the prompts of the base model and of scope `response`. They run through the plain backbone, and share the
+blocks in which they agree (prefix_cache.py). An adapter acts on the last tokens alone, the tail of its prompt
+(model/blocks.py). prompt_table.py says which prompts are at work. One thread at a time may use this.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from ..adapters.bank import AdapterBank, Entry
 from ..adapters.methods import has_plain_prompts
-from ..adapters.scope import scope_of
 from ..backbone.cache import constrain_held, empty_held
 from ..backbone.transformer import Transformer
 from ..model.adapted import DecodeState
 from ..model.blocks import Lanes, Tails, prefill_blocks
 from ..runtime.sharding import constrain, replicate
-from .prefix_cache import PrefixCache, prompt_key
+from .prefix_cache import PrefixCache
+from .prompt_table import ROWS, ChunkedPrompt, PromptTable
 from .slots import PrefilledPrompt, zeros_of
-
-#: Prompts of the longest length that the pool has blocks for, and how many prompts are kept for the next request of the
-#: same one. If a chunk has blocks for more prompts, that many may be at work. Adapters act on ROWS at a time.
-ROWS = 4
-
-
-class PromptFailed(Exception):
-    """A prompt could not be prefilled twice, each time alone."""
-
-    def __init__(self, prompt: ChunkedPrompt, error: Exception):
-        super().__init__(str(error))
-        self.key, self.ids = prompt.key, prompt.ids
-
-
-class WholePrompt(NamedTuple):
-    """A prompt that was prefilled in one piece: its adapter changes the prompt's own states."""
-
-    logits: jax.Array
-    """float32 [1, vocab]"""
-    row: DecodeState
-
-
-class ChunkedPrompt:
-    """A prompt in blocks."""
-
-    def __init__(self, key: tuple, ids: Sequence[int], entry: Entry | None, row: int, block_keys: list[bytes]):
-        self.key, self.ids, self.entry, self.block_keys = key, ids, entry, block_keys
-        self.row = row
-        """in the program of a chunk; once it is finished, in its logits"""
-        self.blocks: list[int] = []
-        """the pool's blocks of its first tokens: those that are computed, or found"""
-        self.found = 0
-        """tokens in blocks that were found"""
-        self.made: tuple | None = None
-        """(logits, adjustments), set when it is finished. The logits lead with ROWS rows, the adjustments with one"""
-
-    @property
-    def plain(self) -> int:
-        """How many of its tokens run through the plain backbone. Its adapter takes the others, at least one."""
-        return len(self.ids) - (0 if self.entry is None else min(scope_of(self.entry.config)[1], len(self.ids)))
 
 
 class Prefills:
-    """The prompts, and the pool of their blocks on the device."""
+    """The pool of blocks on the device, and the programs that fill it."""
 
     def __init__(
         self,
@@ -93,26 +49,16 @@ class Prefills:
         self.bank, self.row, self.size, self.lanes, self.cached = bank, row, size, lanes, cached
         self._leaves, self._treedef = jax.tree.flatten(model)
         self._longest = longest
-        self.rows = max(ROWS, lanes)
-        """prompts at work, at most"""
-        self._room = ROWS * longest
-        """their blocks and those of kept prompts, at most"""
-        self.cache = PrefixCache(self._room + cached, size, model.fingerprint or "", enabled=cached > 0)
+        self.cache = PrefixCache(ROWS * longest + cached, size, model.fingerprint or "", enabled=cached > 0)
+        self.table = PromptTable(self.cache, longest, lanes)
         self.pins: dict[tuple[int, ...], list[bytes]] = {}
         """the keys of pinned prompts, by their ids"""
-        self._working: dict[tuple, ChunkedPrompt] = {}
-        """by Sample.key"""
-        self._kept: OrderedDict[tuple, WholePrompt | ChunkedPrompt] = OrderedDict()
-        """finished prompts by Sample.key, the most recently used last"""
-        self._suspects: dict[tuple, int] = {}
-        """prompts whose prefill raised: these run alone. The count is how often they raised alone"""
         self.reset()
 
     def reset(self) -> None:
         """Forgets all prompts and blocks. What an interrupt may have left halfway is made again."""
         self.pool = None
-        self._working.clear()
-        self._kept.clear()
+        self.table.clear()
         self.cache.clear()
         self.cache.pin(key for keys in self.pins.values() for key in keys)
         self._nothing = zeros_of(self.row.adjustments, 1)
@@ -122,52 +68,6 @@ class Prefills:
         """Whether the prompts of an adapter are prefilled in blocks."""
         return entry is None or has_plain_prompts(entry.config)
 
-    def keeps(self, key: tuple) -> bool:
-        """Whether the prompt of a key is finished, and kept."""
-        return key in self._kept
-
-    def kept(self, key: tuple) -> WholePrompt | ChunkedPrompt | None:
-        """The kept prompt of a key, if there is one. It is the most recently used one from now on."""
-        if key not in self._kept:
-            return None
-        self._kept.move_to_end(key)
-        return self._kept[key]
-
-    def keep_whole(self, key: tuple, prompt: WholePrompt) -> None:
-        """Keeps a prompt that was prefilled in one piece."""
-        self._kept[key] = prompt
-        self.drop_old()
-
-    def has_room(self, key: tuple, ids: Sequence[int]) -> bool:
-        """Whether a prompt may start now, or has started."""
-        return key in self._kept or key in self._working or self._fits(ids, self._working.values())
-
-    def start(self, key: tuple, ids: Sequence[int], entry: Entry | None) -> None:
-        """Gives a prompt a row, unless it has one. The least recently used kept prompts make room."""
-        if key in self._working or key in self._kept:
-            return
-        while not self._fits(ids, [*self._working.values(), *self._kept_in_blocks()]):
-            self._drop(next(self._kept_in_blocks()))
-        row = min(set(range(self.rows)) - {prompt.row for prompt in self._working.values()})
-        prompt = ChunkedPrompt(key, ids, entry, row, [])
-        prompt.block_keys = self.cache.keys(ids[: prompt.plain], key[-1])
-        self._working[key] = prompt
-        self.cache.queries += len(ids)
-
-    def keep(self, wanted: Collection[tuple]) -> None:
-        """Drops prompts at work, unless they have one of these keys or are pinned. Starts pinned ones that lack a
-        block."""
-        pinned = {prompt_key(None, ids): ids for ids in self.pins}
-        for prompt in list(self._working.values()):
-            if prompt.key not in wanted and prompt.key not in pinned:
-                self._drop(prompt)
-        for key, ids in pinned.items():
-            if not all(map(self.cache.knows, self.pins[ids])) and self._fits(ids, self._working.values()):
-                held = self._kept.get(key)
-                if isinstance(held, ChunkedPrompt):  # finished before it was pinned, and its blocks were given up since
-                    self._drop(held)
-                self.start(key, ids, None)
-
     @property
     def chunk(self) -> int:
         """Tokens that one program computes, with padding."""
@@ -176,28 +76,25 @@ class Prefills:
     def advance(self) -> int:
         """Computes the next blocks of the prompts, in one program. Returns the tokens that this took, with padding.
 
-        Raises PromptFailed, or what the program raised. Only `reset` may follow.
+        Raises PromptFailed, or what the program raised. Only `reset` may follow: the program had donated the pool.
         """
-        working = list(self._working.values())
-        working = [prompt for prompt in working if prompt.key in self._suspects][:1] or working
+        working = self.table.turn()
         if not working:
             return 0
         try:
             finished = self._compute(working)
         except Exception as error:
-            self._suspect(working, error)
+            self.table.suspect(working, error)
             raise
-        for prompt in finished:
-            self._kept[prompt.key] = self._working.pop(prompt.key)
-            self._suspects.pop(prompt.key, None)
+        self.table.finish(finished)
         return self.chunk
 
     def for_slot(self, prompt: ChunkedPrompt) -> PrefilledPrompt:
         """A finished prompt, to be inserted into a slot."""
         assert prompt.made is not None
-        return PrefilledPrompt(self._table(prompt), len(prompt.ids), prompt.row, *prompt.made)
+        return PrefilledPrompt(self._block_table(prompt), len(prompt.ids), *prompt.made)
 
-    def _table(self, prompt: ChunkedPrompt) -> np.ndarray:
+    def _block_table(self, prompt: ChunkedPrompt) -> np.ndarray:
         """The pool's blocks of a prompt, int32 [blocks of the longest prompt]."""
         table = np.zeros(self._longest, np.int32)
         table[: len(prompt.blocks)] = prompt.blocks
@@ -214,12 +111,10 @@ class Prefills:
         """Compiles the programs. Returns a finished prompt."""
         made = []
         for entry in (None, *filter(self.takes, self.bank.blanks() if self.bank is not None else ())):
-            made.append(ChunkedPrompt((), [0], entry, 0, []))
+            made.append(ChunkedPrompt((), [0], entry, 0))
             self._compute(made[-1:])
             self.cache.release(made[-1].blocks)
         return made[0]
-
-    # ------------------------------------------------------------------------------------------------- the computation
 
     def _compute(self, working: list[ChunkedPrompt]) -> list[ChunkedPrompt]:
         """Computes the next blocks of the prompts. Returns the prompts that are then finished."""
@@ -230,21 +125,22 @@ class Prefills:
             entries = [prompt.entry for prompt in adapted]
             given = self.bank.rows_of(entries + [None] * (ROWS - len(entries)), ROWS), tails
         self.pool, logits, adjustments = prefill_chunk(self._treedef, self._leaves, self.pool, lanes, *given)
-        finished = [prompt for prompt in working if len(prompt.blocks) == self._blocks(prompt.ids)]
+        finished = [prompt for prompt in working if len(prompt.blocks) == self.cache.blocks_of(prompt.ids)]
         for start in range(0, len(finished), ROWS):
-            chosen = np.zeros(ROWS, np.int32)
-            for place, prompt in enumerate(finished[start : start + ROWS]):
-                chosen[place], prompt.row = prompt.row, place
+            # A kept prompt holds the logits of ROWS prompts, not of all rows of the program: these may be many.
+            together, chosen = finished[start : start + ROWS], np.zeros(ROWS, np.int32)
+            chosen[: len(together)] = [prompt.row for prompt in together]
             of_rows = take_rows(chosen, logits)
-            for prompt in finished[start : start + ROWS]:
+            for place, prompt in enumerate(together):
                 own = one_row(adjustments, adapted.index(prompt)) if prompt.entry is not None else self._nothing
-                prompt.made = of_rows, own
+                prompt.made = place, of_rows, own
         return finished
 
     def _planned(self, working: list[ChunkedPrompt]) -> tuple[Lanes, Tails, list[ChunkedPrompt]]:
         """The next blocks of the prompts, which take turns, where their adapters act, and the prompts in which they do.
         Blocks that are known are not computed again, except a prompt's last one: its last token gives the logits."""
         lanes, tails, adapted, used, turns = self._no_lanes(), self._no_tails(), [], 0, True
+        # One block each, and again: a short prompt is finished in its first chunk, whatever long ones are at work.
         while turns and used < self.lanes:
             turns = False
             for prompt in working:
@@ -268,11 +164,11 @@ class Prefills:
                     tails.lane[row], tails.count[row] = used, len(tokens)
                 used += 1
         for prompt in working:
-            lanes.table[prompt.row] = self._table(prompt)
+            lanes.table[prompt.row] = self._block_table(prompt)
         return lanes, tails, adapted
 
     def _find_blocks(self, prompt: ChunkedPrompt) -> None:
-        while len(prompt.blocks) < self._blocks(prompt.ids) - 1 and len(prompt.blocks) < len(prompt.block_keys):
+        while len(prompt.blocks) < self.cache.blocks_of(prompt.ids) - 1 and len(prompt.blocks) < len(prompt.block_keys):
             found = self.cache.find(prompt.block_keys[len(prompt.blocks)])
             if found is None:
                 return
@@ -282,48 +178,12 @@ class Prefills:
 
     def _no_lanes(self) -> Lanes:
         row, number, count = (np.zeros(self.lanes, np.int32) for _ in range(3))
-        tokens, table = np.zeros((self.lanes, self.size), np.int32), np.zeros((self.rows, self._longest), np.int32)
-        return Lanes(tokens, row, number, count, table, np.zeros(self.rows, np.int32))
+        tokens, rows = np.zeros((self.lanes, self.size), np.int32), self.table.rows
+        return Lanes(tokens, row, number, count, np.zeros((rows, self._longest), np.int32), np.zeros(rows, np.int32))
 
     def _no_tails(self) -> Tails:
         start, lane = (np.zeros(count, np.int32) for count in (self.lanes, ROWS))
         return Tails(np.full(self.lanes, -1, np.int32), start, lane, np.ones(ROWS, np.int32))
-
-    # ------------------------------------------------------------------------------------------------------ the prompts
-
-    def _blocks(self, ids: Sequence[int]) -> int:
-        return -(-len(ids) // self.size)
-
-    def _fits(self, ids: Sequence[int], others: Iterable[ChunkedPrompt]) -> bool:
-        """Whether there are a row and blocks for one more prompt next to these."""
-        blocks = [self._blocks(one.ids) for one in others]
-        return len(blocks) < self.rows and sum(blocks) + self._blocks(ids) <= self._room
-
-    def _kept_in_blocks(self) -> Iterator[ChunkedPrompt]:
-        return (prompt for prompt in self._kept.values() if isinstance(prompt, ChunkedPrompt))
-
-    def drop_old(self) -> None:
-        """Drops kept prompts but the last ROWS. Those that samples wait for must be in their slots by then."""
-        for key in list(self._kept)[:-ROWS]:
-            prompt = self._kept[key]
-            if isinstance(prompt, ChunkedPrompt):
-                self._drop(prompt)
-            else:
-                del self._kept[key]
-
-    def _drop(self, prompt: ChunkedPrompt) -> None:
-        del (self._kept if prompt.made is not None else self._working)[prompt.key]
-        self.cache.release(prompt.blocks)
-
-    def _suspect(self, working: list[ChunkedPrompt], error: Exception) -> None:
-        """Notes prompts whose program raised. Raises PromptFailed for one that was alone for the second time."""
-        self._suspects = {key: count for key, count in self._suspects.items() if key in self._working}
-        alone = len(working) == 1
-        for prompt in working:
-            self._suspects[prompt.key] = self._suspects.get(prompt.key, 0) + alone
-            if self._suspects[prompt.key] == 2:
-                del self._suspects[prompt.key]
-                raise PromptFailed(prompt, error)
 
     def _empty(self, leaf) -> jax.Array:
         return empty_held((self.cache.blocks, leaf.shape[1], self.size, leaf.shape[3]), leaf.dtype)

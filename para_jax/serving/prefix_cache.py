@@ -65,6 +65,10 @@ class PrefixCache:
         self._idle: OrderedDict[int, None] = OrderedDict()
         """known blocks that no prompt refers to and no pin keeps, the least recently used first"""
 
+    def blocks_of(self, ids: Sequence[int]) -> int:
+        """How many blocks a prompt takes, with the last, incomplete one."""
+        return -(-len(ids) // self.size)
+
     def keys(self, ids: Sequence[int], salt: str | None = None) -> list[bytes]:
         """The keys of a prompt's complete blocks: each hashes the key before it and its own tokens. With a salt, they
         are the same only for prompts of that salt; pinned blocks have the same keys for all."""

@@ -6,7 +6,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..data.chat_messages import checked_messages
+from ..data.chats import checked_messages
 from ..data.examples import Ids, Prompt
 from ..inference.sampling import Sampling, is_whole
 from ..io.checks import shorten
@@ -100,6 +100,8 @@ class Completion(NamedTuple):
     """of each of `tokens`, also of those with text that a stop text or white space cuts; None where not asked for"""
     prompt_logprobs: list[TokenLogprob | None] | None = None
     """of each token of the prompt; the first is None"""
+    prompt_tokens: int = 0
+    """tokens of the prompt; 0 for a request that was refused"""
 
 
 class Piece(NamedTuple):
@@ -123,8 +125,6 @@ def check_request(request: Request) -> None:
     if isinstance(prompt, tuple):
         if not prompt or not all(is_whole(token) and token >= 0 for token in prompt):
             raise ValueError(f"prompt: {shorten(prompt[:8])} is not a tuple of token ids; give at least one id")
-    elif isinstance(prompt, list) and prompt and all(map(is_whole, prompt)):
-        raise ValueError(f"prompt: {shorten(prompt[:8])} is a list; give token ids as a tuple")
     elif not isinstance(prompt, str):
         checked_messages("prompt", prompt)
     if request.tenant is not None and not isinstance(request.tenant, str):
@@ -140,9 +140,6 @@ def check_request(request: Request) -> None:
     ids = request.stop_token_ids
     if not isinstance(ids, tuple | list) or not all(map(is_whole, ids)):
         raise ValueError(f"stop_token_ids is {shorten(ids)}; give a list of token ids")
-    for name, flag in (("strip", request.strip), ("alone", request.alone), ("ignore_eos", request.ignore_eos)):
-        if not isinstance(flag, bool):
-            raise ValueError(f"{name} is {shorten(flag)}; give true or false")
     salt = request.cache_salt
     if salt is not None and (not isinstance(salt, str) or not 0 < len(salt) <= MAX_SALT):
         raise ValueError(f"cache_salt is {shorten(salt)}; give a text of 1 to {MAX_SALT} characters, or None")

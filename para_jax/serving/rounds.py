@@ -22,8 +22,8 @@ from ..runtime.sharding import using
 from .decoder import Decoder
 from .open_requests import OpenRequests, interrupts_held_back
 from .pins import Pins
-from .prefills import ChunkedPrompt, PromptFailed, WholePrompt
 from .prefix_cache import prompt_key
+from .prompt_table import ChunkedPrompt, PromptFailed, WholePrompt
 from .scoring import ScoredPrompt
 from .ticket import Sample, is_request_error
 
@@ -69,6 +69,7 @@ class Rounds:
             limit: the engine's max_prefill_tokens.
         """
         self._decoder, self._prefills, self._requests = decoder, decoder.prefills, requests
+        self._prompts = decoder.prefills.table
         self._pins, self._stops, self._limit = pins, stops, limit
         self.decoding = 0
         """rows that decoded in the last round"""
@@ -151,7 +152,7 @@ class Rounds:
             empty: slots that do not decode.
         """
         self._waiting = {slot: sample for slot, sample in self._waiting.items() if not sample.completion}
-        self._prefills.keep({sample.key for sample in self._waiting.values()})
+        self._prompts.keep({sample.key for sample in self._waiting.values()}, self._prefills.pins)
         started.free = [slot for slot in empty if slot not in self._waiting]
         while True:  # whole prompts and chunks take turns, so that neither uses up the tokens of the other
             before = started.tokens
@@ -185,7 +186,7 @@ class Rounds:
                 if not sample.decodes:
                     continue
                 if in_chunks and not known:
-                    self._prefills.start(sample.key, sample.ids, sample.entry)
+                    self._prompts.start(sample.key, sample.ids, sample.entry)
                     self._waiting[started.free.pop(0)] = sample
                     continue
                 prefilled = self._decoder.prefilled(sample)
@@ -211,7 +212,7 @@ class Rounds:
         def can_start(sample: Sample) -> bool:
             if sample.decodes and not started.free:
                 return False
-            if in_blocks(sample) and not self._prefills.has_room(sample.key, sample.ids):
+            if in_blocks(sample) and not self._prompts.has_room(sample.key, sample.ids):
                 return False
             return not started.wholes or started.has_room(self._decoder.whole_tokens(sample))
 
@@ -261,7 +262,7 @@ class Rounds:
                     sample.ticket.cached_tokens = prompt.found
                 self._insert(slot, sample, prompt, started)
                 del self._waiting[slot]
-        self._prefills.drop_old()
+        self._prompts.drop_old()
         return True
 
     def _insert(self, slot: int, sample: Sample, prefilled: WholePrompt | ChunkedPrompt, started: Started) -> None:

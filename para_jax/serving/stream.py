@@ -6,7 +6,6 @@ from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 from ..inference.logprobs import TokenLogprob
-from ..io.checks import shorten
 from .open_requests import OpenRequests
 from .request import Piece
 from .ticket import Ticket, Times
@@ -99,19 +98,3 @@ class Stream:
     def _pieces(self) -> list[Piece]:
         samples = self._ticket.samples
         return [piece for i in self._left if (piece := samples[i].piece(self._given[i]))]
-
-
-def pieces_of_ended(requests: OpenRequests, id: Hashable) -> list[Piece]:
-    """Takes an answer that run() has yet to give, as one piece per sample. Raises the error of one that has nothing
-    else. Called with the lock held."""
-    found, numbers = [], sorted(number for number, completion in requests.done.items() if completion.id == id)
-    for number in numbers:
-        if found and requests.done[number].index <= requests.done[found[-1]].index:
-            break  # a later request of this id
-        found.append(number)
-    if not found:
-        raise ValueError(f"stream: no open request has the id {shorten(id)}; give the id of one, or a Request")
-    ended = [requests.done.pop(number) for number in found]
-    if all(completion.error is not None for completion in ended):
-        raise ValueError(ended[0].error)
-    return [Piece(c.index, c.text, c.tokens, c.finish_reason, c.error, c.logprobs) for c in ended]

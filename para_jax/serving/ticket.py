@@ -104,11 +104,8 @@ class Sample:
     def follow_text(self, tokenizer) -> None:
         """Decodes the text along with the tokens, if it is needed before the end."""
         stop = self.request.stop_texts
-        if self.text is None and self.completion is None and (stop or self.ticket.streamed):
-            text = AnswerText(tokenizer, stop, strip=self.request.strip, after=self.tokens_before(tokenizer))
-            for token in self.tokens:
-                text.add(token)
-            self.text = text
+        if stop or self.ticket.streamed:
+            self.text = AnswerText(tokenizer, stop, strip=self.request.strip, after=self.tokens_before(tokenizer))
 
     def full_text(self, tokenizer, partial: bool) -> str:
         """The text of the tokens. Where they have none, raises the error, or gives "" if `partial`."""
@@ -131,12 +128,14 @@ class Sample:
         ended, count = self.completion, len(self.tokens)
         if ended is None and count <= given:  # fewer after an interrupt: the same tokens come again
             return None
-        texts = [] if self.text is None else self.text.pieces
+        assert self.text is not None, "a streamed sample follows its text"
+        texts = self.text.pieces
         logprobs = None if self.request.logprobs is None else self.logprobs[given:]
         if ended is None:
             return Piece(self.index, "".join(texts[given:count]), self.tokens[given:], logprobs=logprobs)
-        text = ended.text if self.text is None else "".join(texts[given:])  # None: it ended before it had a stream
-        return Piece(self.index, text, self.tokens[given:], ended.finish_reason, ended.error, logprobs)
+        return Piece(
+            self.index, "".join(texts[given:]), self.tokens[given:], ended.finish_reason, ended.error, logprobs
+        )
 
 
 def is_request_error(error: BaseException) -> bool:

@@ -7,7 +7,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -17,14 +17,13 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from ..io import atomic
-from ..io.checks import expanded, shorten
+from ..io.checks import expanded, printable, shorten
 from ..io.messages import warn
 from ..io.progress import Progress
 from ..io.storage.bucket import BucketPath, Place
 from ..io.storage.service import file_system
 from ..runtime.processes import broadcast_arrays, full_arrays, is_first, on_first_process
 from .quiet_orbax import quiet_orbax
-from .same_run import OtherBackbone, OtherData, check_run
 
 
 @contextmanager
@@ -50,7 +49,7 @@ def open_checkpoints(folder: Place, *, keep: int = 2) -> Iterator[Any]:
     if isinstance(folder, BucketPath):
         file_system()  # raises where gcsfs is not installed, and sets up orbax's
     with quiet_orbax():
-        checkpoints = opened(folder, lambda: ocp.CheckpointManager(directory, options=options))
+        checkpoints = ocp.CheckpointManager(directory, options=options)
         # Only the loop may ask the preemption service, step by step: asked about an older step, it forgets the newest.
         checkpoints.reached_preemption = lambda step: False
         try:
@@ -61,39 +60,17 @@ def open_checkpoints(folder: Place, *, keep: int = 2) -> Iterator[Any]:
                 checkpoints.close()
 
 
-def opened(folder: Place, open_manager: Callable[[], Any]) -> Any:
-    """Orbax's manager of the folder. It reads each checkpoint's times first. Damaged ones are deleted, because nothing
-    depends on them."""
-    try:
-        return open_manager()
-    except OSError:
-        raise
-    except Exception as error:  # orbax raises anything for damaged files
-        said = reason(error)
-    for step in steps_in(folder):
-        (folder / str(step) / "_CHECKPOINT_METADATA").unlink(missing_ok=True)
-    try:
-        checkpoints = open_manager()
-    except Exception as error:
-        raise ValueError(
-            f"{folder}: the checkpoints can't be opened ({reason(error)}); choose another output_dir, or delete that "
-            "folder to start again"
-        ) from None
-    warn(f"{folder}: times of the checkpoints could not be read ({said}), and were deleted")
-    return checkpoints
-
-
 # -------------------------------------------------------------------------------------------------------------- saving
 
 
-def save_checkpoint(checkpoints, state: Any, progress: Any) -> None:
+def save_checkpoint(checkpoints, state: Any, step: int, progress: dict[str, Any]) -> None:
     """Copies the state to host memory and writes it from there while the caller continues. Every process calls this.
 
     Where there is a checkpoint of this step, of the same state, its progress alone is replaced.
 
     Args:
         state: a TrainState.
-        progress: a NamedTuple of JSON values, with `step` (runs.standing.Standing).
+        progress: where the run stands (runs.standing.Standing).
 
     Raises ValueError for a state that is not finite, and if the save before could not be written (a full disk).
     """
@@ -102,25 +79,24 @@ def save_checkpoint(checkpoints, state: Any, progress: Any) -> None:
         array = full_arrays(leaf)
         if is_first():  # the others keep one array at a time
             arrays[name] = array
-    on_first_process(lambda: start_saving(checkpoints, arrays, progress))
+    on_first_process(lambda: start_saving(checkpoints, arrays, step, progress))
 
 
-def start_saving(checkpoints, arrays: dict[str, Any], progress: Any) -> None:
+def start_saving(checkpoints, arrays: dict[str, Any], step: int, progress: dict[str, Any]) -> None:
     import orbax.checkpoint as ocp
 
     finish_saving(checkpoints)
     folder = expanded(str(checkpoints.directory))
     arrays = {name: np.array(array) for name, array in arrays.items()}  # copies: the next step reuses this memory
     if not all(np.isfinite(array).all() for array in arrays.values()):
-        raise ValueError(f"step {progress.step}: the state is not finite, and is not saved; lower train.learning_rate")
-    about = progress._asdict()
-    about["sha256"] = checkpoint_digest(arrays, about)
+        raise ValueError(f"step {step}: the state is not finite, and is not saved; lower train.learning_rate")
+    about = progress | {"sha256": checkpoint_digest(arrays, progress)}
     saved = ocp.args.Composite(state=ocp.args.StandardSave(arrays), progress=ocp.args.JsonSave(about))
     with errors_in_one_line(checkpoints):
-        if progress.step in steps_in(folder):
-            replace_progress(progress_file(folder, progress.step), arrays, about)
+        if step in steps_in(folder):
+            replace_progress(folder / str(step) / "progress" / "metadata", arrays, about)
         else:
-            checkpoints.save(progress.step, args=saved, force=True)
+            checkpoints.save(step, args=saved, force=True)
 
 
 def replace_progress(file: Place, arrays: dict[str, np.ndarray], about: dict[str, Any]) -> None:
@@ -148,23 +124,23 @@ def require_saved(checkpoints) -> None:
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def restore_checkpoint(checkpoints, state: Any, kind: type, run: dict[str, str]) -> tuple[Any, Any] | None:
+def restore_checkpoint(checkpoints, state: Any, run: dict[str, str]) -> tuple[Any, dict[str, Any]] | None:
     """The newest checkpoint of this run, in the shapes and shardings of `state`, and its progress; None if there is
-    none. Newer ones that are damaged, or belong to another run, are set aside with a warning.
+    none. Newer ones that are damaged are set aside with a warning.
 
     The arrays of `state` are deleted as those of the checkpoint replace them: a device needs memory for its part of one
     state, and for a piece of an array on its way (processes.PIECE).
 
     Args:
-        kind: the type of the progress.
         run: what the run is made of; see runs.standing.Standing.
 
-    Raises ValueError if there are checkpoints and none of them can be used, or if the newest is of other data.
+    Raises ValueError if there are checkpoints and none of them can be used, or if the newest is of another backbone or
+    other data.
     """
     arrays = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in arrays_by_path(state).items()}
 
     def read_first() -> dict[str, Any] | None:
-        found = newest_whole(checkpoints, arrays, kind, run)
+        found = newest_whole(checkpoints, arrays, run)
         arrays.update(found[0] if found else {})
         return found and found[1]
 
@@ -175,29 +151,24 @@ def restore_checkpoint(checkpoints, state: Any, kind: type, run: dict[str, str])
     for name, leaf in arrays_by_path(state).items():
         leaves.append(placed_like(leaf, broadcast_arrays(arrays.pop(name))))
         leaf.delete()
-    return jax.tree.unflatten(jax.tree.structure(state), leaves), kind(**progress)
+    return jax.tree.unflatten(jax.tree.structure(state), leaves), progress
 
 
 def newest_whole(
-    checkpoints, wanted: dict[str, np.ndarray], kind: type, run: dict[str, str]
+    checkpoints, wanted: dict[str, np.ndarray], run: dict[str, str]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
     folder, problems = expanded(str(checkpoints.directory)), {}
     for step in steps_in(folder):
         try:
             found = read_twice(checkpoints, step, wanted)
-            check_run(kind(**found[1]).run, run)
-        except OtherData as error:  # an older one may be of these data, but the adapter in the folder is not
-            raise ValueError(
-                f"{folder / str(step)}: {error}; put that data back, or choose another output_dir "
-                "(train.init_from starts from an adapter)"
-            ) from None
-        except OtherBackbone as error:  # an older one may be of a backbone in another dtype
-            raise ValueError(
-                f"{folder / str(step)}: {error}; put that backbone back, or choose another output_dir"
-            ) from None
         except Exception as error:  # the readers below orbax raise anything for damaged files
             problems[step] = reason(error)
             continue
+        if other := differences(found[1]["run"], run):
+            raise ValueError(
+                f"{folder / str(step)}: it is of another run: {other}; put that back, or choose another output_dir "
+                "(train.init_from starts from an adapter)"
+            )
         for damaged, said in problems.items():
             warn(
                 f"{folder / str(damaged)}: the checkpoint can't be used ({said}); it is kept as "
@@ -212,6 +183,22 @@ def newest_whole(
             "or delete that folder to start again"
         )
     return None
+
+
+def differences(held: dict[str, str], run: dict[str, str]) -> str:
+    """What a checkpoint's run is made of that this run is not: "another backbone, other training data (20 examples
+    there, 24 here)"; empty if nothing is."""
+    said = []
+    for name in sorted(held | run):
+        there, here = held.get(name), run.get(name)
+        if name.startswith("backbone"):  # one in another dtype has another name
+            said += [f"another {name}"] * (None not in (there, here) and there != here)
+        elif there != here:
+            counts = [(digest or "0").partition(" ")[0] for digest in (there, here)]
+            same = f"{counts[1]} examples, not the same"
+            count = same if counts[0] == counts[1] else f"{counts[0]} examples there, {counts[1]} here"
+            said.append(f"other {printable(name, 150)} ({count})")
+    return ", ".join(said[:3]) + (f" and {len(said) - 3} more" if len(said) > 3 else "")
 
 
 def read_twice(checkpoints, step: int, wanted: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -261,22 +248,6 @@ def steps_in(folder: Place) -> list[int]:
     if isinstance(folder, BucketPath):
         names = [name for name in names if (folder / name / WHOLE).is_file()]
     return sorted(map(int, names), reverse=True)
-
-
-def progress_file(folder: Place, step: int) -> Place:
-    """Where orbax keeps a checkpoint's progress."""
-    return folder / str(step) / "progress" / "metadata"
-
-
-def unchecked_progress(folder: Place) -> dict[str, Any]:
-    """The newest progress that can be read from a folder's checkpoints; empty if there is none. Its checksum is not
-    checked."""
-    for step in steps_in(folder) if folder.is_dir() else []:
-        with suppress(OSError, ValueError, RecursionError):
-            found = json.loads(progress_file(folder, step).read_bytes())
-            if isinstance(found, dict):
-                return found
-    return {}
 
 
 def set_aside(folder: Place) -> Place:

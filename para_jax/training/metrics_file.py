@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..io import atomic
 from ..io.checks import shorten
@@ -23,7 +23,6 @@ class Reached(NamedTuple):
 
 
 HEAD = b'{"step": '
-MAX_LINE_BYTES = 2**20
 #: Seconds between two writes of rows, in a bucket (True) and elsewhere.
 FLUSH_SECONDS = {True: 30.0, False: 10.0}
 
@@ -31,44 +30,26 @@ FLUSH_SECONDS = {True: 30.0, False: 10.0}
 def read_metrics(file: Path) -> Iterator[dict[str, float]]:
     """The rows of a run's log. A last line that was cut off by a kill is skipped.
 
-    Raises ValueError, naming the file and the line, for any other line that is not a row.
+    Raises ValueError, naming the file and the line, for any other line that is not JSON with a step.
     """
     if not is_log(file):
         raise ValueError(f"{file} is not a file; a run writes its log there")
     with open_pieces(file) as stream:
-        number = 0
-        while line := stream.readline(MAX_LINE_BYTES):
-            number += 1
-            row = row_of(line)
-            if row is not None:
+        for number, line in enumerate(stream, 1):
+            try:
+                row = json.loads(line)
+                int(row["step"])
+            except (ValueError, TypeError, KeyError):
+                if not atomic.is_torn(line, HEAD):
+                    text = shorten(line[:200].decode(errors="replace").rstrip("\n"))
+                    raise ValueError(f"{file}:{number}: {text} is not a line of a run's log; delete the line") from None
+            else:
                 yield row
-            elif not atomic.is_torn(line, HEAD):
-                text = shorten(line[:200].decode(errors="replace").rstrip("\n"))
-                raise ValueError(f"{file}:{number}: {text} is not a line of a run's log; delete the line")
 
 
 def is_log(file: Place) -> bool:
     """Whether the file is there, in a bucket as pieces."""
     return bool(pieces(file)) if isinstance(file, BucketPath) else file.is_file()
-
-
-def row_of(line: bytes) -> dict[str, float] | None:
-    """The row in a line: a step, and numbers by name. None for anything else."""
-    try:
-        row = json.loads(line.decode())
-    except (ValueError, RecursionError):
-        return None
-    named = isinstance(row, dict) and all(name.isprintable() and len(name) <= 200 for name in row)
-    return row if named and is_step(row.get("step")) and all(map(is_number, row.values())) else None
-
-
-def is_step(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63
-
-
-def is_number(value: Any) -> bool:
-    """Whether a JSON value is a number that fits a float. NaN and infinity do."""
-    return type(value) is float or (type(value) is int and abs(value) < 2**1023)
 
 
 def write_metrics(file: Place, rows: Iterable[dict[str, float]]) -> None:

@@ -6,7 +6,6 @@ So each distinct prompt is computed once, before the first step, and a step runs
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -20,8 +19,7 @@ import numpy as np
 from ..data.batches import Batch, Bucket, full_batches, plan_buckets
 from ..data.example_arrays import ExampleArrays, examples_digest
 from ..data.packing import Packed, RowShape
-from ..data.prefetch import AHEAD, THREADS
-from ..data.schedule import TenantOrder
+from ..data.schedule import AHEAD, THREADS, TenantOrder
 from ..io.messages import say
 from ..io.progress import Progress
 from ..model.tail import PromptStates, prompt_states
@@ -155,23 +153,7 @@ def require_memory(size: int, free: int | None) -> None:
 
 
 def free_memory() -> int | None:
-    """Bytes of main memory that this process may still take, also in a container; None if unknown."""
-    found = []
-    with suppress(OSError, ValueError):
+    """Bytes of main memory that this process may still take; None if unknown."""
+    with suppress(OSError):
         match = re.search(r"^MemAvailable: *(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
-        found += [1024 * int(match[1])] if match else []
-        found += free_in_group(Path("/sys/fs/cgroup"))
-    if not found:
-        try:
-            found = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-        except (ValueError, OSError, AttributeError):  # not on this system
-            return None
-    return min(found)
-
-
-def free_in_group(group: Path) -> list[int]:
-    """Bytes that the processes of a control group (a container) may still take; none without a limit. Pages of files
-    that were read once count as free, because the kernel drops them: a backbone's file leaves many."""
-    most, used, held = ((group / f"memory.{name}").read_text() for name in ("max", "current", "stat"))
-    once = re.search(r"^inactive_file (\d+)$", held, re.MULTILINE)
-    return [] if most.strip() == "max" else [int(most) - int(used) + (int(once[1]) if once else 0)]
+        return 1024 * int(match[1]) if match else None

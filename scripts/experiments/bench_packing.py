@@ -11,10 +11,10 @@ from para_jax.bench.rounds import interleaved, measurement, paired, single
 from para_jax.bench.train import Epoch, Step, epoch_rate
 from para_jax.config import DataSection
 from para_jax.data.batches import Plan, collate, example_lengths, plan_buckets
-from para_jax.data.encode_records import encode_records
 from para_jax.data.examples import Example
 from para_jax.data.packing import collate_packed, plan_packing
 from para_jax.data.records import load_records
+from para_jax.data.training_data import encode_records
 
 STEPS = 4  # that are measured of the packed side per round; the others take about as many
 

@@ -11,6 +11,7 @@ import argparse
 import fcntl
 import json
 import os
+import pickle
 import random
 import shlex
 import subprocess
@@ -21,9 +22,11 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import mean, median
 
+from para_jax import EvalOptions, load_config
+from para_jax.adapters.names import named_adapters
 from para_jax.io.record_file import write_record
 from para_jax.ray import jobs
-from para_jax.ray.workers import EvaluationWorker, GenerationWorker
+from para_jax.ray.workers import Evaluated, EvaluationWorker, GenerationWorker
 
 WORDS = "stapler lamp chair mouse cable desk phone tray clock fan mug rack late broken lost wrong new old blue".split()
 BASE = "one process"
@@ -142,12 +145,14 @@ def prepare(folder: Path, args) -> None:
 
 
 def evaluation(folder: Path, output: Path, args, processes: int, on_ray: bool) -> None:
-    options = {"backbone": args.backbone, "adapters": [f"{folder}/tenants/*"], "tasks": [f"{folder}/task:loss"]}
-    options |= {"rows": args.rows, "allow_cpu": True}
+    config = load_config(None, [f"backbone.source={args.backbone}", "runtime.allow_cpu=true"])
+    adapters, tasks = named_adapters([f"{folder}/tenants/*"]), [f"{folder}/task:loss"]
+    options = EvalOptions(rows=args.rows)
     if on_ray:
-        jobs.evaluate_on_ray(output=output, shards=args.shards, workers=processes, **options)
+        shards = {"shards": args.shards, "workers": processes}
+        jobs.evaluate_on_ray(config, adapters, tasks, output=output, options=options, **shards)
     else:
-        without_ray("evaluate", output, args.shards, processes, options)
+        without_ray("evaluate", output, args.shards, processes, Evaluated(config, adapters, tasks, options))
 
 
 def generation(folder: Path, output: Path, args, processes: int, on_ray: bool) -> None:
@@ -156,26 +161,28 @@ def generation(folder: Path, output: Path, args, processes: int, on_ray: bool) -
     if on_ray:
         jobs.generate_on_ray(folder / "in.jsonl", output=output, shards=args.shards, workers=processes, **options)
     else:
-        without_ray("generate", output, args.shards, processes, options | {"input": folder / "in.jsonl"})
+        call = jobs.arguments("generate", options | {"input": folder / "in.jsonl"})
+        without_ray("generate", output, args.shards, processes, call)
 
 
-def without_ray(command: str, output: Path, shards: int, processes: int, options: dict) -> None:
+def without_ray(command: str, output: Path, shards: int, processes: int, call) -> None:
     """Answers the shards in new processes, each pinned as a worker is: the first takes shards 0, 2, ... if there are
     two. Merges them."""
-    folder, line = output.with_name(f"{output.name}.shards"), jobs.arguments(command, [], [], options)
+    folder = output.with_name(f"{output.name}.shards")
     folder.mkdir()
+    (folder / "call").write_bytes(pickle.dumps(call))
     outputs = [folder / str(index) for index in range(shards)]
     run = [sys.executable, __file__, "part", command, str(folder), str(shards), str(processes)]
-    parts = [subprocess.Popen([*run, str(i), *line], stderr=subprocess.DEVNULL) for i in range(processes)]
+    parts = [subprocess.Popen([*run, str(i)], stderr=subprocess.DEVNULL) for i in range(processes)]
     if any([part.wait() for part in parts]):
         sys.exit(f"a process of {command} failed")
     jobs.merge_folders(outputs, output) if command == "evaluate" else jobs.merge_jobs(outputs, output)
 
 
-def part(command: str, folder: str, shards: str, processes: str, first: str, *line: str) -> None:
+def part(command: str, folder: str, shards: str, processes: str, first: str) -> None:
     """What one of these processes does."""
     kind = PinnedEvaluation if command == "evaluate" else PinnedGeneration
-    worker = kind(line, os.getcwd(), int(shards))
+    worker = kind(pickle.loads((Path(folder) / "call").read_bytes()), os.getcwd(), int(shards))
     for index in range(int(first), int(shards), int(processes)):
         error = worker({"index": [index], "output": [f"{folder}/{index}"]})["error"][0]
         if error:

@@ -27,9 +27,9 @@ class Stub:
     """Waits as long as a shard's adapters take, and then writes down that the shard has ended. Some tasks end their
     process halfway, the first time."""
 
-    def __init__(self, line, folder, count):
-        self.seconds, self.failures = float(line[0]), float(line[1])
-        self.sizes = json.loads(Path(line[2]).read_text())
+    def __init__(self, call, folder, count):
+        self.seconds, self.failures = float(call[0]), float(call[1])
+        self.sizes = json.loads(Path(call[2]).read_text())
 
     def __call__(self, batch):
         index, output = int(batch["index"][0]), Path(batch["output"][0])

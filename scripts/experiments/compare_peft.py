@@ -40,9 +40,9 @@ from para_jax.adapters.adapter import named_leaves
 from para_jax.backbone.gguf.convert import convert_gguf
 from para_jax.config import DataSection, TrainSection
 from para_jax.data.batches import Batch, Plan, collate, example_lengths, plan_buckets
-from para_jax.data.encode_records import encode_records
 from para_jax.data.examples import Example
 from para_jax.data.records import load_records
+from para_jax.data.training_data import encode_records
 from para_jax.io.hub import resolve_backbone
 from para_jax.io.record_file import write_record
 from para_jax.reports.inspect import new_record

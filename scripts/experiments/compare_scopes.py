@@ -2,10 +2,11 @@
 
     python scripts/experiments/compare_scopes.py banking77 --data DATA --output scopes.jsonl
 
-Rows of at most 40 prompt tokens: 640 of training, read once in 80 steps of 8, and 200 of validation. Each line of the
-output is one run: the mean loss per row and the exact match of the likeliest tokens, also with another row's prompt in
-place of its own. A run that the output has already is not made again. results/one_pass.json has such lines. Those with
-two passes are of commit 7f384f63, where scope `response` ran the last prompt token twice.
+Rows of at most 40 prompt tokens: 640 of training, read once in 80 steps of 8, and 200 of validation (with --test, the
+test file). Each line of the output is one run: the mean loss per row and the exact match of the likeliest tokens, also
+with another row's prompt in place of its own. A run that the output has already is not made again, so --test needs an
+output of its own. results/one_pass.json has such lines. Those with two passes are of commit 7f384f63, where scope
+`response` ran the last prompt token twice.
 """
 
 import argparse
@@ -47,24 +48,26 @@ def main() -> None:
     parser.add_argument("--scopes", nargs="+", choices=["response", "all"], default=["response", "all"])
     parser.add_argument("--rates", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--test", action="store_true", help="score the whole test file in place of validation rows")
     args = parser.parse_args()
     model, tokenizer = load_backbone("smollm2-135m", dtype="float32"), load_tokenizer("smollm2-135m")
-    train, validation = (
+    splits = ("train", TRAIN), (("test", None) if args.test else ("validation", VALIDATION))
+    train, scored = (
         rows_of(args.data / args.task / f"{split}.jsonl", tokenizer, COMPLETION[args.task], count)
-        for split, count in (("train", TRAIN), ("validation", VALIDATION))
+        for split, count in splits
     )
     held = [json.loads(line) for line in args.output.open()] if args.output.exists() else []
     names = "task", "adapter", "scope", "rate", "seed"
     for run in ((args.task, *each) for each in product(args.adapters, args.scopes, args.rates, args.seeds)):
         about = dict(zip(names, run, strict=True))
         if not any(about.items() <= line.items() for line in held):
-            found = about | score(model, trained(model, train, **about), validation, COMPLETION[args.task])
+            found = about | score(model, trained(model, train, **about), scored, COMPLETION[args.task])
             with args.output.open("a") as stream:
                 stream.write(json.dumps(found) + "\n")
             print(found, flush=True)
 
 
-def rows_of(file: Path, tokenizer, completion: int, count: int) -> list[tuple[list[int], list[int]]]:
+def rows_of(file: Path, tokenizer, completion: int, count: int | None) -> list[tuple[list[int], list[int]]]:
     """The first rows that fit, as the ids of prompt and completion."""
     found = []
     for row in map(json.loads, file.open()):

@@ -16,14 +16,47 @@ from para_jax.evaluation.score_plots import Bar, Scores, scores_plot
 from para_jax.io.checks import expanded
 from para_jax.io.figures import run_names, save
 from para_jax.io.messages import warn
-from para_jax.training.metrics_file import is_log, is_number
-from para_jax.training.scores_file import Records, logged_records
+from para_jax.training.metrics_file import is_log, read_metrics
+from para_jax.training.scores_file import Records
 from para_jax.training.scores_file import read_scores as read_records
 from para_jax.training.tenants_file import COMPARISON_FILE, read_entries
 from para_jax.training.tenants_file import FILE as TENANTS_FILE
 
 #: Panels of a picture, at most.
 MAX_PANELS = 12
+
+
+NAMES = ("validation_base", "validation", "test_base", "test")
+
+
+def logged_records(log: Path, count: int | None = None) -> Records:
+    """The records of a run that left only its log: its best validation score so far, with the step, its last test score
+    and the base model's.
+
+    Args:
+        count: of the examples.
+    """
+    rows, found = list(read_metrics(log)) if is_log(log) else [], {}
+    for name, prefix in zip(NAMES, ("validation_", "validation_", "test_before_", "test_after_"), strict=True):
+        scored = [row for row in rows if f"{prefix}loss" in row]
+        if prefix == "validation_":  # the base model's is that of step 0
+            scored = [row for row in scored if (row["step"] == 0) == (name == "validation_base")]
+        if not scored:
+            continue
+        names = [key.removeprefix(prefix) for key in scored[-1] if key.startswith(prefix)]
+        own = [key for key in names if key != "loss" and not key.endswith("_stderr")]
+        metric = "loss" if "loss_stderr" in names or not own else own[0]  # only a score has a standard error
+        sign, best = -1 if metric == "loss" else 1, scored[-1]
+        if name == "validation":  # as the run keeps it
+            same = [row for row in scored if f"{prefix}{metric}" in row]
+            best = max(same, key=lambda row: (sign * row[f"{prefix}{metric}"], -row[f"{prefix}loss"]))
+        values = {key.removeprefix(prefix): value for key, value in best.items() if key.startswith(prefix)}
+        found[name] = {"metric": metric, "count": count, "step": int(best["step"]), "values": values}
+    return found
+
+
+def is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def main() -> None:

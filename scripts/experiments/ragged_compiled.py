@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from bench_ragged import LORA, PARA, ROWS, summed_by_rows, summed_ragged
 from jax.sharding import NamedSharding, PartitionSpec
+from program_counts import describe_program
 from ragged_lora import ragged_adjustments
 
 from para_jax import ParaConfig, Rows, Stack, init_adapter, load_model_config, make_mesh, pick, prefill, stack_adapters
@@ -27,7 +28,6 @@ from para_jax.adapters.rows import layers_first
 from para_jax.backbone.load import abstract_backbone
 from para_jax.config import SITES
 from para_jax.data.batches import Batch
-from para_jax.estimate.hlo_counts import describe_program
 from para_jax.estimate.topology import topology_devices
 from para_jax.model.adapted import decode_step
 

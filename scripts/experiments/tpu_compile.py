@@ -25,12 +25,12 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
+from program_counts import Program, describe_program
 
 from para_jax import ParaConfig, init_adapter, load_model_config, make_mesh, pick, prefill, stack_adapters
 from para_jax.adapters.adapter import Factors
 from para_jax.backbone.load import abstract_backbone
 from para_jax.config import SITES, Ia3Config, LoraConfig
-from para_jax.estimate.hlo_counts import Program, describe_program
 from para_jax.estimate.topology import topology_devices
 from para_jax.model.adapted import decode_step
 from para_jax.runtime.sharding import partition, with_sharding

@@ -22,11 +22,11 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
+from program_counts import describe_program
 
 from para_jax import load_model_config, make_mesh, prefill
 from para_jax.backbone.cache_blocks import block_size
 from para_jax.backbone.load import abstract_backbone
-from para_jax.estimate.hlo_counts import describe_program
 from para_jax.estimate.topology import topology_devices
 from para_jax.model.adapted import decode_step, stacked_state
 

@@ -112,8 +112,8 @@ def compiled_entry(overrides: tuple[str, ...], kernel: str, remat: str, split: t
         "command": f"para-jax train {CONFIG} --dry-run --topology {SLICE} {' '.join(given)}",
         "versions": f"jax {jax.__version__}, libtpu {version('libtpu')}",
         "arguments": shard_bytes(step_arguments(config, mesh)),
-        **said._asdict(),
-        "program": said.program and said.program._asdict(),
+        **{key: value for key, value in said._asdict().items() if key != "memory"},
+        "program": said.memory and said.memory._asdict(),
     }
 
 

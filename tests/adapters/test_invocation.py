@@ -12,7 +12,6 @@ from para_jax import (
     AdapterBank,
     Engine,
     LoraConfig,
-    ParaConfig,
     Request,
     generate,
     init_adapter,
@@ -22,7 +21,6 @@ from para_jax import (
     stack_adapters,
     train,
 )
-from para_jax.adapters.rows import row_configs
 from para_jax.adapters.scope import require_invocation
 from para_jax.evaluation.answers import Answerer
 from para_jax.evaluation.batch_adapters import StackBank
@@ -53,26 +51,13 @@ def bank(model, adapter):
     return bank
 
 
-@pytest.mark.parametrize("prompt", [[7, 9], [3, 7, 9], [7, 9, 7, 9]])
-def test_a_prompt_that_ends_with_the_tokens_passes(prompt):
-    require_invocation(CONFIG, prompt, "prompt")
-
-
-@pytest.mark.parametrize("prompt", [[7, 9, 3], [9], [], [9, 7], [7, 9, 9]])
-def test_another_prompt_is_refused_and_named(prompt):
-    with pytest.raises(ValueError, match=r"^prompt 5 must .*\[7, 9\]"):
-        require_invocation(CONFIG, prompt, "prompt 5")
-
-
-@pytest.mark.parametrize("config", [None, ParaConfig(), LoraConfig(), replace(CONFIG, alora_invocation_tokens=None)])
-def test_an_adapter_without_tokens_takes_every_prompt(config):
-    require_invocation(config, [1], "prompt")
-
-
-def test_rows_know_the_config_of_each_row(model, adapter):
-    stack = stack_adapters([adapter, adapter])
-    assert row_configs(pick(stack, [1, -1, 0]), 3) == [CONFIG, None, CONFIG]
-    assert row_configs(None, 2) == [None, None]
+def test_a_prompt_must_end_with_the_tokens_of_its_adapter():
+    for prompt in ([7, 9], [7, 9, 7, 9]):
+        require_invocation(CONFIG, prompt, "prompt")
+    for prompt in ([7, 9, 3], [9], []):
+        with pytest.raises(ValueError, match=r"^prompt 5 must .*\[7, 9\]"):
+            require_invocation(CONFIG, prompt, "prompt 5")
+    require_invocation(LoraConfig(), [1], "prompt")
 
 
 @pytest.mark.long

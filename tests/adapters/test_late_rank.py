@@ -13,7 +13,7 @@ from one_adapter import fresh_state, only, trained_step
 from safetensors.numpy import load_file
 from tiny_run import TRAIN
 
-from para_jax import AdapterBank, ParaConfig, forward, init_adapter, load_adapter, load_config, save_adapter
+from para_jax import AdapterBank, ParaConfig, forward, init_adapter, load_adapter, save_adapter
 from para_jax.adapters.adapter import count_parameters, named_leaves, with_leaves
 from para_jax.data.batches import Bucket, collate
 from para_jax.data.examples import Example
@@ -103,19 +103,6 @@ def test_a_folder_whose_layers_have_other_ranks_is_refused(tmp_path):
         load_adapter(tmp_path / "adapter", backbone("llama").config)
 
 
-def test_a_mixed_batch_equals_each_tenant_alone():
-    model = backbone("llama")
-    adapters = {"late": late(r=2, late_r=5), "whole": strong(init_adapter(ParaConfig(r=4), model.config), seed=5)}
-    bank = AdapterBank.holding(adapters, model.config)
-    assert bank.max_r == 5
-    tokens, lengths = prompts(model, 3), np.array([3, 8, 5])
-    names = ["whole", "late", None]
-    found = forward(model, bank.rows(names), tokens, lengths)
-    for i, name in enumerate(names):
-        alone = forward(model, adapters.get(name), tokens[i : i + 1], lengths[i : i + 1])
-        np.testing.assert_allclose(found[i], alone[0], atol=2e-4)
-
-
 @pytest.mark.parametrize("options", quick(FORMS, FORMS[0]), ids=str)
 def test_training_leaves_what_lies_past_a_rank_zero(options):
     model = backbone("llama", "stacked")
@@ -131,17 +118,3 @@ def test_training_leaves_what_lies_past_a_rank_zero(options):
     for name, leaf in named_leaves(trained).items():
         if name not in ("mean", "scale"):
             assert abs(leaf - named_leaves(start)[name]).max() > 1e-4, name
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"late_r": 0}, "late_r"), ({"late_r": 2.0}, "late_r"), ({"late_r": 4, "activation": "rational"}, "rational")],
-)
-def test_what_it_can_not_be_is_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        ParaConfig(**options)
-
-
-def test_a_run_takes_it():
-    config = load_config(None, ["adapter.r=4", "adapter.late_r=28", "data.train=rows.jsonl"])
-    assert config.adapter == ParaConfig(r=4, late_r=28)

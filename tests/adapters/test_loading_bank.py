@@ -1,6 +1,5 @@
 """A bank that loads adapters when they are asked for gives what one that holds them all gives."""
 
-import inspect
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 
@@ -110,12 +109,6 @@ def test_the_tenants_of_a_bank_that_loads_stay_the_same(found, config):
             change()
     assert bank.names == tuple(NAMES) and bank.entry("b") and bank.entry("a").content == before
     assert bank.identities() == [(name, one.digest) for name, one in found.items()]
-
-
-def test_what_holds_no_names_is_refused(found, config):
-    for wrong, message in (5, "names is 5; give a list"), ([], "names is empty"):
-        with pytest.raises(ValueError, match=message):
-            inspect.unwrap(AdapterBank.rows)(loading(found, config, 1)[0], wrong)
 
 
 def test_rows_are_those_of_a_bank_that_holds_everything(found, config):

@@ -193,13 +193,6 @@ def test_missing_keys_have_transformers_defaults():
     assert model_config(minimal("gemma3_text", attn_logit_softcapping=50.0)).attention_softcap is None  # as there
 
 
-@pytest.mark.parametrize("key", ["attn_logit_softcapping", "final_logit_softcapping"])
-@pytest.mark.parametrize("value", [0, -1.0, False, True, "", "50", [], {}, float("nan"), 1e-40])
-def test_a_soft_cap_is_a_number_above_zero_or_null(key, value):
-    with pytest.raises(ValueError, match=f"{key} is .*a number"):
-        model_config(minimal("gemma2", **{key: value}))
-
-
 def test_null_in_a_rotary_embedding_means_that_the_key_is_missing():
     local = {"full_attention": {"rope_theta": None}, "sliding_attention": {"factor": None}}
     for name, given in (
@@ -212,11 +205,6 @@ def test_null_in_a_rotary_embedding_means_that_the_key_is_missing():
     assert model_config(minimal("llama", rope_scaling=scaled)) == model_config(minimal("llama", rope_scaling=YARN))
 
 
-def test_the_fields_of_a_family_alone_are_read():
-    """As transformers does: mistral's config has no use_sliding_window."""
-    assert {k.window for k in model_config(minimal("mistral", use_sliding_window=False)).kinds} == {4096}
-
-
 @pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text"])
 def test_windowed_layers_need_a_window(model_type):
     with pytest.raises(ValueError, match="no sliding_window"):
@@ -225,25 +213,7 @@ def test_windowed_layers_need_a_window(model_type):
         model_config(minimal("qwen2", layer_types=["sliding_attention"] * 13))
 
 
-ODD = (
-    None,
-    True,
-    0,
-    -1,
-    0.5,
-    1e-40,
-    1e40,
-    2**31,
-    10**400,
-    float("nan"),
-    "",
-    "x\x1b[31m" * 100,
-    [],
-    [[]],
-    ["a"],
-    {},
-    {"a": 1},
-)
+ODD = (None, True, 0, -1, 0.5, 1e40, 2**31, 10**400, float("nan"), "x\x1b[31m" * 100, [], [[]], ["a"], {"a": 1})
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -268,13 +238,6 @@ def test_token_ids_may_be_a_number_a_list_or_null():
     assert model_config(minimal("llama", pad_token_id=-1)).pad_token_id is None
 
 
-@pytest.mark.parametrize("keys", [{"attention_bias": True}, {"mlp_bias": True}])
-def test_biases_are_read(keys):
-    config = model_config(minimal("llama", **keys))
-    attention, mlp = "attention_bias" in keys, "mlp_bias" in keys
-    assert (config.qkv_bias, config.output_bias, config.mlp_bias) == (attention, attention, mlp)
-
-
 @pytest.mark.parametrize("key", SIZES)
 def test_a_missing_size_is_named(key):
     with pytest.raises(ValueError, match=f"no {key}"):
@@ -288,66 +251,29 @@ GRANITE4 = {"model_type": "granitemoehybrid", "num_local_experts": 0, "layer_typ
 @pytest.mark.parametrize(
     ("keys", "named"),
     [
-        ({"layer_types": []}, "layer_types is 0"),
-        ({"layer_types": {}}, "layer_types is {}"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 9.0}}}, "rope_parameters for full_attention"),
         ({"rms_norm_eps": 1e-40}, "rms_norm_eps is 1e-40"),
-        ({"eos_token_id": 2**31}, "eos_token_id is 2147483648"),
         ({"eos_token_id": [7] * 1001}, "eos_token_id is .7, 7.*at most 1000"),
-        ({"num_hidden_layers": 10_000}, "num_hidden_layers is 10000.*from 1 to 1000"),
-        ({"rope_theta": 10**400}, "rope_theta is 1000.* a number"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000.*from 1 to 1000"),
+        ({"hidden_size": "64"}, "hidden_size is '64'"),
         ({"model_type": "mamba"}, "'mamba'.*llama"),
-        ({"model_type": None}, "no model_type"),
         ({"model_type": "gemma3", "text_config": {}, "vision_config": {"a": 1}}, "'gemma3', with vision_config"),
-        ({"text_config": {"a": 1}}, "multimodal"),
         ({"model_type": "qwen3_moe", "num_experts": 8}, "mixture of experts"),
-        ({"num_local_experts": 8}, "mixture of experts"),
-        ({"model_type": "granitemoehybrid"}, "no layer_types"),
-        ({"model_type": "ministral3"}, "no llama_4_scaling_beta"),
         (MINISTRAL3, "no original_max_position_embeddings"),
         (MINISTRAL3 | {"is_causal": False}, "is_causal false"),
-        (GRANITE4 | {"num_local_experts": 8}, "num_local_experts is 8.*mixture of experts"),
         (GRANITE4 | {"num_local_experts": None}, "num_local_experts is 8.*mixture of experts"),
         (GRANITE4 | {"layer_types": ["mamba"] * 13}, "layer_types is 'mamba'"),
-        ({"attention_chunk_size": 8}, "attention_chunk_size"),
-        ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
-        ({"is_causal": False}, "is_causal false"),
         ({"head_dim": 2**23, "rope_scaling": YARN}, "head_dim is 8388608.*at most 4096"),
-        (
-            {"head_dim": None, "num_attention_heads": 1, "num_key_value_heads": 1, "hidden_size": 2**23},
-            "head_dim is 8388608",
-        ),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' has no original_max_position_embeddings"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "no original_max_position_embeddings"),
         ({"rope_scaling": YARN | {"beta_slow": 64}}, "beta_slow is 64.*less than beta_fast 32"),
-        ({"rope_scaling": YARN | {"truncate": 1}}, "truncate is 1"),
-        ({"rope_scaling": YARN | {"factor": 1e30}}, "factor is 1e.30.*less than"),
-        ({"rope_scaling": YARN | {"attention_factor": 0}}, "attention_factor is 0"),
-        ({"rope_scaling": YARN, "rope_theta": 1.0}, "rope_theta is 1.0.*'yarn'"),
-        ({"rope_scaling": LONGROPE | {"short_factor": None}}, "'longrope' has no short_factor"),
         ({"rope_scaling": LONGROPE | {"short_factor": [1.0] * 7}}, "short_factor is .*a list of 8 numbers"),
-        ({"rope_scaling": LONGROPE | {"short_factor": [1.0] * 7 + [0]}}, "short_factor is 0"),
-        ({"no_rope_layers": [1, 0]}, "no_rope_layers .layers without rotary embedding"),
         ({"model_type": "smollm3", "no_rope_layers": [1] * 12}, "no_rope_layers is .*0 or 1 for each layer"),
-        ({"model_type": "smollm3", "no_rope_layers": [2] * 13}, "no_rope_layers is .*0 or 1 for each layer"),
         ({"rope_parameters": {"rope_type": "ntk", "factor": 2.0}}, "rope_type 'ntk'"),
-        ({"rope_scaling": {"type": "dynamic"}}, "'dynamic' has no factor"),
-        ({"rope_scaling": {"type": "linear"}}, "no factor"),
-        ({"rope_scaling": "linear"}, "rope_scaling is 'linear'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ({"layer_types": ["chunked_attention"] * 13}, "'chunked_attention'"),
-        ({"layer_types": ["full_attention"]}, "layer_types is 1"),
         ({"layer_types": ["sliding_attention"] * 13}, "layer_types except full_attention"),
-        ({"hidden_act": "tanh"}, "hidden_act is 'tanh'"),
         ({"hidden_act": ["silu"]}, "hidden_act"),
-        ({"hidden_size": "64"}, "hidden_size is '64'"),
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
-        ({"num_hidden_layers": True}, "num_hidden_layers is True"),
         ({"num_key_value_heads": 5}, "num_key_value_heads is 5"),
-        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
-        ({"head_dim": 3}, "rotary dimensions"),
-        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'"),
-        ({"eos_token_id": ["</s>"]}, "eos_token_id"),
     ],
 )
 def test_unsupported_config_values_are_named(keys, named):

@@ -2,7 +2,6 @@
 not that of the weights is refused before any work."""
 
 import json
-import re
 import shutil
 import tracemalloc
 from math import prod
@@ -87,13 +86,6 @@ def test_wrong_sizes_are_refused_before_anything_is_traced(keys, tmp_path, monke
     assert len(str(error.value)) < 3000
 
 
-@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float64", "complex64", "auto", "bf16", "fp16", int, 5])
-def test_a_dtype_that_holds_no_weights_is_named(dtype):
-    """int8 would round all weights to zero."""
-    with pytest.raises(ValueError, match=f"dtype {re.escape(repr(dtype))} .*float32, bfloat16, float16.*quantize"):
-        load_backbone(FIXTURES / "llama", dtype=dtype)
-
-
 @pytest.mark.parametrize("dtype", ["float16", np.float32, jnp.float32.dtype, None])
 def test_a_dtype_is_a_name_or_a_type(dtype):
     assert load_backbone(FIXTURES / "llama", dtype=dtype).dtype == (dtype or "float32")
@@ -106,14 +98,10 @@ def deep(levels: int) -> bytes:
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        (b"", "not JSON"),
         (b"\xff\xfe{}", "not UTF-8"),
         (b"[1]", r"\[1\] is not a mapping"),
         (deep(70), "deeper than 64 levels"),
-        (deep(100_000), "deeper than 64 levels"),
-        (b'{"vocab_size": ' + b"1" * 5000 + b"}", "a number of 5000 digits"),
         (b'{"vocab_size": 256, "vocab_size": 256}', "'vocab_size' .*twice"),
-        (b'{"rope_scaling": {"type": "linear", "type": "x"}}', "'type' .*twice"),
         (b'{"model_type": "\\u001b[31m' + b"x" * 5000 + b'"}', r"model_type '\\x1b.*xxx\.\.\. is not supported"),
     ],
 )
@@ -145,24 +133,6 @@ def test_a_penalty_that_other_libraries_apply_is_named(tmp_path, capsys):
         assert said.count("is not applied") == named and ("repetition_penalty 1.05" in said) == bool(named)
 
 
-def test_yarns_attn_factor_which_vllm_applies_is_named(tmp_path, capsys):
-    """DeepSeek-R1-0528-Qwen3-8B has one."""
-    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 1e4}
-    for form in ("rope_scaling", "rope_parameters"):
-        for factor, named in ((0.875, 1), (1.0, 0), (None, 0)):
-            keys = {"rope_scaling": None, "rope_parameters": None} | {form: yarn | {"attn_factor": factor}}
-            load_backbone(folder_of(tmp_path, changed(**keys)))
-            assert capsys.readouterr().err.count("attn_factor 0.875 of yarn is not applied") == named
-
-
-@pytest.mark.parametrize("content", [b'{"eos_token_id": "</s>"}', b'{"eos_token_id": [true]}', b"[2]"])
-def test_a_wrong_generation_config_is_named(content, tmp_path):
-    folder = folder_of(tmp_path, changed())
-    (folder / "generation_config.json").write_bytes(content)
-    with pytest.raises(ValueError, match=f"{folder}/generation_config.json: "):
-        load_model_config(folder)
-
-
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
 def test_only_a_bounded_part_of_a_huge_file_is_read(name, tmp_path):
     folder = folder_of(tmp_path, changed())
@@ -182,9 +152,3 @@ def test_a_folder_with_the_name_of_a_known_model_is_read(tmp_path, monkeypatch):
     shutil.copytree(FIXTURES / "llama", tmp_path / "google" / "gemma-2b")
     monkeypatch.chdir(tmp_path)
     assert load_model_config("google/gemma-2b") == load_backbone("google/gemma-2b").config != published
-
-
-@pytest.mark.parametrize("mesh", ["data", (1, 1, 1), {"data": 1}])
-def test_what_is_no_mesh_is_refused_by_name(mesh):
-    with pytest.raises(ValueError, match=f"mesh is a {type(mesh).__name__}; make it with para_jax.make_mesh"):
-        load_backbone(FIXTURES / "llama", mesh=mesh)

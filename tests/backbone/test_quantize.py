@@ -24,9 +24,7 @@ from para_jax.backbone.layers import Linear
 from para_jax.backbone.load import abstract_backbone, load_model_config
 from para_jax.backbone.quantize import Int8Linear, quantise
 from para_jax.data.batches import Batch
-from para_jax.estimate.hlo_counts import collective_bytes, continues_collective
-from para_jax.estimate.hlo_loops import instructions_run
-from para_jax.estimate.hlo_parser import parse_hlo
+from para_jax.estimate.hlo import collective_bytes, continues_collective, instructions_run, parse_hlo
 from para_jax.inference.generate import generate_tokens
 from para_jax.inference.sampling import Sampling
 from para_jax.runtime.sharding import place, shard_rows
@@ -252,13 +250,6 @@ def test_a_run_on_int8_learns_resumes_and_says_so_in_its_card(tmp_path):
     assert "int8 during training" in (Path(cut.output_dir) / "adapter" / "README.md").read_text()
     with pytest.raises(ValueError, match="backbone.quantize .'int8' there, None here"):
         train(replace(cut, backbone=replace(cut.backbone, quantize=None)))
-
-
-def test_another_quantisation_is_named():
-    with pytest.raises(ValueError, match="backbone.quantize .*int8.*'int4'"):
-        run_config(Path("."), "backbone.quantize=int4")
-    with pytest.raises(ValueError, match="quantize 'int4'.* int8"):
-        load_backbone(FIXTURES / "llama", quantize="int4")
 
 
 # ----------------------------------------------------------------------------------------------------- over the network

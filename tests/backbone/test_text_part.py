@@ -15,7 +15,7 @@ from para_jax.backbone.families import model_config
 from para_jax.backbone.text_part import text_config, text_tensors
 from para_jax.config import Ia3Config, LoraConfig
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 #: How published checkpoints, and transformers 5 in memory, name a text model's tensors.
 NAMINGS = {
     "published": lambda name: f"language_model.{name}",

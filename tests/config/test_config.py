@@ -3,7 +3,6 @@
 import dataclasses
 import re
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
 import pytest
@@ -14,17 +13,12 @@ from para_jax.config import (
     ADAPTER_CONFIGS,
     SITES,
     EvalSection,
-    LoggingSection,
     MeshSection,
     SweepSection,
     TrainSection,
-    allowed_values,
     config_dict,
     save_config,
 )
-from para_jax.config.bounds import Bounds, check_fields
-from para_jax.config.fields import typed_value
-from para_jax.io.checks import require
 
 SHIPPED = Path(__file__).parents[2] / "configs"
 
@@ -112,13 +106,6 @@ def test_text_overrides_are_literal(given, taken):
     assert config.data.prompt == config.data.completion == taken
 
 
-def test_a_comment_in_a_text_is_refused_because_it_would_be_lost():
-    for text in ("output_dir=runs/a #1", "data.train=data/b # c"):
-        assert "YAML takes the # for a comment" in error(text)
-    assert load_config(None, ["output_dir='runs/a #1'"]).output_dir == "runs/a #1"
-    assert load_config(None, ["output_dir=runs/a#1", "train.max_steps=3 # steps"]).output_dir == "runs/a#1"
-
-
 def test_other_overrides_are_yaml():
     config = load_config(
         None, ["train.max_steps=null", "eval.test=true", "backbone.dtype=float32", "train.learning_rate=1"]
@@ -156,7 +143,7 @@ def test_target_modules_are_sorted_in_the_order_of_the_sites():
 
 
 @pytest.mark.parametrize("kind", [ParaConfig, LoraConfig, Ia3Config])
-@pytest.mark.parametrize("given", ["all-linear", "q_proj", ".*", None, 3, [], [["q_proj"]], ["q_proj", "lm_head"]])
+@pytest.mark.parametrize("given", ["all-linear", None, [], ["q_proj", "lm_head"]])
 def test_targets_of_another_kind_are_shown_as_they_were_given(kind, given):
     """PEFT takes a text, and None for its own choice."""
     shown = repr(tuple(given) if isinstance(given, list) and given else given)
@@ -165,26 +152,13 @@ def test_targets_of_another_kind_are_shown_as_they_were_given(kind, given):
         kind(target_modules=given)
 
 
-def test_target_modules_of_a_file_that_are_no_list_name_the_sites():
-    said = error("adapter.method=lora", "adapter.target_modules=all-linear")
-    assert f"adapter.target_modules must be a list of one or more of {', '.join(SITES)}; got 'all-linear'" in said
-
-
-@pytest.mark.parametrize("given", ["down_proj", None, ["up_proj"]])
-def test_inputs_of_another_kind_are_refused(given):
-    with pytest.raises(ValueError, match=r"feedforward_modules must be \[down_proj\] or empty; got "):
-        Ia3Config(feedforward_modules=given)
-
-
 # --------------------------------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(("override", "named"), [
     ("train.learning_rat=1", ("learning_rat", "learning_rate")),
     ("trian.max_steps=1", ("trian", "train")),
-    ("adapter.rank=4", ("rank",)),
     ("data.promt=x", ("promt", "prompt")),
-    ("mesh.model=2", ("model",)),
     ("seeds=1", ("seeds", "seed")),
 ])  # fmt: skip
 def test_an_unknown_key_is_named_with_the_nearest_known_one(override, named, tmp_path):
@@ -196,21 +170,10 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(override, named, tmp
     assert "run.yaml" in error(file=tmp_path / "run.yaml")
 
 
-@pytest.mark.parametrize("text", ["evaluation:", "trian: null", "data[chat_template_kwargs: null", "3: ~"])
-def test_an_unknown_section_is_refused_without_a_value_too(text, tmp_path):
-    """Its name is wrong, and whoever wrote it meant something."""
-    assert text.split(":")[0] in error(file=written(tmp_path, f"train:\n{text}\n"))
-    assert load_config(written(tmp_path, "train:\ndata:\nadapter:\n")) == RunConfig()
-    assert "seed" in error(file=written(tmp_path, "seed: null\n")) and "seed" in error("seed=null")
-
-
 @pytest.mark.parametrize(("override", "meant"), [
     ("adapter.method=LoRA", "lora"),
-    ("adapter.method=IA3", "ia3"),
     ("sweep.method=[para, Lora]", "lora"),
     ("eval.metric=acc", "accuracy"),
-    ("eval.metric=Exact_Match", "exact_match"),
-    ("eval.also=[F1]", "f1"),
     ("train.schedule=cosin", "cosine"),
     ("eval.metric=bleu", None),
     ("adapter.method=null", None),
@@ -221,68 +184,25 @@ def test_a_wrong_name_is_answered_with_the_nearest_one(override, meant):
     assert (f"did you mean {meant}?" in said) if meant else "did you mean" not in said
 
 
-@pytest.mark.parametrize("override", [
-    "train.learning_rate=fast",
-    "train.max_steps=1.5",
-    "train.max_steps=[1]",
-    "eval.test=maybe",
-    "eval.choices=yes",
-    "adapter.r=twelve",
-    "mesh.data=null",
-    "seed=x",
-])  # fmt: skip
-def test_a_wrong_type_names_the_field(override):
-    assert override.partition("=")[0] in error(override)
-
-
 def test_a_value_in_the_place_of_a_section_names_it():
     assert "train must" in error("train=3") and "adapter" in error("adapter=lora")
 
 
 @pytest.mark.parametrize(("override", "allowed"), [
     ("backbone.dtype=float16", "float32, bfloat16"),
-    ("adapter.method=lora9", "para"),
     ("adapter.r=0", "1"),
-    ("adapter.pooler=first", "last, mean, max, constant"),
-    ("adapter.summary=norm", "raw, rms, standardised"),
-    ("adapter.activation=tanh", "gelu"),
+    ("adapter.r=twelve", "whole number"),
     ("adapter.target_modules=[]", "q_proj"),
-    ("adapter.target_modules=[q_proj, lm_head]", "q_proj"),
-    ("data.max_seq_length=1", "2"),
-    ("data.truncate=right", "error, skip, left"),
-    ("data.buckets=0", "1"),
-    ("train.learning_rate=-1", "0"),
+    ("adapter.target_modules=all-linear", "q_proj"),
     ("train.learning_rate=nan", "0"),
-    ("train.schedule=step", "constant, linear, cosine"),
     ("train.warmup_ratio=1", "less than 1"),
-    ("train.warmup_ratio=-0.1", "0"),
-    ("train.max_steps=0", "1"),
-    ("train.num_epochs=0", "more than 0"),
-    ("train.per_device_batch_size=0", "1"),
-    ("train.gradient_accumulation_steps=0", "1"),
     ("train.max_grad_norm=0", "more than 0"),
-    ("train.remat=all", "none, dots, block"),
-    ("eval.every=0", "1"),
-    ("eval.metric=bleu", "loss"),
-    ("eval.also=[loss]", "exact_match"),
-    ("eval.limit=0", "1"),
-    ("eval.batch_size=0", "1"),
-    ("eval.max_new_tokens=0", "1"),
-    ("eval.patience=0", "1"),
-    ("logging.report_to=[mlflow]", "tensorboard, wandb"),
-    ("logging.every=0", "1"),
-    ("sweep.seed=[a]", "whole number"),
-    ("sweep.seed=[1.5]", "whole number"),
-    ("sweep.seed=[-1]", "0"),
-    ("sweep.learning_rate=[fast]", "number"),
-    ("sweep.learning_rate=[-2]", "0"),
-    ("seed=-1", "0"),
-    ("seed=1:30", "whole number"),
+    ("train.max_steps=1.5", "whole number"),
     ("train.max_steps=010", "whole number"),
-    ("adapter.layers_to_transform=[last]", "whole number"),
-    ("adapter.layers_to_transform=[-1]", "0"),
-    ("adapter.scope=completion", "all, prompt, response"),
-    ("adapter.scope_window=0", "1"),
+    ("seed=1:30", "whole number"),
+    ("eval.also=[loss]", "exact_match"),
+    ("eval.test=maybe", "true or false"),
+    ("sweep.seed=[-1]", "0"),
     ("adapter.scope_window=4", "1 with scope all"),
 ])  # fmt: skip
 def test_a_value_out_of_bounds_names_the_field_the_value_and_what_is_allowed(override, allowed):
@@ -292,53 +212,12 @@ def test_a_value_out_of_bounds_names_the_field_the_value_and_what_is_allowed(ove
     assert value.strip("[]").split(", ")[-1] in message
 
 
-@dataclasses.dataclass(frozen=True)
-class Example:
-    size: Annotated[int, Bounds(at_least=1, at_most=8)] = 1
-    share: Annotated[float, Bounds(above=0, below=1)] | None = None
-    kind: Literal["a", "b"] | None = None
-    kinds: tuple[Literal["a", "b"], ...] = ()
-    on: bool = False
-    place: str | None = None
-
-
-@pytest.mark.parametrize("fields", [
-    {"size": 8}, {"share": 0.5}, {"share": None}, {"kind": None}, {"kind": "b"}, {"kinds": ("b", "a")},
-])  # fmt: skip
-def test_a_value_within_bounds_passes(fields):
-    check_fields(Example(**fields), "part.")
-
-
-@pytest.mark.parametrize(("fields", "named"), [
-    ({"size": 0}, "size.*1.*8.* 0"),
-    ({"size": 9}, "size.*1.*8.* 9"),
-    ({"size": 1.5}, "size.*whole.* 1.5"),
-    ({"size": True}, "size.*True"),
-    ({"size": "3"}, "size.*'3'"),
-    ({"size": None}, "size.*None"),
-    ({"share": 0}, "share.*more than 0.* 0"),
-    ({"share": float("nan")}, "share.*nan"),
-    ({"kind": "c"}, "kind.*a, b.*'c'"),
-    ({"kinds": ("a", "c")}, "kinds.*a, b.*'c'"),
-    ({"on": "false"}, "on.*true or false.*'false'"),
-    ({"on": 1}, "on.*true or false.* 1"),
-    ({"place": 5}, "place.*text.* 5"),
-])  # fmt: skip
-def test_a_field_is_checked_against_its_literal_or_bounds(fields, named):
-    with pytest.raises(ValueError, match=f"part.{named}"):
-        check_fields(Example(**fields), "part.")
-
-
 @pytest.mark.parametrize(("make", "named"), [
     (lambda: EvalSection(choices="yes"), "eval.choices.*'yes'"),
-    (lambda: EvalSection(also=3), "eval.also.* 3"),
-    (lambda: LoggingSection(report_to="tensorboard"), "logging.report_to.*'tensorboard'"),
     (lambda: SweepSection(learning_rate=1e-3), "sweep.learning_rate.*0.001"),
     (lambda: MeshSection(data="8"), "mesh.data.*'8'"),
-    (lambda: MeshSection(tensor=True), "mesh.tensor.*True"),
     (lambda: RunConfig(data={"train": "x"}), "data.*DataSection"),
     (lambda: RunConfig(adapter="lora"), "adapter.*LoraConfig.*'lora'"),
-    (lambda: RunConfig(adapter=LoraConfig), "adapter.*LoraConfig"),
 ])  # fmt: skip
 def test_a_config_in_python_is_checked_as_one_in_a_file(make, named):
     with pytest.raises(ValueError, match=named):
@@ -351,43 +230,11 @@ def test_a_list_becomes_a_tuple():
     assert (made[0].choices, made[0].also, made[1]) == (("a", "b"), ("f1",), (0.5, 0.25)) and hash(made[0])
 
 
-def test_a_path_becomes_a_text():
-    made = Example(place=Path("a/b"))
-    check_fields(made)
-    assert made.place == "a/b" and RunConfig(output_dir=Path("runs/x")).output_dir == "runs/x"
-
-
-def test_the_allowed_values_of_a_field_are_those_of_its_literal():
-    assert allowed_values(Example, "kind") == ("a", "b")
-    assert allowed_values(TrainSection, "remat") == ("none", "dots", "block")
-
-
-def test_require_names_the_field_the_value_and_the_expectation():
-    require(True, "size", 3, "even")
-    with pytest.raises(ValueError, match="size must be even; got 3"):
-        require(False, "size", 3, "even")
-
-
-@pytest.mark.parametrize("adapter", [ParaConfig(), LoraConfig(), Ia3Config()], ids=ADAPTER_CONFIGS)
-def test_every_field_of_a_run_has_a_type_that_is_read_from_yaml(adapter):
-    config = RunConfig(adapter=adapter)
-    for section in [config, *vars(config).values()]:
-        for field in dataclasses.fields(section) if dataclasses.is_dataclass(section) else ():
-            if not dataclasses.is_dataclass(getattr(section, field.name)) and field.metadata.get("in_file", True):
-                typed_value(field.name, ["1"] if "tuple" in str(field.type) else 1, field.type)
-
-
-@pytest.mark.parametrize("override", ["sweep.seed=['${seed}']", "sweep.seed=[${seed}]", "${seed}"])
-def test_an_error_shows_a_reference_as_it_was_written(override):
-    assert "${seed}" in error(override)
-
-
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("train.max_steps", "write train.max_steps=VALUE"),
+        ("train.max_steps", "section.field=value"),
         ("=3", "section.field=value"),
-        ("--fast", "section.field=value"),
     ],
 )
 def test_an_override_without_a_value_says_how_one_looks(override, said):
@@ -429,24 +276,16 @@ def test_data_in_place_of_a_config_is_given_to_one(tmp_path):
 
 def test_a_template_without_quotes_is_named(tmp_path):
     said = error(file=written(tmp_path, "data: {prompt: {question}}\n"))
-    assert "data.prompt: {'question': None} is a mapping in YAML; quote the text, such as '{question}'" in said
+    assert "data.prompt: YAML reads this as {'question': None}; put the text in quotes" in said
 
 
 def test_yaml_can_not_make_objects(tmp_path):
     assert "run.yaml" in error(file=written(tmp_path, "output_dir: !!python/object/apply:os.getcwd []\n"))
 
 
-def test_text_that_looks_like_a_reference_is_literal(tmp_path):
-    prompt = "cost ${price} of ${oc.env:HOME}"
-    config = load_config(None, [f"data.prompt={prompt}", "output_dir=runs/${x}"])
-    assert (config.data.prompt, config.output_dir) == (prompt, "runs/${x}")
-    save_config(config, tmp_path / "config.yaml")
-    assert load_config(tmp_path / "config.yaml") == config
-
-
-@pytest.mark.parametrize("override", ("eval.choices=[yes, no]", "output_dir=yes", "data.train=off"))
+@pytest.mark.parametrize("override", ("eval.choices=[yes, no]", "output_dir=yes"))
 def test_a_truth_value_in_place_of_text_is_refused(override):
-    with pytest.raises(ValueError, match=r"quote the text"):
+    with pytest.raises(ValueError, match="put the text in quotes"):
         load_config(None, [override])
     assert load_config(None, ["eval.choices=['yes', 'no']"]).eval.choices == ("yes", "no")
 
@@ -464,10 +303,9 @@ def test_off_is_text_for_the_field_that_has_it(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
-        ((), "scope is all"),
-        (("adapter.scope=prompt",), "scope is prompt"),
-        (("adapter.method=lora",), "scope is all"),
-        (("sweep.method=[para, ia3]",), "scope is all"),
+        ((), "got all"),
+        (("adapter.scope=prompt",), "got prompt"),
+        (("sweep.method=[para, ia3]",), "got all"),
     ],
 )
 def test_prompts_are_kept_with_scope_response_alone(overrides, named):
@@ -490,12 +328,10 @@ def test_tfds_data_is_not_read_from_a_bucket():
 
 
 @pytest.mark.parametrize(("overrides", "named"), [
-    (["runtime.coordinator=10.0.0.2"], "runtime.coordinator.*host:port.*'10.0.0.2'"),
-    (["runtime.coordinator=10.0.0.2:80"], "10.0.0.2:80.*runtime.num_processes.*runtime.process_id"),
-    (["runtime.coordinator=10.0.0.2:80", "runtime.num_processes=2", "runtime.process_id=2"], "runtime.process_id.* 2"),
+    (["runtime.coordinator=10.0.0.2:80"], "runtime.num_processes.*10.0.0.2:80, None and None"),
+    (["runtime.coordinator=10.0.0.2:80", "runtime.num_processes=2", "runtime.process_id=2"], "10.0.0.2:80, 2 and 2"),
     (["runtime.num_processes=2", "runtime.process_id=0"], "runtime.coordinator=host:port"),
-    (["runtime.coordinator=auto", "runtime.distributed=off"], r"runtime.coordinator \(auto\).*distributed.*off"),
-    (["runtime.distributed=ray"], "runtime.distributed.*auto.*given.*off.*ray"),
+    (["runtime.coordinator=auto", "runtime.distributed=off"], "runtime.coordinator .*runtime.distributed.*off"),
 ])  # fmt: skip
 def test_a_coordinator_and_the_processes_belong_together(overrides, named):
     with pytest.raises(ValueError, match=named):
@@ -505,11 +341,6 @@ def test_a_coordinator_and_the_processes_belong_together(overrides, named):
 def test_fields_that_exclude_each_other_are_both_named():
     message = error("data.tenants=somewhere", "sweep.seed=[1, 2]")
     assert "data.tenants" in message and "sweep" in message
-
-
-@pytest.mark.parametrize("many", ["data.tenants=somewhere", "sweep.seed=[1, 2]"])
-def test_packed_rows_may_be_of_many_tenants(many):
-    assert load_config(None, [many, "data.packing=true"]).data.packing
 
 
 def test_a_coordinator_is_auto_or_an_address():
@@ -553,16 +384,6 @@ def test_every_method_has_a_scope_in_a_file_and_on_the_command_line(method, tmp_
     assert load_config(tmp_path / "saved.yaml").adapter == expected
 
 
-def test_overrides_are_a_list():
-    with pytest.raises(ValueError, match=r"overrides is a dict; give a list .*\['train.max_steps=3'\]"):
-        load_config(None, {"train.max_steps": 3})
-    with pytest.raises(ValueError, match=r"overrides is a text; give a list .*\['train.max_steps=3'\]"):
-        load_config(None, "train.max_steps=3")
-    for wrong in (None, 5, [("seed", 3)]):
-        with pytest.raises(ValueError, match=r"overrides is .*; give a list of texts, such as \['train.max_steps=3'\]"):
-            load_config(None, wrong)
-
-
 def test_invocation_tokens_are_a_list_of_loras():
     overrides = ["adapter.method=lora", "adapter.scope=response", "adapter.scope_window=2"]
     found = load_config(None, [*overrides, "adapter.alora_invocation_tokens=[7, 9]"])
@@ -598,19 +419,10 @@ def test_default_rows_are_the_batch_in_a_sweep_and_four_per_tenant_of_a_folder()
 
 SECRET = "s3cret-of-the-environment"
 REFERENCES = {  # YAML for a text in double quotes, and the text
-    r"$\{oc.env:PARA_SECRET}".replace("\\", ""): "${oc.env:PARA_SECRET}",
+    "${oc.env:PARA_SECRET}": "${oc.env:PARA_SECRET}",
     r"\u0024{oc.env:PARA_SECRET}": "${oc.env:PARA_SECRET}",
-    r"\x24{oc.env:PARA_SECRET}": "${oc.env:PARA_SECRET}",
-    r"\U00000024\x7boc.env:PARA_SECRET}": "${oc.env:PARA_SECRET}",
-    "$\\\n{oc.env:PARA_SECRET}": "${oc.env:PARA_SECRET}",
-    r"me/\u0024{oc.decode:${oc.env:PARA_SECRET}}": "me/${oc.decode:${oc.env:PARA_SECRET}}",
-    r"\u0024{oc.env:PARA_UNSET,${oc.env:PARA_SECRET}}": "${oc.env:PARA_UNSET,${oc.env:PARA_SECRET}}",
-    r"\u0024{seed}": "${seed}",
-    r"\u0024{oc.create:{a: 1}}": "${oc.create:{a: 1}}",
-    r"${": "${",
     r"\u0024\u0024{x} $ {y} {z}": "$${x} $ {y} {z}",
     "???": "???",
-    r"\ue000 $\ue000{x} \ue000??? \ue000m": "\ue000 $\ue000{x} \ue000??? \ue000m",
 }
 
 
@@ -629,43 +441,18 @@ def test_no_way_to_write_a_reference_reaches_the_environment(written_as, text, t
         assert SECRET not in (tmp_path / "saved.yaml").read_text()
 
 
-@pytest.mark.parametrize("override", [
-    r'seed="\u0024{oc.env:PARA_SECRET}"',
-    r'train.max_steps=["\x24{oc.env:PARA_SECRET}"]',
-    r'"\u0024{oc.env:PARA_SECRET}"=1',
-    'train="${oc.env:PARA_SECRET}"',
-    r'mesh={data: "\u0024{oc.env:PARA_SECRET}"}',
-    "seed=???",
-])  # fmt: skip
-def test_a_reference_in_place_of_a_number_is_shown_as_written(override, monkeypatch):
-    monkeypatch.setenv("PARA_SECRET", SECRET)
-    message = error(override)
-    assert SECRET not in message and ("{oc.env:PARA_SECRET}" in message or "???" in message)
-
-
 @pytest.mark.parametrize("overrides", [
-    ("data=[1]", "data.train=x"),
-    ("eval.also=[[1]]",),
     ("eval.choices=[{a: 1}]",),
     ("sweep.seed=[[1]]",),
     ("adapter.target_modules=[[q_proj]]",),
-    ("adapter.method=[para]",),
     ("adapter.method={a: 1}",),
-    ("train.a[0]=1",),
-    ("a..b=1",),
     ("[=1",),
-    ("train={1: 2}",),
     ("train={? [a] : 1}",),
     ("seed=0x" + "f" * 9000,),
     ("seed=" + "9" * 9000,),
-    ("data.train=!!binary aGFsbG8=",),
     ("data.train=!!timestamp 2001-01-01",),
-    ("data.train=!!set {a}",),
-    ("train.max_steps=!!int x",),
     ("adapter=",),
     ("train.learning_rate={a: b}",),
-    ("eval.choices=*a",),
-    ("seed=1: 2: 3",),
 ])  # fmt: skip
 def test_values_of_any_wrong_kind_are_errors(overrides):
     assert len(error(*overrides)) < 1000
@@ -673,13 +460,11 @@ def test_values_of_any_wrong_kind_are_errors(overrides):
 
 def test_an_error_shows_no_character_that_a_terminal_acts_on(tmp_path):
     for value in (r'"\x1b]0;owned\x07"', '"' + "x" * 100000 + '"'):
-        for field in ("seed", "backbone.dtype", "data.train.x", "eval.metric", "train"):
+        for field in ("seed", "eval.metric", "train"):
             message = error(f"{field}={value}")
             assert all(c.isprintable() or c == "\n" for c in message) and len(message) < 1000
-    for key in (r'"\x1b]0;owned"', "\ue000owned", r'train: {"\x1bowned": 1}', "train: {owned\ufeff: 1}"):
-        message = error(file=written(tmp_path, key if "{" in key else key + ": 1"))
-        assert "owned" in message and ("x1b" in message or "ue000" in message or "ufeff" in message), message
-        assert message.replace("\n", "").isprintable()
+    message = error(file=written(tmp_path, r'train: {"\x1bowned": 1}'))
+    assert "owned" in message and "x1b" in message and message.replace("\n", "").isprintable()
 
 
 def test_dates_are_text_and_numbers_may_have_underscores(tmp_path):
@@ -689,7 +474,7 @@ def test_dates_are_text_and_numbers_may_have_underscores(tmp_path):
     assert load_config(tmp_path / "saved.yaml") == config
 
 
-@pytest.mark.parametrize("written", "007 20261127_1530 1e3 2.50 12:30 0x1F +1 -0 12345e7 .5".split())
+@pytest.mark.parametrize("written", "007 20261127_1530 1e3 12:30 0x1F .5".split())
 def test_a_text_that_yaml_reads_as_a_number_stays_as_it_was_written(written, tmp_path):
     """A label such as 007, and a folder named by date and time."""
     (tmp_path / "run.yaml").write_text(f"eval: {{choices: [{written}, a]}}\noutput_dir: {written}\n")
@@ -723,20 +508,10 @@ def test_a_truth_value_is_0_or_1_but_no_other_number(tmp_path):
             load_config(None, [f"data.packing={text}"])
 
 
-def test_a_field_used_as_a_section_is_named():
-    with pytest.raises(ValueError, match="train.num_epochs .* 10"):
-        load_config(None, ["train.num_epochs=10", "train.num_epochs.x=1"])
-
-
 @pytest.mark.parametrize(("text", "value"), [("'true'", True), ("'Yes'", True), ("'off'", False), ("'0'", False)])
 def test_a_quoted_truth_value_is_one(text, value, tmp_path):
     file = written(tmp_path, f"eval: {{test: {text}}}")
     assert load_config(file).eval.test is value and load_config(None, [f"eval.test={text}"]).eval.test is value
-
-
-def test_an_override_of_the_method_with_null_is_an_error(tmp_path):
-    assert "adapter.method must be" in error("adapter.method=null")
-    assert "adapter.method must be" in error("adapter.method=null", file=written(tmp_path, "adapter: {method: lora}"))
 
 
 def test_an_override_of_the_epochs_takes_the_place_of_the_steps_of_the_file(tmp_path):

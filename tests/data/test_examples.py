@@ -1,13 +1,15 @@
+import hashlib
+import random
 from copy import deepcopy
 
 import pytest
 import tiny_tokenizers
 
-from para_jax.data.encode_batch import encode_examples
 from para_jax.data.examples import (
     answer_opening,
     encode_completion,
     encode_example,
+    encode_examples,
     encode_prompt,
     most_characters,
     stop_token_ids,
@@ -140,18 +142,6 @@ def test_the_thought_that_a_generation_prompt_begins_is_the_completions_own_or_e
         assert tokenizer.decode(example.completion_ids) == learnt
 
 
-def test_a_prompt_never_ends_in_an_eos_that_the_tokenizer_adds():
-    from tokenizers import processors
-
-    tokenizer = tiny_tokenizers.byte_level(["<s>", "</s>"], eos_token="</s>")
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)]
-    )
-    assert tokenizer("Answer:")["input_ids"][-1] == tokenizer.eos_token_id
-    assert tokenizer.decode(encode_prompt(tokenizer, "Answer:")) == "Answer:"
-    assert tokenizer.decode(encode_prompt(tokenizer, "Answer:</s>")) == "Answer:</s>"
-
-
 def test_a_chat_example_is_the_rendered_text_up_to_the_end_token(tokenizer):
     turn = {"role": "assistant", "content": "shipping"}
     rendered = tokenizer.apply_chat_template([USER, turn], tokenize=False)
@@ -205,14 +195,6 @@ def test_ends_in_the_text_are_not_doubled_where_a_template_wants_a_system_messag
     tokenizer.chat_template = wanted + tokenizer.chat_template
     written = f"yes{tokenizer.eos_token}"
     assert encode_example(tokenizer, calls, written) == encode_example(tokenizer, calls, "yes")
-
-
-def test_a_text_of_end_tokens_is_read_in_one_pass():
-    tokenizer = tiny_tokenizers.plain()
-    answer = {"role": "assistant", "content": "yes" + tokenizer.eos_token * 10**6}
-    assert encode_prompt(tokenizer, [USER, answer, USER]) == encode_prompt(
-        tokenizer, [USER, answer | {"content": "yes"}, USER]
-    )
 
 
 def test_a_template_may_move_the_system_message_to_the_last_question():
@@ -345,3 +327,113 @@ def test_the_character_limit_admits_every_prompt_that_fits(tokenizer):
     assert most_characters(tokenizer, 7) >= 7 * len(longest)
     long = tiny_tokenizers.byte_level(["<|" + "x" * 200 + "|>", "</s>"], eos_token="</s>")
     assert most_characters(long, 7) == 7 * 204
+
+
+def test_a_prompt_never_ends_in_an_eos_that_the_tokenizer_adds():
+    from tokenizers import processors
+
+    tokenizer = tiny_tokenizers.byte_level(["<s>", "</s>"], eos_token="</s>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)]
+    )
+    assert tokenizer("Answer:")["input_ids"][-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(encode_prompt(tokenizer, "Answer:")) == "Answer:"
+    assert tokenizer.decode(encode_prompt(tokenizer, "Answer:</s>")) == "Answer:</s>"
+
+
+def test_a_text_of_end_tokens_is_read_in_one_pass():
+    tokenizer = tiny_tokenizers.plain()
+    answer = {"role": "assistant", "content": "yes" + tokenizer.eos_token * 2 * 10**5}
+    assert encode_prompt(tokenizer, [USER, answer, USER]) == encode_prompt(
+        tokenizer, [USER, answer | {"content": "yes"}, USER]
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ many at once
+
+
+OWN_SPACE = ("own_space", "own_space_zephyr", "own_space_chatml")
+ALL_KINDS = ("plain", "with_bos", *OWN_SPACE, "moved_system", "adds_eos", "adds_both")
+BOT = {"role": "assistant", "content": "the movie"}
+DIGESTS = {
+    "plain": "b26319b3a3b2df94",
+    "with_bos": "2d56bdb73f8a232d",
+    "own_space": "d62e0080a37b48b9",
+    "own_space_zephyr": "d62e0080a37b48b9",
+    "own_space_chatml": "2c9b31ba1e7d90a9",
+    "moved_system": "b446b8c24db7c459",
+    "adds_eos": "aeb15cb4cef312de",
+    "adds_both": "acaa4f44a85e9404",
+}
+TEXTS = [
+    ("Message: where is my parcel?\nTeam:", "shipping"),
+    ("Answer with yes or no.\n", "yes"),
+    ("Answer: ", "the lazy dog"),
+    ("Answer:", "\nyes"),
+    ("Answer:", " yes"),
+    ("Answer:", "  yes "),
+    ("Answer:\t", " yes"),
+    (" Answer:", "\u00a0yes"),
+    ("Answer:</s><eos><|im_end|>", "no </s>"),
+    ("Wo ist mein Paket? 日本", "größer ☃"),
+    ("a", "a"),
+    ("\u2581", "\u2581\u2581 yes"),
+    ("x" * 500, "0123456789" * 30),
+    ("e\u0301 \U0001f469\u200d\U0001f469", "\u200b yes"),
+]
+CHATS = [
+    ([USER], "shipping"),
+    ([USER], "  shipping \n"),
+    ([USER, BOT, USER], "no way"),
+    ([USER | {"content": ""}], "</s> <|im_end|>"),
+    ([USER], "yes\n\n"),
+]
+
+
+def tokenizer_of(kind):
+    if not kind.startswith("adds"):
+        return getattr(tiny_tokenizers, kind)()
+    from tokenizers import processors
+
+    special = ["<s>", "</s>"]
+    made = tiny_tokenizers.byte_level(special, bos_token="<s>", eos_token="</s>", chat_template=tiny_tokenizers.CHATML)
+    ids = [(token, made.convert_tokens_to_ids(token)) for token in special]
+    single = "$A </s>" if kind == "adds_eos" else "<s> $A </s>"
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
+    return made
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.parametrize("pairs", [TEXTS, CHATS, [*CHATS, *TEXTS, *CHATS], []], ids=["texts", "chats", "both", "none"])
+def test_batch_encoding_equals_encoding_one_by_one(kind, pairs):
+    tokenizer = tokenizer_of(kind)
+    assert encode_examples(tokenizer, pairs) == [encode_example(tokenizer, *pair) for pair in pairs]
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_the_ids_of_random_texts_never_change_and_are_those_of_each_alone(kind):
+    draw, tokenizer = random.Random(0), tokenizer_of(kind)
+    alphabet = "ab yes?  \n\t</s><eos>▁日é\u0301☃0\u00a0"
+    text = lambda: "".join(draw.choices(alphabet, k=draw.randint(1, 30))) + draw.choice(["a", "a ", "a\n"])  # noqa: E731
+    pairs = [(text(), text()) for _ in range(200)]
+    found = encode_examples(tokenizer, pairs)
+    assert found == [encode_example(tokenizer, *pair) for pair in pairs]
+    assert hashlib.sha256(repr([tuple(example) for example in found]).encode()).hexdigest()[:16] == DIGESTS[kind]
+
+
+def test_the_number_of_tokenizer_calls_is_small_and_constant():
+    class Counting:
+        def __init__(self, inner):
+            self.inner, self.calls = inner, 0
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+        def __call__(self, *args, **options):
+            self.calls += 1
+            return self.inner(*args, **options)
+
+    for kind in ALL_KINDS:
+        counting = Counting(tokenizer_of(kind))
+        encode_examples(counting, TEXTS * 20)
+        assert counting.calls <= 4, kind

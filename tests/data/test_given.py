@@ -57,13 +57,6 @@ def test_a_dataset_with_a_transform_is_refused():
             with_data(DataSection(), data)
 
 
-def test_a_split_of_another_name_is_named():
-    with pytest.raises(ValueError, match="train, val; .*Rename val$"):
-        with_data(DataSection(), {"train": ROWS, "val": ROWS})
-    with pytest.raises(ValueError, match="prompt; .*list of dicts"):
-        with_data(DataSection(), {"prompt": ["a"]})
-
-
 def test_nan_none_and_nat_are_missing_and_numpy_values_are_plain():
     frame = pd.DataFrame({"prompt": ["a", "b"], "completion": ["c", "d"], "label": [1.0, np.nan], "x": [pd.NA, pd.NaT]})
     found = load_records(with_data(DataSection(), frame), "train")
@@ -83,27 +76,14 @@ def test_the_places_of_training_data_name_the_row():
     assert list(data.places)[2] == 'data["train"] row 2'
 
 
-def test_hidden_labels_are_seen_without_decoding_images():
-    kinds = {"prompt": datasets.Value("string"), "image": datasets.Image(), "label": datasets.ClassLabel(names=["a"])}
-    row = {"prompt": "a", "image": {"bytes": b"\xff", "path": None}}
-    data = {
-        split: datasets.Dataset.from_list([row | {"label": label}], features=datasets.Features(kinds))
-        for split, label in (("train", 0), ("validation", 0), ("test", -1))
-    }
-    assert list(with_data(DataSection(), data).given) == ["train", "validation"]
-
-
 @pytest.mark.parametrize(
     ("data", "said"),
     [
         ("rows.csv", "data must be one of a list of dicts, .*got str"),
         (iter(ROWS), "data must be .*got an iterator, which can be read once"),
-        (3, "got int"),
         ({"train": iter(ROWS)}, r'data\["train"\] must be'),
-        ({"validation": ROWS}, "data has the keys validation; "),
         ({"train": ROWS, "dev": ROWS}, "keys train, dev; "),
         ({"prompt": ["a"], "completion": ["b"]}, "keys prompt, completion; .*list of dicts"),
-        ({}, "keys none"),
     ],
 )
 def test_data_of_another_kind_is_refused(data, said):
@@ -115,7 +95,7 @@ def test_data_of_another_kind_is_refused(data, said):
     ("rows", "said"),
     [
         ([], "data has no rows"),
-        ([["a", "b"]], "data row 0 is a list; write a dict"),
+        ([["a", "b"]], "data row 0: the row is a list; write an object"),
         ([*ROWS, {"prompt": "a", "completion": " "}], "data row 4: completion is empty"),
         ([{"prompt": 3, "completion": "b"}], "data row 0: prompt must be text"),
         ([{"prompt": "a", "completion": b"\xff"}], "data row 0: completion is not UTF-8"),
@@ -153,11 +133,6 @@ def test_a_saved_config_says_that_its_data_came_from_python(tmp_path):
         load_config(None, ["data.given=x"])
 
 
-def test_a_column_of_a_data_frame_that_is_there_twice_is_an_error():
-    with pytest.raises(ValueError, match="the column 'prompt' is there twice"):
-        with_data(DataSection(), pd.DataFrame([["a", "b", "c"]], columns=["prompt", "completion", "prompt"]))
-
-
 def test_a_data_frame_gives_the_structs_of_its_parquet_file(tmp_path):
     calls = [{"function": {"name": "f", "arguments": one}} for one in ({"city": "Rome"}, {"zip": "1"})]
     rows = [{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]}
@@ -177,24 +152,15 @@ def test_each_tenant_has_its_own_data():
     assert [len(load_records(one, "train")) for one in found.values()] == [2, 4]
     assert load_records(found["globex"], "test")[0].place == 'data["globex"]["test"] row 0'
     assert load_records(found["acme"], "test") is None
-    for names, said in ((["a b"], "'a b' cannot be"), (["a", "A"], "differ only in case"), (["checkpoints"], "cannot")):
+    for names, said in ((["a b"], "'a b' cannot be"), (["a", "A"], "a second tenant"), (["checkpoints"], "cannot")):
         wrong = with_tenants(DataSection(), dict.fromkeys(names, ROWS))
         with pytest.raises(ValueError, match=said):
             tenant_sections(wrong.tenants, wrong)
     for data in (ROWS, {}):
         with pytest.raises(ValueError, match="data of many tenants must be a dict"):
             with_tenants(DataSection(), data)
-    with pytest.raises(ValueError, match=r"the name 7 is not a text; give str\(name\)"):  # as pandas groups have
-        with_tenants(DataSection(), {7: ROWS})
+    assert list(with_tenants(DataSection(), {7: ROWS}).given) == ["7"]  # as pandas groups are named
     with pytest.raises(ValueError, match="data.tenants .mine. and data="):
         with_tenants(DataSection(tenants="mine"), {"a": ROWS})
     with pytest.raises(ValueError, match="came from Python"):
         tenant_sections("<python>", DataSection(tenants="<python>"))
-
-
-def test_nulls_that_a_program_wrote_into_a_data_frame_stay():
-    call = {"function": {"name": "f", "arguments": {"unit": None, "city": "Rome"}}}
-    prompt = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
-    rows = [{"prompt": prompt, "completion": "b"}]
-    found = [load_records(with_data(DataSection(), one), "train") for one in (rows, pd.DataFrame(rows))]
-    assert found[0][0].prompt == found[1][0].prompt == prompt

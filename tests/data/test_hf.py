@@ -10,7 +10,6 @@ from tiny_run import write_rows
 
 from para_jax.config import DataSection, load_config
 from para_jax.data import token_cache
-from para_jax.data.encode_records import encode_records
 from para_jax.data.hf import open_data_set, parse_hf
 from para_jax.data.records import load_records, read_records
 from para_jax.data.sources import open_split
@@ -28,14 +27,11 @@ def cache(tmp_path, monkeypatch):
     datasets.disable_progress_bars()
 
 
-def folder_of(path, kind="jsonl", **splits):
-    """A folder with a JSON-lines or Parquet file per split; returns it as an hf: source."""
+def folder_of(path, **splits):
+    """A folder with a file of JSON lines per split; returns it as an hf: source."""
     path.mkdir()
     for split, rows in splits.items():
-        if kind == "jsonl":
-            write_rows(path / f"{split}.jsonl", rows)
-        else:
-            datasets.Dataset.from_list(rows).to_parquet(path / f"{split}.parquet")
+        write_rows(path / f"{split}.jsonl", rows)
     return f"hf:{path}"
 
 
@@ -43,47 +39,12 @@ def without_places(records):
     return [record[:4] for record in records]
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_columns_give_the_records_of_the_same_json_lines(tmp_path, kind):
+def test_columns_give_the_records_of_the_same_json_lines(tmp_path):
     rows = [row | {"references": [row["completion"], "w"], "label": i} for i, row in enumerate(ROWS)]
-    source = folder_of(tmp_path / "rows", kind, train=rows)
+    source = folder_of(tmp_path / "rows", train=rows)
     found = load_records(DataSection(train=source), "train")
     assert without_places(found) == without_places(read_records(write_rows(tmp_path / "same.jsonl", rows)))
     assert [record.place for record in found] == [f"{source}::train[{i}]" for i in range(7)]
-
-
-def test_templates_read_the_columns(tmp_path):
-    source = folder_of(tmp_path / "rows", "parquet", train=[{"n": i, "title": f"t{i}", "body": "b"} for i in range(3)])
-    section = DataSection(train=source, prompt="{n}. {title}", completion="{body}")
-    assert [record.prompt for record in load_records(section, "train")] == ["0. t0", "1. t1", "2. t2"]
-    with pytest.raises(ValueError, match=r"rows::train\[0\]: .*'prompt'.*data.prompt.*n, title, body"):
-        load_records(DataSection(train=source), "train")
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_each_assistant_turn_of_messages_is_a_record(tmp_path, kind):
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    longer = [*chat, {"role": "user", "content": "c", "name": "Ann"}, {"role": "assistant", "content": "d"}]
-    source = folder_of(tmp_path / "rows", kind, train=[{"messages": chat}, {"messages": longer}])
-    found = load_records(DataSection(train=source), "train")
-    assert [record.completion for record in found] == ["b", "b", "d"]
-    encoded = encode_records(found, tiny_tokenizers.plain(), DataSection(train=source))
-    assert len(encoded.examples) == 3
-
-
-def test_a_null_counts_as_a_missing_column(tmp_path):
-    rows = [{"prompt": "a", "completion": "b", "references": ["c"]}, {"prompt": "a", "completion": None}]
-    source = folder_of(tmp_path / "rows", "parquet", train=rows)
-    with pytest.raises(ValueError, match=r"train\[1\]: .*'completion'"):
-        load_records(DataSection(train=source), "train")
-
-
-def test_columns_of_images_are_left_out(tmp_path):
-    features = datasets.Features({name: datasets.Value("string") for name in ROWS[0]} | {"picture": datasets.Image()})
-    rows = [row | {"picture": {"bytes": b"\xff", "path": None}} for row in ROWS]
-    (tmp_path / "rows").mkdir()
-    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "rows" / "train.parquet")
-    assert len(load_records(DataSection(train=f"hf:{tmp_path / 'rows'}"), "train")) == 7
 
 
 def test_the_field_gives_the_split_unless_the_source_names_one(tmp_path):
@@ -195,7 +156,7 @@ def test_a_wrong_source_is_an_error_that_names_it(tmp_path, source, named):
 def test_other_file_formats_are_refused(tmp_path):
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "train.csv").write_text("prompt,completion\na,b\n")
-    with pytest.raises(ValueError, match="rows holds csv files"):
+    with pytest.raises(ValueError, match="rows: it holds csv files"):
         load_records(DataSection(train=f"hf:{tmp_path / 'rows'}"), "train")
 
 
@@ -206,14 +167,6 @@ def test_code_in_a_data_set_is_never_run(tmp_path):
     with pytest.raises(ValueError, match="hf:.*rows: .*rows.py"):
         load_records(DataSection(train=source), "train")
     assert not (tmp_path / "ran").exists()
-
-
-def test_a_damaged_file_is_one_line_that_names_the_source(tmp_path):
-    source = folder_of(tmp_path / "rows", train=ROWS)
-    (tmp_path / "rows" / "train.jsonl").write_text('{"prompt": "a"}\n{"prom')
-    with pytest.raises(ValueError, match="hf:.*rows: ") as error:
-        load_records(DataSection(train=source), "train")
-    assert "\n" not in str(error.value)
 
 
 def test_an_unreachable_hub_is_one_line_and_a_revision_is_passed_on(monkeypatch):
@@ -233,3 +186,14 @@ def test_a_dry_run_downloads_nothing(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset_builder", None)
     config = load_config(None, ["data.train=hf:user/name"])
     assert "hf:user/name" in data_lines(config, [config])[0]
+
+
+def test_a_data_set_of_the_hub_is_asked_for_once(tmp_path, monkeypatch):
+    """Each time would be several requests."""
+    folder_of(tmp_path / "rows", train=ROWS, validation=ROWS[:2])
+    local, asked = datasets.load_dataset_builder, []
+    answer = lambda path, **options: asked.append(path) or local(str(tmp_path / "rows"))  # noqa: E731
+    monkeypatch.setattr(datasets, "load_dataset_builder", answer)
+    section = DataSection(train="hf:user/rows", validation_split=0.5)
+    assert [len(load_records(section, split)) for split in ("train", "validation")] == [7, 2]
+    assert asked == ["user/rows"]

@@ -1,14 +1,27 @@
 """Which tenants are in which step of a run: a pure function of where the run stands."""
 
+import threading
+import time
 from collections import Counter
+from contextlib import closing
 
 import numpy as np
 import pytest
 
-from para_jax.data.batch_tenants import SLACK, batch_shares
 from para_jax.data.batches import Bucket, Plan, best_lengths, example_lengths, for_mixed_rows, plan_buckets
 from para_jax.data.examples import Example
-from para_jax.data.schedule import Schedule, TenantOrder, admitted, turns
+from para_jax.data.schedule import (
+    AHEAD,
+    SAMPLING,
+    SLACK,
+    Schedule,
+    TenantOrder,
+    admitted,
+    batch_shares,
+    next_tenants,
+    prefetch,
+    turns,
+)
 
 BUCKETS = (Bucket(8, 4), Bucket(16, 4))
 SIZES = (20, 6, 11, 1, 9)
@@ -179,3 +192,95 @@ def test_whatever_the_lengths_each_tenant_stays_near_its_share_in_any_window(siz
     ahead = taken - shares * taken.sum(axis=1, keepdims=True)
     assert np.abs(ahead).max() <= 2 * SLACK + 1
     assert np.ptp(ahead, axis=0).max() <= 2 * (2 * SLACK + 1)  # from any batch to any other
+
+
+def drawn(examples, sampling, groups, batches, running=None):
+    steps = np.zeros(len(examples), int)
+    for _ in range(batches):
+        steps[next_tenants(steps, batch_shares(examples, sampling), running or [True] * len(examples), groups)] += 1
+    return steps
+
+
+@pytest.mark.parametrize("sampling", SAMPLING)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_every_tenant_has_its_share_of_the_batches_at_any_time(sampling, groups):
+    examples = np.array([100, 400, 400, 900, 1600])
+    shares = {"proportional": examples, "sqrt": np.sqrt(examples), "uniform": np.ones(5)}[sampling]
+    for batches in (7, 50, 300):
+        found = drawn(examples, sampling, groups, batches)
+        assert found.sum() == groups * batches
+        assert np.abs(found - groups * batches * shares / shares.sum()).max() <= 1.5
+
+
+def test_a_finished_tenant_leaves_its_rows_to_the_others():
+    shares = batch_shares([10, 10, 1000], "proportional")
+    assert sorted(next_tenants([5, 5, 5], shares, [True] * 3, 8)) == [0, 1, 2]
+    assert drawn([10, 10, 1000], "proportional", 2, 50, running=[True, True, False]).tolist() == [50, 50, 0]
+    assert next_tenants([1, 1, 1], shares, [False] * 3, 2) == []
+
+
+def test_tenants_of_one_epoch_end_together():
+    examples = np.array([40, 80, 120, 160])
+    steps, batches = np.zeros(4, int), 0
+    while (steps < examples).any():
+        chosen = next_tenants(steps, batch_shares(examples, "proportional"), steps < examples, 2)
+        assert len(chosen) == 2 or (examples - steps).sum() <= 2
+        steps[chosen] += 1
+        batches += 1
+    assert batches == examples.sum() // 2
+
+
+# -------------------------------------------------------------------------------------------------------- prefetching
+
+
+def grain_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("grain")]
+
+
+def wait_until(holds):
+    """Waits for other threads, for at most ten seconds."""
+    end = time.monotonic() + 10
+    while not holds() and time.monotonic() < end:
+        time.sleep(0.005)
+    assert holds()
+
+
+def test_batches_are_prepared_ahead_but_not_all_at_once():
+    made = []
+    with closing(prefetch(lambda step: made.append(step) or step, 100)) as batches:
+        for step in range(3):
+            assert next(batches) == step
+            wait_until(lambda step=step: len(made) == step + 1 + AHEAD)  # while the step runs
+            assert sorted(made) == list(range(step + 1 + AHEAD))
+
+
+@pytest.mark.parametrize("bad", [0, 5])
+def test_an_error_is_raised_when_its_batch_is_due(bad):
+    def make(step):
+        if step == bad:
+            raise ValueError(f"data.jsonl:{step}: wrong")
+        return step
+
+    seen = []
+    with pytest.raises(ValueError) as error:
+        for step in prefetch(make, 9):
+            seen.append(step)
+    assert str(error.value) == f"data.jsonl:{bad}: wrong"
+    assert seen == list(range(bad))
+    wait_until(lambda: not grain_threads())
+
+
+@pytest.mark.parametrize("taken", [0, 1, 3])
+def test_closing_early_stops_the_threads(taken):
+    made = []
+
+    def slow(step):
+        time.sleep(0.01)
+        made.append(step)
+        return step
+
+    with closing(prefetch(slow, 1000)) as batches:
+        assert [next(batches) for _ in range(taken)] == list(range(taken))
+        assert bool(grain_threads()) == (taken > 0)
+    wait_until(lambda: not grain_threads())
+    assert len(made) <= taken + AHEAD

@@ -4,14 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from tensorflow_datasets.core.features import ClassLabel, FeaturesDict, Sequence, Text
-from tiny_run import run_config, run_folder, tokenizer, words, write_rows
+from tensorflow_datasets.core.features import ClassLabel, Sequence, Text
+from tiny_run import run_folder, words, write_rows
 from tiny_tfds import Written, built
 
 from para_jax import cli
@@ -20,7 +19,6 @@ from para_jax.data import tfds as prepared
 from para_jax.data.records import load_records, read_records
 from para_jax.data.sources import open_split, task_of
 from para_jax.data.tfds import prepare
-from para_jax.evaluation.tasks import task_of_run
 
 TEXT = "Köln was founded in 38 BC,\nas “Ara Ubiorum”. "
 
@@ -88,33 +86,12 @@ def without_places(records):
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-@pytest.mark.parametrize("split", ["train", "validation"])
-def test_a_prepared_data_set_reads_like_its_json_lines(data_dir, tmp_path, name, split):
+def test_a_prepared_data_set_reads_like_its_json_lines(data_dir, tmp_path, name, split="train"):
     ours = section(data_dir, f"tfds:{name}")
     file = write_rows(tmp_path / "data.jsonl", public_splits(name)[split])
     found = load_records(ours, split)
     assert without_places(found) == without_places(read_records(file, task=task_of(ours)))
     assert {record.place for record in found} == {f"tfds:{name}:{split}[{i}]" for i in range(len(found))}
-
-
-def test_gsm8k_has_a_test_file_and_no_validation_file(tmp_path):
-    rows = [
-        {"question": f"{i} and 2? {TEXT}", "answer": f"It is <<{i}+2={i + 2}>>{i + 2}.\n#### {i + 2}"} for i in range(7)
-    ]
-    more = [row | {"annotation": "", "short_answer": row["answer"].split("#### ")[1]} for row in rows]
-    features = texts("question", "answer", "annotation", "short_answer")
-    built("gsm8k", features, {"train": more[:4], "test": more[4:]}, tmp_path)
-    ours = section(tmp_path, "tfds:gsm8k")
-    assert task_of(ours) == "gsm8k" and load_records(ours, "validation") is None
-    for split, part in (("train", rows[:4]), ("test", rows[4:])):
-        file = write_rows(tmp_path / f"{split}.jsonl", part)
-        assert without_places(load_records(ours, split)) == without_places(read_records(file, task="gsm8k"))
-
-
-def test_rows_are_the_same_however_many_are_read_at_once(data_dir, monkeypatch):
-    whole = load_records(section(data_dir, "tfds:bool_q"), "train")
-    monkeypatch.setattr(prepared, "READ_AT_ONCE", 10)
-    assert load_records(section(data_dir, "tfds:bool_q"), "train") == whole
 
 
 def test_other_data_sets_are_read_by_the_user_s_templates(tmp_path):
@@ -131,12 +108,6 @@ def test_templates_and_data_task_override_the_task_of_a_name(data_dir):
     assert {record.completion for record in load_records(own, "train")} == {"0", "1"} and task_of(own) is None
     assert task_of(section(data_dir, "tfds:glue/rte", task="sst2")) == "sst2"
     assert task_of(section(data_dir, "tfds:glue/rte")) == "rte" and task_of(DataSection(train="data/rte")) is None
-
-
-def test_a_public_name_brings_its_metric_and_choices(data_dir, tmp_path):
-    run = run_config(tmp_path, "data.train=tfds:glue/rte", f"data.data_dir={data_dir}", "eval.metric=null")
-    task = task_of_run(run, "validation", tokenizer())
-    assert (task.metric, task.choices, len(task.records)) == ("accuracy", ("yes", "no"), 5)
 
 
 def test_a_named_part_of_a_split_implies_no_other_split(data_dir):
@@ -156,29 +127,12 @@ def test_a_test_split_with_hidden_labels_becomes_validation(data_dir):
         load_records(section(data_dir, None, test="tfds:glue/sst2:test", task="sst2"), "test")
 
 
-def test_a_validation_split_that_is_scored_as_the_test_data_is_named(data_dir, tmp_path, capsys):
-    run = run_config(tmp_path, "data.train=tfds:glue/rte", f"data.data_dir={data_dir}", "eval.metric=null")
-    for source, count in (("tfds:glue/rte", 1), ("tfds:glue/rte:validation", 0)):
-        task_of_run(replace(run, data=replace(run.data, test=source)), "test", tokenizer())
-        assert capsys.readouterr().err.count(f"warning: {source}: there is no test split with labels") == count
-
-
 def test_validation_data_with_hidden_labels_is_left_out_with_one_warning(tmp_path, capsys):
     known, hidden = public_rows("glue/sst2", 3), public_rows("glue/sst2", 2, hidden=True)
     built("glue", PUBLIC["glue/sst2"], {"train": known, "validation": hidden}, tmp_path, config="sst2")
     assert [load_records(section(tmp_path, "tfds:glue/sst2"), "validation") for _ in range(2)] == [None, None]
     said = "tfds:glue/sst2:validation: its labels are hidden (-1), so it is left out"
     assert capsys.readouterr().err.count(said) == 1
-
-
-def test_a_test_split_with_labels_is_the_test_data(tmp_path):
-    rows = public_rows("glue/sst2", 3)
-    built("glue", PUBLIC["glue/sst2"], {"train": rows, "test": rows[:2]}, tmp_path, config="sst2")
-    ours = section(tmp_path, "tfds:glue/sst2")
-    assert len(load_records(ours, "test")) == 2 and load_records(ours, "validation") is None
-    assert load_records(section(tmp_path, None, test="tfds:glue/sst2", task="sst2"), "test") == load_records(
-        ours, "test"
-    )
 
 
 def test_the_newest_version_is_read(tmp_path):
@@ -270,14 +224,6 @@ def test_tfrecord_data_is_an_error_that_says_what_to_do(tmp_path):
     )
 
 
-def test_a_field_that_is_no_text_is_named(tmp_path):
-    built(
-        "raw", {"prompt": np.str_, "completion": Text()}, {"train": [{"prompt": b"\xff", "completion": "a"}]}, tmp_path
-    )
-    with pytest.raises(ValueError, match=r"tfds:raw:train\[0\]: prompt is not UTF-8 text"):
-        load_records(section(tmp_path, "tfds:raw"), "train")
-
-
 # ----------------------------------------------------------------------------------------------------------- preparing
 
 
@@ -291,23 +237,11 @@ class ParaJaxReviews(Written):
     }
 
 
-class ParaJaxNeedsTensorflow(ParaJaxReviews):
-    def _info(self):
-        from tensorflow_datasets.core.utils.lazy_imports_utils import tensorflow as tf
-
-        return tfds.core.DatasetInfo(builder=self, features=FeaturesDict({"prompt": tf.string}))
-
-
 class ParaJaxNeedsAPackage(ParaJaxReviews):
     def _generate_examples(self, rows):
         import a_parser.of_old_files  # noqa: F401 # pyright: ignore
 
         yield from enumerate(rows)
-
-
-class ParaJaxDownloads(ParaJaxReviews):
-    def _split_generators(self, dl_manager):
-        raise ConnectionError("Failed to get https://nowhere.test/reviews.zip\nCaused by: the name is not known")
 
 
 def test_prepare_writes_what_a_run_reads_and_overwrites_nothing(tmp_path, capsys):
@@ -329,27 +263,15 @@ def test_prepare_writes_what_a_run_reads_and_overwrites_nothing(tmp_path, capsys
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("tfds:para_jax_needs_tensorflow", "preparing it needs the package tensorflow: pip install tensorflow"),
-        (
-            "tfds:para_jax_needs_a_package",
-            "preparing it needs the package a_parser: pip install a_parser",
-        ),
-        ("tfds:para_jax_downloads", "cannot prepare it: Failed to get https://nowhere.test/reviews.zip"),
-        ("tfds:para_jax_unheard_of", "cannot prepare it: Dataset para_jax_unheard_of not found; https://www"),
-        ("tfds:glue/sst3", 'cannot prepare it: Failed to construct dataset "glue"'),
+        ("tfds:para_jax_needs_a_package", "cannot prepare it: it needs the package a_parser: pip install a_parser"),
+        ("tfds:para_jax_unheard_of", "cannot prepare it: Dataset para_jax_unheard_of not found"),
     ],
 )
-def test_what_stops_prepare_is_one_line(tmp_path, capsys, monkeypatch, source, message):
-    monkeypatch.setitem(sys.modules, "tensorflow", None)  # not installed, wherever this runs
+def test_what_stops_prepare_is_one_line(tmp_path, capsys, source, message):
     assert cli.main(["prepare", source, "--data-dir", str(tmp_path)]) == 2
     said = capsys.readouterr()
     assert said.out == "" and said.err.splitlines()[-1].startswith(f"para-jax: error: {source}: {message}")
     assert not list(tmp_path.rglob("features.json"))
-
-
-def test_prepare_refuses_a_bucket():
-    with pytest.raises(ValueError, match="--data-dir gs://para-jax/data .* bucket"):
-        prepare("tfds:squad", "gs://para-jax/data")
 
 
 def test_prepare_takes_a_data_set_and_no_split_of_it(tmp_path):

@@ -2,19 +2,16 @@
 
 import json
 import os
-import threading
 
 import numpy as np
 import pytest
 import tiny_tokenizers
 
 from para_jax.config import DataSection
-from para_jax.data import encode_records as encoding
 from para_jax.data import token_cache, training_data
-from para_jax.data.encode_records import encode_records
-from para_jax.data.records import load_records
-from para_jax.data.training_data import describe_lengths, load_training_data
-from para_jax.io.atomic import temporary_name
+from para_jax.data.examples import encode_example
+from para_jax.data.records import Record, load_records
+from para_jax.data.training_data import describe_lengths, encode_records, load_training_data
 
 USER, BOT = {"role": "user", "content": "where is my parcel?"}, {"role": "assistant", "content": "shipping"}
 KINDS = ("plain", "with_bos", "own_space")
@@ -24,7 +21,6 @@ KINDS = ("plain", "with_bos", "own_space")
 def small(monkeypatch, tmp_path):
     """Small parts, and a cache of this test's own that keeps small data too."""
     monkeypatch.setattr(training_data, "ENCODED_AT_ONCE", 7)
-    monkeypatch.setattr(encoding, "ENCODED_AT_ONCE", 5)
     monkeypatch.setattr(token_cache, "MIN_BYTES", 0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
@@ -131,62 +127,28 @@ def test_data_that_moved_is_found_and_named_by_its_new_place(tmp_path, monkeypat
     assert found.places[4] == f"{moved}:9" and made.places[4] == f"{file}:9"
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b""], ids=["cut off", "empty"])
-def test_a_damaged_file_is_named_and_made_again(tmp_path, monkeypatch, capsys, damage):
-    tokenizer, section = tiny_tokenizers.plain(), section_of(written(tmp_path))
-    made = load_training_data(section, tokenizer)
-    (file,) = cached()
-    sound = file.read_bytes()
-    damaged = damage(sound)
-    assert hash(damaged) != hash(sound)
-    file.write_bytes(damaged)
-    same(load_training_data(section, tokenizer), made)
-    assert file.name in capsys.readouterr().err
-    assert hash(file.read_bytes()) == hash(sound)
-    monkeypatch.setattr(training_data, "tokenised", untouchable)
-    same(load_training_data(section, tokenizer), made)
-
-
 def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, capsys):
     (tmp_path / "cache").write_text("a file")
     made = load_training_data(section_of(written(tmp_path)), tiny_tokenizers.plain())
     assert len(made.examples) == 41 and "data.cache" in capsys.readouterr().err
 
 
-def test_concurrent_writers_leave_one_complete_file(tmp_path, monkeypatch):
-    tokenizer, section = tiny_tokenizers.plain(), section_of(written(tmp_path))
-    threads = [threading.Thread(target=load_training_data, args=(section, tokenizer)) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(cached()) == 1
-    monkeypatch.setattr(training_data, "tokenised", untouchable)
-    assert len(load_training_data(section, tokenizer).examples) == 41
-
-
-def test_the_least_recently_used_files_make_room(tmp_path, monkeypatch):
+def test_the_least_recently_used_files_make_room(tmp_path):
     tokens = token_cache.TokenisedExamples(np.ones((10, 2), np.int32), np.arange(10), np.ones(20, np.int32), 0, 0)
-    for i in range(3):
-        token_cache.store_tokens("key", str(i), tokens)
-        os.utime(token_cache.path_of("key", str(i)), (i, i))
+    files = [token_cache.folder() / f"{i}.npz" for i in range(4)]
+    for i, file in enumerate(files):
+        token_cache.store_tokens(file, tokens)
+        os.utime(file, (i, i))
     (token_cache.folder() / "mine.txt").write_text("stays")
-    being_written, abandoned = (temporary_name(token_cache.path_of("key", "4")) for _ in range(2))
-    for part in (being_written, abandoned):
-        part.write_bytes(b"a part")
-    os.utime(abandoned, (0, 0))
-    assert token_cache.load_tokens("key", "0")  # used just now
-    monkeypatch.setattr(token_cache, "MAX_BYTES", 3 * token_cache.path_of("key", "0").stat().st_size)
-    token_cache.store_tokens("key", "3", tokens)
-    kept = [i for i in range(4) if token_cache.path_of("key", str(i)).exists()]
-    assert kept == [0, 2, 3] and being_written.exists() and not abandoned.exists()
-    assert (token_cache.folder() / "mine.txt").exists()
+    assert token_cache.load_tokens(files[0])  # used just now
+    token_cache.delete_oldest(files[1], 3 * files[0].stat().st_size)
+    assert cached() == [*files[:2], files[3], token_cache.folder() / "mine.txt"]
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
 
 
-@pytest.mark.parametrize("at", [0, 6, 7, 39])
+@pytest.mark.parametrize("at", [0, 7])
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -208,7 +170,7 @@ def test_an_error_names_its_place_in_any_part(tmp_path, at, row, message):
 
 def test_no_room_for_a_prompt_is_an_error(tmp_path):
     file = written(tmp_path)
-    with pytest.raises(ValueError, match=rf"{file}:1: the completion has \d+ tokens"):
+    with pytest.raises(ValueError, match=rf"{file}:1: an answer of \d+ tokens leaves no room"):
         load_training_data(section_of(file, max_seq_length=2, truncate="left"), tiny_tokenizers.plain())
     with pytest.raises(ValueError, match=f"{file}:1: every example is longer than data.max_seq_length 2"):
         load_training_data(section_of(file, max_seq_length=2, truncate="skip"), tiny_tokenizers.plain())
@@ -240,7 +202,59 @@ def test_a_packed_row_has_room_for_several_examples_and_for_the_longest():
     assert long.endswith("the longest 700; data.max_seq_length=704")  # one line: every row has this length
 
 
-def test_without_a_number_every_example_is_kept_whole(tmp_path):
-    file = written(tmp_path)
-    whole, limited = (section_of(file, **fields) for fields in ({"max_seq_length": None}, {}))
-    same(*(load_training_data(one, tiny_tokenizers.plain()) for one in (whole, limited)))
+# ------------------------------------------------------------------------------------------------------- long records
+
+
+def long_and_short():
+    texts = [("yes " * 3, "no"), ("the quick brown fox " * 9, "yes"), ("user:", "no"), ("lazy dog " * 20, "yes")]
+    return [Record(p, c, (c,), None, f"file:{i}") for i, (p, c) in enumerate(texts, start=1)]
+
+
+def test_examples_that_fit_are_encoded_as_everywhere():
+    tokenizer, records = tiny_tokenizers.plain(), long_and_short()
+    made = encode_records(records, tokenizer, DataSection(max_seq_length=500))
+    assert made.examples == [encode_example(tokenizer, r.prompt, r.completion) for r in records]
+    assert made.records == records and (made.cut, made.skipped) == (0, 0)
+
+
+def test_a_long_example_is_an_error_that_says_what_to_do():
+    with pytest.raises(ValueError) as error:
+        encode_records(long_and_short(), tiny_tokenizers.plain(), DataSection(max_seq_length=20))
+    tokens = sum(map(len, encode_example(tiny_tokenizers.plain(), *long_and_short()[1][:2])))
+    message = str(error.value)
+    assert message.startswith(f"file:2: {tokens} tokens exceed data.max_seq_length 20 (2 of 4 examples")
+    assert "data.truncate to skip" in message and "left" in message
+
+
+def test_skip_leaves_the_long_ones_out_and_counts_them():
+    made = encode_records(long_and_short(), tiny_tokenizers.plain(), DataSection(max_seq_length=20, truncate="skip"))
+    assert [r.place for r in made.records] == ["file:1", "file:3"] and len(made.examples) == 2
+    assert made.skipped == 2
+    with pytest.raises(ValueError, match="^file:1: every example is longer than data.max_seq_length 2"):
+        encode_records(long_and_short(), tiny_tokenizers.plain(), DataSection(max_seq_length=2, truncate="skip"))
+
+
+@pytest.mark.parametrize("kind", ["plain", "with_bos", "own_space"])
+def test_left_cuts_the_prompt_s_start_and_nothing_else(kind, length=8):
+    tokenizer, records = getattr(tiny_tokenizers, kind)(), long_and_short()
+    made = encode_records(records, tokenizer, DataSection(max_seq_length=length, truncate="left"))
+    bos = 0 if kind == "plain" else 1
+    cut = 0
+    for record, (prompt, completion) in zip(records, made.examples, strict=True):
+        whole = encode_example(tokenizer, record.prompt, record.completion)
+        assert completion == whole.completion_ids
+        assert len(prompt) == min(len(whole.prompt_ids), length - len(completion))
+        assert prompt[:bos] == whole.prompt_ids[:bos]
+        assert prompt[bos:] == whole.prompt_ids[len(whole.prompt_ids) - len(prompt) + bos :]
+        cut += len(prompt) < len(whole.prompt_ids)
+    assert made.cut == cut >= 2
+
+
+def test_left_never_cuts_a_completion_and_leaves_a_prompt_token():
+    tokenizer = tiny_tokenizers.with_bos()
+    record = Record("quick brown", "yes", ("yes",), None, "file:9")
+    size = len(encode_example(tokenizer, record.prompt, record.completion).completion_ids)
+    made = encode_records([record], tokenizer, DataSection(max_seq_length=size + 1, truncate="left"))
+    assert made.examples[0].prompt_ids == encode_example(tokenizer, record.prompt, "yes").prompt_ids[-1:]
+    with pytest.raises(ValueError, match=f"file:9: .*{size} tokens.* no room"):
+        encode_records([record], tokenizer, DataSection(max_seq_length=size, truncate="left"))

@@ -1,7 +1,9 @@
 """The training step that the TPU's compiler makes for scope response: the prompts have no backward pass."""
 
 import re
+import sys
 from collections import Counter
+from pathlib import Path
 
 import jax
 import pytest
@@ -10,11 +12,13 @@ from tpu_compiler import tpu_devices
 
 from para_jax import make_mesh
 from para_jax.backbone.load import load_model_config
-from para_jax.estimate.hlo_counts import is_product
-from para_jax.estimate.hlo_loops import instructions_run
-from para_jax.estimate.hlo_parser import parse_hlo
+from para_jax.estimate.hlo import instructions_run, parse_hlo
 from para_jax.estimate.memory import step_arguments
 from para_jax.training.step import train_step
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "experiments"))
+
+from program_counts import is_product  # noqa: E402
 
 PROMPT, COMPLETION, LENGTH = 40, 24, 56  # no other axis has one of these sizes
 LINEARS = 7
@@ -30,7 +34,7 @@ def products_of_the_step(folder, scope: str) -> tuple[Counter, list]:
         text = train_step.lower(*step_arguments(config, mesh), **sizes, config=config.train).compile().as_text()
     vocab = load_model_config(config.backbone.source).vocab_size
     linears, others = Counter(), []
-    for one, computation, times, _ in instructions_run(parse_hlo(text)):
+    for one, computation, times in instructions_run(parse_hlo(text)):
         if is_product(one):
             result, *inputs = (axes(gives) for gives in (one.gives, *(computation[o].gives for o in one.operands)))
             every = result.union(*inputs)

@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 from golden_models import backbone
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from tiny_run import run_config, run_folder
 from tpu_compiler import tpu_devices
 
@@ -19,13 +17,11 @@ from para_jax import load_backbone, make_mesh
 from para_jax.config import load_config
 from para_jax.data.given import with_tenants
 from para_jax.data.packing import Packed
-from para_jax.estimate.hlo_counts import collectives_run
 from para_jax.estimate.memory import run_mesh
 from para_jax.estimate.roofline import matrix_weights
 from para_jax.estimate.topology import (
     TOO_MUCH,
     compile_step,
-    compiled_lines,
     header,
     parsed_topology,
     shard_bytes,
@@ -33,13 +29,13 @@ from para_jax.estimate.topology import (
     topology_report,
 )
 from para_jax.reports.inspect import dry_run, tenants_of
-from para_jax.runs.fit import empty_state
+from para_jax.runs.run import empty_state
 from para_jax.runtime.sharding import shard_rows
 from para_jax.training.passes import lay_out
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
-from rehearse_programs import compile_programs, shares_prompts  # noqa: E402
+from rehearse_programs import compile_programs  # noqa: E402
 
 ON_7B = ("configs/llama2-7b-squad.yaml", ["mesh.data=1", "mesh.fsdp=16", "train.gradient_accumulation_steps=1"])
 
@@ -138,11 +134,10 @@ def test_the_step_is_compiled_with_its_bytes_and_collectives(config):
     mesh = run_mesh(config)
     found = compile_step(config, mesh)
     state, model, batch, *_ = step_arguments(config, mesh)
-    assert found.program and found.needed == found.program.memory
-    assert found.program.arguments == pytest.approx(shard_bytes((state, model, batch)), rel=0.02)
+    assert found.memory and found.needed == sum(found.memory)
+    assert found.memory.arguments == pytest.approx(shard_bytes((state, model, batch)), rel=0.02)
     layers = load_backbone(config.backbone.source).config.num_layers
     assert sum(found.collectives.values()) > layers * 3  # the scan's body counts for every layer
-    assert sum(found.collectives.values()) > sum(found.program.collectives.values())
 
 
 @pytest.mark.long
@@ -154,7 +149,7 @@ def test_with_scope_response_the_dry_run_says_how_long_completions_may_be_and_co
     shown = ["\n".join(header(one, "v5e:2x4", mesh)) for one in (few, any_number)]
     assert "rows of 64 tokens, up to 8 of them completion" in shown[0]
     assert "rows of 64 tokens, any of them completion" in shown[1]
-    sizes = [compile_step(one, mesh).program.temporaries for one in (few, any_number)]
+    sizes = [compile_step(one, mesh).memory.temporaries for one in (few, any_number)]
     assert sizes[0] < 0.6 * sizes[1]
 
 
@@ -163,24 +158,9 @@ def test_packed_rows_are_compiled_with_their_segments(config):
     config = replace(config, data=replace(config.data, packing=True, max_seq_length=128))
     _, _, batch, *_ = step_arguments(config, mesh := run_mesh(config))
     assert isinstance(batch, Packed) and batch.start.shape == (1, lay_out(config, mesh).pass_rows, 2)
-    assert compile_step(config, mesh).program
+    assert compile_step(config, mesh).fits
     shown = "\n".join(header(config, "v5e:2x4", mesh))
     assert "rows of 128 tokens" in shown and "packed, 2 examples per row" in shown and "splash (on a TPU)" in shown
-
-
-def test_a_collective_in_a_loop_counts_as_often_as_the_loop_turns():
-    mesh = make_mesh(8)
-    over = NamedSharding(mesh, P("data"))
-
-    def program(x):
-        def body(total, _):
-            everywhere = jax.lax.with_sharding_constraint(jnp.tanh(x + total), NamedSharding(mesh, P()))
-            return total + everywhere.sum(), None
-
-        return jax.lax.scan(body, 0.0, length=5)[0]
-
-    text = jax.jit(program).lower(jax.ShapeDtypeStruct((8,), jnp.float32, sharding=over)).compile().as_text()
-    assert sum(collectives_run(text).values()) == 5
 
 
 @pytest.mark.parametrize(("name", "found"), [("v5e:4x4", ("v5e", 16)), ("v5p:2x2x4", ("v5p", 16)),
@@ -189,12 +169,10 @@ def test_a_slice_is_named_by_its_chips_and_their_shape(name, found):
     assert parsed_topology(name) == found
 
 
-@pytest.mark.parametrize("name", ["v5e", "v5e:16", "v9z:4x4", "4x4", "v5e:4x4; rm", "v5e:4x-4", ""])
-def test_another_name_is_an_error_of_one_line(name):
-    with pytest.raises(ValueError, match="--topology .*v4, v5e, .*such as v5e:4x4") as error:
+@pytest.mark.parametrize("name", ["v5e:16", "v9z:4x4", "v5e:4x-4"])
+def test_another_name_is_named(name):
+    with pytest.raises(ValueError, match=f"--topology .*v4, v5e, .*such as v5e:4x4; got '{name}'"):
         parsed_topology(name)
-    assert repr(name) in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 def test_what_the_compiler_says_of_too_little_memory_is_understood():
@@ -241,7 +219,7 @@ def test_training_evaluation_and_serving_are_compiled_for_a_slice(config):
     assert list(found) == ["train", "loss", "prefill", "ranking", "decode"]
     weights = shard_bytes(step_arguments(config, mesh)[1])
     for compiled in found.values():
-        assert compiled.program and compiled.program.arguments > weights and compiled.loops_once == 0
+        assert compiled.memory and compiled.memory.arguments > weights
         assert set(compiled.collective_bytes) == set(compiled.collectives)
     gathered = {name: compiled.collective_bytes["all-gather"] for name, compiled in found.items()}
     layers = step_arguments(config, mesh)[1].layers
@@ -250,40 +228,8 @@ def test_training_evaluation_and_serving_are_compiled_for_a_slice(config):
 
 
 @pytest.mark.long
-def test_a_sweep_of_scope_response_compiles_the_prompts_that_its_adapters_share(tmp_path):
-    own = "adapter.scope=response", "sweep.seed=[0, 1]", "data.max_seq_length=64", "mesh.fsdp=1"
-    config = run_config(run_folder(tmp_path), *own)
-    mesh = run_mesh(config)
-    shared, alone = (compile_programs(config, mesh, tenants) for tenants in (2, 1))
-    assert list(alone) == ["train", "loss", "prefill", "ranking", "decode"]
-    assert list(shared) == ["train", "prompts", *list(alone)[1:]]
-    for name in ("loss", "prefill"):  # what is left is the tails of 4 tokens after prompts of 64
-        assert shared[name].program.flops < 0.3 * alone[name].program.flops
-    everywhere = replace(config, adapter=replace(config.adapter, scope="all"))
-    of_folder = load_config(None, ["data.tenants=x", own[0]])
-    assert not shares_prompts(everywhere, 2) and not shares_prompts(of_folder, 2)
-
-
-@pytest.mark.long
 def test_the_dry_run_tells_the_bytes_of_collectives_and_an_estimate_of_the_time(tmp_path):
     config = run_config(run_folder(tmp_path), "mesh.data=1", "mesh.fsdp=4", "data.max_seq_length=16")
     shown = topology_report(config, "v5e:2x2")
     assert "it fits" in shown and " all-gather 0.00 GB" in shown
     assert "ESTIMATE from v5e's published peaks, not measured" in shown and "bound by " in shown
-
-
-@pytest.mark.long
-def test_a_program_that_this_jax_can_not_read_tells_its_memory_and_what_to_install(config, monkeypatch):
-    """jaxlib 0.10.2 can't read what libtpu 0.0.52 makes for a v6e: an older JAX than the compiler's."""
-
-    def as_text(self):
-        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure (hlo_instruction.cc:390)\nmore")
-
-    mesh = make_mesh(data=1, fsdp=4, tensor=2)
-    read = compile_step(config, mesh)
-    monkeypatch.setattr(jax.stages.Compiled, "as_text", as_text)
-    found = compile_step(config, mesh)
-    assert read.program and found.fits and found.program is None
-    assert found.needed == read.program.memory > 0
-    said = "\n".join(compiled_lines(found, "0.0.52"))
-    assert "it fits" in said and f"jax[tpu]=={jax.__version__}" in said and "hlo_instruction.cc:390" in said

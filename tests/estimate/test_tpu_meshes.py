@@ -47,7 +47,7 @@ def test_the_compiler_takes_training_and_decode_on_an_awkward_shape(topology, tm
     own = f"mesh.data={data}", f"mesh.fsdp={fsdp}", f"mesh.tensor={tensor}", "data.max_seq_length=16"
     config = run_config(run_folder(tmp_path), *own, "backbone.dtype=bfloat16", "train.per_device_batch_size=1")
     mesh = make_mesh(data, fsdp, tensor, devices=tpu_devices(topology))
-    assert compile_step(config, mesh).program
+    assert compile_step(config, mesh).fits
     model_config = load_model_config(config.backbone.source)
     model = abstract_backbone(model_config, "bfloat16", mesh, "layers")
     tokens = jax.ShapeDtypeStruct((16, 8), jnp.int32)

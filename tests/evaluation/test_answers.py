@@ -10,21 +10,17 @@ from golden_models import backbone, strong
 from tiny_questions import ROWS, answers, asked, bank_of
 from tiny_run import tokenizer
 
-from para_jax import Adapter, AdapterBank, Engine, ParaConfig, Request, Rows, generate, init_adapter, stack_adapters
+from para_jax import AdapterBank, Engine, ParaConfig, Request, generate, init_adapter
 from para_jax.backbone.content import backbone_content
-from para_jax.data.examples import stop_token_ids
 from para_jax.evaluation import answers as answering
 from para_jax.evaluation.answers import Answerer
-from para_jax.evaluation.batch_adapters import StackBank
-from para_jax.evaluation.journal import Journal
+from para_jax.evaluation.journal import AnswerJournal
 from para_jax.evaluation.questions import (
     Generation,
     Likelihood,
     Scored,
     Written,
-    key,
 )
-from para_jax.inference.content import writing_content
 
 
 @pytest.mark.long
@@ -61,7 +57,7 @@ def test_a_likelihood_gives_away_the_answer_of_its_own_adapter_and_factors_alone
     monkeypatch.setattr(Answerer, "_in_batches", computed)
     monkeypatch.setattr(Answerer, "_by_engine", computed)
     bank, greedy, one = bank_of("llama", "A"), Likelihood((3, 4), (5, 6, 7)), Generation((3, 4), 2)
-    journal = Journal()
+    journal = AnswerJournal()
     journal.add((bank.entry("A").version, greedy), Scored(-1.0, True))
     questions = [("A", greedy), ("A", one), (None, one), ("A", one._replace(reads=(8,)))]
     _, *found = Answerer(backbone("llama"), bank, tokenizer(), journal=journal).answer(questions)
@@ -78,7 +74,7 @@ def test_an_answer_ends_at_the_stop_ids_of_the_engine_that_is_given(tmp_path):
     tokens, end = written.tokens, written.tokens[3]
     first = tokens[: tokens.index(end)]
     for given in ([], [(None, Likelihood(question.context, tuple(tokens)))]):
-        journal = Journal(tmp_path / str(len(given)) / "answers.jsonl")
+        journal = AnswerJournal(tmp_path / str(len(given)) / "answers.jsonl")
         for stop_ids, expected in ((), tokens), ((end,), first):
             engine = Engine(model, None, tokenizer(), slots=2, max_length=64, stop_ids=stop_ids)
             how = dict(rows=ROWS, journal=journal, backbone=backbone_content(model))
@@ -92,7 +88,7 @@ def test_a_journal_answers_equal_questions_for_the_same_content_only(tmp_path, m
     content = backbone_content(model)
 
     def answered(names, tenant, backbone=content):
-        journal = Journal(tmp_path / "a" / "answers.jsonl")
+        journal = AnswerJournal(tmp_path / "a" / "answers.jsonl")
         answerer = Answerer(model, bank_of("llama", names), tokenizer(), rows=ROWS, journal=journal, backbone=backbone)
         found = answerer.answer([(tenant, one) for _, one in questions] * 2)
         return found[: len(questions)], answerer.tokens
@@ -114,42 +110,13 @@ def test_a_journal_answers_equal_questions_for_the_same_content_only(tmp_path, m
         answered("ABCD", "A", "another backbone")
 
 
-@pytest.mark.long
-def test_a_question_without_room_is_refused_before_anything_is_computed():
-    longest = backbone("llama").config.max_positions
-    for one, needed in (
-        (Likelihood((3,) * longest, (4, 5)), longest + 1),
-        (Generation((3,) * 8, longest), longest + 8),
-    ):
-        with pytest.raises(ValueError, match=f"request of {needed} tokens .* {longest}"):
-            answers("llama", [(None, one)])
-    assert answers("llama", [(None, Likelihood((3,) * longest, (4,)))])[0].logprob < 0
-    with pytest.raises(ValueError, match="continuation: "):
-        answers("llama", [(None, Likelihood((3,), ()))])
-    for one in (Likelihood((3,), (4, 256)), Likelihood((3, -1), (4,)), Generation((256,), 2)):
-        with pytest.raises(ValueError, match="token id (256|-1): .* 0 to 255"):
-            answers("llama", [(None, one)])
-    with pytest.raises(ValueError, match="no tenant 'E'"):
-        answers("llama", [("E", Likelihood((3,), (4,)))])
-
-
-def test_an_answer_of_the_wrong_kind_is_an_error(tmp_path):
-    model, journal = backbone("llama"), Journal(tmp_path / "answers.jsonl")
-    answerer = Answerer(model, None, tokenizer(), rows=ROWS, journal=journal, backbone="b")
-    writing = writing_content(tokenizer(), stop_token_ids(tokenizer(), model.config.eos_token_ids))
-    for one, other in ((Likelihood((3,), (4,)), Written("x", 1)), (Generation((3,), 4), Scored(-1.0, True))):
-        journal.add(key(one, None, "b", writing), other)
-        with pytest.raises(ValueError, match="answers.jsonl: answers .* as another question"):
-            answerer.answer([(None, one)])
-
-
 def test_an_engine_has_no_request_left_after_an_interrupt():
     model, bank = backbone("llama"), bank_of("llama", "A")
     engine = Engine(model, bank, tokenizer(), slots=2, max_length=32)
     answerer = Answerer(model, bank, tokenizer(), rows=ROWS, engine=engine)
     questions = [("A", Generation(one.context[:9], 4)) for one in asked()[::3][:5]]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Journal, "add", stop)
+        patch.setattr(AnswerJournal, "add", stop)
         answerer.answer(questions)
     assert not engine.open
     assert answerer.answer(questions) == answers("llama", questions, "A")
@@ -184,7 +151,7 @@ def test_replacing_an_adapter_meanwhile_changes_no_answer(monkeypatch):
     old, new = (strong(init_adapter(ParaConfig(r=4), model.config), seed, 0.3) for seed in (1, 2))
     bank.add("A", old)
     questions = [("A", asked()[0]), *(("A", Generation(one.context[:9], 4)) for one in asked()[::3][:2])]
-    journal, real = Journal(), answering.likelihoods
+    journal, real = AnswerJournal(), answering.likelihoods
 
     def replaced(*arguments):
         yield from real(*arguments)
@@ -211,17 +178,6 @@ def test_an_answer_to_someone_elses_request_is_an_error_with_its_id():
         answerer.answer([(None, Generation((3,), 20))])
 
 
-def test_a_resumed_pass_has_an_engine_of_the_same_shapes(monkeypatch):
-    journal, sizes, model = Journal(), [], backbone("llama")
-    long, short = ((None, Generation((3,) * length, 4)) for length in (40, 5))
-    Answerer(model, None, tokenizer(), rows=ROWS, journal=journal).answer([long])
-    monkeypatch.setattr(answering, "Engine", lambda *a, max_length, **k: sizes.append(max_length) or stop())
-    for answered in (Journal(), journal):
-        with pytest.raises(KeyboardInterrupt):
-            Answerer(model, None, tokenizer(), rows=ROWS, journal=answered).answer([long, short])
-    assert sizes == [64, 64]
-
-
 def test_an_adapter_that_overflows_answers_nothing_and_the_others_answer_as_without_it(caplog, tmp_path):
     model, bank = backbone("llama"), AdapterBank(backbone("llama").config, max_r=4)
     adapter = strong(init_adapter(ParaConfig(r=4), model.config), 0, 0.3)
@@ -238,7 +194,7 @@ def test_an_adapter_that_overflows_answers_nothing_and_the_others_answer_as_with
     assert said.startswith("an answer of tenant 'wild' is empty") and "logits are not finite" in said
     for _ in range(2):  # asked, then in the journal
         caplog.clear()
-        with closing(Journal(tmp_path / "answers.jsonl")) as journal:
+        with closing(AnswerJournal(tmp_path / "answers.jsonl")) as journal:
             given = dict(rows=ROWS, engine=engine, journal=journal, backbone="b")
             again = Answerer(model, bank, tokenizer(), **given).answer([("wild", questions[0]), ("A", questions[0])])
         assert again == [found[1], found[0]] and [one.getMessage() for one in caplog.records].count(said) == 1
@@ -256,15 +212,3 @@ def test_a_small_queue_is_enough_and_an_engine_with_open_requests_is_refused(lim
     with pytest.raises(ValueError, match="1 open requests"):
         answerer.answer([("A", Generation((3,), 4))])
     assert [one.error for one in engine.run()] == [None]
-    with pytest.raises(ValueError, match="38 tokens .* 32"):
-        answerer.answer([("A", Generation((3,) * 6, 32))])
-
-
-def test_a_single_adapter_is_not_copied_for_each_row():
-    model = backbone("llama")
-    only = strong(init_adapter(ParaConfig(r=4), model.config))
-    bank = StackBank(stack_adapters([only]))
-    one, base = bank.entry(0), None
-    assert isinstance(bank.rows_of([one, one]), Adapter)
-    assert isinstance(bank.rows_of([one, base]), Rows)  # the base model is no adapter
-    assert isinstance(StackBank(stack_adapters([only, only])).rows_of([one, one]), Rows)

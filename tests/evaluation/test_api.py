@@ -90,25 +90,18 @@ def test_what_can_not_be_evaluated_is_named(folder, loaded):
     model, tokenizer, adapters = loaded
     labels = folder / "labels"
     for given, tasks, options, said in (
-        (3, labels, {}, "adapters: got a int; give an adapter"),
-        (list(adapters.values()), labels, {}, "adapters: got a list with a Para; .*{name: adapter}"),
-        (stack_adapters([adapters["A"]]), labels, {}, "adapters: got .*Stack"),
-        ({"a": 3}, labels, {}, r"adapters\['a'\] is a int"),
+        (3, labels, {}, "adapters is a int; give an adapter"),
+        (stack_adapters([adapters["A"]]), labels, {}, "adapters is a Stack"),
         ({"base": adapters["A"]}, labels, {}, "'base'.* name of the base model"),
         ("nowhere/x/adapter", labels, {}, "nowhere/x/adapter"),
-        ("no-*/adapter", labels, {}, "^adapters 'no-[*]/adapter': no folder matches"),
-        (None, [], {}, "tasks is empty"),
-        (None, {3: labels}, {}, "tasks: 3 is no name"),
+        (None, [], {}, "tasks: the list is empty"),
         (None, {"a": "no-such-task"}, {}, r"tasks\['a'\]: no-such-task is no file"),
-        (None, {"a": 3}, {}, r"tasks\['a'\] must be .* got int"),
-        (None, [[{"prompt": "w1"}]], {}, "in a list is no path or task; give rows as {name: rows}"),
-        (None, [{"prompt": "w1"}], {}, r"tasks\['rows'\] row 0.*completion"),
+        (None, [[{"prompt": "w1"}]], {}, "in a list is no path or task; .*{name: rows}"),
         (None, "no/such.jsonl", {}, "^tasks 'no/such.jsonl': no such file"),
-        (None, [labels, labels], {}, "^tasks: labels is given more than once"),
+        (None, [labels, labels], {}, "^tasks: labels:accuracy is given more than once"),
         (None, run_config(folder, f"data.train={labels / 'test.jsonl'}"), {}, "data.test is not set"),
         (None, labels, {"shuffle_prompts": True}, "shuffle_prompts requires an adapter"),
         (adapters, labels, {"shard": "0/2"}, "shard 0/2 requires an output"),
-        (adapters, labels, {"own": True}, "labels has no test.jsonl for A, B"),
         (None, labels, {"own": True}, "^own requires adapters and one folder as tasks"),
     ):
         with pytest.raises(ValueError, match=said):
@@ -125,11 +118,8 @@ def test_the_command_names_its_flag_where_the_call_names_its_argument(folder, ca
     ("field", "value", "said"),
     [
         ("limit", 0, "limit must be .* got 0"),
-        ("rows", 1.5, "rows must be a whole number"),
         ("split", "train", "split must be one of validation, test; got 'train'"),
-        ("adapter_memory", -1, "adapter_memory must be .* got -1"),
         ("shard", "3/3", "'3/3' is no shard"),
-        ("own", 1, "own must be true or false; got 1"),
     ],
 )
 def test_an_option_out_of_range_is_named(field, value, said):

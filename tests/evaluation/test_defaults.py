@@ -8,7 +8,6 @@ import tiny_tokenizers
 from tiny_run import backbone_folder, run_config, tokenizer, words, write_rows
 
 from para_jax import load_model_config
-from para_jax.config import DataSection, RunConfig
 from para_jax.data.examples import encode_completion
 from para_jax.data.given import PYTHON
 from para_jax.data.records import Record
@@ -19,11 +18,9 @@ from para_jax.evaluation.defaults import (
     MOST_NEW_TOKENS,
     NEW_TOKENS,
     REPEATED,
-    ScoringRule,
     answer_length,
     longest_completion,
     scoring_rule,
-    warn_of_guesses,
 )
 from para_jax.evaluation.tasks import file_task, task_of_run
 
@@ -111,15 +108,6 @@ def test_scoring_without_the_training_data_says_that_the_run_may_have_had_anothe
             assert "is not here" not in capsys.readouterr().err
 
 
-def test_runs_without_their_training_data_share_one_warning(capsys):
-    config = RunConfig(data=DataSection(train="a"))
-    rules = [(config, ScoringRule("exact_match", ("f1",), (), 32, guessed=guessed)) for guessed in (False, True, True)]
-    warn_of_guesses(rules[:1])
-    assert not capsys.readouterr().err
-    warn_of_guesses(rules)
-    assert capsys.readouterr().err.count("the training data (a), and that of 1 more, is not here") == 1
-
-
 def test_what_the_config_says_wins(rule):
     labels = ["w9", "w10"] * 10
     assert rule(labels, "eval.metric=exact_match")[:3] == ("exact_match", (), ())
@@ -199,14 +187,6 @@ def test_an_answer_has_half_as_many_tokens_again_as_the_longest_completion(tmp_p
     assert longest_completion(many, tokenizer()) == 21
 
 
-def test_a_file_and_a_run_ask_for_answers_of_one_length(rule, tmp_path):
-    completions = ["w9", words([9] * 30)]
-    asked = rule(completions, test=completions).max_new_tokens
-    data, model = tmp_path / "data", load_model_config(tmp_path / "backbone")
-    task = file_task(f"{data}:exact_match", tokenizer(), model, split="test", limit=None)
-    assert task is not None and task.encoded.task.max_new_tokens == asked
-
-
 def test_a_chosen_length_fits_the_models_positions(rule, tmp_path):
     rule(["w9", words([9] * 120)], test=["w9"])
     rows = [{"prompt": words([20] * 120), "completion": "w9"}]
@@ -222,16 +202,3 @@ def test_without_training_data_answers_are_written(tmp_path):
         config = run_config(tmp_path, f"data.train={train}", f"data.test={tmp_path / 'test.jsonl'}", *OPEN)
         task = task_of_run(config, "test", tokenizer())
         assert (task.metric, task.max_new_tokens) == ("exact_match", NEW_TOKENS)
-
-
-def test_the_length_of_ranked_labels_is_what_checkpoints_hold(rule):
-    """It is not used, but a run resumes only with the same."""
-    found = rule(["w9", "w10"] * 10, "eval.metric=macro_f1", "eval.choices=[w9, w10]")
-    assert found.max_new_tokens == FEWEST_NEW_TOKENS != NEW_TOKENS
-
-
-@pytest.mark.parametrize("metric", ["accuracy", "macro_f1"])
-def test_ranked_choices_need_no_training_data(tmp_path, metric):
-    given = f"data.train={tmp_path / 'nowhere'}", *OPEN, f"eval.metric={metric}", "eval.choices=[w9, w10]"
-    backbone_folder(tmp_path / "backbone")
-    assert not scoring_rule(run_config(tmp_path, *given), tokenizer()).guessed

@@ -240,11 +240,6 @@ def test_the_rows_of_a_score_have_its_standard_error(records, metric):
         assert np.mean(found.rows) == pytest.approx(found.loss if metric == "loss" else found.score)
 
 
-def test_accuracy_without_choices_is_refused(records):
-    with pytest.raises(ValueError, match=r"^t: choices \(\)"):
-        scored(EvalTask("t", records, "accuracy"))
-
-
 def test_what_is_no_adapter_of_the_backbone_is_refused(records):
     one, own = EvalTask("t", records[:1], "loss"), adapter()
     theirs = init_adapter(ParaConfig(r=4), load_backbone(FIXTURES / "qwen2").config)
@@ -268,13 +263,6 @@ def test_an_example_without_room_or_with_an_unknown_token_is_named(records):
         task = EvalTask("t", records[:2], "exact_match", max_new_tokens=4, examples=[Example([5], [9]), wrong])
         with pytest.raises(ValueError, match=f"{records[1].place}: {said}"):
             scored(task)
-
-
-def test_label_metrics_without_choices_are_of_what_is_written(records):
-    way = dict(metric="macro_f1", max_new_tokens=4)
-    task = EvalTask("t", right_answers(adapter(), records, way)[:3] + records[3:], **way)
-    written = scored(task._replace(metric="exact_match", also=("macro_f1",)))
-    assert scored(task).score == written.also[0].score > 0
 
 
 def test_the_error_of_the_loss_is_that_of_a_ratio(records):
@@ -323,13 +311,6 @@ def test_shuffling_changes_nothing_for_adapters_that_ignore_the_prompt(records, 
     own, other = both(unaware, EvalTask("t", right, **way))
     assert other.loss == pytest.approx(own.loss, rel=1e-6) and other.score == own.score > 0
     assert abs(score(model(), None, EvalTask("t", right, **way), tokenizer(), rows=BATCH).loss - own.loss) > 0.01
-
-
-@each_way
-def test_shuffling_equal_prompts_changes_nothing(records, way):
-    same = [record._replace(prompt=records[0].prompt) for record in records]
-    own, other = both(adapter(), EvalTask("t", same, **way))
-    assert other.loss == pytest.approx(own.loss, rel=1e-6) and other.score == own.score
 
 
 @pytest.mark.long

@@ -1,6 +1,5 @@
 """An evaluation in shards and passes gives what one worker gives, byte for byte; what does not fit is refused."""
 
-import hashlib
 import json
 import shutil
 import signal
@@ -19,7 +18,6 @@ from para_jax.backbone.load import load_model_config
 from para_jax.cli import main
 from para_jax.evaluation.answers import Answerer
 from para_jax.evaluation.merge import merge_folders
-from para_jax.evaluation.shard_part import ShardOfAdapters
 from para_jax.io.shards import SHARD_FILE, Shard
 
 COUNT = 3
@@ -103,53 +101,23 @@ def test_the_merged_folder_is_that_of_one_worker_byte_for_byte(folder, adapters,
     assert scores[0][:-1] == scores[1][:-1]  # the last line says how long it took
 
 
-def test_what_does_not_belong_together_is_refused_by_name(folder, adapters, shards, tmp_path):
+def test_what_does_not_belong_together_is_refused_by_name(shards, tmp_path):
     output = tmp_path / "merged"
-    with pytest.raises(ValueError, match="without an output: 1/3"):
-        merge_folders([shards[0], shards[2]], output)
-    with pytest.raises(ValueError, match="both shard 0/3"):
-        merge_folders([*shards, shards[0]], output)
     with pytest.raises(ValueError, match="nowhere is not the folder of a shard"):
         merge_folders([tmp_path / "nowhere"], output)
     changed = shutil.copytree(shards[1], tmp_path / "changed")
     part = json.loads((changed / SHARD_FILE).read_text())
-
-    def refused(said, **fields):
-        (changed / SHARD_FILE).write_text(json.dumps(part | fields))
-        with pytest.raises(ValueError, match=said):
-            merge_folders([shards[0], changed, shards[2]], output)
-
-    for name in ("backbone", "tasks", "seed", "version", "limit", "adapters", "device"):
-        refused(f"changed differ in {name}", settings=part["settings"] | {name: "other"})
-    refused("changed differ in limit: 3 and 2", settings=part["settings"] | {"limit": 2, "tasks": "other"})
-    refused("changed: shard 1/3 has not ended", ended=False)
-    files = part["content"]["files"]
-    lost, other = next(iter(files)), next(iter(held(shards[2])))
-    refused(f"{other} is in another shard", content=part["content"] | {"files": files | {other: files[lost]}})
-    kept = {name: file for name, file in files.items() if name != lost}
-    refused(f"no shard has {lost}", content=part["content"] | {"files": kept})
-    for wrong in ("../t.json", "a/b.json", "t.txt", "..", 3):
-        refused("shard.json is damaged", content=part["content"] | {"files": files | {lost: wrong}})
-    for name in ("files", "samples", "answers"):
-        refused("shard.json is damaged", content={key: held for key, held in part["content"].items() if key != name})
+    (changed / SHARD_FILE).write_text(
+        json.dumps(part | {"settings": part["settings"] | {"limit": 2, "tasks": "other"}})
+    )
+    with pytest.raises(ValueError, match="changed differ in limit: 3 and 2"):
+        merge_folders([shards[0], changed, shards[2]], output)
     (changed / SHARD_FILE).write_text(json.dumps(part))
-    file = changed / files[lost]
-    text = file.read_text()
-    for damage in (text[:-5], text.replace('"backbone_content": "', '"backbone_content": "0'), "{}"):
-        file.write_text(damage)
-        with pytest.raises(ValueError, match=f"{lost}.json .*run the command of shard 1/3 again"):
-            merge_folders([shards[0], changed, shards[2]], output)
-    file.write_text(text)
     lines = (changed / "answers.jsonl").read_text().splitlines(keepends=True)
     (changed / "answers.jsonl").write_text("".join(lines[1:]))
     with pytest.raises(ValueError, match="changed/answers.jsonl has .* but shard 1/3 asks for"):
         merge_folders([shards[0], changed, shards[2]], output)
-    (changed / "answers.jsonl").unlink()
-    with pytest.raises(ValueError, match="changed/answers.jsonl has 0 answers, but shard 1/3 asks for"):
-        merge_folders([shards[0], changed, shards[2]], output)
-    (changed / "answers.jsonl").write_text("".join(lines))
-    refused("lost.jsonl is missing; run .* shard 1/3 again", content=part["content"] | {"samples": ["lost.jsonl"]})
-    assert not any(output.iterdir())  # a merge can be tried again
+    assert not output.exists()  # a merge can be tried again
 
 
 def test_a_stopped_shard_goes_on_in_its_own_folder_only(folder, adapters, shards, tmp_path, monkeypatch, capsys):
@@ -215,43 +183,6 @@ def test_the_first_shard_may_have_no_adapter_and_so_nothing_to_ask(folder, adapt
     merge_folders([tmp_path / "0", tmp_path / "1"], tmp_path / "merged")
     assert main(line("one")) == 0
     assert (tmp_path / "merged/table.csv").read_bytes() == (tmp_path / "one/table.csv").read_bytes()
-
-
-def test_an_evaluation_without_shards_does_not_go_on_as_a_shard(folder, adapters, one, shards, tmp_path, capsys):
-    """Its tables would lose the adapters of the other shards."""
-    output = shutil.copytree(one, tmp_path / "one")
-    for index in range(COUNT):
-        assert main(command(folder, adapters, output, "--shard", f"{index}/{COUNT}")) == 2
-        assert f"which shard {index}/{COUNT} does not have" in capsys.readouterr().err
-    assert {file.name: file.read_bytes() for file in output.iterdir()} == {
-        file.name: file.read_bytes() for file in one.iterdir()
-    }
-    for file in output.glob("*.json"):
-        if not (shards[1] / file.name).exists():
-            file.unlink()
-    assert main(command(folder, adapters, output, "--shard", f"1/{COUNT}")) == 0  # it has all that is left
-
-
-def test_a_shard_has_the_adapters_with_its_digests_in_their_order():
-    digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in NAMES}
-    found = [ShardOfAdapters(Shard(index, 2), digests).names for index in range(2)]
-    assert sorted(found[0] + found[1]) == NAMES and all(names == sorted(names) for names in found)
-
-
-@pytest.mark.parametrize(
-    ("more", "said"),
-    [
-        (["--shard", "3/3"], "'3/3' is no shard I/N"),
-        (["--adapter-memory", "0"], "--adapter-memory: 0: give a number"),
-        (["--adapters", "t9"], "t9"),
-    ],
-)
-def test_a_wrong_option_is_one_error(folder, adapters, tmp_path, capsys, more, said):
-    try:
-        code = main(command(folder, adapters, tmp_path / "out", *more))
-    except SystemExit as ended:
-        code = ended.code
-    assert code == 2 and said in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.long

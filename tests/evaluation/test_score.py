@@ -60,13 +60,6 @@ def test_an_answer_whose_logits_are_not_finite_is_wrong_whatever_its_references_
         assert sample["given"] is None and sample[metric if metric in METRICS else "correct"] == 0
 
 
-def test_a_score_is_a_line():
-    assert str(Score("sst2", "accuracy", 0.885, 0.25, 200)) == "sst2: accuracy 0.8850, loss 0.2500 on 200 examples"
-    assert str(Score("own", "loss", -1.5, 1.5, 3)) == "own: loss 1.5000 on 3 examples"
-    also = Score("s", "accuracy", 0.5, 0.25, 200, stderr=0.035, also=(Measured("matthews", -0.25, None),))
-    assert str(also) == "s: accuracy 0.5000 ± 0.0350, matthews -0.2500, loss 0.2500 on 200 examples"
-
-
 @pytest.mark.parametrize("kind", ["plain", "with_bos", "own_space", "thinking"])
 def test_an_answer_as_it_was_learned_is_an_exact_match(kind):
     """Qwen3's chat template begins every answer with <think></think>, which the model learns to write."""

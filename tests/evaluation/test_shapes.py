@@ -31,7 +31,7 @@ from para_jax.evaluation.answers import Answerer
 from para_jax.evaluation.likelihood import continuation_scores
 from para_jax.evaluation.questions import Likelihood
 from para_jax.evaluation.scoring import Tasks
-from para_jax.evaluation.shapes import OpenShapes, batch_rows, plan_shapes, say_evaluation
+from para_jax.evaluation.shapes import batch_rows, plan_shapes
 from para_jax.evaluation.tasks import EvalTask, encode_task
 from para_jax.inference import generate
 from para_jax.inference.generate import generate_tokens, next_token
@@ -141,14 +141,6 @@ def test_contexts_of_several_lengths_share_the_programs_of_their_continuations(c
     assert sorted(of_evaluation(compiled)) == ["_prefill"] * 4 + ["continuation_scores"] * 2
 
 
-def test_open_shapes_waste_at_most_a_third():
-    shapes = OpenShapes(longest=300)
-    sizes = {shapes.context(n): n for n in range(1, 301)}
-    assert list(sizes)[:6] == [16, 24, 32, 48, 64, 96]
-    assert all(size >= n for size, n in sizes.items()) and max(sizes) == 300
-    assert all(shapes.context(n) <= 1.5 * n + 1 for n in range(16, 300))
-
-
 # ------------------------------------------------------------------------------------------------------ the same scores
 
 
@@ -185,31 +177,6 @@ def test_a_fresh_adapter_scores_as_the_backbone_to_the_bit(metric, config):
     base, neutral = (score(one, task) for one in (None, fresh))
     assert neutral == base and neutral.stderr == base.stderr
     assert score(strong(fresh, 1), task).loss != base.loss
-
-
-@pytest.mark.parametrize(
-    ("splits", "advice"),
-    [
-        (["test"], "; eval.test_limit scores fewer examples"),
-        (["validation"], "; eval.limit scores fewer examples"),
-        (["validation", "test"], "; eval.limit and eval.test_limit score fewer examples"),
-    ],
-)
-def test_a_run_names_the_limits_of_the_splits_that_it_scores(splits, advice, caplog):
-    caplog.set_level("INFO", logger="para_jax")
-    encoded = encode_task(task_of("exact_match", LENGTHS[:2]), tokenizer())
-    say_evaluation({split: [encoded] for split in splits}, batch_size=8)
-    assert caplog.messages[-1].endswith(advice)
-
-
-def test_the_decoding_steps_of_a_run_are_those_of_each_tenants_own_batches(caplog):
-    """At its end each tenant is scored alone, and one that is scored by its loss writes nothing. Batches that tenants
-    share may have the longest answers of all."""
-    caplog.set_level("INFO", logger="para_jax")
-    tasks = [task_of(metric, LENGTHS[:3]) for metric in ["exact_match"] * 3 + ["loss"]]
-    tasks[0] = tasks[0]._replace(max_new_tokens=50)
-    say_evaluation({"test": [encode_task(task, tokenizer()) for task in tasks]}, batch_size=2)
-    assert f"{3 * 2 * 50} decoding steps for test" in caplog.messages[-1]
 
 
 # --------------------------------------------------------------------------------------------------- all devices' rows

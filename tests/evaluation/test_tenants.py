@@ -101,23 +101,8 @@ def test_a_score_has_the_same_bits_whoever_else_is_scored(tasks, method):
         adapters[1] = kept
 
 
-def test_the_limit_takes_the_first_examples_of_each(tasks):
-    model = load_backbone(FIXTURES / "llama")
-    stack = stack_adapters([strong(init_adapter(ParaConfig(r=4), model.config))])
-    found = Tasks(model, tokenizer(), of(tasks, "accuracy"), limit=2, rows=4).scores(stack, {0: 0, 1: 0, 3: 0})
-    assert [score.count for score in found.values()] == [2, 2, 2]
-    few = score(model, first_of(stack), of(tasks, "accuracy")[3], tokenizer(), limit=2, rows=4)
-    np.testing.assert_allclose(found[3].loss, few.loss, rtol=1e-5)
-
-
 def first_of(stack):
     return jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), stack.adapters)
-
-
-def test_no_tenant_with_a_task_gives_no_score(tasks):
-    model = load_backbone(FIXTURES / "llama")
-    stack = stack_adapters([init_adapter(ParaConfig(r=4), model.config)])
-    assert Tasks(model, tokenizer(), [None, None]).scores(stack, {0: 0, 1: -1}) == {}
 
 
 def test_a_question_of_two_tenants_to_one_adapter_is_answered_once(tasks, monkeypatch):

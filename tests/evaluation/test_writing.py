@@ -57,14 +57,6 @@ def test_an_answer_before_logits_that_are_not_finite_is_empty(monkeypatch):
     }
 
 
-def test_an_answer_ends_at_its_own_stop_ids_too(monkeypatch):
-    stops = []
-    monkeypatch.setattr(writing, "generate_tokens", lambda *a, stop_ids, **s: stops.append(stop_ids) or [[9, 5, 8]] * 2)
-    found = written([Generation((3,), 4, stop_ids=(7,)), Generation((4,), 2, stop_ids=(8,)), Generation((4,), 4)])
-    assert sorted(stops) == [(2,), (2, 7), (2, 8)]
-    assert {i: one.tokens for i, one in found.items()} == {0: 3, 1: 2, 2: 3}
-
-
 def test_an_answer_of_a_batch_must_fit_the_models_positions_by_its_own_length(monkeypatch):
     """A short answer after a long prompt, next to a long answer after a shorter one."""
     seen = []

@@ -36,7 +36,7 @@ def spoken(where, name, before, after=None):
     setattr(where, name, speaking)
 
 
-def when_written(checkpoints, state, progress):
+def when_written(checkpoints, *_):
     """Says "written" when the save that goes on in the background is done, while the steps go on."""
 
     def wait():

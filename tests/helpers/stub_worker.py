@@ -7,7 +7,7 @@ from pathlib import Path
 class StubWorker:
     """Writes its process to each output. Shards 1, 5, 9, ... end their first two workers."""
 
-    def __init__(self, line, folder, count):
+    def __init__(self, call, folder, count):
         pass
 
     def __call__(self, batch):

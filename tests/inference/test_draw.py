@@ -78,11 +78,6 @@ def test_top_p_counts_the_probabilities_among_the_top_k():
     assert found.tolist() == [500, 0, 0, 0]
 
 
-def test_equal_logits_do_not_widen_the_top_k():
-    found = np.bincount(draw(np.zeros((500, VOCAB), np.float32), top_k=2), minlength=VOCAB)
-    assert (found[:2] > 150).all() and found[2:].sum() == 0
-
-
 def test_a_row_draws_the_same_with_any_other_rows():
     settings = {"temperature": [1.5, 0.0, 0.7, 3.0], "top_k": [0, 3, 5, 0], "top_p": [1.0, 0.5, 0.9, 0.8]}
     for position in range(20):
@@ -143,20 +138,3 @@ def test_what_top_p_keeps_does_not_depend_on_a_top_k_row_nearby():
         top_p = (shares[:, 100] / shares[:, -1]).astype(np.float32)
         alone, nearby = (np.asarray(KEPT(distance, np.array([0] * 7 + [k], np.int32), top_p)) for k in (0, 5))
         np.testing.assert_array_equal(alone[:7], nearby[:7])
-
-
-def test_greedy_rows_take_part_in_no_draw(monkeypatch):
-    """Rows are drawn in blocks: what is sampled is counted by the random numbers that are made."""
-    made, real = [], jax.random.categorical
-
-    def counted(key, logits, **options):
-        jax.debug.callback(lambda: made.append(1))
-        return real(key, logits, **options)
-
-    monkeypatch.setattr(jax.random, "categorical", counted)
-    logits = np.random.default_rng(0).normal(size=(6, VOCAB)).astype(np.float32)
-    for sampled in (0, 1, 3, 6):
-        made.clear()
-        draw(logits, temperature=[1.0 if i < sampled else 0.0 for i in range(6)])
-        jax.effects_barrier()
-        assert len(made) == -(-sampled // 2)

@@ -18,7 +18,7 @@ from para_jax import LoraConfig, ParaConfig, init_adapter, load_adapter
 from para_jax.adapters.files import read_adapter_config, save_adapter
 from para_jax.adapters.preview import load_previewed, previews
 from para_jax.backbone.load import load_model_config
-from para_jax.evaluation.journal import Journal
+from para_jax.evaluation.journal import AnswerJournal
 from para_jax.evaluation.questions import Scored
 from para_jax.io.hub import cache_folder, resolve_backbone
 from para_jax.io.storage import cache, service
@@ -162,7 +162,7 @@ def test_lines_are_added_in_pieces_and_read_as_one_file(folder):
     again.add(1, {"loss": 1.0})
     again.flush()
     assert [row["step"] for row in read_metrics(file)] == [0, 1] and len(pieces(file)) == 2
-    join_pieces(file)
+    join_pieces(file, open_pieces(file).read())
     assert file.is_file() and [row["step"] for row in read_metrics(file)] == [0, 1]
     Appender(file).add(b'{"step": 2}\n')
     assert [row["step"] for row in read_metrics(file)] == [0, 1, 2]
@@ -185,11 +185,11 @@ def test_a_kill_while_pieces_are_joined_loses_no_line(folder, monkeypatch):
         for line in (b"1\n", b"2\n", b"3\n"):
             Appender(file).add(line)
         with killed_after(writes, monkeypatch):
-            join_pieces(file)
+            join_pieces(file, open_pieces(file).read())
         assert open_pieces(file).read() == b"1\n2\n3\n", writes
         Appender(file).add(b"4\n")
         assert open_pieces(file).read() == b"1\n2\n3\n4\n", writes
-        join_pieces(file)
+        join_pieces(file, open_pieces(file).read())
         assert file.read_bytes() == b"1\n2\n3\n4\n" and len(pieces(file)) == 1
 
 
@@ -308,7 +308,7 @@ def test_an_adapter_that_is_replaced_while_it_is_read_is_read_again(folder, monk
 def test_two_writers_of_one_file_lose_and_overwrite_nothing(folder):
     """No lock keeps a second one out, such as a worker that was given up and still runs."""
     file, answer = folder / "answers.jsonl", Scored(-1.5, True)
-    first, second = Journal(file), Journal(file)
+    first, second = AnswerJournal(file), AnswerJournal(file)
     for number in range(3):
         for name, journal in (("first", first), ("second", second)):
             journal.add(f"{name} {number}", answer)
@@ -316,7 +316,7 @@ def test_two_writers_of_one_file_lose_and_overwrite_nothing(folder):
     second.add("second 3", answer)
     first.close()
     second.close()
-    assert Journal(file)._answers == dict.fromkeys(
+    assert AnswerJournal(file)._answers == dict.fromkeys(
         [f"{name} {number}" for name in ("first", "second") for number in range(3)] + ["second 3"], answer
     )
     with pytest.raises(ValueError, match="answers.jsonl: .*closed"):

@@ -368,29 +368,27 @@ def test_decode_donates_the_state_it_is_given():
 # --------------------------------------------------------------------------------------------------------- wrong input
 
 
-def test_wrong_lengths_and_tokens_are_named():
+def test_wrong_arguments_are_named():
     model, tokens = backbone("llama"), prompts(backbone("llama"))
-    tenant = init_adapter(ParaConfig(), model.config)
-    for prompt_length, length in ((0, None), (13, None), (5, 4), (5, 13), ([5, 5], None), ([5, 0, 5], None)):
-        with pytest.raises(ValueError, match="prompt_length"):
-            forward(model, tenant, tokens, prompt_length, length)
-    with pytest.raises(ValueError, match="prompt_length is missing"):
-        forward(model, tenant, tokens, None)
-    with pytest.raises(ValueError, match="token ids .* 0 to 255"):
-        forward(model, tenant, tokens + 256, 5)
-    with pytest.raises(ValueError, match="tokens of shape"):
-        forward(model, tenant, tokens[0], 5)
-    with pytest.raises(ValueError, match="max_length 8"):
-        prefill(model, tenant, tokens, 5, max_length=8)
+    tenant = init_adapter(ParaConfig(r=4), model.config)
+    stack = stack_adapters([tenant, tenant])
     _, state = prefill(model, None, tokens, 5, max_length=16)
-    for wrong in ([5], [5.5, 5, 5], [5, 5, -1]):
-        with pytest.raises(ValueError, match="token"):
-            decode(model, state, wrong)
-    plain = unwrap(decode)  # without the tests' own check of types
-    with pytest.raises(ValueError, match=r"model: it has an adapter already; give model\.backbone"):
-        plain(adapt(model, tenant), state, [5, 5, 5])
-    with pytest.raises(ValueError, match="state is a NoneType; give the DecodeState that prefill or decode returns"):
-        plain(model, None, [5, 5, 5])
+    for call, message in (
+        (lambda: forward(model, tenant, tokens, 0), "prompt_length"),
+        (lambda: forward(model, tenant, tokens, 5, 13), "prompt_length"),
+        (lambda: forward(model, tenant, tokens, None), "prompt_length is missing"),
+        (lambda: forward(model, tenant, tokens + 256, 5), "token ids .* 0 to 255"),
+        (lambda: prefill(model, tenant, tokens, 5, max_length=8), "max_length 8"),
+        (lambda: decode(model, state, [5, 5, -1]), "token"),
+        (lambda: unwrap(decode)(adapt(model, tenant), state, [5, 5, 5]), r"an adapter already; give model\.backbone"),
+        (lambda: adapt(model, pick(stack, [0])), "adapt takes one adapter; got Rows"),
+        (lambda: stack_adapters([tenant, init_adapter(ParaConfig(), model.config)]), "adapter 1 .*differs from"),
+        (lambda: stack_adapters([]), "stack_adapters"),
+        (lambda: pick(stack, [0, 2]), r"pick.*\[0, 2\]"),
+        (lambda: unwrap(right_pad)([[0, 1, 5]], [[0, 1, 1], [1, 1, 1]]), r"attention_mask of shape \(2, 3\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def test_without_an_adapter_any_prompt_length_will_do():
@@ -398,22 +396,6 @@ def test_without_an_adapter_any_prompt_length_will_do():
     expected = forward(model, None, tokens, None)
     for unused in (0, 13, [5, 5]):
         np.testing.assert_array_equal(forward(model, None, tokens, unused), expected)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "mask", "named"),
-    [
-        ([[0, 1, 5], [1, 2, 3]], [[0, 1, 1]], r"tokens of shape \(2, 3\) and attention_mask of shape \(1, 3\)"),
-        ([[0, 1, 5]], [[0, 1, 1], [1, 1, 1]], r"attention_mask of shape \(2, 3\)"),
-        ([0, 1, 5], [0, 1, 1], r"tokens of shape \(3,\)"),
-        ([[0.0, 1.0]], [[0, 1]], "pass integers"),
-        ([[0, 1]], [[0, 1], [1]], "attention_mask: the rows have different lengths"),
-        ([[2**32 + 5, 7]], [[1, 1]], "token ids 7 to 4294967301 do not fit"),
-    ],
-)
-def test_what_can_not_be_padded_is_named(tokens, mask, named):
-    with pytest.raises(ValueError, match=named):
-        unwrap(right_pad)(tokens, mask)
 
 
 def test_seeds_of_an_adapter_are_whole_and_may_be_traced():
@@ -431,33 +413,3 @@ def test_an_adapter_of_another_backbone_is_refused():
         forward(backbone("llama"), other, prompts(backbone("llama")), 5)
     with pytest.raises(ValueError, match="adapters.*list"):
         check_fits([other], backbone("llama").config)
-
-
-def test_wrong_stacks_and_picks_are_named():
-    config = backbone("llama").config
-    one, other = init_adapter(ParaConfig(r=4), config), init_adapter(ParaConfig(r=5), config)
-    with pytest.raises(ValueError, match="adapter 1 .*differs from adapter 0"):
-        stack_adapters([one, other])
-    with pytest.raises(ValueError, match="stack_adapters"):
-        stack_adapters([])
-    with pytest.raises(ValueError, match=r"pick.*\[0, 2\]"):
-        pick(stack_adapters([one, one]), [0, 2])
-    with pytest.raises(ValueError, match="stack_adapters .*Para"):
-        unwrap(stack_adapters)(one)  # which is checked by its annotations in tests alone
-    with pytest.raises(ValueError, match="pick .*Para"):
-        unwrap(pick)(one, [0])
-
-
-def test_a_model_with_an_adapter_and_one_adapter_for_many_are_named():
-    model = backbone("llama")
-    adapter = init_adapter(ParaConfig(r=4), model.config)
-    with pytest.raises(ValueError, match="model.backbone"):
-        unwrap(forward)(adapt(model, adapter), adapter, prompts(model), 5)
-    with pytest.raises(ValueError, match="model.backbone"):
-        unwrap(adapt)(adapt(model, adapter), adapter)
-    with pytest.raises(ValueError, match="adapt takes one adapter; got Rows"):
-        adapt(model, pick(stack_adapters([adapter]), [0]))
-    with pytest.raises(ValueError, match="max_length .* 20.0"):
-        unwrap(prefill)(model, adapter, prompts(model), 5, max_length=20.0)
-    with pytest.raises(ValueError, match="multi_tenant_forward .*Para"):
-        unwrap(multi_tenant_forward)(model, adapter, prompts(model), 5)

@@ -302,37 +302,13 @@ def test_ray_is_told_when_the_engine_fails():
     asyncio.run(run())
 
 
-def test_an_engine_that_never_gets_warm_is_an_error_of_the_replica():
-    engine = new_engine(max_logprobs=0)
-
-    def fail():
-        raise MemoryError("no room for the slots")
-
-    engine.warm_up = fail
-    replica = Replica(None)
-    app = create_app(engine, models=Models(engine.bank))
-    replica.loop = app.state.loop
-
-    async def run():
-        async with app.router.lifespan_context(app):
-            with pytest.raises(RuntimeError, match="no room"):
-                await replica.check_health()
-
-    asyncio.run(run())
-
-
 @pytest.mark.parametrize(
     ("given", "said"),
     [
         ({"slot": 3}, "no option slot; did you mean slots?"),
         ({"port": 8000}, "no option port"),
-        ({"adapter_root": "."}, "no option adapter_root"),
-        ({"slots": 0}, "--slots is 0"),
-        ({"replicas": 0}, "replicas is 0"),
-        ({"adapters": ["base=A"]}, "base"),
         ({"adapters": ["tiny=A"], "served_model_name": "tiny"}, "tiny is the base model's name"),
         ({"adapters": ["A=no/such/folder"]}, "no/such/folder"),
-        ({"backbone": "./no-such"}, "no-such"),
     ],
 )
 def test_a_mistake_is_refused_before_anything_is_started(given, said, folder, monkeypatch):
@@ -348,8 +324,8 @@ def test_replicas_get_absolute_paths_and_the_names_of_the_command(folder, monkey
     given = {"backbone": "./backbone", "adapters": ["A", "b=B", "C=user/name"], "api_key_file": "keys.txt"}
     served = served_by(given, any_host=False)
     assert served.sources == {"A": str(folder / "A"), "b": str(folder / "B"), "C": "user/name"}
-    assert (served.options.backbone, served.base) == (str(folder / "backbone"), "backbone")
-    assert served.options.api_key_file == str(folder / "keys.txt")
+    assert (served.options.backbone, served.config.served_model_name) == (str(folder / "backbone"), "backbone")
+    assert served.config.api_key_file == str(folder / "keys.txt")
 
 
 @pytest.mark.parametrize(("any_host", "status"), [(False, 403), (True, 200)])

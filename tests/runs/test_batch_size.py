@@ -10,9 +10,8 @@ from tiny_run import run_config, run_folder, write_tenants
 
 from para_jax import make_mesh, train, train_tenants
 from para_jax.config import RunConfig, TrainSection, load_config
-from para_jax.runs import loop
-from para_jax.runs import train as runs
-from para_jax.runs.tenants import read_inputs
+from para_jax.runs import loop, plan
+from para_jax.runs.plan import plan_run
 from para_jax.training.passes import lay_out, step_passes
 
 DEVICES = (1, 2, 4, 8)
@@ -115,19 +114,18 @@ def test_a_sweep_steps_each_combination_with_the_batch_of_a_run_of_it_alone():
 
 
 @pytest.mark.long
-def test_a_sweep_on_several_devices_trains_each_combination_as_a_run_of_its_own(folder, monkeypatch, capsys):
+def test_a_sweep_on_several_devices_trains_each_combination_as_a_run_of_its_own(folder, monkeypatch):
     """Also when it continues on other devices."""
     common = f"data.train={folder / 'data' / 'train.jsonl'}", "adapter.summary=raw", "eval.metric=loss", "mesh.data=-1"
     rows = "train.per_device_batch_size=4", "train.schedule=constant"
     swept = run_config(folder, *common, *rows, f"output_dir={folder / 'swept'}", "sweep.learning_rate=[3e-2, 1e-3]")
     of_steps = lambda config, steps: replace(config, train=replace(config.train, max_steps=steps))  # noqa: E731
-    on = lambda devices: monkeypatch.setattr(runs, "run_mesh", lambda *_: make_mesh(devices))  # noqa: E731
+    on = lambda devices: monkeypatch.setattr(plan, "run_mesh", lambda *_: make_mesh(devices))  # noqa: E731
     on(2)
     train(of_steps(run_config(folder, *common, *rows, f"output_dir={folder / 'alone'}"), 3))
     train_tenants(of_steps(swept, 2))
     on(4)
     train_tenants(of_steps(swept, 3))
-    assert "a step keeps the 8 rows" in capsys.readouterr().err
     np.testing.assert_allclose(losses(folder / "swept" / "learning_rate-0.03"), losses(folder / "alone"), atol=1e-5)
 
 
@@ -145,10 +143,10 @@ def losses(folder):
 
 
 def test_the_same_batch_size_is_the_same_plan_on_any_number_of_devices(folder):
-    config = run_config(folder, "train.batch_size=16", "train.per_device_batch_size=4", "train.num_epochs=3")
-    layouts = [lay_out(config, make_mesh(devices)) for devices in DEVICES]
-    assert [(layout.pass_rows, layout.passes) for layout in layouts] == [(4, 4), (8, 2), (16, 1), (16, 1)]
-    runs = [read_inputs(config, layout) for layout in layouts]
+    own = "train.batch_size=16", "train.per_device_batch_size=4", "train.num_epochs=3"
+    runs = [plan_run(run_config(folder, *own, f"mesh.data={devices}")) for devices in DEVICES]
+    cuts = [(run.layout.pass_rows, run.layout.passes) for run in runs]
+    assert cuts == [(4, 4), (8, 2), (16, 1), (16, 1)]
     for step in range(6):
         batches = [run.tenants[0].order.batch(step, run.buckets[0], 16)[0] for run in runs]
         for other in batches[1:]:
@@ -169,7 +167,7 @@ def test_a_run_has_the_same_losses_on_any_number_of_devices(folder):
 
 
 @pytest.mark.long
-def test_a_run_keeps_the_rows_of_its_steps_on_other_devices(folder, monkeypatch, capsys):
+def test_a_run_keeps_the_rows_of_its_steps_on_other_devices(folder, monkeypatch):
     """Otherwise batch i would hold other examples, and a run that has ended would be longer on fewer devices."""
     seen, at = [], []
 
@@ -182,7 +180,7 @@ def test_a_run_keeps_the_rows_of_its_steps_on_other_devices(folder, monkeypatch,
         return state._replace(step=state.step + 1), values
 
     monkeypatch.setattr(loop, "train_step", no_step)
-    on = lambda devices: monkeypatch.setattr(runs, "run_mesh", lambda *_: make_mesh(devices))  # noqa: E731
+    on = lambda devices: monkeypatch.setattr(plan, "run_mesh", lambda *_: make_mesh(devices))  # noqa: E731
     own = f"data.train={folder / 'data' / 'train.jsonl'}", f"output_dir={folder / 'moved'}", "adapter.summary=raw"
     steps = "train.per_device_batch_size=4", "train.max_steps=null", "train.num_epochs=2"
     config = run_config(folder, *own, *steps, "mesh.data=-1", "eval.every=3")
@@ -191,15 +189,14 @@ def test_a_run_keeps_the_rows_of_its_steps_on_other_devices(folder, monkeypatch,
         train(config)
     on(4)
     assert train(config).step == 6
-    assert "a step keeps the 8 rows" in capsys.readouterr().err
-    order = read_inputs(config, lay_out(config, make_mesh(2))).tenants[0].order
+    order = plan_run(config).tenants[0].order
     assert seen == [
         sum(len(order.examples[i].completion_ids) for i in order.plan.batch_indices(step)[1]) for step in range(6)
     ]
     on(1)
     assert train(config).step == 6 and len(seen) == 6
     on(3)
-    with pytest.raises(ValueError, match="must be a divisor of 8, the rows of a step of this run so far; got 3"):
+    with pytest.raises(ValueError, match="train.batch_size 8 can't be split evenly over 3 devices"):
         train(config)
 
 

@@ -12,9 +12,7 @@ from tiny_run import ADAPTER, run_config, run_folder, write_tenants
 
 from para_jax import LoraConfig, init_adapter, load_adapter, save_adapter, train, train_tenants
 from para_jax.reports.inspect import dry_run
-from para_jax.runs import loop
 from para_jax.runs.initial import initial_places
-from para_jax.training.stop import Stopped, StopSignal
 
 #: A step that changes nothing: what is kept is what the run started from.
 STILL = ("train.learning_rate=0", "train.max_steps=1", "train.weight_decay=0", "eval.every=1")
@@ -92,48 +90,6 @@ def test_a_dry_run_refuses_the_adapters_that_the_run_would_refuse(folder, tmp_pa
 
 
 @pytest.mark.long
-def test_a_tenant_that_waits_starts_from_no_other_adapter_than_when_the_run_began(folder, tmp_path, monkeypatch):
-    """Not after a resume, and not where the adapter is replaced while the run is at work."""
-
-    def broken():
-        raise KeyboardInterrupt
-
-    names = ("acme", "globex")
-    write_tenants(tmp_path / "tenants", dict.fromkeys(names, 9))
-    before = {name: saved(tmp_path / "before" / name / "adapter", i) for i, name in enumerate(names)}
-    given = f"data.tenants={tmp_path / 'tenants'}", f"train.init_from={tmp_path / 'before'}", "train.rows_per_tenant=4"
-    config = run_config(folder, f"output_dir={tmp_path / 'run'}", *given, *STILL, "train.tenants_at_once=1")
-    with monkeypatch.context() as patched, pytest.raises(Stopped):
-        patched.setattr(StopSignal, "reached", lambda self, step: step >= 1)
-        train_tenants(config)
-    saved(tmp_path / "before" / "acme" / "adapter", seed=8)  # it has begun
-    saved(tmp_path / "before" / "globex" / "adapter", seed=9)
-    with pytest.raises(ValueError, match=f"init_from {tmp_path}/before/globex/adapter: another adapter.*globex"):
-        train_tenants(config)
-    saved(tmp_path / "before" / "globex" / "adapter", seed=1)
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):  # acme has ended, and frees its slot
-        real_admit, calls = loop.Loop.admit, iter(range(9))
-        patched.setattr(loop.Loop, "admit", lambda *given: broken() if next(calls) else real_admit(*given))
-        train_tenants(config)
-    saved(tmp_path / "before" / "globex" / "adapter", seed=9)
-    with pytest.raises(ValueError, match=f"init_from {tmp_path}/before/globex/adapter: another adapter.*globex"):
-        train_tenants(config)
-    saved(tmp_path / "before" / "globex" / "adapter", seed=1)
-    train_tenants(config)
-    for name in names:
-        assert_kept(tmp_path / "run" / name, before[name])
-
-    def replaced_at_work(*arguments, **settings):
-        saved(tmp_path / "before" / "globex" / "adapter", seed=9)
-        return real(*arguments, **settings)
-
-    real = loop.train_step
-    monkeypatch.setattr(loop, "train_step", replaced_at_work)
-    with pytest.raises(ValueError, match="before/globex/adapter: another adapter"):
-        train_tenants(replace(config, output_dir=str(tmp_path / "other")))
-
-
-@pytest.mark.long
 def test_peft_s_adapter_is_trained_further(folder, tmp_path):
     place = FIXTURES / "peft" / "lora_qv_rs"
     adapter = load_adapter(place, backbone("llama").config)
@@ -158,11 +114,6 @@ def test_where_a_run_looks_for_the_adapter(tmp_path, bucket):
         assert initial_places(str(root / "peft"), ["acme"]) == {"acme": str(root / "peft" / "acme")}
     assert initial_places("user/name@v1", names) == dict.fromkeys(names, "user/name@v1")
     assert initial_places(None, names) == dict.fromkeys(names)
-
-
-def test_an_adapter_of_one_method_is_no_start_for_several(folder):
-    with pytest.raises(ValueError, match="train.init_from runs/a .*sweep.method has 2"):
-        run_config(folder, "sweep.method=[para, ia3]", "train.init_from=runs/a")
 
 
 @pytest.mark.parametrize(

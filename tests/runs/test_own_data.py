@@ -4,6 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import datasets
+import jax
+import numpy as np
 import pytest
 from tiny_run import backbone_folder, rows_of_text, words, write_rows
 
@@ -11,13 +13,13 @@ from para_jax import train, train_tenants
 from para_jax.config import DataSection, RunConfig, load_config
 from para_jax.data.records import Record, load_records
 from para_jax.data.sources import unread
-from para_jax.data.tokenizer import run_tokenizer
-from para_jax.data.training_data import load_training_data
 from para_jax.evaluation.scoring import Tasks
 from para_jax.evaluation.tasks import EvalTask
 from para_jax.reports.inspect import data_report, dry_run, folder_report
+from para_jax.runs.notices import say_left_out
+from para_jax.runs.plan import plan_run
 from para_jax.runs.scoring import example_prompt
-from para_jax.runs.tenants import Tenant, plan_batches, say_data, warn_of_unread, with_length
+from para_jax.runs.tenants import Tenant
 
 CONFIG = Path(__file__).parents[2] / "configs" / "own-data.yaml"
 QUICK = (
@@ -81,6 +83,20 @@ def test_without_validation_data_some_training_rows_are_held_out(folder, tmp_pat
         train(own(folder, f"data.train={tmp_path}", f"output_dir={tmp_path / 'run'}", "data.validation_split=0.2"))
 
 
+def test_the_config_that_a_run_writes_trains_it_again_to_the_same_bits(folder, tmp_path):
+    """Also where its data are not looked at: metric, choices, lengths of answers and the rows of a step are decided."""
+    config = own(folder, f"data.train={folder / 'labels'}", f"output_dir={tmp_path / 'run'}", "adapter.summary=raw")
+    first = train(config)
+    written = load_config(tmp_path / "run" / "config.yaml", [f"output_dir={tmp_path / 'again'}"])
+    assert (written.eval.metric, len(written.eval.choices), written.train.batch_size) == ("accuracy", 3, 8)
+    again = train(written)
+    assert again.scores == first.scores
+    for mine, other in zip(jax.tree.leaves(again.adapter), jax.tree.leaves(first.adapter), strict=True):
+        np.testing.assert_array_equal(mine, other)
+    assert load_config(tmp_path / "again" / "config.yaml") == written
+    assert train(config).best == first.best  # what the first config left open is read from there
+
+
 def test_each_tenant_holds_rows_of_its_own_out_unless_it_has_validation_data(folder, tmp_path, capsys):
     for name in ("train.jsonl", "globex/train.jsonl", "dev.jsonl"):  # a tenant may have any name
         write_rows(tmp_path / "tenants" / name, labelled(30))
@@ -95,56 +111,28 @@ def test_each_tenant_holds_rows_of_its_own_out_unless_it_has_validation_data(fol
 
 
 def test_a_file_that_was_meant_as_validation_data_is_named(tmp_path, capsys):
+    def said(*sections):
+        configs = {str(i): RunConfig(data=section) for i, section in enumerate(sections)}
+        say_left_out(RunConfig(), configs, {})
+        return capsys.readouterr().err
+
     for file in ("acme/train.jsonl", "acme/dev.jsonl", "globex/train.csv", "globex/validation.csv", "globex/val.csv"):
         write_rows(tmp_path / file, [])
-    configs = [RunConfig(data=DataSection(train=str(tmp_path / name))) for name in ("acme", "acme", "globex")]
-    warn_of_unread(configs)
-    said = f"warning: {tmp_path}/acme/dev.jsonl is not read; rename it to validation.jsonl, or set data.validation\n"
-    assert capsys.readouterr().err.endswith(said)
-    warn_of_unread([configs[2], RunConfig(data=replace(configs[0].data, validation=str(tmp_path / "acme/dev.jsonl")))])
-    assert capsys.readouterr().err == ""
-    write_rows(tmp_path / "validation.jsonl", [])
-    write_rows(tmp_path / "train.jsonl", [])
-    warn_of_unread([RunConfig(data=DataSection(train=str(tmp_path / "train.jsonl")))])
-    assert f"{tmp_path}/validation.jsonl is not read; set data.validation\n" in capsys.readouterr().err
+    acme, globex = (DataSection(train=str(tmp_path / name)) for name in ("acme", "globex"))
+    named = f"warning: {tmp_path}/acme/dev.jsonl is not read; name it validation.jsonl, or set data.validation\n"
+    assert said(acme, acme, globex) == named
+    assert said(globex, replace(acme, validation=str(tmp_path / "acme/dev.jsonl"))) == ""
+    assert said(replace(acme, test=str(tmp_path / "acme/dev.jsonl"))) == ""
 
 
-@pytest.mark.parametrize("name", ["validation.JSONL", "Dev.CSV"])
-@pytest.mark.parametrize("train", ["", "train.jsonl"])
-def test_so_is_one_with_another_ending_or_capitals(tmp_path, capsys, name, train):
-    for file in ("train.jsonl", name, name.replace("validation", "test")):
-        write_rows(tmp_path / file, [])
-    (tmp_path / "DEV.jsonl").mkdir()  # a folder is no file
-    section = DataSection(train=str(tmp_path / train))
-    warn_of_unread([RunConfig(data=section)])
-    advice = "" if train else f"rename it to validation{name[-6 if name.endswith('L') else -4 :].lower()}, or "
-    assert f"{tmp_path / name} is not read; {advice}set data.validation\n" in capsys.readouterr().err
-    assert (unread(section, "test") is None) == (name == "Dev.CSV")
-
-
-def test_so_is_a_split_that_save_to_disk_wrote(tmp_path, capsys):
-    name = "val"
+def test_so_is_a_split_that_save_to_disk_wrote(tmp_path):
     data = datasets.Dataset.from_list([{"prompt": "a", "completion": "b"}])
-    datasets.DatasetDict({"train": data, name: data, "test": data}).save_to_disk(tmp_path)
+    datasets.DatasetDict({"train": data, "val": data, "test": data}).save_to_disk(tmp_path)
     section = DataSection(train=str(tmp_path))
-    warn_of_unread([RunConfig(data=section)])
-    assert (
-        f"{tmp_path / name} is not read; rename it to validation, or set data.validation\n" in capsys.readouterr().err
-    )
-    assert unread(section, "test") is None
-    for source in (tmp_path / name, f"hf:{tmp_path}::{name}"):
+    assert unread(section, "validation") == tmp_path / "val" and unread(section, "test") is None
+    for source in (tmp_path / "val", f"hf:{tmp_path}::val"):
         named = replace(section, validation=str(source))
         assert unread(named, "validation") is None and len(load_records(named, "validation") or ()) == 1
-    acme = (tmp_path / name).rename(tmp_path / "acme")  # a tenant next to others
-    assert unread(DataSection(train=str(acme)), "test") is None
-
-
-def test_a_file_that_is_read_as_something_else_is_not_named(tmp_path, capsys):
-    for name in ("train.jsonl", "dev.jsonl"):
-        write_rows(tmp_path / name, [])
-    for place in (tmp_path, tmp_path / "train.jsonl"):
-        warn_of_unread([RunConfig(data=DataSection(train=str(place), test=str(tmp_path / "dev.jsonl")))])
-    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.long
@@ -207,10 +195,10 @@ def test_each_tenant_has_a_metric_of_its_own(folder, tmp_path, capsys):
     assert result.report() in folder_report(tmp_path / "run")
 
 
-def test_a_dry_run_assumes_a_length_and_inspect_finds_it(folder):
+def test_a_dry_run_assumes_a_length_and_inspect_finds_it(folder, capsys):
     config = own(folder, f"data.train={folder / 'labels'}")
     assert "8 rows of at most 512 tokens" in dry_run(config) and "assumed" in dry_run(config)
-    assert "data.max_seq_length=8" in data_report(config)
+    assert data_report(config) and "data.max_seq_length=8" in capsys.readouterr().err
     swept = own(folder, f"data.train={folder / 'labels'}", "sweep.seed=[0, 1]")
     assert "of each tenant" in dry_run(swept) and "of each tenant" not in dry_run(config)
     methods = dry_run(own(folder, f"data.train={folder / 'labels'}", "sweep.method=[para, ia3]")).split("\n\n")
@@ -238,15 +226,12 @@ def test_inspect_marks_where_para_reads_a_prompt_and_says_nothing_of_other_adapt
         assert "PARA reads" not in data_report(own(folder, data, *["adapter.r=4", other]))
 
 
-def test_the_length_of_packed_rows_is_the_one_that_is_said(folder, capsys):
-    config = own(folder, f"data.train={folder / 'labels'}", "data.packing=true", "adapter.summary=raw")
-    data = load_training_data(replace(config.data, max_seq_length=128), run_tokenizer(config))
-    (shape,), _ = plan_batches(config, {"": config}, {"": data}, rows=8)
-    assert shape.length == with_length(config).data.max_seq_length == 512
-    say_data(config, {"": data})
+def test_the_length_of_packed_rows_is_the_one_that_is_said(folder, tmp_path, capsys):
+    packed = "data.packing=true", "adapter.summary=raw", f"output_dir={tmp_path / 'run'}"
+    plan = plan_run(own(folder, f"data.train={folder / 'labels'}", *packed))
+    assert plan.buckets[0].length == plan.config.data.max_seq_length == 512
     said = "lengths: half of the examples have up to 5 tokens, 95 % up to 6, the longest 6; data.max_seq_length=512\n"
     assert said in capsys.readouterr().err
-    assert said in data_report(config)
 
 
 def test_the_model_card_asks_in_the_form_of_the_data(tmp_path):

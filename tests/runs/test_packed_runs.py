@@ -11,10 +11,9 @@ import pytest
 from stopped_run import assert_same_arrays, train_interrupted
 from tiny_run import losses, rows_of_text, run_config, run_folder, words, write_rows
 
-from para_jax import init_adapter, load_adapter, load_backbone, load_model_config, make_mesh, train, train_tenants
+from para_jax import init_adapter, load_adapter, load_backbone, load_model_config, train, train_tenants
 from para_jax.data.batches import Bucket, collate
-from para_jax.runs.tenants import read_inputs
-from para_jax.training.passes import lay_out
+from para_jax.runs.plan import plan_run
 from para_jax.training.step import eval_nll
 
 PACKED = ("data.packing=true", "data.max_seq_length=32", "train.per_device_batch_size=4", "adapter.summary=raw")
@@ -34,9 +33,9 @@ def whole(folder):
 
 def test_a_packed_step_has_the_mean_loss_of_its_examples_completion_tokens(whole):
     config, _ = whole
-    layout = lay_out(config, make_mesh())
-    _, (tenant,), (shape,) = read_inputs(config, layout)
-    batch, tokens = tenant.order.batch(0, shape, layout.tenant_rows)
+    plan = plan_run(config)
+    (tenant,), (shape,) = plan.tenants, plan.buckets
+    batch, tokens = tenant.order.batch(0, shape, plan.layout.tenant_rows)
     _, chosen = tenant.order.plan.batch_indices(0)
     examples = [tenant.data.examples[i] for i in chosen]
     assert len(examples) > batch.tokens.shape[0] and tokens == sum(map(len, sum(examples, ())))
@@ -72,7 +71,7 @@ def test_a_packed_run_in_passes_over_a_mesh_equals_one_device(whole, folder, tmp
 
 def test_a_packed_run_says_how_full_its_rows_are(folder, capsys):
     config = run_config(folder, *PACKED)
-    _, (tenant,), _ = read_inputs(config, lay_out(config, make_mesh()))
+    (tenant,) = plan_run(config).tenants
     said = capsys.readouterr().err
     assert (
         f"packed 20 examples into {len(tenant.order.plan.packed)} rows of 32 tokens, at most" in said
@@ -102,7 +101,8 @@ def test_packed_rows_of_a_tenant_do_not_depend_on_other_tenants(long_and_short):
     found = {}
     for name in ("alone", "both"):
         config = long_and_short(name)
-        _, (acme, *others), (shape,) = read_inputs(config, lay_out(config, make_mesh(), 2))
+        run = plan_run(config)
+        (acme, *others), (shape,) = run.tenants, run.buckets
         total, plan = acme.order.total_steps, acme.order.plan
         found[name] = total, [plan.batch_rows(step) for step in range(2 * total)]
         assert shape.length == (904 if others else 512)

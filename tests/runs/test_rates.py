@@ -12,13 +12,9 @@ import pytest
 from tiny_run import metrics, run_config, run_folder, words, write_rows, write_tenants
 
 from para_jax import load_config, make_mesh, train, train_tenants
-from para_jax.data.examples import Example
-from para_jax.data.records import Record
-from para_jax.evaluation.tasks import EvalTask
-from para_jax.runs import rates
-from para_jax.runs import train as runs
-from para_jax.runs.chosen import chosen_rates
-from para_jax.runs.rates import Trial, best_step, choice, next_step, rate_of, trial_steps
+from para_jax.runs import plan, rates
+from para_jax.runs.rates import choice
+from para_jax.runs.standing import TenantStanding
 from para_jax.training.checkpoint import finish_saving
 from para_jax.training.log import TIMES
 from para_jax.training.passes import lay_out
@@ -32,9 +28,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def short(monkeypatch):
-    """Trials of two steps, and no more rounds than the first."""
+    """Trials of two steps."""
     monkeypatch.setattr(rates, "FEWEST", 2)
-    monkeypatch.setattr(rates, "MORE_ROUNDS", 0)
 
 
 def auto_config(folder, output, *overrides):
@@ -42,17 +37,11 @@ def auto_config(folder, output, *overrides):
     return run_config(folder, f"output_dir={output}", *given, *overrides)
 
 
-def trials(**losses):
-    """Trials by their step of the grid: _2 is -2."""
-    steps = {int(name.replace("_", "-").removeprefix("s")): loss for name, loss in losses.items()}
-    return {step: Trial(rate_of(1e-3, step), loss, 0.1, 20) for step, loss in steps.items()}
-
-
 def test_the_mesh_has_room_for_the_trials_of_one_adapter(folder, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(runs, "run_mesh", lambda config, tenants: asked.append((config, tenants)))
+    monkeypatch.setattr(plan, "run_mesh", lambda config, tenants: asked.append((config, tenants)))
     for config in (auto_config(folder, tmp_path), run_config(folder, f"output_dir={tmp_path}")):
-        runs.mesh_of_run(config, [config], [SimpleNamespace(names=[""])])
+        plan.mesh_of_run(config, {"": config})
     (trials, count), (alone, one) = asked
     assert (count, one, alone.many) == (len(rates.FIRST), 1, False)
     slots = lay_out(trials, make_mesh(devices=jax.devices()[:1]), count).slots
@@ -62,40 +51,21 @@ def test_the_mesh_has_room_for_the_trials_of_one_adapter(folder, tmp_path, monke
 # ----------------------------------------------------------------------------------------------------------- the choice
 
 
-def test_the_grid_is_1_3_10_around_the_default():
-    assert [rate_of(1e-3, step) for step in range(-4, 4)] == [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
-    assert [rate_of(3e-3, step) for step in rates.FIRST] == [3e-4, 9e-4, 3e-3, 9e-3]
-
-
-def test_the_lowest_loss_wins_and_of_equal_ones_the_smaller_rate():
-    assert best_step(trials(s_2=2.0, s_1=1.0, s0=1.0, s1=3.0)) == -1
-    assert choice(trials(s_2=2.0, s_1=1.5, s0=1.0, s1=None), 1e-3) == 1e-3
-
-
-@pytest.mark.parametrize(("limit", "first", "last"), [(None, 0, 2985), (500, 0, 497)])
-def test_trials_are_scored_on_examples_of_the_whole_file(limit, first, last):
-    """A file may be sorted: the first 200 examples would have few of its answers."""
-    records = [Record(str(i), "a", ("a",), None, f"line {i}") for i in range(3000)]
-    task = EvalTask("sorted", records, examples=[Example((i,), (1,)) for i in range(3000)])
-    found = rates.spread(task, limit)
-    assert [int(record.prompt) for record in found.records] == [ids[0] for ids, _ in found.examples]
-    assert len(found.records) == 200 and (found.records[0].prompt, found.records[-1].prompt) == (str(first), str(last))
-    few = task._replace(records=records[:7], examples=None)
-    assert rates.spread(few, limit) == few
-
-
-def test_a_diverged_trial_never_wins_and_an_edge_is_followed():
-    assert best_step(trials(s0=2.0, s1=None)) == 0
-    assert next_step(trials(s_1=2.0, s0=1.0, s1=2.0)) is None
-    assert next_step(trials(s_1=2.0, s0=1.0)) == 1 and next_step(trials(s_1=1.0, s0=2.0)) == -2
-    assert next_step(trials(s0=1.0, s1=None)) == -1  # above the best one is one that diverged
-    every = trials(s_1=None, s0=None)
-    assert best_step(every) is None and next_step(every) == -2 and choice(every, 1e-3) == 3e-4
-
-
-@pytest.mark.parametrize(("steps", "of_trial"), [(6, 6), (60, 20), (200, 50), (10_000, 100)])
-def test_a_trial_has_a_share_of_the_steps(steps, of_trial):
-    assert trial_steps(steps) == of_trial
+@pytest.mark.parametrize(("losses", "chosen", "said"), [
+    ((2.0, 1.0, 1.0, 3.0), 3e-4, ""),
+    ((None, 2.0, None, None), 3e-4, ""),
+    ((4.0, 3.0, 2.0, 1.0), 3e-3, "edge"),
+    ((None,) * 4, 1e-4, "every rate of acme diverged"),
+])  # fmt: skip
+def test_the_lowest_loss_wins_and_of_equal_ones_the_smaller_rate(losses, chosen, said, capsys):
+    tenant = SimpleNamespace(name="acme", config=load_config(None, ["train.learning_rate=auto"]), validation=[])
+    found = {}
+    for rate, loss in zip(rates.rates_of(tenant.config), losses, strict=True):
+        scores = {} if loss is None else {"validation": {"values": {"loss": loss}}}
+        name = rates.trial_name(tenant, rate)
+        found[name] = TenantStanding(name, steps=20, best_step=20, ended="done", scores=scores)
+    assert choice(tenant, found) == chosen
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("sweep", ["sweep.learning_rate=[0.1]", "sweep.seed=[1, 2]"])
@@ -119,11 +89,11 @@ def test_a_run_with_auto_takes_the_best_rate_and_resumes_in_its_trials_and_after
     config = auto_config(folder, tmp_path / "run")
     result = train(config)
     said = capfd.readouterr().err
-    held = json.loads((tmp_path / "run" / "learning_rates" / "chosen.json").read_text())
-    losses = {one["learning_rate"]: one["loss"] for one in held["trials"]}
-    assert list(losses) == [1e-4, 3e-4, 1e-3, 3e-3] and all(one["steps"] == 2 for one in held["trials"])
+    entries = json.loads((tmp_path / "run" / "learning_rates" / "trials" / "tenants.json").read_text())
+    losses = {float(name.removeprefix("learning_rate-")): -one["best_score"] for name, one in entries.items()}
+    assert list(losses) == [1e-4, 3e-4, 1e-3, 3e-3] and all(one["steps"] == 2 for one in entries.values())
     best = min(losses, key=losses.__getitem__)
-    assert held["rates"] == {"": best} and f"{losses[best]:.4f} ± " in said and "chosen" in said
+    assert f"{losses[best]:.4f} ± " in said and "chosen" in said
     assert load_config(tmp_path / "run" / "config.yaml").train.learning_rate == best
     (tmp_path / "alone").mkdir()
     alone = auto_config(folder, tmp_path / "alone" / "run", f"train.learning_rate={best}")
@@ -136,7 +106,6 @@ def test_a_run_with_auto_takes_the_best_rate_and_resumes_in_its_trials_and_after
             train(stopped)
         monkeypatch.undo()
         monkeypatch.setattr(rates, "FEWEST", 2)
-        monkeypatch.setattr(rates, "MORE_ROUNDS", 0)
     assert train(stopped).best_score == result.best_score
     assert without_times(stopped) == without_times(config)
     with pytest.raises(ValueError, match="train.learning_rate.*0.5"):
@@ -160,36 +129,6 @@ def test_a_signal_during_the_last_save_of_the_trials_stops_before_the_run(folder
     assert metrics(config)
 
 
-def test_a_run_that_was_killed_before_the_number_was_written_goes_on(folder, tmp_path, short, monkeypatch):
-    doubted = []
-    monkeypatch.setattr(runs, "say_doubt", lambda _, own, __: doubted.append([one.train.learning_rate for one in own]))
-    config = auto_config(folder, tmp_path / "run")
-    first = train(config)
-    file = tmp_path / "run" / "config.yaml"
-    rate = load_config(file).train.learning_rate
-    file.write_text(file.read_text().replace(f"learning_rate: {rate}", "learning_rate: auto", 1))
-    assert load_config(file).train.learning_rate == "auto"
-    assert train(config).best_score == first.best_score
-    assert load_config(file).train.learning_rate == rate
-    assert doubted == [["auto"], []]  # a rate that trials chose is not doubted when the run goes on
-
-
-def test_a_trials_loss_is_that_of_its_checkpoint_whatever_its_log_has_lost(folder, tmp_path, short, monkeypatch):
-    config = auto_config(folder, tmp_path / "run")
-
-    def killed(*_):
-        for log in (tmp_path / "run").glob("learning_rates/**/metrics.jsonl"):
-            log.write_bytes(log.read_bytes()[:-40])
-        raise KeyError("as a kill")
-
-    with monkeypatch.context() as patched, pytest.raises(KeyError):
-        patched.setattr(rates, "write_chosen", killed)
-        train(config)
-    train(config)
-    trials = json.loads((tmp_path / "run" / "learning_rates" / "chosen.json").read_text())["trials"]
-    assert trials and all(one["loss"] is not None for one in trials)
-
-
 @pytest.mark.long
 def test_each_tenant_has_its_own_rate_and_one_without_validation_data_the_default(folder, tmp_path, short, capfd):
     write_tenants(tmp_path / "tenants", {"acme": 20, "initech": 12})
@@ -197,30 +136,20 @@ def test_each_tenant_has_its_own_rate_and_one_without_validation_data_the_defaul
     result = train_tenants(config)
     said = capfd.readouterr().err
     assert "initech" in said and "no validation data" in said
-    chosen = chosen_rates(tmp_path / "run")
-    assert chosen["initech"] == 1e-3 and set(chosen) == set(result.tenants) == {"acme", "initech"}
-    for name, rate in chosen.items():
-        assert load_config(tmp_path / "run" / name / "config.yaml").train.learning_rate == rate
+    configs = {name: load_config(tmp_path / "run" / name / "config.yaml") for name in result.tenants}
+    chosen = {name: one.train.learning_rate for name, one in configs.items()}
+    assert chosen["initech"] == 1e-3 and set(chosen) == {"acme", "initech"} and "auto" not in chosen.values()
     assert train_tenants(config).tenants == result.tenants
-    assert sorted(path.name for path in Path(tmp_path / "run" / "learning_rates" / "1").glob("acme-*")) == [
+    assert sorted(path.name for path in Path(tmp_path / "run" / "learning_rates" / "trials").glob("acme-*")) == [
         "acme-0.0001", "acme-0.0003", "acme-0.001", "acme-0.003",
     ]  # fmt: skip
-
-
-@pytest.mark.long
-def test_the_next_rate_is_tried_where_the_best_is_at_the_edge(folder, tmp_path, short, monkeypatch):
-    monkeypatch.setattr(rates, "MORE_ROUNDS", 1)
-    monkeypatch.setattr(rates, "FIRST", (0,))
-    train(auto_config(folder, tmp_path / "run"))
-    held = json.loads((tmp_path / "run" / "learning_rates" / "chosen.json").read_text())
-    assert [one["learning_rate"] for one in held["trials"]] == [3e-4, 1e-3]
 
 
 def test_a_trial_is_scored_once_at_its_end_on_a_bounded_number_of_examples(folder, tmp_path, short, monkeypatch):
     monkeypatch.setattr(rates, "EXAMPLES", 5)
     config = auto_config(folder, tmp_path / "run", "eval.every=1", "eval.patience=1")
     train(config)
-    found = tmp_path / "run" / "learning_rates" / "1"
+    found = tmp_path / "run" / "learning_rates" / "trials"
     for name in ("learning_rate-0.0001", "learning_rate-0.003"):
         rows = [json.loads(line) for line in (found / name / "metrics.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows if "validation_loss" in row] == [2]
@@ -233,7 +162,6 @@ def test_a_trial_is_scored_once_at_its_end_on_a_bounded_number_of_examples(folde
 def test_trials_of_one_tenant_may_share_steps_of_different_lengths(folder, tmp_path, monkeypatch):
     """Four trials in three groups: one is always behind the others, whose rows have another length."""
     monkeypatch.setattr(rates, "FEWEST", 6)
-    monkeypatch.setattr(rates, "MORE_ROUNDS", 0)
     draw = np.random.default_rng(0)
     sizes = [(3, 9), (20, 1)] * 12
     rows = [{"prompt": words(draw.integers(20, 250, p)), "completion": words([9] * c)} for p, c in sizes]

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 from long_cases import quick, slow
-from tiny_run import rows_of_text, run_config, run_folder, tokenizer, write_rows, write_tenants
+from tiny_run import run_config, run_folder, tokenizer, write_tenants
 from tiny_scores import score
 
 from para_jax import (
@@ -23,7 +23,6 @@ from para_jax import (
     load_adapter,
     load_backbone,
     load_model_config,
-    make_mesh,
     train,
     train_tenants,
 )
@@ -31,20 +30,17 @@ from para_jax.cli import main
 from para_jax.config import load_config, save_config
 from para_jax.data.batches import collate
 from para_jax.data.example_arrays import ExampleArrays
-from para_jax.data.schedule import Turn
-from para_jax.evaluation import defaults, tasks
 from para_jax.evaluation.score import Score
 from para_jax.evaluation.scoring import Tasks
 from para_jax.evaluation.tasks import task_of_run
 from para_jax.reports.inspect import folder_report
-from para_jax.runs import loop
+from para_jax.runs import loop, scoring
 from para_jax.runs import tenants as inputs
 from para_jax.runs.folder import claim_folders
-from para_jax.runs.scoring import Scoring
-from para_jax.runs.tenants import read_inputs, sweep_configs, tenant_configs
+from para_jax.runs.plan import plan_run
+from para_jax.runs.tenants import sweep_configs
 from para_jax.training import statistics, tenants_file
 from para_jax.training.log import TIMES
-from para_jax.training.passes import lay_out
 from para_jax.training.step import train_step
 from para_jax.training.stop import Stopped, StopSignal
 
@@ -152,7 +148,7 @@ def test_inspect_lists_the_tenants_with_their_scores(whole, folder, tmp_path):
     assert result.report() in said and not re.search(r"-\d", result.report())
     assert "train loss" not in said and "acme" in folder_report(result.output_dir / "acme")
     config = tenants_config(folder, tmp_path / "run")
-    claim_folders(config, read_inputs(config, lay_out(config, make_mesh(), 3)).tenants)
+    claim_folders(config, plan_run(config).tenants)
     assert "no tenant has ended yet" in folder_report(tmp_path / "run")
 
 
@@ -269,21 +265,20 @@ def test_tenants_that_wait_for_a_place_learn_the_same_also_after_stops(whole, fo
 @pytest.mark.long
 def test_the_best_adapter_is_tested_also_where_the_test_is_stopped(folder, tmp_path, monkeypatch):
     """The best one takes the last one's place in the stack, and a stop saves the stack as it is then."""
-    real, finish = Scoring.evaluate, Scoring.finish
+    real, finish = scoring.evaluate, scoring.finish
     scores = Tasks.scores
 
-    def gets_no_better(self, state, standing, due):
-        if max(standing.steps) <= 3:
-            return real(self, state, standing, due)
+    def gets_no_better(run, due):
+        if max(one.steps for one in run.standing.tenants) <= 3:
+            return real(run, due)
         for tenant in due:
-            standing = standing.changed(tenant, evaluated=standing.steps[tenant])
-        return standing
+            run.standing.tenants[tenant].evaluated = run.standing.tenants[tenant].steps
 
     def run(name):
         options = "eval.test=true", "train.max_steps=9", "train.sampling=uniform"
         return train_tenants(tenants_config(folder, tmp_path / name, *options))
 
-    monkeypatch.setattr(Scoring, "evaluate", gets_no_better)
+    monkeypatch.setattr(scoring, "evaluate", gets_no_better)
     found = run("run")
     assert [found.tenants[name]["best_step"] for name in SIZES] == [3, 3, 9]
     task = task_of_run(load_config(tmp_path / "run" / "acme" / "config.yaml"), "test", tokenizer())
@@ -295,13 +290,13 @@ def test_the_best_adapter_is_tested_also_where_the_test_is_stopped(folder, tmp_p
         os.kill(os.getpid(), signal.SIGTERM)
         return scores(tasks, *given)
 
-    def ends(self, state, standing, tenant, why):
-        if self.tenants[tenant].name == "acme":
+    def ends(run, tenant, why):
+        if run.tenants[tenant].name == "acme":
             patched.setattr(Tasks, "scores", stopped)
-        return finish(self, state, standing, tenant, why)
+        return finish(run, tenant, why)
 
     with monkeypatch.context() as patched, pytest.raises(Stopped):
-        patched.setattr(Scoring, "finish", ends)
+        patched.setattr(scoring, "finish", ends)
         run("stopped")
     run("stopped")
     assert all_that_stays(tmp_path / "stopped") == all_that_stays(tmp_path / "run")
@@ -311,14 +306,14 @@ def test_the_best_adapter_is_tested_also_where_the_test_is_stopped(folder, tmp_p
 
 
 def test_who_ends_early_leaves_the_batch_to_the_others_without_a_compilation(folder, tmp_path, monkeypatch, capfd):
-    real = Scoring.evaluate
+    real = scoring.evaluate
 
-    def globex_gets_no_better(self, state, standing, due):
-        standing = real(self, state, standing, due)
-        tenant = standing.names.index("globex")
-        return standing.changed(tenant, since_best=standing.evaluated[tenant])
+    def globex_gets_no_better(run, due):
+        real(run, due)
+        (globex,) = (one for one in run.standing.tenants if one.name == "globex")
+        globex.since_best = globex.evaluated
 
-    monkeypatch.setattr(Scoring, "evaluate", globex_gets_no_better)
+    monkeypatch.setattr(scoring, "evaluate", globex_gets_no_better)
     config = tenants_config(folder, tmp_path / "run", "eval.patience=3", "train.max_steps=9", "train.sampling=uniform")
     before = train_step._cache_size()
     found = train_tenants(config)
@@ -362,7 +357,7 @@ def test_a_tenant_that_is_not_finite_stops_alone_and_keeps_its_last_good_adapter
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(made))
 
 
-@pytest.mark.parametrize("at_once", [1, 2])
+@pytest.mark.parametrize("at_once", [1])
 def test_a_tenant_whose_new_weights_are_not_finite_stops_alone(at_once, folder, tmp_path, capfd):
     options = "train.up_lr_ratio=4", "train.warmup_ratio=0", "eval.base=false", f"train.tenants_at_once={at_once}"
     found = train_tenants(sweep_config(folder, tmp_path / "run", "3e38, 0.03", *options)).tenants
@@ -394,22 +389,6 @@ def test_no_step_waits_for_the_test_data_and_a_sweep_tests_the_base_model_once(f
     found = train_tenants(sweep_config(folder, tmp_path / "run", "0.03, 0.01", "eval.test=true")).tenants
     assert order[0] == "validation" and order[-3:] == ["test"] * 3 and order.count("test") == 3  # base, and two tenants
     assert len({entry["test_before"] for entry in found.values()} - {None}) == 1
-
-
-def test_a_step_in_which_no_tenant_is_finite_has_no_loss_in_the_runs_log(folder, tmp_path):
-    """It had a loss of 0."""
-    config, shown, nan = sweep_config(folder, tmp_path / "run", "1e30, 0.03"), [], np.float32(np.nan)
-    tenants = read_inputs(config, lay_out(config, make_mesh(), 2)).tenants
-    logs = SimpleNamespace(
-        run=SimpleNamespace(step=lambda done, values, *_: shown.append(values)), write=lambda *_, **__: None
-    )
-    made = loop.Loop(config, None, tenants, (), *[None] * 3, logs, None, None)
-    standing = loop.Standing(0, [t.name for t in tenants], [0, 1], *[[None] * 2 for _ in range(8)], {}, 1)
-    for loss in (nan, np.float32(3)):
-        one = {"loss": loss, "grad_norm": loss, "learning_rate": 0.1, "tokens": 5.0, "finite": np.isfinite(loss)}
-        done = loop.Done(1, {name: np.array([value, value]) for name, value in one.items()}, 10, None, 0.0)
-        made.read(loop.Dispatched(done, [Turn(0, 0, 0), Turn(1, 1, 0)]), standing, None)
-    np.testing.assert_equal(shown, [{"loss": loss, "tenants": 2, "tokens": 10.0} for loss in (nan, 3.0)])
 
 
 def test_tenants_that_end_are_written_with_the_checkpoints_however_many_they_are(folder, tmp_path, monkeypatch):
@@ -455,14 +434,6 @@ def test_a_run_that_is_killed_after_tenants_ended_ends_with_the_same_entries(los
 
 
 @pytest.mark.long
-def test_only_what_is_compared_on_the_same_data_keeps_a_value_of_each_row(whole, folder, tmp_path):
-    assert not any("rows" in record for entry in whole[1].tenants.values() for record in entry["scores"].values())
-    swept = train_tenants(sweep_config(folder, tmp_path / "run", "0.03, 0.01", "train.max_steps=2"))
-    for entry in swept.tenants.values():
-        assert [len(entry["scores"][name]["rows"]) for name in ("validation_base", "validation")] == [8, 8]
-
-
-@pytest.mark.long
 def test_a_sweep_trains_every_combination_on_the_same_data(folder, tmp_path):
     found = train_tenants(sweep_config(folder, tmp_path / "run", "0.03, 0.003", "sweep.seed=[0, 7]"))
     assert list(found.tenants) == [f"learning_rate-{r}-seed-{s}" for r in ("0.03", "0.003") for s in (0, 7)]
@@ -484,29 +455,6 @@ def test_a_sweep_trains_every_combination_on_the_same_data(folder, tmp_path):
         for to in (tmp_path / "run" / "learning_rate-0.003-seed-7", tmp_path / "alone")
     ]
     np.testing.assert_allclose(*losses, rtol=1e-4)
-
-
-def test_a_step_in_passes_is_that_of_all_tenants(folder, tmp_path):
-    """A tenant's own rows need not divide by them."""
-    config = tenants_config(folder, tmp_path, "train.batch_size=16", "train.gradient_accumulation_steps=8")
-    assert {own.train.batch_size for own in tenant_configs(config).values()} == {4}
-
-
-def test_the_backbone_is_looked_for_once_however_many_tenants(folder, tmp_path, monkeypatch):
-    """On the hub it would be asked for each time."""
-    asked, read = [], inputs.load_model_config
-
-    def counted(source):
-        asked.append(source)
-        return read(source)
-
-    for module in (inputs, defaults, tasks):
-        monkeypatch.setattr(module, "load_model_config", counted)
-    config = tenants_config(
-        folder, tmp_path, "eval.metric=null", "eval.max_new_tokens=null", "data.max_seq_length=null"
-    )
-    read_inputs(config, lay_out(config, make_mesh(), 3))
-    assert len(asked) == 1
 
 
 def test_a_combination_is_named_by_what_is_swept(folder, tmp_path):
@@ -557,7 +505,7 @@ def test_a_run_stopped_at_its_very_end_logs_nothing_twice_when_started_again(who
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("rates", quick(["1e30, 0.03", "1e30, 0.03, 0.01, 0.02"], "1e30, 0.03"))
+@pytest.mark.parametrize("rates", ["1e30, 0.03", slow("1e30, 0.03, 0.01, 0.02")])
 def test_what_a_non_finite_tenant_changes_does_not_depend_on_a_stop(rates, folder, tmp_path, monkeypatch):
     ends = []
     for at in (None, 2, 3):
@@ -575,7 +523,7 @@ def test_what_a_non_finite_tenant_changes_does_not_depend_on_a_stop(rates, folde
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("at_once", ["null", slow("1")])
+@pytest.mark.parametrize("at_once", [slow("null"), "1"])
 def test_a_longer_run_of_tenants_goes_on_with_the_bits_of_a_long_one(at_once, folder, tmp_path):
     """Also where a tenant's slot was given to another one after its end."""
     own = (
@@ -623,26 +571,11 @@ def test_a_longer_run_that_is_killed_resumes_with_its_bits(folder, tmp_path, mon
         assert weights_of(tmp_path / "run", name) == weights_of(tmp_path / "long", name)
 
 
-@pytest.mark.long
-def test_more_epochs_make_a_sweep_longer(folder, tmp_path):
-    options = "train.max_steps=null", "train.schedule=constant", "train.warmup_ratio=0"
-    once = sweep_config(folder, tmp_path / "run", "0.03, 0.01", *options, "train.num_epochs=1")
-    assert {entry["steps"] for entry in train_tenants(once).tenants.values()} == {5}
-    twice = sweep_config(folder, tmp_path / "run", "0.03, 0.01", *options, "train.num_epochs=2")
-    found = train_tenants(twice)
-    train_tenants(sweep_config(folder, tmp_path / "long", "0.03, 0.01", *options, "train.num_epochs=2"))
-    assert {entry["steps"] for entry in found.tenants.values()} == {10}
-    for name in found.tenants:
-        assert weights_of(tmp_path / "run", name) == weights_of(tmp_path / "long", name)
-        losses = [[row["loss"] for row in metrics(tmp_path / to / name) if "loss" in row] for to in ("run", "long")]
-        assert losses[0] == losses[1] and len(losses[0]) == 10
-
-
 # ------------------------------------------------------------------------------------------------------------- packing
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("method", ["para", "lora", slow("ia3")])
+@pytest.mark.parametrize("method", ["para", slow("lora"), slow("ia3")])
 def test_packed_tenants_learn_what_packed_runs_of_them_alone_learn(method, folder, tmp_path):
     packed = "data.packing=true", "data.max_seq_length=32", "adapter.summary=raw", "train.max_steps=3"
     if method != "para":
@@ -704,8 +637,6 @@ def test_a_mesh_equals_one_device(whole, folder, tmp_path):
     [
         ("data.tenants={folder}/nowhere", "data.tenants.*nowhere"),
         ("train.rows_per_tenant=3", r"train.rows_per_tenant .*train.per_device_batch_size \(8\).* 3"),
-        ("train.tenants_at_once=0", "train.tenants_at_once .* 0"),
-        ("train.sampling=often", "train.sampling .*proportional, sqrt, uniform.*'often'"),
         ("sweep.seed=[1, 2]", "sweep .*data.tenants"),
     ],
 )
@@ -713,14 +644,6 @@ def test_what_can_not_be_is_refused_in_one_line_before_anything_is_written(overr
     with pytest.raises(ValueError, match=named) as error:
         train_tenants(tenants_config(folder, tmp_path / "run", override.format(folder=folder)))
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
-
-
-def test_patience_is_refused_where_no_tenant_has_validation_data(folder, tmp_path):
-    write_rows(tmp_path / "tenants" / "acme.jsonl", rows_of_text(8, seed=1))
-    given = f"data.tenants={tmp_path / 'tenants'}", "eval.patience=2"
-    with pytest.raises(ValueError, match=r"eval.patience \(2\) needs validation data \(.*; or set eval.patience=null"):
-        train_tenants(tenants_config(folder, tmp_path / "run", *given))
-    assert not (tmp_path / "run").exists()
 
 
 def test_each_of_the_two_ways_to_train_refuses_the_others_config(folder, tmp_path):

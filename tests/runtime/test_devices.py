@@ -173,7 +173,7 @@ def test_compiling_is_announced_and_timed(capsys):
 def test_a_deterministic_run_sets_the_flag_before_the_devices_start():
     """In a process of its own, for here they have started. JAX refuses a flag that it does not know."""
     code = (
-        "import os; from para_jax import devices; from para_jax.config import RuntimeSection\n"
+        "import os; from para_jax.runtime import devices; from para_jax.config import RuntimeSection\n"
         "devices.start(RuntimeSection(deterministic=True, allow_cpu=True, compilation_cache=False))\n"
         "import jax; jax.jit(lambda x: x + 1)(1.0)\n"
         "devices.start(RuntimeSection(deterministic=True, allow_cpu=True, compilation_cache=False))\n"

@@ -159,11 +159,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec as P
 from para_jax import make_mesh
 from para_jax.runtime import processes
-from typing import NamedTuple
 from para_jax.training.checkpoint import open_checkpoints, restore_checkpoint, save_checkpoint
-class Progress(NamedTuple):
-    step: int
-    run: dict[str, str] = {}
 processes.PIECE = 1 << 14
 mesh = make_mesh(2, 2, 2)
 # tenants over all devices, over some of them, and one array that lies whole everywhere
@@ -196,14 +192,14 @@ for name in ("broadcast_one_to_all", "process_allgather"):
 state = placed(values)
 share = held()
 with open_checkpoints(Path(sys.argv[3]) / "checkpoints") as checkpoints:
-    save_checkpoint(checkpoints, state, Progress(3))
+    save_checkpoint(checkpoints, state, 3, {"step": 3, "run": {}})
 saving, peak = peak, 0
 del state
 fresh = placed({name: 0 * array for name, array in values.items()})
 with open_checkpoints(Path(sys.argv[3]) / "checkpoints") as checkpoints:
-    state, progress = restore_checkpoint(checkpoints, fresh, Progress, {})
+    state, progress = restore_checkpoint(checkpoints, fresh, {})
 same = all((processes.full_arrays(state)[name] == array).all() for name, array in values.items())
-print(json.dumps({"share": share, "saving": saving, "restoring": peak, "same": same, "step": progress.step,
+print(json.dumps({"share": share, "saving": saving, "restoring": peak, "same": same, "step": progress["step"],
                   "as it lay": all(state[name].sharding == spread[name] for name in spread)}))
 """
 

@@ -96,41 +96,11 @@ def test_every_host_gets_the_checkout_an_environment_and_the_same_command(pod, t
     assert not list(tmp_path.glob("tmp.*"))  # what was sent is not left here
 
 
-def test_where_pip_may_not_install_uv_its_own_installer_does(pod, tmp_path):
-    bin = tmp_path / "bin"
-    (bin / "uv").rename(tmp_path / "uv")
-    refused = 'if [ "$*" = "-m pip install --quiet --user uv" ]; then exit 1; fi'
-    programs = {
-        "python3": f'#!/usr/bin/env bash\n{refused}\nexec {sys.executable} "$@"\n',
-        "curl": f'#!/usr/bin/env bash\necho "$*" > "$HOME/installer"\necho mv {tmp_path / "uv"} {bin}\n',
-    }
-    for name, text in programs.items():
-        (bin / name).write_text(text)
-        (bin / name).chmod(0o755)
-    done, _, host = pod(*ARGUMENTS, PATH=f"{bin}:/usr/bin:/bin")
-    assert done.returncode == 0, done.stderr
-    assert (host / "uv_calls").exists() and "https://astral.sh/uv/install.sh" in (host / "installer").read_text()
-
-
 def test_the_token_reaches_the_run_and_nothing_else(pod):
     done, calls, host = pod(*ARGUMENTS, HF_TOKEN=TOKEN)
     assert json.loads(done.stdout.splitlines()[-1])[1] == TOKEN
     assert TOKEN not in json.dumps(calls) + done.stderr + "".join(done.stdout.splitlines()[:-1])
     assert [call[3] for call in calls] == ["ssh", "scp", "ssh", "scp", "ssh"] and not (host / "para_jax.token").exists()
-
-
-def test_a_tracked_file_that_was_deleted_is_not_sent(pod, tmp_path):
-    checkout = tmp_path / "checkout"
-    for name in ("kept file", "gone", "link"):
-        (checkout / name).write_text(name)
-    subprocess.run(["git", "add", "."], cwd=checkout, check=True)
-    (checkout / "gone").unlink()
-    (checkout / "link").unlink()
-    (checkout / "link").symlink_to("nowhere")  # a link is sent as it is, wherever it points
-    done, _, host = pod(*ARGUMENTS)
-    assert done.returncode == 0, done.stderr
-    sent = host / "para_jax"
-    assert (sent / "kept file").exists() and (sent / "link").is_symlink() and not (sent / "gone").exists()
 
 
 def test_a_file_that_is_gone_here_is_gone_on_the_hosts(pod, tmp_path):
@@ -153,13 +123,6 @@ def test_a_second_run_keeps_the_environment(pod):
     assert (host / "uv_calls").read_text().count("venv --quiet") == 1
 
 
-def test_an_environment_that_a_kill_left_in_pieces_is_made_again(pod):
-    _, _, host = pod(*ARGUMENTS)
-    (host / "para_jax" / ".venv" / "bin" / "python").unlink()
-    done, _, _ = pod(*ARGUMENTS)
-    assert done.returncode == 0 and (host / "uv_calls").read_text().count("venv --quiet") == 2
-
-
 def test_nothing_is_sent_while_a_run_is_going_on_a_host(pod):
     _, before, host = pod(*ARGUMENTS)
     program = host / "para_jax" / ".venv" / "bin" / "para-jax"
@@ -175,25 +138,6 @@ def test_nothing_is_sent_while_a_run_is_going_on_a_host(pod):
     assert program.read_text().startswith("import time")  # what it runs from was not replaced
 
 
-def test_without_a_config_it_says_how_it_is_used(pod):
-    done, calls, _ = pod()
-    assert done.returncode == 2 and "usage: scripts/tpu_pod.sh CONFIG" in done.stderr and not calls
-
-
 def test_a_host_that_fails_ends_the_script(pod):
     done, calls, _ = pod(*ARGUMENTS, HOST="/nowhere/at/all", HF_TOKEN=TOKEN)
     assert done.returncode != 0 and len(calls) == 1
-
-
-def test_a_repository_inside_the_checkout_is_sent_again(pod, tmp_path):
-    """git names its folder, not its files."""
-    inner = tmp_path / "checkout" / "lm-evaluation-harness"
-    inner.mkdir()
-    subprocess.run(["git", "init", "-q"], cwd=inner, check=True)
-    for text in ("one", "other"):
-        (inner / "file").write_text(text)
-        done, _, host = pod(*ARGUMENTS)
-        assert done.returncode == 0, done.stderr
-        assert (host / "para_jax" / inner.name / "file").read_text() == text
-    shutil.rmtree(inner)
-    assert pod(*ARGUMENTS)[0].returncode == 0 and not (host / "para_jax" / inner.name).exists()

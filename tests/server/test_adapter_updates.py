@@ -126,7 +126,8 @@ def test_a_method_that_the_bank_was_not_made_for_is_refused(model, root):
     bank = AdapterBank(model.config, max_r=4, sites=SITES)
     refused(client_of(bank, root)[0], 400, "LoRA", bank=bank, lora_name="a", lora_path="lora")
     few = AdapterBank(model.config, max_r=4)
-    refused(client_of(few, root)[0], 400, "--sites q_proj,v_proj,o_proj,up_proj", lora_name="a", lora_path="sites")
+    needed = "sites=('q_proj', 'v_proj', 'o_proj', 'up_proj')"
+    refused(client_of(few, root)[0], 400, needed, lora_name="a", lora_path="sites")
     refused(client_of(None, root)[0], 400, "base model", lora_name="a", lora_path="lora")
 
 
@@ -198,10 +199,9 @@ def test_hub_ids_need_to_be_allowed_and_are_never_a_folder_here(bank, root, monk
     refused(client, 400, lora_name="a", lora_path="../secret")
 
 
-def test_a_root_that_is_not_a_folder_is_refused(bank, root):
-    for wrong in (root / "nothing", root / "file", "gs://bucket/folder"):
-        with pytest.raises(ValueError, match="--adapter-root"):
-            adapter_updates.routes(Models(bank), wrong)
+def test_a_root_that_is_missing_is_refused(bank, root):
+    with pytest.raises(OSError, match="nothing"):
+        adapter_updates.routes(Models(bank), root / "nothing")
 
 
 # ---------------------------------------------------------------------------------------------------------------- keys

@@ -74,7 +74,7 @@ def test_variables_of_the_template_are_a_chats():
     given = {"enable_thinking": False, "level": 3}
     assert read_chat(CHAT | {"chat_template_kwargs": given}).variables == given
     assert read_chat(CHAT | {"chat_template_kwargs": None}).variables == read_chat(CHAT).variables == {}
-    for wrong in ([], 3, {"messages": []}, {"a": [1]}, {"chat_template": "x"}):
+    for wrong in ([], [1], 0, {"messages": []}, {"a": [1]}, {"chat_template": "x"}):
         assert refusal(read_chat, CHAT | {"chat_template_kwargs": wrong}).param == "chat_template_kwargs"
     assert refusal(read_completion, TEXT | {"chat_template_kwargs": given}).param == "chat_template_kwargs"
 
@@ -124,9 +124,9 @@ def test_fields_that_are_not_computed_are_refused_unless_they_ask_for_nothing(re
 
 
 def test_what_asks_for_nothing_is_taken():
-    for read, body in READERS:
+    for reader, body in READERS:
         for inert in ({"user": ""}, {"stop": ""}, {"stop": []}, {"prompt_cache_key": "a"}, {"frequency_penalty": 0}):
-            assert read(body | inert).prompts == read(body).prompts, inert
+            assert reader(body | inert).prompts == reader(body).prompts, inert
     for inert in (
         {"tools": [], "tool_choice": "auto"},
         {"tool_choice": "auto"},

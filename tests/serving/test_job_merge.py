@@ -1,9 +1,7 @@
 """A job in shards gives what one worker gives, byte for byte; what does not belong together is refused by name."""
 
-import errno
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -15,8 +13,7 @@ from tiny_run import strong_adapters, words
 
 from para_jax import AdapterBank, Engine, Request, load_adapter, load_backbone, load_tokenizer
 from para_jax.cli import main
-from para_jax.io.shards import Shard, ShardOutput, job_shard_file, write_part
-from para_jax.serving import job_merge
+from para_jax.io.shards import Shard, job_shard_file, read_part, write_part
 from para_jax.serving.job_merge import merge_jobs
 from para_jax.serving.jobs import run_job
 
@@ -56,18 +53,14 @@ def outputs(engine, folder):
 
 @pytest.fixture(scope="module")
 def whole(engine, folder):
-    """The answers of one worker, in the order of the lines."""
+    """The answers of one worker."""
     run_job(engine, folder / "in.jsonl", folder / "whole.jsonl", Request(""))
-    rows = (folder / "whole.jsonl").read_bytes().splitlines(keepends=True)
-    return b"".join(sorted(rows, key=lambda row: (json.loads(row)["line"], json.loads(row)["index"])))
+    return (folder / "whole.jsonl").read_bytes()
 
 
 def test_the_paths_of_a_job_may_be_texts(engine, folder, whole, tmp_path):
     errors = run_job(engine, str(folder / "in.jsonl"), str(tmp_path / "out.jsonl"), Request(""), shard=Shard(0, 1))
-    assert errors.total() == 1
-    assert sorted((tmp_path / "out.jsonl").read_bytes().splitlines()) == sorted(whole.splitlines())
-    with pytest.raises(ValueError, match="a path must be a text or a Path; got int"):
-        run_job(engine, 3, tmp_path / "out.jsonl", Request(""))
+    assert errors == 1 and (tmp_path / "out.jsonl").read_bytes() == whole
 
 
 def test_the_merged_answers_are_those_of_one_worker_byte_for_byte(engine, folder, outputs, whole, tmp_path, capsys):
@@ -79,18 +72,8 @@ def test_the_merged_answers_are_those_of_one_worker_byte_for_byte(engine, folder
     assert main(["merge", *map(str, shards_of(engine, folder, tmp_path, 1)), "--output", str(tmp_path / "one")]) == 1
     assert (tmp_path / "one").read_bytes() == whole
     assert f"{answers} answers, 1 of them errors" in capsys.readouterr().err
-    assert run_job(engine, folder / "in.jsonl", tmp_path / "one", Request("")).total() == 1  # nothing else is asked
+    assert run_job(engine, folder / "in.jsonl", tmp_path / "one", Request("")) == 1  # nothing else is asked
     assert (tmp_path / "one").read_bytes() == whole
-
-
-def test_a_full_disk_is_an_error_that_names_the_output(outputs, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(job_merge, "copied", full)
-    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/merged.jsonl'"):
-        merge_jobs(outputs, tmp_path / "merged.jsonl")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_bank_that_loads_one_adapter_at_a_time_gives_the_same_answers(folder, whole, tmp_path, capsys):
@@ -124,39 +107,25 @@ def test_a_shard_goes_on_in_its_own_output_only(engine, folder, outputs, tmp_pat
     output, rounds = tmp_path / "out.jsonl", iter(range(99))
 
     def step(engine):
-        if next(rounds) == 3:
+        if next(rounds) == 2:
             raise KeyboardInterrupt
         return ends(engine)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Engine, "step", step)
         run_job(engine, folder / "in.jsonl", output, Request(""), shard=Shard(0, 3))
-    kept = output.read_bytes()
+    kept = output.read_bytes().splitlines()
     with pytest.raises(ValueError, match="out.jsonl: shard 0/3 has not ended"):
         merge_jobs([output, *outputs[1:]], tmp_path / "merged.jsonl")
     run_job(engine, folder / "in.jsonl", output, Request(""), shard=Shard(0, 3))
-    assert kept and output.read_bytes().startswith(kept)
-    assert sorted(output.read_bytes().splitlines()) == sorted(before.splitlines())
-
-
-def test_a_job_without_shards_does_not_go_on_as_a_shard(engine, folder, whole, tmp_path):
-    """It would remove the answers that the shard doesn't have."""
-    output = tmp_path / "out.jsonl"
-    run_job(engine, folder / "in.jsonl", output, Request(""))
-    before = output.read_bytes()
-    with pytest.raises(ValueError, match="out.jsonl answers line .* shard 0/3 does not have"):
-        run_job(engine, folder / "in.jsonl", output, Request(""), shard=Shard(0, 3))
-    assert output.read_bytes() == before
-    run_job(engine, folder / "in.jsonl", output, Request(""))
-    assert output.read_bytes() == before
+    assert kept and set(kept) <= set(before.splitlines()) and output.read_bytes() == before
 
 
 def test_after_a_change_of_the_input_the_shards_are_answered_again_and_join(engine, tmp_path):
-    """Also where lines, or samples of a line, are gone."""
     source, outputs = tmp_path / "in.jsonl", [tmp_path / f"{index}.jsonl" for index in range(2)]
     line = {"prompt": words(range(20, 24)), "max_new_tokens": 2, "temperature": 1.0, "n": 3}
-    for count, n in ((6, 3), (4, 2)):
-        source.write_text("".join(json.dumps(line | {"n": n, "seed": i}) + "\n" for i in range(count)))
+    for count in (6, 4):
+        source.write_text("".join(json.dumps(line | {"seed": i}) + "\n" for i in range(count)))
         for index, output in enumerate(outputs):
             run_job(engine, source, output, Request(""), shard=Shard(index, 2))
         merge_jobs(outputs, tmp_path / f"{count}.jsonl")
@@ -166,25 +135,16 @@ def test_after_a_change_of_the_input_the_shards_are_answered_again_and_join(engi
 
 def test_an_input_that_ends_early_costs_no_answer(engine, folder, whole, tmp_path, capsys):
     outputs, source = shards_of(engine, folder, tmp_path, 2), tmp_path / "in.jsonl"
-    kept = [output.read_bytes() for output in outputs]
     source.write_text("".join((folder / "in.jsonl").read_text().splitlines(keepends=True)[:3]))
     for index, output in enumerate(outputs):
         run_job(engine, source, output, Request(""), shard=Shard(index, 2))
     assert capsys.readouterr().err.count("answers that no line of") == 2
     merge_jobs(outputs, tmp_path / "short.jsonl")
-    assert (tmp_path / "short.jsonl").read_bytes().splitlines() == [
-        row for row in whole.splitlines() if json.loads(row)["line"] <= 3
-    ]
-    part = job_shard_file(outputs[0])
-    written = part.read_text()
-    part.write_text(re.sub('"spare": [0-9]+', '"spare": 1', written))
-    with pytest.raises(ValueError, match="0.jsonl has .* answers, but shard 0/2"):
-        merge_jobs(outputs, tmp_path / "merged.jsonl")
-    for index, output in enumerate(outputs):
-        run_job(engine, folder / "in.jsonl", output, Request(""), shard=Shard(index, 2))
-    assert {line for output in outputs for line in output.read_bytes().splitlines()} == {
-        line for data in kept for line in data.splitlines()
-    }
+    assert (tmp_path / "short.jsonl").read_bytes().splitlines() == whole.splitlines()[:3]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "submit", lambda engine, request, **_: pytest.fail("asked again"))
+        for index, output in enumerate(outputs):
+            run_job(engine, folder / "in.jsonl", output, Request(""), shard=Shard(index, 2))
     merge_jobs(outputs, tmp_path / "merged.jsonl")
     assert (tmp_path / "merged.jsonl").read_bytes() == whole
 
@@ -198,62 +158,18 @@ def test_a_shard_of_other_settings_is_refused_by_name(engine, folder, outputs, t
     run_job(engine, tmp_path / "in.jsonl", tmp_path / "longer.jsonl", Request(""), shard=Shard(1, 3))
     with pytest.raises(ValueError, match="differ in input.*20.*21"):
         merge_jobs([outputs[0], tmp_path / "longer.jsonl", outputs[2]], tmp_path / "merged.jsonl")
-    with pytest.raises(ValueError, match="without an output: 1/3"):
-        merge_jobs([outputs[0], outputs[2]], tmp_path / "merged.jsonl")
     assert not (tmp_path / "merged.jsonl").exists()
     with pytest.raises(ValueError, match="in.jsonl: it is there already"):
         merge_jobs(outputs, folder / "in.jsonl")
 
 
-ROW = {"line": 2, "index": 0, "request": "0" * 32, "text": "", "finish_reason": "stop"}
-
-
-@pytest.mark.parametrize(
-    ("rows", "said"),
-    [
-        ([ROW], "has 1 answers, but shard 1/2 asks for 2"),
-        ([ROW, ROW], "line 2 and line 1 answer the same sample of line 2"),
-        ([ROW, ROW | {"line": 3}], "line 2 answers line 3 of the input, which shard 1/2 does not have"),
-        ([ROW, ROW | {"line": 8}], "line 2 answers line 8"),
-        ([ROW, {"line": 4}], "line 2 is not an answer"),
-    ],
-)
-def test_an_answer_that_is_missing_or_not_the_shards_is_named(rows, said, tmp_path):
-    settings = {"input": {"lines": 4}}
-    for index, found in ((0, []), (1, rows)):
-        output = tmp_path / f"{index}.jsonl"
-        output.write_text("".join(json.dumps(row) + "\n" for row in found))
-        part = ShardOutput(output, Shard(index, 2), settings, True, {"answers": 2 * index})
-        write_part(job_shard_file(output), part)
-    with pytest.raises(ValueError) as error:
-        merge_jobs([tmp_path / "0.jsonl", tmp_path / "1.jsonl"], tmp_path / "merged.jsonl")
-    assert said in str(error.value) and "1.jsonl" in str(error.value)
+def test_an_output_that_lacks_answers_is_named(outputs, tmp_path):
+    short = tmp_path / "short.jsonl"
+    short.write_bytes(b"".join(outputs[1].read_bytes().splitlines(keepends=True)[:-1]))
+    write_part(job_shard_file(short), read_part(job_shard_file(outputs[1]), short))
+    with pytest.raises(ValueError, match="short.jsonl lacks answers; run the command of shard 1/3 again"):
+        merge_jobs([outputs[0], short, outputs[2]], tmp_path / "merged.jsonl")
     assert not (tmp_path / "merged.jsonl").exists()
-
-
-def test_shards_of_different_days_are_refused_if_the_chat_template_writes_the_date(tmp_path):
-    outputs = [tmp_path / f"{index}.jsonl" for index in range(2)]
-    for same in (False, True):
-        for index, output in enumerate(outputs):
-            row = ROW | {"line": 1 + index, "date": "2026-07-25" if same or not index else "2026-07-26"}
-            output.write_text(json.dumps(row) + "\n")
-            part = ShardOutput(output, Shard(index, 2), {"input": {"lines": 2}}, True, {"answers": 1})
-            write_part(job_shard_file(output), part)
-        if same:
-            assert merge_jobs(outputs, tmp_path / "merged.jsonl") == (2, 0)
-            continue
-        with pytest.raises(ValueError, match="1.jsonl: line 1 has the date 2026-07-26.*0.jsonl has 2026-07-25"):
-            merge_jobs(outputs, tmp_path / "merged.jsonl")
-
-
-@pytest.mark.parametrize(
-    ("settings", "content"), [({}, {"answers": 0}), ({"input": 3}, {"answers": 0}), ({"input": {"lines": 4}}, {})]
-)
-def test_a_damaged_shard_file_is_named(settings, content, tmp_path):
-    (tmp_path / "0.jsonl").write_text("")
-    write_part(job_shard_file(tmp_path / "0.jsonl"), ShardOutput(tmp_path, Shard(0, 1), settings, True, content))
-    with pytest.raises(ValueError, match="0.jsonl.shard.json is damaged; run the command of shard 0/1 again"):
-        merge_jobs([tmp_path / "0.jsonl"], tmp_path / "merged.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -297,11 +213,11 @@ def test_a_killed_shard_is_taken_over_by_another_host_from_a_bucket(folder, whol
         time.sleep(0.01)
     first.send_signal(signal.SIGKILL)
     assert first.wait() == -signal.SIGKILL
-    kept = b"".join(file.read_bytes() for file in sorted(output.glob("*.jsonl")))
+    kept = b"".join(file.read_bytes() for file in sorted(output.glob("*.jsonl"))).splitlines()
     for index, disk in ((0, "b"), (1, "c")):
         second = command(index, disk)
-        assert second.wait(timeout=120) == index, second.stderr.read()  # line 8 is an error
+        assert second.wait(timeout=120) == 1 - index, second.stderr.read()  # shard 0 has a wrong line
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "d"))
     merge_jobs([bucket / "jobs/out-0.jsonl", bucket / "jobs/out-1.jsonl"], bucket / "jobs/merged.jsonl")
-    assert output.read_bytes().startswith(kept) and len(kept.splitlines()) >= 3
+    assert set(kept) <= set(output.read_bytes().splitlines()) and len(kept) >= 3
     assert (bucket / "jobs/merged.jsonl").read_bytes() == whole

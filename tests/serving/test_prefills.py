@@ -17,8 +17,9 @@ from para_jax.adapters import padding
 from para_jax.backbone.block_pool import rows_of_blocks
 from para_jax.serving import decoder, prefills, rounds
 from para_jax.serving.capacity import capacity
-from para_jax.serving.prefills import ROWS, ChunkedPrompt, token_bytes
+from para_jax.serving.prefills import token_bytes
 from para_jax.serving.prefix_cache import prompt_key
+from para_jax.serving.prompt_table import ROWS, ChunkedPrompt
 
 SITES = ("q_proj", "k_proj", "v_proj", "up_proj")
 CHUNK = 8
@@ -89,9 +90,9 @@ def watch(monkeypatch, owner, name, log, note=lambda arguments: None):
 
 def require_idle(engine):
     """No prompt at work refers to a block, and every block can be used again."""
-    cache, kept = engine._prefills.cache, engine._prefills._kept.values()
+    cache, kept = engine._prefills.cache, engine._prefills.table.kept.values()
     used = {block for prompt in kept if isinstance(prompt, ChunkedPrompt) for block in prompt.blocks}
-    assert not engine._prefills._working and len(kept) <= ROWS
+    assert not engine._prefills.table.working and len(kept) <= ROWS
     assert {block for block, count in enumerate(cache._references) if count} == used
     assert len(cache._free) + len(cache._idle) + cache.pinned_blocks + len(used) >= cache.blocks
 
@@ -145,11 +146,11 @@ def test_samples_of_one_prompt_are_drawn_as_if_each_were_alone(model, bank):
 
 
 def rows_and_logits(engine, key):
-    prompt = engine._prefills.kept(key)
+    prompt = engine._prefills.table.find(key)
     assert prompt is not None
     held = [rows_of_blocks(layer, np.array([prompt.blocks])) for layer in engine._prefills.pool]
-    logits, adjustments = prompt.made
-    of_row = jax.tree.map(np.asarray, (logits[prompt.row], adjustments))
+    row, logits, adjustments = prompt.made
+    of_row = jax.tree.map(np.asarray, (logits[row], adjustments))
     return [np.stack(row)[:, 0, :, : len(prompt.ids)] for row in held], *jax.tree.leaves(of_row)
 
 
@@ -273,6 +274,7 @@ def test_rounds_without_requests_prefill_a_pinned_prefix(model):
     assert engine.prefix_cache.hits == pinned / block_bytes(model) * BLOCK
 
 
+@pytest.mark.long
 def test_a_prefix_that_was_answered_before_it_was_pinned_is_kept_whole(model, bank):
     """Its last block was computed twice, and the copy that others find is gone."""
     engine, prefix = engine_of(model, bank, 2), ids_of(12, 2 * BLOCK)
@@ -295,29 +297,11 @@ def test_every_block_of_pinned_messages_is_in_the_chats_that_begin_with_them(mod
     engine.unpin(system)
 
 
-def test_prompts_that_differ_after_their_last_complete_block_are_pinned_each_by_itself(model):
-    engine = engine_of(model, None, 5)
-    one, other = ids_of(0, 8) + (60,), ids_of(0, 8) + (61, 62)
-    assert [engine.pin(prompt) for prompt in (one, other, other)] == [8, 8, 8]
-    engine.unpin(one)
-    engine.step()
-    assert engine.prefix_cache.pinned_bytes == 2 * block_bytes(model), "the other prompt is pinned"
-    for prompt in (one, ids_of(0, 8)):
-        with pytest.raises(ValueError, match="unpin: .* is not pinned"):
-            engine.unpin(prompt)
-    engine.unpin(other)
-    engine.step()
-    assert engine.prefix_cache.pinned_bytes == 0
-
-
 @pytest.mark.parametrize(
     ("prefix", "message"),
     [
         ((30, 31), "pin: 2 tokens are less than a block of 4"),
-        (ids_of(0, 65), "pin: 65 tokens are more than the engine's max_length 64"),
         (ids_of(0, 28), "pin: the pinned prefixes would have 28 tokens, and the cache has room for 20"),
-        ((), "prompt"),
-        ((10**6,) * 4, "token id 1000000"),
     ],
 )
 def test_what_cannot_be_pinned_is_refused(model, prefix, message):
@@ -378,8 +362,8 @@ def test_a_prompt_without_room_does_not_hold_up_those_that_fit(model, bank):
 @pytest.mark.long
 def test_a_prompt_without_room_is_not_overtaken_for_ever(model, bank, monkeypatch):
     engine = engine_of(model, bank, 0, slots=4)
-    has_room = engine._prefills.has_room
-    monkeypatch.setattr(engine._prefills, "has_room", lambda key, ids: len(ids) < 60 and has_room(key, ids))
+    has_room = engine._prefills.table.has_room
+    monkeypatch.setattr(engine._prefills.table, "has_room", lambda key, ids: len(ids) < 60 and has_room(key, ids))
     engine.submit(Request(ids_of(0, 60), None, 1, id="long"))
     for i in range(rounds.OVERTAKING + 9):
         engine.submit(Request(ids_of(1 + i, 5), "w1", 1, id=i))
@@ -403,6 +387,7 @@ def test_the_samples_of_a_request_do_not_count_as_its_own_cache(model, bank):
     assert list(again) and again.cached_tokens == 20
 
 
+@pytest.mark.long
 def test_prompts_that_come_together_compute_what_they_share_once(model, bank, monkeypatch):
     engine, log, shared = engine_of(model, bank, prefill_chunk=16), [], ids_of(17, 6 * BLOCK)
     watch(monkeypatch, prefills, "prefill_chunk", log, lambda arguments: int(arguments[3].count.sum()))
@@ -425,16 +410,6 @@ def test_nothing_is_compiled_after_warm_up(model, tenants, compiled):
         name = [*CONFIGS, None][i % 8]
         engine.submit(Request(ids_of(i % 2, 1 + 2 * i), name, 1 + i % 5, temperature=i % 2, n=1 + i % 3, seed=i))
     assert len(answers(engine)) == 60 and len(compiled) == before and engine.prefix_cache.hits > 0
-
-
-def test_the_prefill_of_scope_response_is_the_base_models_program(model, bank):
-    """Text for text, whatever adapters the bank holds. So it is for the TPU's compiler too."""
-
-    def program(bank):
-        held = engine_of(model, bank)._prefills
-        return prefills.prefill_chunk.lower(held._treedef, held._leaves, held.pool, held._no_lanes()).as_text()
-
-    assert program(bank) == program(None) and "while" in program(None)
 
 
 @pytest.mark.long
@@ -495,14 +470,14 @@ def test_as_many_short_prompts_start_at_once_as_a_chunk_has_blocks(model, bank):
     given, held = {}, []
     while engine.open:
         given |= {completion.id: completion for completion in engine.step()}
-        prompts = [*engine._prefills._working.values(), *engine._prefills._kept_in_blocks()]
+        prompts = [*engine._prefills.table.working.values(), *engine._prefills.table._kept_in_blocks()]
         held.append(sum(len(prompt.blocks) for prompt in prompts))
     for id, one in zip(short, asked, strict=True):
         assert plain(given[id]) == answer(alone, *one)
     assert max(held) <= ROWS * -(-64 // BLOCK)
     answer(engine, ids_of(99, 3))
     engine.step()
-    assert len(engine._prefills._kept) <= ROWS + 1, "the others, and their adapters, are given up"
+    assert len(engine._prefills.table.kept) <= ROWS + 1, "the others, and their adapters, are given up"
 
 
 @pytest.mark.parametrize("program", ["prefill_chunk", "take_rows", "one_row"])
@@ -589,16 +564,6 @@ def test_the_reported_memory_of_the_pool_is_that_of_its_arrays(model):
 
 
 # ------------------------------------------------------------------------------------------------- tenants that join
-
-
-def test_a_tenant_with_a_larger_window_may_join(model, tenants):
-    bank, prompt = bank_of(model, tenants, ["w1"]), ids_of(24, 14)
-    engine = engine_of(model, bank)
-    first = answer(engine, prompt, "w1"), answer(engine, prompt, None)
-    bank.add("lora", tenants["lora"]), bank.add("w4", tenants["w4"])
-    for name in ("lora", "w4"):
-        assert answer(engine, prompt, name) == answer(engine_of(model, bank, 0), prompt, name)
-    assert (answer(engine, prompt, "w1"), answer(engine, prompt, None)) == first
 
 
 @pytest.mark.long

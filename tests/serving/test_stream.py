@@ -4,14 +4,12 @@ import gc
 import threading
 import time
 
-import numpy as np
 import pytest
-import tiny_tokenizers
 from golden_models import backbone
 from tiny_engine import BLOCK, LENGTH, SLOTS, answers, bank_of, engine_of, prompt, tenants_of
 from tiny_run import tokenizer
 
-from para_jax import Engine, Request
+from para_jax import Request
 from para_jax.data.examples import encode_prompt
 from para_jax.serving.open_requests import QueueFull
 from para_jax.serving.queue import FairQueue
@@ -76,27 +74,9 @@ def test_a_closed_stream_cancels_its_own_request_and_no_later_one_of_its_id(mode
 def test_closing_a_stream_before_its_first_piece_cancels_its_request(model, bank):
     engine = engine_of(model, bank)
     engine.stream(Request(prompt(1), "A", 20)).close()
-    id = engine.submit(Request(prompt(1), "A", 20))
-    engine.stream(id).close()
     del_unused = engine.stream(Request(prompt(1), "A", 20))
     del del_unused
     assert engine.open == 0 and engine.waiting == {}
-
-
-def late_streams(engine, request):
-    """The samples of a request that is streamed after some of them have ended, and others have not: its pieces, joined,
-    and its completions without a stream, by index."""
-    engine.submit(request)
-    expected = {completion.index: completion for completion in engine.run()}
-    id = engine.submit(request)
-    while not engine._requests.done:
-        engine._rounds.make()
-    assert engine.open
-    texts, last = {}, {}
-    for piece in engine.stream(id):
-        texts[piece.index] = texts.get(piece.index, "") + piece.text
-        last[piece.index] = piece
-    return texts, last, expected
 
 
 @pytest.mark.long
@@ -119,30 +99,6 @@ def test_a_stream_that_the_collector_finds_within_a_round_is_cancelled_in_the_ne
     assert sample.completion.error == "cancelled"
 
 
-def test_a_sample_that_ended_before_its_stream_began_has_all_of_its_text(model, bank):
-    """Also half a character at its end."""
-    engine = Engine(model, bank, tiny_tokenizers.plain(), slots=1, max_length=LENGTH, stop_ids=())
-    halves = 0
-    for seed in range(9):
-        ids = tuple(np.random.default_rng(seed).integers(20, 250, 6).tolist())
-        texts, last, expected = late_streams(engine, Request(ids, "A", 4, temperature=1.5, n=2, seed=seed))
-        assert texts == {index: completion.text for index, completion in expected.items()}
-        assert {index: piece.finish_reason for index, piece in last.items()} == {0: "length", 1: "length"}
-        halves += texts[0].endswith("\N{REPLACEMENT CHARACTER}")
-    assert halves
-
-
-def test_requests_of_one_id_that_have_ended_are_streamed_one_by_one(model, bank):
-    engine = engine_of(model, bank)
-    for number in (1, 2):
-        engine.submit(Request(prompt(number), "A", 3, n=2, id="x"))
-        while len(engine._requests.done) < 2 * number:
-            engine._rounds.make()
-    texts = [[(piece.index, piece.text) for piece in engine.stream("x")] for _ in range(2)]
-    assert all(one == [(0, one[0][1]), (1, one[0][1])] for one in texts) and texts[0] != texts[1]
-    assert engine.open == 0
-
-
 class FailingFor:
     """A tokenizer that fails to decode one token."""
 
@@ -162,33 +118,6 @@ class FailingFor:
         if self.token in tokens:
             raise TypeError("no text")
         return self.inner.decode(tokens, **options)
-
-
-@pytest.mark.parametrize("slots", [1, 3])
-def test_a_sample_that_fails_before_its_stream_begins_leaves_the_others_their_answers(model, bank, slots):
-    """With three slots, they have ended too."""
-    request, engine = Request(prompt(1), "A", 4, temperature=1.5, n=3, seed=1), engine_of(model, bank)
-    engine.submit(request)
-    tokens = {index: completion.tokens for (_, index), completion in answers(engine).items()}
-    (own, *_) = set(tokens[0]) - {token for index in (1, 2) for token in tokens[index]}
-    engine = Engine(model, bank, FailingFor(tokenizer(), own), slots=slots, max_length=LENGTH)
-    texts, last, expected = late_streams(engine, request)
-    assert [expected[index].error is None for index in range(3)] == [False, True, True]
-    for index, completion in expected.items():
-        assert (texts[index], last[index].error) == (completion.text, completion.error)
-
-
-def test_a_request_that_cannot_be_streamed_is_answered_by_run(model, bank):
-    request, engine = Request(prompt(1), "A", 12), engine_of(model, bank)
-    engine.submit(request)
-    ((_, whole),) = answers(engine).items()
-    engine = Engine(model, bank, FailingFor(tokenizer(), whole.tokens[0]), slots=1, max_length=LENGTH)
-    id = engine.submit(request)
-    engine.step()
-    with pytest.raises(TypeError, match="no text"):
-        engine.stream(id)
-    ((_, found),) = answers(engine).items()
-    assert "no text" in found.error and found.tokens == whole.tokens
 
 
 def test_a_stream_knows_its_prompt_and_what_was_cached(model, bank):
@@ -245,17 +174,6 @@ def test_a_driver_waits_until_a_request_is_open(model, bank):
     assert engine.wait(60) is True and time.monotonic() - begun < 30
     answers(engine)
     assert engine.wait(0) is False
-
-
-def test_answers_that_a_stream_takes_over_are_not_given_by_run_too(model, bank):
-    engine = engine_of(model, bank)
-    first = engine.submit(Request(prompt(0), "A", 1))
-    several = engine.submit(Request(prompt(1), "A", 1, n=SLOTS))
-    run = engine.run()
-    assert next(run).id == first  # the others of its round have ended, and one of `several` waits
-    run.close()
-    assert {piece.index for piece in engine.stream(several)} == set(range(SLOTS))
-    assert engine.open == 0 and list(engine.run()) == []
 
 
 def test_a_full_queue_says_whose_it_is(model, bank):

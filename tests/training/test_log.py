@@ -15,7 +15,6 @@ from para_jax.io.progress import Progress
 from para_jax.runtime import devices
 from para_jax.training import log
 from para_jax.training.log import TIMES, Done, Log
-from para_jax.training.metrics_file import Reached
 
 VALUES = {"loss": 2.0, "grad_norm": 1.0}
 
@@ -30,7 +29,7 @@ def written(folder, steps, clock, monkeypatch, **options):
     made, times = opened(folder, **options), iter(clock)
     monkeypatch.setattr(log.time, "monotonic", lambda: next(times))
     for done in steps:
-        made.step(done, VALUES, Progress("training", clock=lambda: 0.0))
+        made.step(done, VALUES, Progress("training"))
     made.flush()
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -101,23 +100,6 @@ def test_tensorboard_knows_from_which_step_a_run_resumes(tmp_path):
     assert [event.step for event in events] == [0, 5, 5]
     assert events[1].session_log.status == SessionLog.START
     assert (events[2].summary.value[0].tag, events[2].summary.value[0].simple_value) == ("loss", 2.0)
-
-
-# ----------------------------------------------------------------------------------------------------------- going on
-
-
-def test_a_new_run_drops_the_log_even_if_it_is_unreadable(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n5\n')
-    opened(tmp_path)
-    assert (tmp_path / "metrics.jsonl").read_text() == ""
-
-
-def test_a_resumed_run_refuses_a_foreign_log_and_leaves_it_unchanged(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n5\n')
-    with pytest.raises(ValueError, match="metrics.jsonl:2: '5'"):
-        opened(tmp_path, Reached(1, 0))
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 2.0}\n5\n'
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 # ---------------------------------------------------------------------------------------------------------- utilisation

@@ -36,19 +36,14 @@ def test_a_disk_that_gets_full_takes_no_part_of_the_rows(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == TEXT
 
 
-@pytest.mark.parametrize("length", range(1, len(TEXT.splitlines()[1])))
+@pytest.mark.parametrize("length", [1, 9, 20, len(TEXT.splitlines()[1]) - 1])
 def test_a_last_line_cut_off_by_a_kill_is_skipped(length, tmp_path):
     first, second = TEXT.splitlines(keepends=True)
     (tmp_path / "metrics.jsonl").write_text(first + second[:length])
     assert list(read_metrics(tmp_path / "metrics.jsonl")) == ROWS[: 1 + (length == len(second) - 1)]
 
 
-@pytest.mark.parametrize("line", [
-    b"5", b"[]", b"null", b'"step"', b"{}", b'{"loss": 1.0}', b'{"step": "1", "loss": 1.0}', b'{"step": true}',
-    b'{"step": -1}', b'{"step": 1.5}', b'{"step": 1, "loss": "x"}', b'{"step": 1, "loss": null}',
-    b'{"step": 1, "loss": [1]}', b'{"step": 1, "loss": 1e', b"\xff\xfe\x00", b'{"step": 1, "\\u001b]0;owned": 1.0}',
-    b"[" * 100_000, b'{"step": 9223372036854775808}', b'{"step": 1, "loss": 1' + b"0" * 400 + b"}", b"", b"x" * 2**21,
-])  # fmt: skip
+@pytest.mark.parametrize("line", [b"5", b'{"loss": 1.0}', b'{"step": 1, "loss": 1e', b"\xff\xfe\x00", b""])
 def test_a_damaged_line_is_named_by_file_and_number(line, tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(TEXT.encode() + line + b"\n" + TEXT.encode())
     with pytest.raises(ValueError, match=f"{tmp_path}/metrics.jsonl:3: ") as error:

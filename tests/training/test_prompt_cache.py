@@ -129,11 +129,3 @@ def test_states_that_take_too_much_are_refused_with_the_numbers_before_any_is_co
 
 def test_the_free_memory_is_known_here():
     assert 2**20 < prompt_cache.free_memory() < 2**50
-
-
-def test_files_that_a_container_has_read_once_take_no_memory(tmp_path):
-    for name, text in (("max", "8000\n"), ("current", "6000\n"), ("stat", "anon 1500\ninactive_file 4000\n")):
-        (tmp_path / f"memory.{name}").write_text(text)
-    assert prompt_cache.free_in_group(tmp_path) == [6000]
-    (tmp_path / "memory.max").write_text("max\n")
-    assert prompt_cache.free_in_group(tmp_path) == []

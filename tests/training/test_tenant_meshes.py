@@ -15,7 +15,7 @@ from tiny_mesh import COMPLETION, CONFIG, LENGTH, ROWS, model
 from para_jax import LoraConfig, ParaConfig, init_adapter, make_mesh, stack_adapters
 from para_jax.config import TrainSection
 from para_jax.data.batches import Batch
-from para_jax.estimate.hlo_counts import collective_bytes
+from para_jax.estimate.hlo import collective_bytes
 from para_jax.runtime.sharding import place, place_tenants, shard_rows, tenant_axes
 from para_jax.training.optimizer import LearningRates
 from para_jax.training.step import init_state, put_tenant, train_step

@@ -8,19 +8,21 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import fields
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
 
 from ...config import ModelConfig
 from ...config.adapter import given_fields
-from ...io.checks import shorten
+from ...config.bounds import Bounds, check_value
+from ...io.checks import require, shorten
 from ...io.untrusted import safe_name, safe_names
 from ..adapter import Adapter, Backbone, describe, named_leaves
 
 KEYS = ("peft_type", "backbone", "base_model_name_or_path", "task_type", "inference_mode", "para_jax_version")
 BACKBONE_KEYS = ("model_type", "num_layers", "width", "site_widths")
+Size = Annotated[int, Bounds(at_least=1, below=2**31)]
 
 # ---------------------------------------------------------------------------------------------------------- the config
 
@@ -29,7 +31,7 @@ def own_config(peft_type: str, config: Any, backbone: Backbone, base_model: str,
     """The content of adapter_config.json."""
     widths = dict(backbone.site_widths)
     shape = backbone._asdict() | {"site_widths": {site: widths[site] for site in config.target_modules}}
-    found = {
+    content = {
         "peft_type": peft_type,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
@@ -38,8 +40,8 @@ def own_config(peft_type: str, config: Any, backbone: Backbone, base_model: str,
         "backbone": shape | ({"fingerprint": fingerprint} if fingerprint else {}),
     }
     with suppress(importlib.metadata.PackageNotFoundError):  # a checkout that is not installed
-        found["para_jax_version"] = importlib.metadata.version("para_jax")
-    return found
+        content["para_jax_version"] = importlib.metadata.version("para_jax")
+    return content
 
 
 def read_own_config(kind: type, found: dict) -> tuple[Any, dict]:
@@ -47,28 +49,22 @@ def read_own_config(kind: type, found: dict) -> tuple[Any, dict]:
     optional = [field.name for field in fields(kind) if field.default is None or field.metadata.get("optional")]
     required = [field.name for field in fields(kind) if field.name not in optional]
     require_keys("", found, ("peft_type", "backbone", *required), (*KEYS, *optional))
-    if found.get("task_type") not in (None, "CAUSAL_LM"):
-        raise ValueError(f"task_type {shorten(found['task_type'])} is not supported; use CAUSAL_LM")
     config = kind(**{name: found[name] for name in (*required, *optional) if name in found})
     return config, checked_backbone(found["backbone"], config.target_modules)
 
 
-def checked_backbone(backbone: object, sites: tuple[str, ...]) -> dict:
-    if not isinstance(backbone, dict):
-        raise ValueError(f"backbone must be a mapping; got {shorten(backbone)}")
+def checked_backbone(backbone: Any, sites: tuple[str, ...]) -> dict:
+    require(isinstance(backbone, dict), "backbone", backbone, "a mapping")
     require_keys("backbone.", backbone, BACKBONE_KEYS, ("fingerprint",))
     widths = backbone["site_widths"]
-    if not isinstance(widths, dict) or set(widths) != set(sites):
-        raise ValueError(
-            f"backbone.site_widths must have a width for each of {', '.join(sites)}; got {shorten(widths)}"
-        )
+    fits = isinstance(widths, dict) and set(widths) == set(sites)
+    require(fits, "backbone.site_widths", widths, f"a width for each of {', '.join(sites)}")
     for key, value in {"num_layers": backbone["num_layers"], "width": backbone["width"], **widths}.items():
-        if type(value) is not int or not 1 <= value < 2**31:
-            raise ValueError(f"backbone: {key} must be a whole number of at least 1; got {shorten(value)}")
+        check_value(f"backbone: {key}", value, Size)
     for key in ("model_type", "fingerprint"):
         text = backbone.get(key, "")
-        if not isinstance(text, str) or not text.isprintable() or len(text) > 100:
-            raise ValueError(f"backbone.{key} must be a short text; got {shorten(text)}")
+        short = isinstance(text, str) and text.isprintable() and len(text) <= 100
+        require(short, f"backbone.{key}", text, "a short text")
     return backbone
 
 

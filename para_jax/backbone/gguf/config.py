@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from ...io.checks import shorten
-from ...io.untrusted import safe_name
 
 TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LINEAR_NAMES = {
@@ -55,14 +54,14 @@ def hugging_face_name(name: str, architecture: str) -> str:
     top, _, kind = name.partition(".")
     if top in TOP_NAMES and kind == "weight":
         return f"{TOP_NAMES[top]}.weight"
-    raise ValueError(f"unknown tensor {safe_name(name)} for a {architecture} model")
+    return name  # one that no model has
 
 
 def common_config(metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     """The config.json fields that both architectures share."""
     embedding = shapes.get("model.embed_tokens.weight", (0,))
-    heads, width = metadata_int(metadata, "attention.head_count"), metadata_int(metadata, "embedding_length")
-    head_dim = metadata_int(metadata, "attention.key_length", width // heads)
+    heads, width = metadata_number(metadata, "attention.head_count"), metadata_number(metadata, "embedding_length")
+    head_dim = metadata_number(metadata, "attention.key_length", width // heads)
     for key, plain in (("rope.dimension_count", head_dim), ("rope.scaling.attn_factor", 1), ("attention.causal", True)):
         value = metadata.get(f"{metadata['general.architecture']}.{key}", plain)
         if value != plain:
@@ -71,12 +70,12 @@ def common_config(metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]]) 
     return {
         "vocab_size": embedding[0],
         "hidden_size": width,
-        "intermediate_size": metadata_int(metadata, "feed_forward_length"),
-        "num_hidden_layers": metadata_int(metadata, "block_count"),
+        "intermediate_size": metadata_number(metadata, "feed_forward_length"),
+        "num_hidden_layers": metadata_number(metadata, "block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": metadata_int(metadata, "attention.head_count_kv", heads),
+        "num_key_value_heads": metadata_number(metadata, "attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "max_position_embeddings": metadata_int(metadata, "context_length"),
+        "max_position_embeddings": metadata_number(metadata, "context_length"),
         "rms_norm_eps": metadata_number(metadata, "attention.layer_norm_rms_epsilon"),
         "rope_scaling": rope_scaling(metadata),
         "attention_bias": "model.layers.0.self_attn.q_proj.bias" in shapes,
@@ -126,16 +125,6 @@ def metadata_number(metadata: dict[str, Any], key: str, default: float | None = 
     return value
 
 
-def metadata_int(metadata: dict[str, Any], key: str, default: int | None = None) -> int:
-    """A positive integer under the architecture's prefix. Without a default it is required."""
-    value = metadata_number(metadata, key, default)
-    if type(value) is not int or value < 1:
-        raise ValueError(
-            f"metadata {metadata['general.architecture']}.{key} is {shorten(value)}, not a positive integer"
-        )
-    return value
-
-
 def rope_scaling(metadata: dict[str, Any]) -> dict[str, Any] | None:
     kind = metadata.get(f"{metadata['general.architecture']}.rope.scaling.type", "linear")  # llama.cpp's default
     if kind not in ("none", "linear"):
@@ -168,27 +157,3 @@ def llama3_scaling(factors: np.ndarray, config: dict[str, Any]) -> dict[str, Any
         "high_freq_factor": high,
         "original_max_position_embeddings": positions,
     }
-
-
-def check_complete(shapes: dict[str, tuple[int, ...]], config: dict[str, Any], architecture: str) -> None:
-    """Raises ValueError unless the file has exactly the tensors of its model."""
-    if config["num_hidden_layers"] > len(shapes):
-        raise ValueError(
-            f"the metadata say {config['num_hidden_layers']} layers, but the file has only {len(shapes)} tensors"
-        )
-    attention, feed_forward = list(LINEAR_NAMES.values())[:4], list(LINEAR_NAMES.values())[4:]
-    in_layer = [f"{name}.weight" for name in [*LINEAR_NAMES.values(), *NORM_NAMES[architecture].values()]]
-    in_layer += [f"{name}.bias" for name in attention if config["attention_bias"]]
-    in_layer += [f"{name}.bias" for name in feed_forward if config.get("mlp_bias")]
-    expected = {f"model.layers.{i}.{name}" for i in range(config["num_hidden_layers"]) for name in in_layer}
-    expected |= {"model.embed_tokens.weight", "model.norm.weight"} | {"lm_head.weight"} & shapes.keys()
-    if missing := sorted(expected - shapes.keys()):
-        raise ValueError(f"{len(missing)} tensors are missing, starting with {missing[0]}")
-    if extra := sorted(shapes.keys() - expected):
-        raise ValueError(f"{len(extra)} tensors do not belong to the model, starting with {safe_name(extra[0])}")
-    for name, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
-        for i in range(config["num_hidden_layers"]):
-            tensor = f"model.layers.{i}.self_attn.{name}.weight"
-            expected_rows = config[heads] * config["head_dim"]
-            if shapes[tensor][0] != expected_rows:
-                raise ValueError(f"{tensor} has {shapes[tensor][0]} rows, but the metadata say {expected_rows}")

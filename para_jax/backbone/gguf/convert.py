@@ -13,6 +13,8 @@ import numpy as np
 
 from ...io.atomic import errors_named, folders_left, sync_folder, temporary_name
 from ...io.progress import Progress
+from ..families import model_config
+from ..weights import recipes
 from .file import GgufFile
 
 #: At most this many bytes of a tensor, as float32, are in memory at once.
@@ -30,6 +32,7 @@ def convert_gguf(file: str | Path, folder: str | Path, tokenizer) -> None:
     Raises ValueError if the folder already holds files.
     """
     source, folder = GgufFile(file), Path(folder).resolve()  # a link or "." can't be replaced
+    recipes(model_config(source.config), source)  # raises for a file without the tensors of its model
     check_new_folder(folder)
     for left in folders_left(folder):  # of conversions that were killed: each is as large as the model
         shutil.rmtree(left, ignore_errors=True)

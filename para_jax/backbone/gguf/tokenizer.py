@@ -56,11 +56,9 @@ def gguf_tokenizer(file: GgufFile):
 
     metadata = file.tokenizer
     metadata["tokens"], metadata["token_type"] = metadata.get("tokens") or [], metadata.get("token_type") or []
-    tokens, types = metadata["tokens"], metadata["token_type"]
+    tokens = metadata["tokens"]
     if len(tokens) != len(set(tokens)):
         raise ValueError("a token appears twice")
-    if len(types) != len(tokens):
-        raise ValueError(f"there are {len(tokens)} tokens but {len(types)} values of token_type")
     longest = max(map(len, tokens), default=0)
     if longest > MAX_TOKEN:
         raise ValueError(f"a token has {longest} characters; the limit is {MAX_TOKEN}")
@@ -87,11 +85,7 @@ def gguf_tokenizer(file: GgufFile):
 
 def special_token(metadata: dict[str, Any], kind: str) -> str | None:
     index = metadata.get(f"{kind}_token_id")
-    if index is None:
-        return None
-    if not isinstance(index, int) or not 0 <= index < len(metadata["tokens"]):
-        raise ValueError(f"{kind}_token_id {shorten(index)} is not among the {len(metadata['tokens'])} tokens")
-    return metadata["tokens"][index]
+    return None if index is None else metadata["tokens"][index]
 
 
 def build(architecture: str, metadata: dict[str, Any]):
@@ -150,8 +144,6 @@ def score_merges(metadata: dict[str, Any]) -> list[tuple[str, str]]:
     User-defined tokens come before all others, because SentencePiece never splits them.
     """
     scores, kinds = metadata.get("scores") or [], metadata["token_type"]
-    if len(scores) != len(metadata["tokens"]):
-        raise ValueError(f"there are {len(metadata['tokens'])} tokens but {len(scores)} scores")
     usable = [i for i, kind in enumerate(kinds) if kind in (NORMAL, USER_DEFINED)]
     parts = {metadata["tokens"][i] for i in usable}
     merges = []

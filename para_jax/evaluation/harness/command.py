@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
-
-import lm_eval.evaluator
 
 from ...io.yaml_text import parse_yaml
 from . import completions as completions  # registers the model `para-completions`
@@ -23,18 +20,8 @@ def harness_command(arguments: list[str]) -> None:
     which knows the adapter."""
     from lm_eval.__main__ import cli_evaluate
 
-    setattr(lm_eval.evaluator, "get_git_commit_hash", commit_here)  # noqa: B010 (its own prints git's "fatal: ...")
     sys.argv = ["lm-eval", *with_para(arguments)]
     cli_evaluate()
-
-
-def commit_here() -> str | None:
-    """The commit of the repository that this process runs in, for lm-eval's results; None outside of one."""
-    try:
-        done = subprocess.run(["git", "describe", "--always"], capture_output=True, text=True)
-    except OSError:  # git is not installed
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def with_para(arguments: list[str]) -> list[str]:

@@ -18,7 +18,7 @@ from ...io.hub import BUILT_IN, backbone_of
 from ...runtime import devices
 from ...serving.engine import Engine
 from ..answers import Answerer
-from ..journal import Journal
+from ..journal import AnswerJournal
 from ..questions import Answer, Question
 from .requests import TokenLM
 
@@ -38,7 +38,7 @@ class ParaLM(TokenLM):
         """
         super().__init__(engine.tokenizer, engine.model.config.max_positions, seed, room=engine.max_length)
         self.engine, self.tenant = engine, tenant
-        journal = Journal(expanded(cache) / "answers.jsonl" if cache else None)
+        journal = AnswerJournal(expanded(cache) / "answers.jsonl" if cache else None)
         self.answerer = Answerer(
             engine.model,
             engine.bank,
@@ -51,7 +51,6 @@ class ParaLM(TokenLM):
         if tenant is not None and engine.bank is None:
             raise ValueError(f"tenant {shorten(tenant)}: the engine has no bank; give None, the base model")
         _ = self.content  # raises for an unknown tenant
-        self._cached: str | None = None  # the adapter that answers in lm-eval's own cache
 
     @property
     def content(self) -> str:
@@ -60,30 +59,11 @@ class ParaLM(TokenLM):
         return bank.entry(self.tenant).content if self.tenant is not None and bank is not None else "base"
 
     def answered(self, questions: list[Question]) -> Sequence[Answer]:
-        found = self.answerer.answer([(self.tenant, one) for one in questions])
-        entry = self.answerer.entries.get(self.tenant)
-        if self._cached not in (None, entry.content if entry else "base"):
-            raise ValueError(
-                f"use_cache: tenant {shorten(self.tenant)} has another adapter now, and lm-eval would keep its answers "
-                "as those of the earlier one. Give the model cache=FOLDER instead"
-            )
-        return found
+        return self.answerer.answer([(self.tenant, one) for one in questions])
 
     def set_cache_hook(self, cache_hook) -> None:
-        """Takes lm-eval's own cache (use_cache) only if all its answers are this adapter's."""
-        held = getattr(cache_hook, "dbdict", None)
-        if held is not None:
-            mark, ours = "para_jax: who answered", f"{self.answerer.backbone} {self.content}"
-            bank = self.engine.bank
-            if self.tenant is not None and bank is not None and bank.dtype != "float32":
-                ours += f" {bank.dtype}"
-            if held.get(mark) != ours and len(held):
-                raise ValueError(
-                    "use_cache: this file holds answers of another adapter or model, and lm-eval would use them for "
-                    "this one; choose another file, or give the model cache=FOLDER"
-                )
-            held[mark] = ours
-            self._cached = self.content
+        if getattr(cache_hook, "dbdict", None) is not None:
+            raise ValueError("use_cache does not know which adapter answered; give the model cache=FOLDER instead")
         super().set_cache_hook(cache_hook)
 
     # --------------------------------------------------------------------------------------- from lm-eval's arguments
@@ -119,10 +99,8 @@ class ParaLM(TokenLM):
             names = ", ".join(["backbone", "adapter", *known])
             raise ValueError(f"model_args: {', '.join(other)} is unknown; known are {names}")
         given |= {"batch_size": 8} if str(given.get("batch_size")).startswith("auto") else {}
-        rows, longest, seed = (
-            whole_number(name, given.get(name, default))
-            for name, default in (("batch_size", 8), ("max_length", 2048), ("seed", 0))
-        )
+        numbers = {"batch_size": 8, "max_length": 2048, "seed": 0}
+        rows, longest, seed = (int(given.get(name, default)) for name, default in numbers.items())
         devices.start(RuntimeSection(allow_cpu=bool(given.get("allow_cpu", False))))
         backbone = str(backbone or (adapter and backbone_of(str(adapter))) or BUILT_IN)
         cache = str(given.get("cache") or "")
@@ -148,11 +126,3 @@ class ParaLM(TokenLM):
             "model_sha": self.answerer.backbone[:16],
             "adapter": self.content,
         }
-
-
-def whole_number(name: str, value: object) -> int:
-    """A number of --model_args. Raises ValueError, with its name, for another text."""
-    try:
-        return int(str(value))
-    except ValueError:
-        raise ValueError(f"model_args: {name}={value} is not a whole number") from None

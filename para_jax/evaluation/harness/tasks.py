@@ -24,13 +24,11 @@ import numpy as np
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import sanitize_list
 
 from ...io.checks import shorten
 from ...io.messages import warn
 from ..questions import SEEDS, Answer, Likelihood, Question, Scored, Written
-from ..white_space import Stripped
 from .requests import NO_PROMPT, TokenLM
 
 #: Draws of a bootstrapped standard error; that of a mean has a closed form.
@@ -129,7 +127,7 @@ def load_tasks(
         if name not in manager.all_tasks:
             nearest = difflib.get_close_matches(name, manager.all_tasks, n=3)
             hint = f"the nearest are {', '.join(nearest)}" if nearest else "`para-jax lm-eval ls tasks` lists them"
-            raise ValueError(f"task {name}: not a file, a folder or a task of lm-eval; {hint}{damaged(include_path)}")
+            raise ValueError(f"task {name}: not a file, a folder or a task of lm-eval; {hint}")
         seed_generators()  # for each, so that a task does not depend on those before it
         try:
             loaded: Any = manager.load([name])
@@ -149,16 +147,6 @@ def manager_of(names: Sequence[str], include_path: Path | None) -> TaskManager:
         raise ValueError(f"--include-path {include_path}: no such folder; give a folder of task files")
     local = TaskManager(include_path=str(include_path), include_defaults=False)
     return local if set(names) <= set(local.all_subtasks) else TaskManager(include_path=str(include_path))
-
-
-def damaged(folder: Path | None) -> str:
-    """A sentence that names the first task file of a folder that lm-eval can't read, which lm-eval itself does not."""
-    for file in sorted(folder.glob("**/*.yaml")) if folder else ():
-        try:
-            load_yaml(file, resolve_func=False)
-        except Exception as error:
-            return f". {file} can't be read: {first_line(error)}"
-    return ""
 
 
 def first_line(error: Exception) -> str:
@@ -237,8 +225,6 @@ def replay(
     Args:
         answer: gives the answer to a question; None if it was not recorded.
         samples: whether to include every document with its requests and their answers, as lm-eval logs them.
-
-    Has `white_space` where it costs answers (white_space.py).
     """
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap would fork this process, which has JAX's threads
     lm = Replay(tokenizer, max_length, sampling_seed, answer, task.name)
@@ -253,9 +239,7 @@ def replay(
         warn(f"task {task.name}: {lm.lost} log-likelihoods are not numbers; lm-eval answers with the first of them")
     if samples:
         found["samples"] = {name: [as_logged(one) for one in logged] for name, logged in found["samples"].items()}
-    scores = found.get("results", {})
-    stripped = {name: lost_to_white_space(one, scores.get(name, {})) for name, one in task.loaded["tasks"].items()}
-    return found | {"white_space": {name: lost for name, lost in stripped.items() if lost is not None}}
+    return found
 
 
 def as_logged(sample: dict) -> dict:
@@ -265,29 +249,3 @@ def as_logged(sample: dict) -> dict:
     }
     resps = {name: sanitize_list(sample[name]) for name in ("resps", "filtered_resps")}
     return sample | resps | {"arguments": arguments, "target": str(sample["target"])}
-
-
-def lost_to_white_space(task, scores: dict) -> Stripped | None:
-    """How a task's exact match changes if the white space at the ends of answers is removed; None if that is little,
-    the task filters its answers itself, or it does not compare them.
-
-    Args:
-        scores: the task's results, from the answers that its instances hold.
-    """
-    scored = scores.get("exact_match,none")
-    if (
-        task.OUTPUT_TYPE != "generate_until"
-        or task.get_config("filter_list")
-        or not isinstance(scored, float | np.floating)
-    ):
-        return None
-    gained = 0.0
-    try:
-        for one in task.instances if scored < 1 else ():
-            given = one.filtered_resps["none"]
-            if given != given.strip():
-                as_given, bare = (task.process_results(one.doc, [text]) for text in (given, given.strip()))
-                gained += float(bare["exact_match"]) - float(as_given["exact_match"])
-    except Exception:  # its own metrics may raise anything
-        return None
-    return Stripped.of(float(scored), gained, len(task.instances))

@@ -10,6 +10,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -102,8 +103,9 @@ def fetched_adapter(folder: BucketPath, cache: Path, names: list[str], max_bytes
 
 def of_one_version(config: Place, read: Callable[[], T]) -> T:
     """What `read` makes of an adapter's files. A save deletes a config that changes first and writes it last. If that
-    happened meanwhile, `read` is called again, so the config of one adapter never meets the weights of another."""
-    for _ in range(TRIES):
+    happened meanwhile, `read` is called again, so the config of one adapter never meets the weights of another. It
+    waits longer each time, up to 1.6 s, so that the save can end."""
+    for number in range(TRIES):
         before = generation(config)
         try:
             found = read()
@@ -113,6 +115,7 @@ def of_one_version(config: Place, read: Callable[[], T]) -> T:
         else:
             if generation(config) == before:
                 return found
+        time.sleep(0.1 * 2**number)
     raise ValueError(f"{config.parent} was replaced every time it was read; try again when nothing writes to it")
 
 

@@ -129,11 +129,9 @@ class BucketLines:
         self.flushed = time.monotonic()
 
 
-def join_pieces(file: BucketPath, without: set[int] | frozenset[int] = frozenset()) -> None:
-    """Joins the pieces into one object with the file's own name, without the lines of these numbers (from 1)."""
+def join_pieces(file: BucketPath, data: bytes) -> None:
+    """Replaces the pieces by one object with the file's own name."""
     old = numbered(file)
-    with open_pieces(file) as stream:
-        data = b"".join(line for number, line in enumerate(stream, 1) if number not in without)
     file.write_bytes(data)
     for _, path in sorted(old.items()):  # first the first piece of a version: without it the others don't count
         path.unlink(missing_ok=True)

@@ -6,13 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import yaml
 from adapter_folder import LAYER, WEIGHTS, assert_refused, assert_same, change_config, change_tensors, saved_config
 from golden_models import FIXTURES, backbone, prompts, strong
 from safetensors.numpy import load_file, save_file
 
-from para_jax import Adapter, AdapterBank, Ia3Config, LoraConfig, forward, init_adapter, load_adapter, save_adapter
-from para_jax.adapters import files
+from para_jax import AdapterBank, Ia3Config, LoraConfig, forward, init_adapter, load_adapter, save_adapter
 from para_jax.adapters.files import copy_for_peft, read_adapter_config
 from para_jax.config import SITES
 from para_jax.reports.inspect import folder_report, size
@@ -47,10 +45,8 @@ def load(folder, family="llama"):
 @pytest.mark.parametrize(
     "config",
     [
-        LoraConfig(r=4, lora_alpha=8),
         LoraConfig(r=3, lora_alpha=7, use_rslora=True, target_modules=SITES),
         LoraConfig(r=2, lora_alpha=0.1, target_modules=("up_proj", "o_proj")),
-        LoraConfig(r=5, use_rslora=True, target_modules=("down_proj",)),
         Ia3Config(),
         Ia3Config(target_modules=SITES, feedforward_modules=()),
         Ia3Config(target_modules=("q_proj", "up_proj", "down_proj")),
@@ -74,21 +70,6 @@ def test_what_peft_wrote_is_written_again_as_peft_wrote_it(tmp_path, name):
     assert {**mine, "target_modules": sorted(mine["target_modules"])} == {key: theirs[key] for key in mine}
 
 
-@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
-def test_half_precision_loads_as_float32(lora, dtype):
-    change_tensors(lora, lambda tensors: tensors.update({k: v.astype(dtype) for k, v in tensors.items()}))
-    found, exact = load(lora), load(PEFT / "lora_qv")
-    assert found.b["q_proj"].dtype == jnp.float32
-    np.testing.assert_allclose(found.b["q_proj"], exact.b["q_proj"], atol=4e-3)
-
-
-def test_the_card_names_peft_and_the_base_model(tmp_path):
-    save_adapter(made(LoraConfig(r=4)), tmp_path / "adapter", base_model="me/model", card=["sst2: 0.9"])
-    _, front, body = (tmp_path / "adapter" / "README.md").read_text().split("---\n", 2)
-    assert yaml.safe_load(front) == {"library_name": "peft", "base_model": "me/model", "tags": ["lora", "adapter"]}
-    assert "Rank 4 on q_proj, v_proj" in body and "sst2: 0.9" in body
-
-
 def test_a_copy_has_the_revision_of_the_base_model_that_it_names(tmp_path):
     save_adapter(made(LoraConfig()), tmp_path / "one", base_model="me/model@v1")
     assert read_adapter_config(tmp_path / "one").base_model == "me/model@v1"
@@ -101,27 +82,8 @@ def test_a_copy_has_the_revision_of_the_base_model_that_it_names(tmp_path):
         held = saved_config(tmp_path / "copy")
         assert (held["base_model_name_or_path"], held.get("revision")) == named
     change_config(tmp_path / "one", revision=3)
-    with pytest.raises(ValueError, match="revision must be text or null; got 3"):
+    with pytest.raises(ValueError, match="revision must be text or null; got .* and 3"):
         load(tmp_path / "one")
-
-
-def test_a_copy_of_an_adapter_that_is_replaced_meanwhile_is_of_one_version(tmp_path, monkeypatch):
-    old, new = made(LoraConfig(r=2)), made(LoraConfig(r=4))
-    save_adapter(old, tmp_path / "one", base_model="me/model")
-    (tmp_path / "one" / "README.md").write_bytes(b"\n## Training\nin caf\xe9s\n## How to load it\n")  # not UTF-8
-    real = files.peft_base
-
-    def replaced_between_config_and_weights(*given):
-        monkeypatch.setattr(files, "peft_base", real)
-        save_adapter(new, tmp_path / "one", base_model="me/model")
-        return real(*given)
-
-    copy_for_peft(tmp_path / "one", tmp_path / "first")
-    monkeypatch.setattr(files, "peft_base", replaced_between_config_and_weights)
-    copy_for_peft(tmp_path / "one", tmp_path / "copy")
-    assert_same(load(tmp_path / "first"), old)
-    assert_same(load(tmp_path / "copy"), new)
-    assert "in caf\ufffds" in (tmp_path / "first" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("path", ["/home/me@company/models/m", "models@v2/m", "gs://bucket/m@v2", "../m@v2"])
@@ -132,16 +94,6 @@ def test_a_path_of_the_base_model_may_have_an_at_sign(tmp_path, path):
     assert (held["base_model_name_or_path"], "revision" in held) == (path, False)
     assert read_adapter_config(tmp_path / "one").base_model == path
     assert f'AutoTokenizer.from_pretrained("{path}")' in (tmp_path / "one" / "README.md").read_text()
-
-
-def test_an_adapter_of_an_unknown_kind_is_not_saved(tmp_path):
-    class Unknown(Adapter):
-        def __init__(self):
-            self.config = 5
-
-    with pytest.raises(ValueError, match="int.*ParaConfig, LoraConfig, Ia3Config"):
-        save_adapter(Unknown(), tmp_path / "adapter")
-    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------------------------------------------------------- phi3
@@ -325,58 +277,18 @@ def test_an_adapter_of_another_architecture_is_refused(lora):
     "changes, message",
     [
         ({"use_dora": True}, "not supported: use_dora True"),
-        (
-            {"rank_pattern": {"q_proj": 8}, "alpha_pattern": {"q_proj": 8}},
-            "rank_pattern {'q_proj': 8}.*alpha_pattern|alpha_",
-        ),
-        ({"bias": "lora_only"}, "not supported: bias 'lora_only'"),
         ({"modules_to_save": ["lm_head"]}, r"not supported: modules_to_save \['lm_head'\]"),
         ({"layers_to_transform": 0}, "not supported: layers_to_transform 0"),
-        ({"layers_to_transform": [0], "layers_pattern": "layers"}, "layers_pattern"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out True"),
-        ({"layer_replication": [[0, 2]]}, "layer_replication"),
-        ({"exclude_modules": ["q_proj"]}, "exclude_modules"),
-        ({"target_parameters": ["experts"]}, "target_parameters"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
-        ({"alora_invocation_tokens": []}, r"alora_invocation_tokens .*\[\]"),
-        ({"alora_invocation_tokens": 7}, "alora_invocation_tokens .*7"),
-        ({"alora_invocation_tokens": "w7"}, "alora_invocation_tokens .*'w7'"),
-        ({"alora_invocation_tokens": [7, -1]}, "alora_invocation_tokens .*-1"),
         ({"alora_invocation_tokens": [7, True]}, "alora_invocation_tokens .*True"),
-        ({"alora_invocation_tokens": [7, 1.5]}, "alora_invocation_tokens .*1.5"),
-        ({"alora_invocation_tokens": [[7]]}, r"alora_invocation_tokens .*\[7\]"),
-        ({"scope": "response"}, "not supported: scope 'response'"),
-        ({"use_qalora": True}, "use_qalora True"),
-        ({"lora_bias": True}, "lora_bias True"),
-        ({"megatron_config": {"tp": 2}}, "megatron_config"),
-        ({"loftq_config": {"loftq_bits": 4}}, "loftq_config"),
-        ({"a_key_of_2027": "yes"}, "not supported: a_key_of_2027 'yes'"),
-        ({"init_lora_weights": "pissa_niter_16"}, "not supported: init_lora_weights 'pissa_niter_16'"),
-        ({"init_lora_weights": ["olora"]}, "init_lora_weights"),
-        ({"task_type": "SEQ_CLS"}, "not supported: task_type 'SEQ_CLS'"),
+        ({"a_key_of_2027": "yes", "init_lora_weights": "pissa"}, "a_key_of_2027 'yes', init_lora_weights 'pissa'"),
         ({"peft_type": "ADALORA"}, "peft_type 'ADALORA'.*PARA, LORA, IA3"),
         ({"target_modules": ["q_proj", "lm_head"]}, "target_modules lm_head .*q_proj"),
-        ({"target_modules": ["embed_tokens"]}, "target_modules embed_tokens"),
-        ({"target_modules": [["q_proj"]]}, "target_modules must be a list"),
         ({"target_modules": 0}, "target_modules must be a list.*0"),
-        ({"target_modules": {}}, "target_modules must be a list.*{}"),
-        ({"target_modules": ["evil.q_proj", "v_proj"]}, "target_modules evil.q_proj"),
-        ({"target_modules": ["mlp.q_proj", "v_proj"]}, "target_modules mlp.q_proj"),
-        ({"target_modules": ["q_proj", "\x1b[31m" * 99 + ".v_proj"]}, r"target_modules '\\x1b.*\.\.\."),
-        ({"base_model_name_or_path": 5}, "base_model_name_or_path .*5"),
-        ({"lora_alpha": 1e-40}, "lora_alpha .*1e-40"),
-        ({"target_modules": []}, "target_modules"),
-        ({"r": 0}, "r must be .*0"),
-        ({"r": True}, "r must be .*True"),
-        ({"r": 10**12}, "r 1000000000000 .*65536"),
+        ({"target_modules": ["mlp.q_proj", "\x1b[31m" * 99 + ".v_proj"]}, r"target_modules mlp.q_proj, '\\x1b.*\.\.\."),
         ({"r": "left out"}, "r must be .*None"),
         ({"r": 8}, r"misshapen: .*q_proj.lora_A.weight \[4, 64\] \(expected \[8, 64\]\)"),
-        ({"lora_alpha": "8"}, "lora_alpha .*'8'"),
-        ({"lora_alpha": float("nan")}, "lora_alpha .*nan"),
         ({"lora_alpha": 10**400}, "lora_alpha .*1000"),
-        ({"use_rslora": 1}, "use_rslora .*1"),
-        ({"target_modules": ["q_proj"]}, "unknown: .*v_proj.lora_A.weight"),
-        ({"target_modules": ["q_proj", "k_proj", "v_proj"]}, "missing: .*k_proj.lora_A.weight"),
+        ({"target_modules": ["q_proj", "k_proj"]}, "missing: .*k_proj.lora_A.weight.*unknown: .*v_proj.lora_A.weight"),
     ],
 )
 def test_a_config_of_what_we_do_not_compute_is_refused_by_name(lora, changes, message):
@@ -384,64 +296,7 @@ def test_a_config_of_what_we_do_not_compute_is_refused_by_name(lora, changes, me
     assert_refused(load, lora, message, below=2000)
 
 
-def input_of(site):
-    def change(tensors):
-        for i in range(3):
-            tensors[f"{LAYER}{i}.mlp.{site}.ia3_l"] = np.ones((1, 64), np.float32)
-
-    return change
-
-
-def test_inputs_other_than_down_proj_are_refused_by_name(ia3):
-    change_tensors(ia3, input_of("up_proj"))
-    change_config(ia3, target_modules=".*", feedforward_modules=".*(up|down)_proj")
-    with pytest.raises(ValueError, match="feedforward_modules.*up_proj"):
-        load(ia3)
-    for value in (0, False, {}):
-        change_config(ia3, feedforward_modules=value)
-        with pytest.raises(ValueError, match="feedforward_modules must be a list"):
-            load(ia3)
-    change_config(ia3, feedforward_modules=["gate_proj"])
-    with pytest.raises(ValueError, match="feedforward_modules.*gate_proj"):
-        load(ia3)
-
-
 # -------------------------------------------------------------------------------------------------------------- tensors
-
-
-A1 = f"{LAYER}1.self_attn.q_proj.lora_A.weight"
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda t: t.pop(A1), "missing: .*layers.1.self_attn.q_proj.lora_A.weight"),
-        (lambda t: t.update({f"{LAYER}3.self_attn.q_proj.lora_A.weight": t[A1]}), "unknown: .*layers.3"),
-        (lambda t: t.update({"base_model.model.lm_head.lora_A.weight": t[A1]}), "unknown: .*lm_head"),
-        (lambda t: t.update({A1: t[A1].T.copy()}), r"misshapen: .*layers.1.* \[64, 4\] \(expected \[4, 64\]\)"),
-        (lambda t: t[A1].__setitem__((0, 1), np.inf), "NaN.*layers.1"),
-        (lambda t: t.update({A1: t[A1].astype(np.int32)}), "not of F32, F16 or BF16: .*layers.1"),
-        (lambda t: t.update({A1: np.ones((), np.float32)}), r"misshapen: .*layers.1.* \[\]"),
-    ],
-)
-def test_tensors_that_are_wrong_are_refused_by_name(lora, change, message):
-    change_tensors(lora, change)
-    with pytest.raises(ValueError, match=message):
-        load(lora)
-
-
-def test_weights_only_as_a_pickle_or_cut_off_are_refused(lora):
-    (lora / WEIGHTS).write_bytes((lora / WEIGHTS).read_bytes()[:-4])
-    with pytest.raises(ValueError, match="truncated"):
-        load(lora)
-    (lora / WEIGHTS).rename(lora / "adapter_model.bin")
-    with pytest.raises(ValueError, match="adapter_model.bin"):
-        load(lora)
-
-
-def test_a_hub_id_of_another_method_goes_through_the_hub(monkeypatch):
-    monkeypatch.setattr("para_jax.io.hub.fetch", lambda *_, **__: PEFT / "lora_qv")
-    assert_same(load("me/lora@v1"), load(PEFT / "lora_qv"))
 
 
 # -------------------------------------------------------------------------------------------------------------- inspect

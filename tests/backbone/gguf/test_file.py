@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from tiny_gguf import hugging_face, write_gguf
 
+from para_jax import load_backbone
 from para_jax.backbone.gguf.config import common_config
-from para_jax.backbone.gguf.file import Cursor, GgufFile
+from para_jax.backbone.gguf.convert import convert_gguf
+from para_jax.backbone.gguf.file import GgufFile
 
 Q8 = gguf.GGMLQuantizationType.Q8_0
 
@@ -137,68 +139,35 @@ def test_a_file_that_was_merged_from_parts_is_read(tmp_path, count):
         ({"arch": "qwen2"}, "architecture 'qwen2'"),
         ({"change": {"rope.scaling.type": "yarn"}}, "rope scaling 'yarn'"),
         ({"change": {"rope.dimension_count": 8}}, r"rope\.dimension_count 8 is not supported; only 16 is"),
-        ({"family": "gemma3_text", "change": {"rope.dimension_count": 8}}, r"rope\.dimension_count 8"),
-        ({"change": {"rope.scaling.attn_factor": 1.5}}, r"rope\.scaling\.attn_factor 1.5"),
-        ({"change": {"attention.causal": 0}}, r"attention\.causal 0"),
         ({"change": {"block_count": None}}, r"llama\.block_count is None"),
         ({"change": {"attention.head_count": [4, 4, 4]}}, r"llama\.attention\.head_count is \[4, 4, 4\]"),
-        ({"change": {"block_count": 4}}, r"missing.*model\.layers\.3\."),
-        ({"change": {"block_count": 2}}, r"model\.layers\.2\."),
-        ({"change": {"block_count": 2**31}}, "2147483648 layers"),
-        ({"change": {"block_count": 3.0}}, r"llama\.block_count is 3\.0"),
-        ({"change": {"attention.head_count_kv": 0}}, r"llama\.attention\.head_count_kv is 0"),
+        ({"change": {"block_count": 2**31}}, "num_hidden_layers is 2147483648"),
+        ({"change": {"block_count": 4}}, r"missing: .*model\.layers\.3\."),
+        ({"change": {"attention.head_count": 8}}, r"misshapen: .*k_proj.weight \[32, 64\]"),
         ({"change": {"split.count": 3}}, "one of 3 parts"),
-        ({"tensors": {"model.norm.weight": None}}, r"missing.*model\.norm\.weight"),
-        ({"tensors": {"raw.blk.0.ffn_gate_exps.weight": np.ones((2, 2), np.float32)}}, "ffn_gate_exps"),
+        ({"tensors": {"raw.blk.0.ffn_gate_exps.weight": np.ones((2, 2), np.float32)}}, "unknown: .*ffn_gate_exps"),
     ],
 )
-def test_unsupported_or_missing_metadata_is_named(tmp_path, change, said):
+def test_unsupported_or_missing_metadata_is_named_before_a_conversion(tmp_path, change, said):
     path = write_gguf(tmp_path / "m.gguf", **change)
-    with pytest.raises(ValueError, match=said) as error:
-        GgufFile(path)
-    assert str(path) in str(error.value)
+    for use in (load_backbone, lambda path: convert_gguf(path, tmp_path / "out", None)):
+        with pytest.raises(ValueError, match=said):
+            use(path)
+    assert not (tmp_path / "out").exists()
 
 
-def test_a_truncated_or_foreign_file_is_refused(tmp_path):
+def test_a_truncated_foreign_or_huge_file_is_refused(tmp_path):
     whole = write_gguf(tmp_path / "m.gguf").read_bytes()
     cut = tmp_path / "cut.gguf"
-    for size in [0, 3, 4, 23, *range(24, len(whole), len(whole) // 60), len(whole) - 33]:
+    for size in [23, *range(24, len(whole), len(whole) // 20), len(whole) - 33]:
         cut.write_bytes(whole[:size])
         with pytest.raises(ValueError, match="not a GGUF file" if size < 24 else "damaged GGUF file"):
             GgufFile(cut)
-    cut.write_bytes(b"PK" + whole[2:])
-    with pytest.raises(ValueError, match="not a GGUF file"):
+    with cut.open("wb") as stream:  # an array of 2**35 numbers
+        stream.write(struct.pack("<4sIQQQ1sIIQ", b"GGUF", 3, 0, 1, 1, b"k", 9, 0, 2**35))
+        stream.truncate(2**40)
+    with pytest.raises(ValueError, match="cut off"):
         GgufFile(cut)
-    with pytest.raises(ValueError, match="no such file"):
-        GgufFile(tmp_path / "none.gguf")
-
-
-def test_a_damaged_header_never_raises_another_error(tmp_path):
-    whole = write_gguf(tmp_path / "m.gguf").read_bytes()
-    damaged, rng = tmp_path / "damaged.gguf", np.random.default_rng(0)
-    refused = 0
-    for at in [*range(8, 32), *rng.integers(32, 3000, 150)]:
-        damaged.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
-        try:
-            GgufFile(damaged)
-        except ValueError:
-            refused += 1
-    assert refused > 50
-    endless = struct.pack("<4sIQQQ1sIIQ", b"GGUF", 3, 0, 1, 1, b"k", 9, 0, 2**60)  # an array of 2**60 numbers
-    damaged.write_bytes(endless)
-    with pytest.raises(ValueError, match="cut off"):
-        GgufFile(damaged)
-
-
-def test_a_count_that_the_file_cannot_hold_is_refused_before_anything_is_read(tmp_path, monkeypatch):
-    """Empty texts are eight zero bytes each, so a sparse file would give very many of them."""
-    header = struct.pack("<4sIQQQ1sIIQ", b"GGUF", 3, 0, 1, 1, b"k", 9, 8, 2**40)  # an array of 2**40 texts
-    (tmp_path / "m.gguf").write_bytes(header + bytes(8000))
-    reads, real = [], Cursor.string
-    monkeypatch.setattr(Cursor, "string", lambda self: reads.append(1) or real(self))
-    with pytest.raises(ValueError, match="cut off"):
-        GgufFile(tmp_path / "m.gguf")
-    assert len(reads) == 1  # the key
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path):
@@ -206,61 +175,3 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path):
     os.truncate(file.path, file.path.stat().st_size - 5000)
     with pytest.raises(ValueError, match="m.gguf changed while it was read.*fetch"):
         file.read("model.embed_tokens.weight")
-
-
-def text(value: str) -> bytes:
-    return struct.pack("<Q", len(value.encode())) + value.encode()
-
-
-def number(key: str, value: int) -> bytes:
-    return text(key) + struct.pack("<II", 4, value)
-
-
-def vector(name: str, offset: int, count: int = 8) -> bytes:
-    return text(name) + struct.pack("<IQIQ", 1, count, 0, offset)  # 0: float32
-
-
-def made(values=(), tensors=(), counts=None, data=64) -> bytes:
-    counts = counts or (len(tensors), len(values))
-    header = struct.pack("<4sIQQ", b"GGUF", 3, *counts) + b"".join([*values, *tensors])
-    return header + bytes(-len(header) % 32 + data)
-
-
-BYTES = struct.pack("<IIQ", 9, 0, 3 * 2**20)  # the head of an array of 3 Mi bytes
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (made([number("a", 1), number("a", 1)]), "metadata key a .*twice"),
-        (made(tensors=[vector("a", 0), vector("a", 32)]), "tensor a .*twice"),
-        (made(tensors=[vector("a", 0), vector("b", 0)]), "tensor b begins at byte 0 .*32"),
-        (made(tensors=[vector("a", 0), vector("b", 16)]), "tensor b begins at byte 16"),
-        (made(tensors=[vector("a", 32)]), "tensor a begins at byte 32 .*0"),
-        (made(tensors=[vector("\x1b]0;owned\x07" * 99, 0, 0)]), r"tensor '\\x1b\]0;owned.*\.\.\. has shape"),
-        (made([text("general.alignment") + struct.pack("<I?", 7, True)]), "general.alignment is True"),
-        (made(counts=(2**40, 0)), "1099511627776 names"),
-        (made(counts=(0, 70_000)), "70000 names"),
-        (made([text("a") + struct.pack("<I", 8) + text("x" * 2**20 + "x")]), "1048577 bytes"),
-        (made([text(key) + BYTES + bytes(3 * 2**20) for key in "ab"]), "6291456 values"),
-    ],
-)
-def test_a_wrong_or_huge_header_is_refused(tmp_path, content, said):
-    (tmp_path / "m.gguf").write_bytes(content)
-    with pytest.raises(ValueError, match=said) as error:
-        GgufFile(tmp_path / "m.gguf")
-    assert str(error.value).startswith(str(tmp_path)) and str(error.value).isprintable()
-    assert len(str(error.value)) < 500
-
-
-def test_wrong_head_counts_are_refused_before_a_conversion(tmp_path):
-    path = write_gguf(tmp_path / "m.gguf", change={"attention.head_count": 8})
-    with pytest.raises(ValueError, match="m.gguf: .*k_proj.weight has 32 rows.*16"):
-        GgufFile(path)
-
-
-def test_a_wide_head_with_few_rotary_factors_allocates_nothing(tmp_path):
-    tensors = {"raw.rope_freqs.weight": np.ones(8, np.float32)}
-    path = write_gguf(tmp_path / "m.gguf", change={"attention.key_length": 2**32 - 2}, tensors=tensors)
-    with pytest.raises(ValueError, match=r"rope_freqs\.weight"):
-        GgufFile(path)

@@ -32,14 +32,6 @@ def test_a_tasks_own_code_that_fails_is_named_with_the_task(folder, tmp_path, fe
         replay(made[1], tokenizer, 100, lambda one: Written("w9", 1), sampling_seed=0)
 
 
-def test_a_task_file_that_lm_eval_can_not_read_is_named(tmp_path, few_files):
-    (tmp_path / "odd.yaml").write_text("task: odd\nmetric_list: [\x1b")
-    (tmp_path / "fine.yaml").write_text("task: fine\ndataset: !function code.data")
-    with pytest.raises(ValueError, match="task odd: .*odd.yaml can't be read") as caught:
-        load_tasks(["odd"], tmp_path, limit=None, fewshot=None, chat=False)
-    assert "\x1b" not in str(caught.value) and "fine" not in str(caught.value)
-
-
 def test_a_task_that_draws_while_it_is_loaded_draws_as_on_lm_evals_command_line(
     folder, tmp_path, monkeypatch, few_files
 ):

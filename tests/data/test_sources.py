@@ -9,8 +9,8 @@ import tiny_tokenizers
 from para_jax.config import DataSection
 from para_jax.data import token_cache
 from para_jax.data.given import with_data
-from para_jax.data.held_out import part_of
 from para_jax.data.records import load_records
+from para_jax.data.sources import part_of
 from para_jax.data.training_data import load_training_data
 
 

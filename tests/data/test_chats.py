@@ -1,21 +1,21 @@
 """A chat template is a program of strangers: what it writes is a text, or its error a ValueError that names it."""
 
 import json
-import threading
 from datetime import date
 
 import pytest
 import tiny_tokenizers
 
 from para_jax.data import chats
-from para_jax.data.chat_template import (
+from para_jax.data.chats import (
     TemplateError,
+    checked_messages,
     fixed_date,
+    render,
     render_template,
     with_variables,
     writes_date,
 )
-from para_jax.data.chats import render
 from para_jax.data.examples import encode_prompt, stop_token_ids, turn_stop_ids
 from para_jax.data.tokenizer import set_variables
 
@@ -135,20 +135,6 @@ def test_a_hostile_template_ends_in_an_error(template, said):
     assert render_template(ECHO, [USER]) == "user" + USER["content"]
 
 
-def test_threads_get_their_own_answers():
-    found = {}
-
-    def ask(name):
-        found[name] = [render_template(ECHO, [{"role": name, "content": str(i)}]) for i in range(30)]
-
-    threads = [threading.Thread(target=ask, args=(name,)) for name in "abcd"]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == {name: [name + str(i) for i in range(30)] for name in "abcd"}
-
-
 def test_a_message_that_nests_too_deep_is_an_error():
     value = []
     for _ in range(5000):
@@ -215,3 +201,10 @@ def test_other_arguments_stay_as_they_are(arguments):
     message = {"role": "assistant", "content": "", "tool_calls": [call]}
     assert render_template("{{ messages | tojson }}", [message]) == json.dumps([message])
     assert render_template("{{ messages[0].tool_calls[0] }}", [message | {"tool_calls": ["other"]}]) == "other"
+
+
+def test_no_calls_are_as_no_field():
+    """Responses of servers have "tool_calls": [], and templates may ask whether the field is there."""
+    message = {"role": "assistant", "content": "Hello"}
+    for empty in ([], None, {}):
+        assert checked_messages("messages", [message | {"tool_calls": empty, "function_call": empty}]) == [message]

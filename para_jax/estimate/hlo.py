@@ -1,12 +1,120 @@
-"""How often each instruction of an HLO module runs, from the trip counts of its loops."""
+"""The collectives of a compiled program, from the text of its optimised HLO: how often each kind runs, and how many
+bytes it moves, in every iteration of every loop."""
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
-from .hlo_parser import Computation, Instruction, Module, between_brackets
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+
+
+def collectives_run(text: str) -> dict[str, int]:
+    """How often each kind of collective in the text of a module runs."""
+    runs: Counter[str] = Counter()
+    for one, computation, times in instructions_run(parse_hlo(text)):
+        if not continues_collective(one, computation):
+            runs[one.opcode.removesuffix("-start")] += times
+    return {opcode: runs[opcode] for opcode in COLLECTIVES if runs[opcode]}
+
+
+def collective_bytes(text: str) -> dict[str, int]:
+    """Bytes per device that each kind of collective gathers, reduces or exchanges, over all its runs: the bytes of its
+    output, or of the input for a reduce-scatter."""
+    moved: Counter[str] = Counter()
+    for one, computation, times in instructions_run(parse_hlo(text)):
+        if one.opcode.startswith("reduce-scatter"):
+            inputs = [] if one.opcode.endswith("-done") else one.operands
+            moved["reduce-scatter"] += times * sum(array_bytes(computation[name].gives) for name in inputs)
+        elif not continues_collective(one, computation):
+            moved[one.opcode.removesuffix("-done")] += times * array_bytes(one.gives)
+    return {opcode: moved[opcode] for opcode in COLLECTIVES if moved[opcode]}
+
+
+def continues_collective(one: Instruction, computation: Computation) -> bool:
+    """Whether this is a collective that another fusion has started. A TPU overlaps one collective with the products of
+    several fusions, and the text contains it in each of them."""
+    return "chain_id=" in one.rest and not any("AsyncCollectiveStart" in other.rest for other in computation.values())
+
+
+def array_bytes(gives: str) -> int:
+    """Bytes of the arrays in an instruction's type, such as (f32[8,64]{1,0}, pred[])."""
+    return sum(
+        math.prod(map(int, filter(None, sizes.split(",")))) * max(1, int(bits or 8) // 8)
+        for _, bits, sizes in ARRAY.findall(gives)
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- the parser
+
+COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?)\s([a-z][a-z0-9\-]*)\((.*)$")
+ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
+CALLED = re.compile(r"(?:calls|to_apply|body|condition|\w+_computations?)=(\{[^}]*\}|%?[\w.\-]+)")
+
+
+class Instruction(NamedTuple):
+    name: str
+    opcode: str
+    gives: str
+    """the type of its result, such as (f32[8,64]{1,0}, pred[])"""
+    rest: str
+    """the line after the opcode, without metadata: the operands, a closing bracket and the attributes"""
+    root: bool
+
+    @property
+    def operands(self) -> list[str]:
+        return re.findall(r"%([\w.\-]+)", between_brackets(self.rest))
+
+    @property
+    def called(self) -> list[str]:
+        """The names of the computations that the instruction calls."""
+        return [name for group in CALLED.findall(self.rest) for name in re.findall(r"[\w.\-]+", group)]
+
+    def attribute(self, name: str) -> str:
+        """The value of an attribute that is a name or a number, such as body, index or direction; "" if missing."""
+        match = re.search(rf"\b{name}=%?([\w.\-]+)", self.rest)
+        return match[1] if match else ""
+
+
+#: The instructions of a computation by name, in order.
+Computation = dict[str, Instruction]
+
+
+class Module(NamedTuple):
+    computations: dict[str, Computation]
+    entry: str
+
+
+def parse_hlo(text: str) -> Module:
+    """The module that `compiled.as_text()` prints."""
+    computations: dict[str, Computation] = {}
+    entry = name = ""
+    for line in text.splitlines():
+        if header := COMPUTATION.match(line):
+            name = header[2]
+            entry = name if header[1] else entry
+            computations[name] = {}
+        elif match := INSTRUCTION.match(line):
+            rest = re.sub(r", metadata=\{[^}]*\}", "", match[5])
+            computations[name][match[2]] = Instruction(match[2], match[4], match[3], rest, bool(match[1]))
+    return Module(computations, entry)
+
+
+def between_brackets(rest: str) -> str:
+    """The text before the bracket that closes the operands."""
+    depth = 1
+    for position, letter in enumerate(rest):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0:
+            return rest[:position]
+    return rest
+
+
+# ----------------------------------------------------------------------------------------------------------- the loops
 
 KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 #: Loops with more iterations are counted once, like loops whose condition depends on data.
@@ -20,8 +128,6 @@ class Run(NamedTuple):
     computation: Computation
     """the computation that contains it"""
     times: int
-    trips: int | None = None
-    """for a loop: its iterations each time that it runs; None if unknown"""
 
 
 #: Known whole numbers in a computation's parameters, by (parameter, element of its tuple or None).
@@ -30,14 +136,14 @@ Known = Mapping[tuple[int, int | None], int]
 
 def instructions_run(module: Module) -> Iterator[Run]:
     """Every instruction that the module executes, from its entry through calls, conditionals and loops. The body of a
-    loop runs once per iteration, or once if their number is unknown (see unknown_loops)."""
+    loop runs once per iteration, or once if their number depends on data."""
 
     def walk(name: str, times: int, known: Known) -> Iterator[Run]:
         computation = module.computations[name]
         for one in computation.values():
             if one.opcode == "while":
                 trips, inside = loop_trips(module, one, ScalarValues(module, computation, known))
-                yield Run(one, computation, times, trips)
+                yield Run(one, computation, times)
                 for part in ("condition", "body"):
                     yield from walk(one.attribute(part), times * (1 if trips is None else trips), inside)
                 continue
@@ -47,11 +153,6 @@ def instructions_run(module: Module) -> Iterator[Run]:
                     yield from walk(called, times, {})
 
     return walk(module.entry, 1, {})
-
-
-def unknown_loops(module: Module) -> int:
-    """The number of loops whose trip count is unknown, because it depends on data."""
-    return sum(run.instruction.opcode == "while" and run.trips is None for run in instructions_run(module))
 
 
 def loop_trips(module: Module, loop: Instruction, around: ScalarValues) -> tuple[int | None, Known]:

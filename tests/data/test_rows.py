@@ -5,8 +5,7 @@ import json
 from dataclasses import replace
 
 import datasets
-import pyarrow
-import pyarrow.parquet
+import numpy as np
 import pytest
 import tiny_tokenizers
 from tiny_run import write_rows
@@ -15,8 +14,8 @@ from para_jax.config import DataSection
 from para_jax.data import token_cache
 from para_jax.data.given import with_data
 from para_jax.data.records import load_records, read_records
+from para_jax.data.rows import plain, warn_of_hidden
 from para_jax.data.sources import open_split
-from para_jax.data.split import warn_of_hidden
 from para_jax.data.training_data import load_training_data
 
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -49,8 +48,8 @@ def test_an_array_of_objects_is_read_like_json_lines(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('[{"prompt": "a"', "x.json: not a JSON array"),
-        ("[1]", r"x.json\[0\]: the item is a int"),
+        ('[{"prompt": "a"', "x.json: not JSON"),
+        ("[1]", r"x.json\[0\]: the row is a int"),
         ("[]", "x.json has no rows"),
         ('[{"prompt": "a", "completion": ""}]', r"x.json\[0\]: completion is empty"),
         ("prompt,completion\na,b\n", r"x.json:1: not JSON.*\n.*\.csv"),
@@ -123,7 +122,6 @@ def test_columns_of_csv_work_as_in_json_lines(tmp_path):
     ("text", "said"),
     [
         ("prompt,completion\na,b\nc\n", "Expected 2 columns, got 1"),
-        ("prompt,completion,prompt\na,b,c\n", "the column 'prompt' is there twice"),
         ("", "Empty CSV file"),
         ("prompt,answer\na,b\n", r"\[0\]: no field 'completion'.*prompt, answer"),
         ("prompt,completion\na,\n", r"\[0\]: completion is empty"),
@@ -234,25 +232,6 @@ def test_the_token_cache_holds_parquet_and_saved_folders(tmp_path, monkeypatch):
     assert len(list(token_cache.folder().iterdir())) == 2
 
 
-def test_a_column_that_is_there_twice_is_an_error(tmp_path):
-    twice = pyarrow.table([["a"], ["b"]], names=["prompt", "prompt"])
-    pyarrow.parquet.write_table(twice, tmp_path / "x.parquet")
-    for section in (DataSection(train=str(tmp_path / "x.parquet")), with_data(DataSection(), twice)):
-        with pytest.raises(ValueError, match="the column 'prompt' is there twice"):
-            load_records(section, "train")
-
-
-def test_what_is_damaged_is_named(tmp_path):
-    file, _ = saved(tmp_path, "file")
-    file.write_bytes(file.read_bytes()[:-20])
-    with pytest.raises(ValueError, match="x.parquet: "):
-        read_records(file)
-    folder, _ = saved(tmp_path, "dataset")
-    next(folder.glob("*.arrow")).write_bytes(b"\xff" * 100)
-    with pytest.raises(ValueError, match="folder: "):
-        load_records(DataSection(train=str(folder)), "train")
-
-
 # -------------------------------------------------------------------------------------------------------------- splits
 
 
@@ -321,25 +300,6 @@ def test_a_label_of_minus_one_next_to_others_hides_nothing(tmp_path):
         assert prompts(section, "validation") == ["a", "a"]
 
 
-def test_validation_data_with_hidden_labels_is_left_out_with_one_warning(splits, tmp_path, capsys):
-    made = datasets.DatasetDict(train=splits[0]["train"], validation=splits[0]["test"], test=splits[0]["test"])
-    made.save_to_disk(tmp_path / "saved")
-    (tmp_path / "hub").mkdir()
-    for split, rows in made.items():
-        rows.to_parquet(tmp_path / "hub" / f"{split}-00000-of-00001.parquet")
-    for source, label in (
-        (f"{tmp_path}/saved", f"{tmp_path}/saved/validation"),
-        (f"hf:{tmp_path}/saved", ""),  # the same split
-        (f"{tmp_path}/hub", f"hf:{tmp_path}/hub::validation"),
-        (f"hf:{tmp_path}/hub", ""),
-    ):
-        for _ in range(2):
-            found = [prompts(DataSection(train=source), split) for split in ("train", "validation", "test")]
-            assert found == [["train"], None, None]
-        said = f"warning: {label}: its labels are hidden (-1), so it is left out\n"
-        assert capsys.readouterr().err == (said if label else "")
-
-
 def test_a_data_set_without_splits_is_what_it_is_named_for(splits, tmp_path):
     alone = tmp_path / "alone"
     for source in (str(alone), f"hf:{alone}"):
@@ -348,3 +308,11 @@ def test_a_data_set_without_splits_is_what_it_is_named_for(splits, tmp_path):
         assert prompts(section, "train") == ["validation"] and prompts(section, "validation") is None
     with pytest.raises(ValueError, match="no split 'train\\[:50%\\]'; it has none"):
         load_records(DataSection(train=f"hf:{alone}::train[:50%]"), "train")
+
+
+def test_a_field_is_plain_python():
+    field = {"text": [b"K\xc3\xb6ln", np.bytes_(b"b")], "start": np.array([1, 2], np.int32), "flag": np.bool_(True)}
+    found = plain(field | {"n": np.int64(3), "words": np.array([b"x"], object), 7: ("a",), "bytes": b"\xff"})
+    assert found == {"text": ["Köln", "b"], "start": [1, 2], "flag": True, "n": 3, "words": ["x"], "7": ["a"],
+                     "bytes": b"\xff"}  # fmt: skip
+    assert type(found["n"]) is int and type(found["flag"]) is bool and type(found["text"][1]) is str

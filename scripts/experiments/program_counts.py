@@ -10,13 +10,11 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from .hlo_loops import instructions_run
-from .hlo_parser import Computation, Instruction, array_bytes, parse_hlo
+from para_jax.estimate.hlo import COLLECTIVES, Instruction, continues_collective, parse_hlo
 
 #: A matrix product is a dot, a convolution (which the TPU compiler makes from a dot), or a call of a library.
 PRODUCTS = ("dot", "convolution")
 LIBRARY_PRODUCT = re.compile(r'custom_call_target="[^"]*(gemm|matmul|\$conv)[^"]*"', re.IGNORECASE)
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 
 
 class Program(NamedTuple):
@@ -73,13 +71,6 @@ def describe_program(compiled) -> Program:
     )
 
 
-def program_bytes(compiled) -> int:
-    """Program.memory of a program from `jax.jit(f).lower(...).compile()`, without parsing its text."""
-    memory = compiled.memory_analysis()
-    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return memory.argument_size_in_bytes + outputs + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-
-
 def executed(text: str) -> Iterator[Instruction]:
     """Every executed instruction in the text of a module, as Program counts them."""
     module = parse_hlo(text)
@@ -94,34 +85,6 @@ def executed(text: str) -> Iterator[Instruction]:
                     yield from walk(called, fused or one.opcode == "fusion")
 
     return walk(module.entry, False)
-
-
-def collectives_run(text: str) -> dict[str, int]:
-    """How often each kind of collective in the text of a module runs, in every iteration of a loop."""
-    runs: Counter[str] = Counter()
-    for one, computation, times, _ in instructions_run(parse_hlo(text)):
-        if not continues_collective(one, computation):
-            runs[one.opcode.removesuffix("-start")] += times
-    return {opcode: runs[opcode] for opcode in COLLECTIVES if runs[opcode]}
-
-
-def collective_bytes(text: str) -> dict[str, int]:
-    """Bytes per device that each kind of collective gathers, reduces or exchanges, over all its runs: the bytes of its
-    output, or of the input for a reduce-scatter."""
-    found: Counter[str] = Counter()
-    for one, computation, times, _ in instructions_run(parse_hlo(text)):
-        if one.opcode.startswith("reduce-scatter"):
-            inputs = [] if one.opcode.endswith("-done") else one.operands
-            found["reduce-scatter"] += times * sum(array_bytes(computation[name].gives) for name in inputs)
-        elif not continues_collective(one, computation):
-            found[one.opcode.removesuffix("-done")] += times * array_bytes(one.gives)
-    return {opcode: found[opcode] for opcode in COLLECTIVES if found[opcode]}
-
-
-def continues_collective(one: Instruction, computation: Computation) -> bool:
-    """Whether this is a collective that another fusion has started. A TPU overlaps one collective with the products of
-    several fusions, and the text contains it in each of them."""
-    return "chain_id=" in one.rest and not any("AsyncCollectiveStart" in other.rest for other in computation.values())
 
 
 def is_product(one: Instruction) -> bool:

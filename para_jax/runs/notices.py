@@ -1,0 +1,98 @@
+"""What a run says about its data before it trains: how much there is, how it is scored, and what that leaves out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from ..config import RunConfig
+from ..data.sources import is_folder, is_held_out, unread
+from ..data.training_data import describe_lengths
+from ..evaluation.defaults import missing_answer
+from ..evaluation.tasks import say_long
+from ..io.messages import say, warn
+from ..io.untrusted import safe_names
+from .tenants import Tenant, TenantData
+
+
+def say_data(config: RunConfig, own: Mapping[str, RunConfig], data: Mapping[str, TenantData]) -> None:
+    """Describes the data of a run.
+
+    Args:
+        own: each tenant's config.
+    """
+    train = {name: one.train for name, one in data.items()}
+    counts = [len(one.examples) for one in train.values()]
+    each = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else str(max(counts))
+    if config.sweep:
+        say(f"{len(counts)} combination{'s' * (len(counts) > 1)} on {each} training examples")
+    elif config.many:
+        say(f"{len(counts)} tenant{'s' * (len(counts) > 1)} with {each} training examples, {sum(counts)} in all")
+    else:
+        say(f"training data: {train[''].report()}")
+    distinct = {id(one): one for one in data.values()}  # the combinations of a sweep share theirs
+    if config.data.max_seq_length is None:
+        lengths = np.concatenate([one.train.examples.lengths for one in distinct.values()])
+        for line in describe_lengths(lengths, config.data.packing).splitlines():
+            say(line)
+    say_left_out(config, own, data)
+    say_long("validation", [one.validation for one in distinct.values()])
+    say_long("test", [one.test for one in distinct.values()])
+    say_scoring(data)
+
+
+def say_left_out(config: RunConfig, own: Mapping[str, RunConfig], data: Mapping[str, TenantData]) -> None:
+    """Names a file that was probably meant as validation data, and says how many rows are held out."""
+    # files next to a tenant's file are other tenants
+    sections = {one.data for one in own.values() if not config.data.tenants or is_folder(one.data.train)}
+    files = sorted(filter(None, (unread(section, "validation") for section in sections)))
+    if files:
+        more = f", and neither are {len(files) - 1} more" if len(files) > 1 else ""
+        warn(f"{files[0]} is not read{more}; name it validation{files[0].suffix.lower()}, or set data.validation")
+    held_out = {id(data[name]): data[name].validation for name, one in own.items() if is_held_out(one.data)}
+    counts = [len(task.records) for task in held_out.values() if task]
+    if counts:
+        whose = f" of {len(counts)} tenants" if len(counts) > 1 else ""
+        say(f"validation data{whose}: {sum(counts)} examples held out of the training data (data.validation_split)")
+
+
+def say_scoring(data: Mapping[str, TenantData]) -> None:
+    """Says which metric was chosen from the data, and for which tenants."""
+    alike: dict[str, list[str]] = {}
+    for name, one in data.items():
+        if one.rule.from_data:
+            alike.setdefault(one.rule.describe(), []).append(name)
+    for described, names in alike.items():
+        say(f"metric: {described}" + (f": {safe_names(names)}" if len(names) < len(data) else ""))
+
+
+def say_unscored(config: RunConfig, tenants: Sequence[Tenant]) -> None:
+    """Says that there is no validation or test data, and which answers a limit leaves out."""
+    few = "data.validation_split holds out none of so few rows" if config.data.validation_split else ""
+    place = "write validation.jsonl into a tenant's folder" if config.data.tenants else "data.validation"
+    advice = few or f"set data.validation_split=0.1, or {place}"
+    without = [tenant.name for tenant in tenants if not tenant.validation]
+    if not any(tenant.validation or tenant.test for tenant in tenants):
+        say(f"no validation data, so nothing is scored: {advice}")
+    elif without and (few or config.data.tenants):
+        whose = f" of {safe_names(without)} ({len(without)} of {len(tenants)} tenants)"
+        say(f"no validation data{whose * (config.data.tenants is not None)}: {advice}")
+    if config.eval.test and not any(tenant.test for tenant in tenants):
+        say("eval.test=true scores nothing: there is no test data; set data.test")
+    left_out = [answers_left_out(tenant, named=config.data.tenants is not None) for tenant in tenants]
+    said = list(dict.fromkeys(line for lines in left_out for line in lines))  # a sweep shares its data
+    if said:
+        warn(said[0] + (f" (and {len(said) - 1} more like this)" if len(said) > 1 else ""))
+
+
+def answers_left_out(tenant: Tenant, *, named: bool) -> list[str]:
+    """A line for each limit (eval.limit, eval.test_limit) that leaves out an answer of sorted data. The best adapter
+    would be chosen without that answer."""
+    section, whose = tenant.config.eval, f"{tenant.name}: " if named else ""
+    limits = ("eval.limit", tenant.validation, section.limit), ("eval.test_limit", tenant.test, section.test_limit)
+    return [
+        f"{whose}{task.name}: the first {limit} examples have no answer {missing}; shuffle the data, or raise {field}"
+        for field, task, limit in limits
+        if task and limit and (missing := missing_answer(task.records, limit))
+    ]

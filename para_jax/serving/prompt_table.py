@@ -1,0 +1,167 @@
+"""Which prompts are at work, in what order, and which are kept for the next request of the same one. prefills.py
+computes those in blocks."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+
+from ..adapters.bank import Entry
+from ..adapters.scope import scope_of
+from ..model.adapted import DecodeState
+from .prefix_cache import PrefixCache, prompt_key
+
+#: Prompts of the longest length that the pool has blocks for, and how many prompts are kept for the next request of the
+#: same one. If a chunk has blocks for more prompts, that many may be at work. Adapters act on ROWS at a time.
+ROWS = 4
+
+
+class PromptFailed(Exception):
+    """A prompt could not be prefilled twice, each time alone."""
+
+    def __init__(self, prompt: ChunkedPrompt, error: Exception):
+        super().__init__(str(error))
+        self.key, self.ids = prompt.key, prompt.ids
+
+
+class WholePrompt(NamedTuple):
+    """A prompt that was prefilled in one piece: its adapter changes the prompt's own states."""
+
+    logits: jax.Array
+    """float32 [1, vocab]"""
+    row: DecodeState
+
+
+class ChunkedPrompt:
+    """A prompt in blocks."""
+
+    def __init__(self, key: tuple, ids: Sequence[int], entry: Entry | None, row: int):
+        self.key, self.ids, self.entry = key, ids, entry
+        self.row = row
+        """in the program of a chunk"""
+        self.block_keys: list[bytes] = []
+        """of its complete plain blocks"""
+        self.blocks: list[int] = []
+        """the pool's blocks of its first tokens: those that are computed, or found"""
+        self.found = 0
+        """tokens in blocks that were found"""
+        self.made: tuple | None = None
+        """(its row of the logits, logits, adjustments), set when it is finished. The logits lead with ROWS rows, the
+        adjustments with one"""
+
+    @property
+    def plain(self) -> int:
+        """How many of its tokens run through the plain backbone. Its adapter takes the others, at least one."""
+        return len(self.ids) - (0 if self.entry is None else min(scope_of(self.entry.config)[1], len(self.ids)))
+
+
+class PromptTable:
+    """The prompts at work, and those that are kept. Their blocks are the cache's."""
+
+    def __init__(self, cache: PrefixCache, longest: int, lanes: int):
+        """
+        Args:
+            longest: blocks of the longest prompt.
+            lanes: blocks that one program computes.
+        """
+        self.cache = cache
+        self.rows = max(ROWS, lanes)
+        """prompts at work, at most"""
+        self._room = ROWS * longest
+        """their blocks and those of kept prompts, at most"""
+        self.working: dict[tuple, ChunkedPrompt] = {}
+        """by Sample.key"""
+        self.kept: OrderedDict[tuple, WholePrompt | ChunkedPrompt] = OrderedDict()
+        """finished prompts by Sample.key, the most recently used last"""
+        self._suspects: dict[tuple, int] = {}
+        """prompts whose prefill raised: these run alone. The count is how often they raised alone"""
+
+    def clear(self) -> None:
+        self.working.clear()
+        self.kept.clear()
+
+    def find(self, key: tuple) -> WholePrompt | ChunkedPrompt | None:
+        """The kept prompt of a key, if there is one. It is the most recently used one from now on."""
+        if key in self.kept:
+            self.kept.move_to_end(key)
+        return self.kept.get(key)
+
+    def keep_whole(self, key: tuple, prompt: WholePrompt) -> None:
+        """Keeps a prompt that was prefilled in one piece."""
+        self.kept[key] = prompt
+        self.drop_old()
+
+    def has_room(self, key: tuple, ids: Sequence[int]) -> bool:
+        """Whether a prompt may start now, or has started."""
+        return key in self.kept or key in self.working or self._fits(ids, self.working.values())
+
+    def start(self, key: tuple, ids: Sequence[int], entry: Entry | None) -> None:
+        """Gives a prompt a row, unless it has one. The least recently used kept prompts make room."""
+        if key in self.working or key in self.kept:
+            return
+        # Kept prompts hold blocks that the cache can't take back, so room is counted with them: a prompt that has
+        # started never waits for a block, and no two prompts can wait for each other.
+        while not self._fits(ids, [*self.working.values(), *self._kept_in_blocks()]):
+            self._drop(next(self._kept_in_blocks()))
+        row = min(set(range(self.rows)) - {prompt.row for prompt in self.working.values()})
+        prompt = self.working[key] = ChunkedPrompt(key, ids, entry, row)
+        prompt.block_keys = self.cache.keys(ids[: prompt.plain], key[-1])
+        self.cache.queries += len(ids)
+
+    def keep(self, wanted: Collection[tuple], pins: dict[tuple[int, ...], list[bytes]]) -> None:
+        """Drops prompts at work, unless they have one of these keys or are pinned. Starts pinned ones that lack a
+        block."""
+        pinned = {prompt_key(None, ids): ids for ids in pins}
+        for prompt in list(self.working.values()):
+            if prompt.key not in wanted and prompt.key not in pinned:
+                self._drop(prompt)
+        for key, ids in pinned.items():
+            if not all(map(self.cache.knows, pins[ids])) and self._fits(ids, self.working.values()):
+                held = self.kept.get(key)
+                if isinstance(held, ChunkedPrompt):  # finished before it was pinned, and its blocks were given up since
+                    self._drop(held)
+                self.start(key, ids, None)
+
+    def turn(self) -> list[ChunkedPrompt]:
+        """The prompts of the next program: all at work, but a suspect runs alone, so that an error says whose it is."""
+        working = list(self.working.values())
+        return [prompt for prompt in working if prompt.key in self._suspects][:1] or working
+
+    def finish(self, prompts: Iterable[ChunkedPrompt]) -> None:
+        """Keeps prompts that are complete."""
+        for prompt in prompts:
+            self.kept[prompt.key] = self.working.pop(prompt.key)
+            self._suspects.pop(prompt.key, None)
+
+    def suspect(self, prompts: list[ChunkedPrompt], error: Exception) -> None:
+        """Notes prompts whose program raised. Raises PromptFailed for one that was alone for the second time."""
+        self._suspects = {key: count for key, count in self._suspects.items() if key in self.working}
+        for prompt in prompts:
+            self._suspects[prompt.key] = self._suspects.get(prompt.key, 0) + (len(prompts) == 1)
+            if self._suspects[prompt.key] == 2:
+                del self._suspects[prompt.key]
+                raise PromptFailed(prompt, error)
+
+    def drop_old(self) -> None:
+        """Drops kept prompts but the last ROWS. Those that samples wait for must be in their slots by then."""
+        for key in list(self.kept)[:-ROWS]:
+            prompt = self.kept[key]
+            if isinstance(prompt, ChunkedPrompt):
+                self._drop(prompt)
+            else:
+                del self.kept[key]
+
+    def _fits(self, ids: Sequence[int], others: Iterable[ChunkedPrompt]) -> bool:
+        """Whether there are a row and blocks for one more prompt next to these."""
+        blocks = [self.cache.blocks_of(one.ids) for one in others]
+        return len(blocks) < self.rows and sum(blocks) + self.cache.blocks_of(ids) <= self._room
+
+    def _kept_in_blocks(self) -> Iterator[ChunkedPrompt]:
+        return (prompt for prompt in self.kept.values() if isinstance(prompt, ChunkedPrompt))
+
+    def _drop(self, prompt: ChunkedPrompt) -> None:
+        del (self.kept if prompt.made is not None else self.working)[prompt.key]
+        self.cache.release(prompt.blocks)
