@@ -68,7 +68,6 @@ if TYPE_CHECKING:
     from .serving.request import Completion as Completion
     from .serving.request import Request as Request
     from .server.batch import run_batch as run_batch
-    from .server.config import ServerConfig as ServerConfig
     from .server.serve import serve as serve
 
     # training
@@ -103,7 +102,6 @@ _NAMES = {
     "serving.engine": "Engine",
     "serving.request": "Completion Request",
     "server.batch": "run_batch",
-    "server.config": "ServerConfig",
     "server.serve": "serve",
     "runs.compare": "compare_methods",
     "runs.train": "train_tenants train",

@@ -175,7 +175,7 @@ def test_the_public_names_are_all_there_and_no_other_answers():
     Transformer LayerKind ModelConfig ParaConfig RotaryConfig RunConfig load_config load_tokenizer
     adapt decode forward hidden_states init_adapter multi_tenant_forward prefill
     right_pad vectors make_mesh generate train train_tenants evaluate EvalOptions Results
-    compare_methods dry_run run_batch serve ServerConfig curves_plot factors_plot""".split()
+    compare_methods dry_run run_batch serve curves_plot factors_plot""".split()
     assert set(names) <= set(dir(para_jax))
     assert all(callable(getattr(para_jax, name)) for name in names)
     assert set(para_jax._LATER) <= set(names) and len(names) <= 50

@@ -11,7 +11,8 @@ from golden_models import backbone
 from tiny_engine import bank_of, tenants_of
 from tiny_run import tokenizer
 
-from para_jax import Engine, ServerConfig, serve
+from para_jax import Engine, serve
+from para_jax.server.config import ServerConfig
 
 #: Each turn is its words, and the answer's turn begins with w7, or `mood`. </s> ends it.
 CHAT_TEMPLATE = (

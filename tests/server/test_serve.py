@@ -24,7 +24,7 @@ from tiny_engine import prompt
 from tiny_run import backbone_folder
 
 import para_jax
-from para_jax import Engine, Request, ServerConfig, load_adapter, save_adapter, serve
+from para_jax import Engine, Request, load_adapter, save_adapter, serve
 from para_jax.adapters.loading_bank import bank_of
 from para_jax.adapters.preview import previews
 from para_jax.cli.serve import served
@@ -32,6 +32,7 @@ from para_jax.server import answering, engine_loop
 from para_jax.server import serve as server_module
 from para_jax.server.address import bound, is_loopback, url_of
 from para_jax.server.app import create_app
+from para_jax.server.config import ServerConfig
 from para_jax.server.engine_loop import EngineLoop
 from para_jax.server.models import Models
 
@@ -445,8 +446,9 @@ def test_a_wrong_address_is_refused_by_name(host, port, named):
 SERVE = """
 import sys, threading
 from running_server import new_engine
-from para_jax import ServerConfig, serve
+from para_jax import serve
 from para_jax.server.address import bound, url_of
+from para_jax.server.config import ServerConfig
 engine, forever = new_engine(), threading.Event()
 engine.step, engine.warm_up = forever.wait, forever.wait if sys.argv[1:] else lambda: None
 taken = bound("127.0.0.1", 0)
