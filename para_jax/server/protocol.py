@@ -57,8 +57,8 @@ class Fields(BaseModel):
         for name in value.keys() - cls.model_fields:  # one error: pydantic would make one for each of them
             near = difflib.get_close_matches(name[:100], cls.model_fields, n=1)
             advice = f"; did you mean {near[0]}?" if near else ""
-            message = f"no field {shorten(name)}{advice}".replace("{", "{{").replace("}", "}}")
-            raise PydanticCustomError("unknown", message, {"name": shorten(name)[1:-1]})  # type: ignore[arg-type]
+            error = {"name": shorten(name)[1:-1], "error": f"no field {shorten(name)}{advice}"}
+            raise PydanticCustomError("unknown", "no such field", error)
         return {name: field for name, field in value.items() if field is not None}
 
 
@@ -84,7 +84,7 @@ def validated(model: type[T], fields: object) -> T:
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)[1:]
     context, message = problem.get("ctx", {}), problem["msg"]
     if problem["type"] == "unknown":
-        raise wrong_field(f"{place}.{context['name']}".lstrip("."), message)
+        raise wrong_field(f"{place}.{context['name']}".lstrip("."), context["error"])
     if problem["type"] == "missing":
         raise wrong_field(place, f"{place} is missing")
     advice = str(context.get("error", message)).replace("Input should", "it must").replace("String should", "it must")
@@ -252,7 +252,7 @@ class ChatBody(Body):
     max_completion_tokens: Positive | None = None
     logprobs: bool = False
     top_logprobs: Count = 0
-    chat_template_kwargs: Annotated[dict, PlainValidator(partial(template_variables, "the object"))] = {}
+    chat_template_kwargs: Annotated[dict, PlainValidator(partial(template_variables, "it"))] = {}
     reasoning_effort: Annotated[Any, only("none", advice='only "none" is supported; leave it out')] = None
     metadata: dict | None = None
     prompt_cache_options: dict | None = None
