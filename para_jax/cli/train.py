@@ -15,18 +15,11 @@ def add(commands) -> None:
     parser = shared.add_command(commands, "train", text, example)
     parser.add_argument("config", type=shared.place, metavar="CONFIG", help="a .yaml file, or a shipped config's name")
     shared.add_overrides(parser)
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check the config and print its sizes; nothing is written"
-    )
-    parser.add_argument(
-        "--topology",
-        type=shared.filled,
-        metavar="SLICE",
-        help="with --dry-run: compile the step for a TPU slice, such as v5e:4x4",
-    )
-    parser.add_argument(
-        "--results", type=shared.place, metavar="FILE", help="write config, device and scores to this JSON file"
-    )
+    text = "check the config and print its sizes; nothing is written"
+    parser.add_argument("--dry-run", action="store_true", help=text)
+    text = "with --dry-run: compile the step for a TPU slice, such as v5e:4x4"
+    shared.option(parser, "--topology", text, metavar="SLICE")
+    shared.add_results(parser)
     parser.set_defaults(run=run)
 
 

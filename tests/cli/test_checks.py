@@ -54,7 +54,7 @@ MISTAKES = [
     ("generate --prompt a --system b", "--system 'b' goes with --chat"),
     ("evaluate --backbone model --tasks data.test=data", r"--tasks .data\.test=data.: .* a field .*before --tasks"),
     ("evaluate --backbone model eval.limit=3", "no task.*CONFIG of a run, or --backbone with --tasks"),
-    ("serve --adapter runs/mine/adapter", r"--adapter .*did you mean --adapters\?"),
+    ("serve --adapter runs/mine/adapter", r"--adapter'.*did you mean --adapters\?"),
     (
         "generate --prompt a --backbone model --adapter runs/nope",
         r"runs/nope: no such folder; did you mean runs/mine\?",
@@ -69,7 +69,7 @@ MISTAKES = [
     ("serve --backbone model --adapters model=runs/mine/adapter", "model is the base model's name"),
     ("serve --backbone model --port 70000", "--port 70000"),
     ("serve --backbone model --api-key-file nope", "--api-key-file nope"),
-    ("serve --backbone model --slots 0", "--slots is 0"),
+    ("serve --backbone model --slots 0", "--slots: .*at least 1; got 0"),
     ("serve --backbone model --allow-adapter-updates --adapter-root nope", "--adapter-root nope"),
     ("evaluate run.yaml --adapter runs/nope", "runs/nope: no such folder"),
     ("evaluate run.yaml", "data.test is not set"),
