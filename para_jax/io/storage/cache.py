@@ -17,8 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from filelock import FileLock
-
 from .bucket import BLOCK, BucketPath, Place
 
 T = TypeVar("T")
@@ -149,6 +147,8 @@ def adapter_copy(versions: Path, files: dict[str, bytes]) -> Path:
 def locked_copy(place: Path) -> Iterator[bool]:
     """Locks a copy against other processes on this host, and deletes what killed ones left unfinished. Yields whether
     the copy is missing."""
+    from filelock import FileLock  # it loads asyncio, which --help does without
+
     place.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(place.parent / ".lock"):
         for left in place.parent.glob(f"*{PART}"):
