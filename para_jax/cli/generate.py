@@ -10,9 +10,6 @@ from ..io.storage.bucket import BucketPath, Place
 from . import options as shared
 from .names import adapters_of, tenants_of_prompts
 
-#: How files end that hold rows of a table, which are not requests.
-TABLES = (".csv", ".tsv", ".parquet")
-
 
 def add(commands) -> None:
     text = "answer prompts in one batch, or a file of requests"
@@ -75,10 +72,6 @@ def checked(options) -> tuple[dict[str, str], list[str | None] | None]:
         warn("--chat-template-kwargs: not used without --chat, since the prompts are text")
     if options.prompt and not options.temperature and (options.top_k or options.top_p != 1):
         warn("--temperature is 0, which takes the most probable token: --top-k and --top-p change nothing")
-    sizes = ("--slots", options.slots, shared.SLOTS), ("--max-length", options.max_length, None)
-    for name, given, usual in sizes:
-        if options.prompt and given != usual:
-            warn(f"{name} {given}: not used with --prompt: all prompts are answered in one batch")
     sources = named_adapters(options.adapters, options.adapters_from)
     if options.input and options.adapter:  # it answers the lines that name no tenant
         if sources or options.tenant:
@@ -113,12 +106,9 @@ def check_input(source: Place) -> None:
         raise ValueError(f"--input {source}: {problem}\ngive a file with one JSON request per line")
     if source.is_file():
         with source.open("rb") as stream:
-            first = next(filter(bytes.strip, stream), b"")
-        if not first:
-            raise ValueError(f"--input {source}: no line there\nwrite one request per line")
-        if str(source).endswith(TABLES) and not first.lstrip().startswith(b"{"):
-            said = "is a table, not lines of JSON"
-            raise ValueError(f'--input {source} {said}\nwrite one request per line, such as {{"prompt": "text"}}')
+            if any(map(bytes.strip, stream)):
+                return
+        raise ValueError(f"--input {source}: no line there\nwrite one request per line")
 
 
 def load(options, sources: dict[str, str]) -> tuple:

@@ -29,16 +29,14 @@ def served() -> shared.Parser:
     parser = shared.Parser(add_help=False)
     group = parser.add_argument_group("adapters")
     shared.add_tenants(group)
-    text = "each is loaded when a request needs it. With --allow-adapter-updates all stay in memory"
+    text = "each is loaded when a request needs it. With --adapter-root all stay in memory"
     shared.add_adapter_memory(group, text)
     text = "the base model's name (default: the backbone's)"
     shared.option(group, "--served-model-name", text, metavar="NAME")
-    text = "let clients load and unload adapters while it runs; needs --adapter-root"
-    group.add_argument("--allow-adapter-updates", action="store_true", help=text)
-    text = "the folder of the adapters that clients may load"
+    text = "let clients load and unload adapters while it runs: those of this folder"
     shared.option(group, "--adapter-root", text, shared.path_on_this_host, metavar="DIR")
     group.add_argument("--allow-hub", action="store_true", help="let clients load adapters from the hub too")
-    group = parser.add_argument_group("adapters that join later, with --allow-adapter-updates")
+    group = parser.add_argument_group("adapters that join later, with --adapter-root")
     shared.option(group, "--methods", "their methods (default: para,ia3 and those of --adapters)", metavar="M,M")
     text = "the sites that they may change (default: q_proj,v_proj,up_proj and those of --adapters)"
     shared.option(group, "--sites", text, metavar="S,S")
@@ -147,11 +145,9 @@ def limits_of(options):
 def check_options(options) -> None:
     """Raises ValueError for what can be seen before anything is loaded."""
     require_packages("serve")
-    if options.allow_adapter_updates != bool(options.adapter_root):
-        raise ValueError("--allow-adapter-updates and --adapter-root DIR belong together\ngive both, or none")
     for name in ("allow_hub", "methods", "sites", "max_r", "capacity"):
-        if getattr(options, name) and not options.allow_adapter_updates:
-            raise ValueError(f"--{name.replace('_', '-')} goes with --allow-adapter-updates\ngive that too")
+        if getattr(options, name) and not options.adapter_root:
+            raise ValueError(f"--{name.replace('_', '-')} goes with --adapter-root DIR\ngive that too")
     if options.adapter_root and not options.adapter_root.is_dir():
         raise ValueError(f"--adapter-root {options.adapter_root}: no such folder\ngive the folder of the adapters")
 
@@ -174,7 +170,7 @@ def bank_of(options, sources: dict[str, str], model):
     def load(name: str):
         return load_adapter(found[name].place, model.config, model=model)
 
-    if not options.allow_adapter_updates:
+    if not options.adapter_root:
         return bank_within_memory(options, found, model.config, load) if found else None
     configs = [one.config for one in found.values()]
     fitting = [AdapterBank.fitting(configs, model.config, capacity=len(found))] if found else []
