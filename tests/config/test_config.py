@@ -121,8 +121,9 @@ def test_what_yaml_would_drop_of_an_override_is_an_error(value):
 
 def test_an_error_names_the_file_where_the_file_alone_has_it(tmp_path):
     file = written(tmp_path, "sweep: {seed: [-1]}\n")
-    assert error("seed=3", file=file).startswith(f"config {file}: each item of sweep.seed")
-    assert error("sweep.seed=[-2]", file=file).startswith("each item of sweep.seed")
+    assert error("seed=3", file=file).startswith(f"config {file}: sweep.seed [-1]: each item")
+    assert error("sweep.seed=[-2]", file=file).startswith("sweep.seed [-2]: each item")
+    assert f"config {file}: adapter must be" in error(file=written(tmp_path, "adapter: lora\n"))
     file = written(tmp_path, "train: {batch_size: 8}\n")
     assert error("train.gradient_accumulation_steps=3", file=file).startswith("train.gradient_accumulation_steps")
 
