@@ -202,7 +202,7 @@ def test_a_prompt_that_fits_with_the_longest_answer_is_not_cut(folder, tmp_path,
 def test_an_answer_that_leaves_no_room_for_a_prompt_is_named(folder, tmp_path, completion, more):
     write_rows(tmp_path / "test.jsonl", [{"prompt": "w8 w7", "completion": words([9] * completion)}])
     given = "eval.metric=exact_match", "data.max_seq_length=4096", "data.truncate=left", *more
-    with pytest.raises(ValueError, match=r"test.jsonl:1: .*no room for a prompt.*eval.max_new_tokens"):
+    with pytest.raises(ValueError, match=r"test.jsonl:1: .* 60\d tokens .* 512 positions.*eval.max_new_tokens"):
         task_of_run(run_config(folder, f"data.test={tmp_path / 'test.jsonl'}", *given), "test", tokenizer())
 
 
