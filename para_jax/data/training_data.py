@@ -199,7 +199,9 @@ class Fit:
         room = most - len(completion)
         if room < 1:
             of_model = self.positions <= limit
-            where = f"the model's {self.positions} positions;" if of_model else f"data.max_seq_length {limit}; raise it,"
+            where = (
+                f"the model's {self.positions} positions;" if of_model else f"data.max_seq_length {limit}; raise it,"
+            )
             raise ValueError(
                 f"{place}: an answer of {longest} tokens leaves no room for a prompt in {where} shorten the answers "
                 "(eval.max_new_tokens), or set data.truncate to skip"
