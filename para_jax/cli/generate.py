@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 from ..adapters.names import name_and_source, named_adapters
 from ..config import BASE
 from ..io.checks import nearest
@@ -185,30 +183,16 @@ def answer_prompts(options, model, tokenizer, adapters, tenants) -> None:
 
 
 def answer_file(options, model, tokenizer, bank, tenants, answers) -> int:
+    from ..server.batch import batch_request
     from ..serving.jobs import answer_lines
 
     engine, default = engine_of(options, model, tokenizer, bank, tenants)
     try:
-        return answer_lines(engine, options.input, answers, default, options.shard, read_body)
+        return answer_lines(engine, options.input, answers, default, options.shard, batch_request)
     except KeyboardInterrupt:
         if answers.regular:
             say(f"the answers so far are in {options.output}; the same command resumes")
         raise
-
-
-def read_body(line: dict, engine):
-    """The request of a line of OpenAI's batch format."""
-    return batch_reader()(line, engine)
-
-
-@cache
-def batch_reader():
-    from ..server.packages import require_packages
-
-    require_packages("OpenAI's batch format")
-    from ..server.batch import batch_request
-
-    return batch_request
 
 
 def reported(options, errors: int) -> int:
