@@ -23,7 +23,7 @@ import numpy as np
 
 from ..backbone.text_part import has_image_part, text_tensors, whole_name
 from ..config import ModelConfig
-from ..io.atomic import files_left, replacing, write_bytes
+from ..io.atomic import errors_named, files_left, replacing, write_bytes
 from ..io.checks import expanded, one_of, shorten
 from ..io.hub import BUILT_IN, BUILT_IN_HUB_ID, resolve_adapter
 from ..io.storage.bucket import BucketPath, Place
@@ -40,6 +40,8 @@ from .rows import check_fits
 from .scope import scope_of
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+#: The name of an older PEFT for the weights.
+PICKLE = "adapter_model.bin"
 #: The largest rank of a folder's adapter; a larger one is taken for damage.
 MAX_RANK = 2**16
 
@@ -153,15 +155,16 @@ def write_folder(folder: Place, files: dict[str, bytes]) -> None:
     """
     require_replaceable(folder)
     config = folder / CONFIG
-    folder.mkdir(parents=True, exist_ok=True)
-    for left in [left for name in files for left in files_left(folder / name)]:
-        left.unlink()
-    with replacing(folder / WEIGHTS) as stream:
-        stream.write(files[WEIGHTS])
-        if config.is_file() and config.read_bytes() != files[CONFIG]:
-            config.unlink()
-    for name in (CARD, CONFIG):
-        write_bytes(folder / name, files[name])
+    with errors_named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in [left for name in files for left in files_left(folder / name)]:
+            left.unlink()
+        with replacing(folder / WEIGHTS) as stream:
+            stream.write(files[WEIGHTS])
+            if config.is_file() and config.read_bytes() != files[CONFIG]:
+                config.unlink()
+        for name in (CARD, CONFIG):
+            write_bytes(folder / name, files[name])
 
 
 def require_replaceable(folder: Place) -> None:
@@ -298,12 +301,13 @@ def own_file(folder: Path, name: str) -> Path:
     if file.is_symlink():
         raise ValueError(f"{file} is a link, which may lead out of the folder; put the file itself there")
     if not file.is_file():
-        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
-        raise ValueError(
-            f"{folder} has no {name}"
-            + (f", and {safe_names(pickles)} is a pickle, which could run code and is not read" if pickles else "")
-            + f"; choose a folder with {CONFIG} and {WEIGHTS}"
-        )
+        advice = f"choose a folder with {CONFIG} and {WEIGHTS}"
+        if (folder / PICKLE).exists():
+            advice = (
+                f"{PICKLE} is a pickle, which could run code, so it is not read. Convert it: "
+                f"safetensors.torch.save_file(torch.load({PICKLE!r}, weights_only=True), {WEIGHTS!r})"
+            )
+        raise ValueError(f"{folder} has no {name}; {advice}")
     return file
 
 
