@@ -33,7 +33,7 @@ from ..io.untrusted import one_line, read_json, safe_names
 from .adapter import Adapter, abstract, require_model_config, require_one, with_leaves
 from .card import example_of, given_lines, model_card, with_test_score
 from .formats.own import ValueCounts, own_config, read_own_config, require_same_backbone
-from .formats.peft import in_text_model, peft_base, peft_config, peft_tensors
+from .formats.peft import peft_base, peft_config, peft_tensors
 from .method import Method, require_peft_fits
 from .methods import METHODS, form_named, method_of
 from .rows import check_fits
@@ -208,7 +208,7 @@ def load_adapter(source: str | Path | BucketPath, model_config: ModelConfig, *, 
 
 def read_adapter(folder: Path, source: str | Path | BucketPath, model_config: ModelConfig, model) -> Adapter:
     """The adapter of a folder; `source` is the name that the user gave it."""
-    method, config, backbone, base_model = read_config(folder, model_config.model_type)
+    method, config, backbone, base_model = read_config(folder)
     if not method.in_peft:
         require_same_backbone(backbone, model_config, base_model)
     theirs, ours = backbone.get("fingerprint"), getattr(model, "fingerprint", None)
@@ -250,12 +250,8 @@ def read_adapter_config(folder: str | Path | BucketPath) -> Described:
     return Described(method, config, backbone, base_model, counts)
 
 
-def read_config(folder: Path, model_type: str = "") -> tuple[Method, Any, dict, str]:
-    """adapter_config.json, checked: the method, its config, the backbone, and the name of the base model.
-
-    Args:
-        model_type: of the backbone, where it is known.
-    """
+def read_config(folder: Path) -> tuple[Method, Any, dict, str]:
+    """adapter_config.json, checked: the method, its config, the backbone, and the name of the base model."""
     file = own_file(folder, CONFIG)
     found = read_json(file)
     kind, base_model = found.get("peft_type"), found.get("base_model_name_or_path")
@@ -266,13 +262,13 @@ def read_config(folder: Path, model_type: str = "") -> tuple[Method, Any, dict, 
     shapes = tensor_shapes(folder) if method.in_peft else {}
     try:
         if method.from_peft_config is not None:
-            config = method.from_peft_config(in_text_model(found, model_type, shapes), shapes)
             layers = [layer for _, _, layer in peft_tensors(shapes)]
             if not layers:
                 raise ValueError(
                     f"no tensor in {WEIGHTS} belongs to a decoder's layer (base_model.model.model.layers.0. ...); the "
                     f"first is {shorten(next(iter(shapes), None))}"
                 )
+            config = method.from_peft_config(found, shapes)
             backbone = {"num_layers": 1 + max(layers)}
         else:
             config, backbone = read_own_config(method.config, found)
