@@ -42,8 +42,6 @@ from .scope import scope_of
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 #: The name of an older PEFT for the weights.
 PICKLE = "adapter_model.bin"
-#: The largest rank of a folder's adapter; a larger one is taken for damage.
-MAX_RANK = 2**16
 
 
 class Described(NamedTuple):
@@ -273,7 +271,6 @@ def read_config(folder: Path) -> tuple[Method, Any, dict, str]:
         else:
             config, backbone = read_own_config(method.config, found)
             method.adapter.layers(config, backbone["num_layers"])  # raises for a layer that the backbone lacks
-        require_rank(method.rank(config))
     except ValueError as error:
         raise ValueError(f"{file}: {str(error)[:500]}") from None
     revision = found.get("revision") if method.in_peft else None
@@ -283,12 +280,6 @@ def read_config(folder: Path) -> tuple[Method, Any, dict, str]:
             f"{shorten(revision)}"
         )
     return method, config, backbone, one_line("@".join(filter(None, (base_model, base_model and revision))))
-
-
-def require_rank(rank: int) -> None:
-    """Raises ValueError for a rank that no folder may have: arrays of any size could follow from a small file."""
-    if rank > MAX_RANK:
-        raise ValueError(f"r {shorten(rank)} is too large; a rank is at most {MAX_RANK}")
 
 
 def own_file(folder: Path, name: str) -> Path:
