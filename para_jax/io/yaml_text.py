@@ -27,7 +27,7 @@ def has_comment(text: str) -> bool:
     return max(ends) < len(text.rstrip())
 
 
-#: Tokens that stand for no text.
+#: Tokens without text.
 UNWRITTEN = (yaml.StreamEndToken, yaml.BlockEndToken)
 
 
