@@ -40,9 +40,8 @@ from ..runs.train import say_doubt
 from ..runtime import devices
 from ..training.metrics_file import is_log, read_metrics
 from ..training.passes import lay_out
-from ..training.scores_file import read_scores
+from ..training.scores_file import read_entries, read_scores, warning_lines
 from ..training.step import state_of_one
-from ..training.tenants_file import read_entries, warning_lines
 
 #: Tenants that a dry run assumes if they can't be counted yet: they fill a step.
 MANY = 1_000_000

@@ -29,7 +29,6 @@ from ..io.table import table
 from ..model.adapted import init_adapter
 from ..runtime.processes import on_first_process
 from ..training.scores_file import Records
-from ..training.tenants_file import COMPARISON_FILE
 from .folder import claim_folder, locked_folder
 from .plan import SharedResources
 from .report import choice_lines
@@ -37,8 +36,8 @@ from .scoring import NotFinite
 from .standing import Standing
 from .train import require_config, start, trained
 
-#: The table of a comparison, in its output_dir.
-TABLE = "comparison.md"
+#: The table of a comparison, in its output_dir, and the same as JSON.
+TABLE, COMPARISON_FILE = "comparison.md", "comparison.json"
 
 
 class MethodScore(NamedTuple):

@@ -24,7 +24,7 @@ from ..model.tail import PromptStates
 from ..runtime import devices
 from ..runtime.processes import full_arrays, on_first_process
 from ..runtime.sharding import shard_rows
-from ..training.checkpoint import finish_saving, open_checkpoints, require_saved, save_checkpoint
+from ..training.checkpoint import finish_saving, open_checkpoints, save_checkpoint
 from ..training.log import Done
 from ..training.optimizer import LearningRates, learning_rates
 from ..training.passes import Layout
@@ -209,7 +209,6 @@ def step(run: TrainingRun) -> None:
         run.standing.tenants[turn.tenant].steps = turn.step + 1
     run.standing.step = number
     run.pending = Dispatched(Done(number, values, coming.tokens, begun, waited), coming.turns)
-    require_saved(run.checkpoints)
 
 
 def make_batches(run: TrainingRun):

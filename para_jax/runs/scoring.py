@@ -26,8 +26,8 @@ from ..io.storage.bucket import Place
 from ..model.adapted import init_adapter
 from ..runtime.processes import broadcast_arrays, full_arrays, is_first, on_first_process
 from ..runtime.sharding import place_tenants
+from ..training.scores_file import write_entries
 from ..training.step import put_adapter, tenant_of
-from ..training.tenants_file import write_entries
 from .report import record_of
 from .run import TrainingRun
 from .tenants import Tenant

@@ -104,14 +104,6 @@ def finish_saving(checkpoints) -> None:
             checkpoints.wait_until_finished()
 
 
-def require_saved(checkpoints) -> None:
-    """Raises ValueError if the last save has failed already, without waiting for one that is under way. (With several
-    processes the next save raises it, so that all hear it at once.)"""
-    if jax.process_count() == 1 and not checkpoints.is_saving_in_progress():
-        with errors_in_one_line(checkpoints):
-            checkpoints.wait_until_finished()
-
-
 # ------------------------------------------------------------------------------------------------------------- reading
 
 

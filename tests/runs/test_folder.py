@@ -117,15 +117,6 @@ def test_what_a_killed_claim_leaves_is_not_taken_for_a_run(config):
     assert load_config(folder / "config.yaml") == config
 
 
-def test_a_wrong_place_for_results_is_found_before_a_run_begins(config, tmp_path, capsys):
-    save_config(config, tmp_path / "run.yaml")
-    for place in (tmp_path, tmp_path / "run.yaml" / "results.json"):
-        for command in ("train", "evaluate"):
-            assert main([command, str(tmp_path / "run.yaml"), "--results", str(place)]) == 2
-            assert f"--results {place}: " in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
-
-
 # ------------------------------------------------------------------------------------------------ one process at a time
 
 

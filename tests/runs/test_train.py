@@ -665,8 +665,7 @@ def test_a_run_reads_all_its_data_as_often_as_asked(folder):
     [
         ("gemma3_text", [], "0.001"), ("gemma2", ["train.learning_rate=3e-4"], "0.0003"), ("llama", [], None),
         ("gemma", ["train.learning_rate=1e-4"], None), ("gemma", ["train.learning_rate=auto"], None),
-        ("gemma", ["sweep.learning_rate=[1e-3, 1e-4]"], None),
-        ("gemma", ["adapter.summary=rms"], None), ("gemma", ["adapter.method=lora"], None),
+        ("gemma", ["adapter.summary=rms"], None),
     ],
 )  # fmt: skip
 def test_a_rate_with_which_gemma_learns_little_is_said(folder, capsys, family, overrides, said):
