@@ -195,10 +195,10 @@ def require_validation(config: RunConfig, validation: Iterable[EvalTask | None])
     """Raises ValueError for eval.patience without validation data: no score could ever end the run early."""
     if config.eval.patience is None or any(validation):
         return
-    missing = "validation data (data.validation, data.validation_split, or validation.jsonl in the folder of the data)"
-    if share := config.data.validation_split:
-        missing = f"validation data (data.validation_split={share} holds out none of so few rows)"
-    raise ValueError(f"eval.patience ({config.eval.patience}) needs {missing}; or set eval.patience=null")
+    raise ValueError(
+        f"eval.patience ({config.eval.patience}) needs validation data (data.validation, or data.validation_split with "
+        "enough rows); or set eval.patience=null"
+    )
 
 
 def require_room(model: ModelConfig, data: TrainingData) -> None:
