@@ -3,7 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-import datasets
 import jax
 import numpy as np
 import pytest
@@ -11,8 +10,7 @@ from tiny_run import backbone_folder, rows_of_text, words, write_rows
 
 from para_jax import train, train_tenants
 from para_jax.config import DataSection, RunConfig, load_config
-from para_jax.data.records import Record, load_records
-from para_jax.data.sources import unread
+from para_jax.data.records import Record
 from para_jax.evaluation.scoring import Tasks
 from para_jax.evaluation.tasks import EvalTask
 from para_jax.reports.inspect import data_report, dry_run, folder_report
@@ -125,16 +123,6 @@ def test_a_file_that_was_meant_as_validation_data_is_named(tmp_path, capsys):
     assert said(replace(acme, test=str(tmp_path / "acme/dev.jsonl"))) == ""
 
 
-def test_so_is_a_split_that_save_to_disk_wrote(tmp_path):
-    data = datasets.Dataset.from_list([{"prompt": "a", "completion": "b"}])
-    datasets.DatasetDict({"train": data, "val": data, "test": data}).save_to_disk(tmp_path)
-    section = DataSection(train=str(tmp_path))
-    assert unread(section, "validation") == tmp_path / "val" and unread(section, "test") is None
-    for source in (tmp_path / "val", f"hf:{tmp_path}::val"):
-        named = replace(section, validation=str(source))
-        assert unread(named, "validation") is None and len(load_records(named, "validation") or ()) == 1
-
-
 @pytest.mark.long
 def test_other_texts_are_written_in_packed_rows_too(folder, tmp_path, capsys):
     options = f"data.train={folder / 'texts'}", "data.packing=true", "adapter.summary=raw"
@@ -215,8 +203,8 @@ def test_a_dry_run_counts_the_rows_of_the_tenants_and_the_devices_of_the_mesh(fo
         write_rows(tmp_path / "tenants" / f"{name}.jsonl", labelled(8))
     assert "12 rows of" in said(*many) and "devices" not in said(*many)
     assert "for 64 devices, and this machine has 8" in said("mesh.data=64", "train.rows_per_tenant=4")
-    uneven = said("mesh.data=8", "train.rows_per_tenant=4", "train.batch_size=12")
-    assert "12 rows of" in uneven and "8 devices can't split them evenly" in uneven
+    with pytest.raises(ValueError, match="train.batch_size 12 can't be split evenly over 8 devices"):
+        said("mesh.data=8", "train.rows_per_tenant=4", "train.batch_size=12")
 
 
 def test_inspect_marks_where_para_reads_a_prompt_and_says_nothing_of_other_adapters(folder):
