@@ -219,10 +219,6 @@ def folder_report(folder: Path) -> str:
     to)."""
     if (folder / "adapter_config.json").is_file():
         return adapter_report(folder)
-    if not (folder / "config.yaml").is_file():
-        raise ValueError(
-            f"{folder} holds neither an adapter (adapter_config.json) nor a run (config.yaml); choose another folder"
-        )
     config = load_config(folder / "config.yaml")
     if config.sweep.method:
         return methods_report(folder, config)

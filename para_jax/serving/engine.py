@@ -108,7 +108,7 @@ class Engine:
         check_sizes(model.config, max_length, counts, sizes | {"max_prefill_tokens": max_prefill_tokens})
         ends = stop_token_ids(tokenizer, model.config.eos_token_ids) if stop_ids is None else tuple(stop_ids)
         if bank is not None:
-            bank.model = model
+            bank.fingerprint = model.fingerprint
         self.model, self.bank, self.tokenizer, self.slots, self.max_length = model, bank, tokenizer, slots, max_length
         self.queue_limit, self.queue_limit_per_tenant = queue_limit, queue_limit_per_tenant
         self.max_logprobs = max_logprobs

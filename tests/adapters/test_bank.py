@@ -272,9 +272,8 @@ def test_what_does_not_fit_is_refused_by_name_and_nothing_changes(model, tenants
         with pytest.raises(ValueError, match=message):
             bank.add(name, adapter)
         assert bank.names == ("para",)
-    for wrong, message in (({"methods": ("dora",)}, "methods .*para"), ({"max_r": 0}, "max_r")):
-        with pytest.raises(ValueError, match=message):
-            AdapterBank(config, **wrong)
+    with pytest.raises(ValueError, match="methods .*para"):
+        AdapterBank(config, methods=("dora",))
 
 
 def test_unknown_names_are_refused_with_the_nearest_known_ones(model, tenants):
@@ -284,8 +283,6 @@ def test_unknown_names_are_refused_with_the_nearest_known_ones(model, tenants):
             call(["wider"])
     with pytest.raises(ValueError, match="'zzz'.*para, wide, ia3 ..."):
         bank.rows(["para", "zzz"])
-    with pytest.raises(ValueError, match="names"):
-        bank.rows([])
 
 
 def test_a_full_bank_says_so_and_keeps_what_it_holds(model, tenants):

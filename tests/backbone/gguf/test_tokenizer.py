@@ -103,7 +103,7 @@ def test_bos_and_eos_are_added_as_the_file_says(tmp_path, metadata, begins, ends
 @pytest.mark.parametrize(
     ("metadata", "said"),
     [
-        ({"eos_token_id": 10**6}, "tokenizer"),
+        ({"eos_token_id": 10**6}, "eos_token_id is 1000000, and there are"),
         ({"merges": ["x qqq"]}, "qqq"),
         ({"token_type": [1, 1]}, "tokenizer"),
         ({"tokens": ["a", "a"], "token_type": [1, 1]}, "twice"),
