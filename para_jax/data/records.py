@@ -53,6 +53,10 @@ class Form(NamedTuple):
     completion: str | None = None
     task: str | None = None
 
+    @classmethod
+    def of(cls, section: DataSection) -> Form:
+        return cls(section.prompt, section.completion, task_of(section))
+
 
 class MissingColumn(ValueError):
     """A row lacks the column `prompt` or `completion`, and no template makes it from the others."""
@@ -71,10 +75,16 @@ def load_records(section: DataSection, split: str) -> list[Record] | None:
 
 def split_records(section: DataSection, split: str) -> Iterator[Record] | None:
     """`load_records`, one record at a time. A wrong row raises its error when the iterator reaches it."""
-    found = open_split(section, split)
-    if found is None and split == "train":
-        raise ValueError(f"data.train is not set; name {FORMS.format(split=split)}")
-    return found and records_of(found, Form(section.prompt, section.completion, task_of(section)))
+    found = training_split(section) if split == "train" else open_split(section, split)
+    return found and records_of(found, Form.of(section))
+
+
+def training_split(section: DataSection) -> Split:
+    """The rows of the training data. Raises ValueError if there are none."""
+    found = open_split(section, "train")
+    if found is None:
+        raise ValueError(f"data.train is not set; name {FORMS.format(split='train')}")
+    return found
 
 
 def read_records(
@@ -245,18 +255,13 @@ def fill(template: str, row: dict) -> str:
 
 
 def check_template(name: str, template: str, row: dict) -> None:
-    """Raises ValueError for a template that names no plain columns, or that is a column's name without braces or in two
-    pairs of them, as in other libraries: every row would have this text."""
+    """Raises ValueError for a template that is a column's name without braces or in two pairs of them, as in other
+    libraries: every row would have this text."""
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
         raise ValueError(f"data.{name}: {shorten(template)}: {error}; write {{{{ or }}}} for a brace") from None
     columns = [part[1] for part in parts if part[1] is not None]
-    if not all(columns) or any(spec or conversion or set(c or "") & set(".[]") for _, c, spec, conversion in parts):
-        raise ValueError(
-            f"data.{name}: {shorten(template)} has a field that is not a plain {{column}}; write {{{{ and }}}} "
-            "for braces"
-        )
     text = "".join(literal for literal, *_ in parts).strip()
     bare = text.replace("{ ", "{").replace(" }", "}")
     if text and not columns and (text == "null" or text in row or any(f"{{{other}}}" in bare for other in row)):

@@ -28,14 +28,10 @@ class Split(NamedTuple):
 
     label: str
     """what errors call it: a file, tfds:NAME:SPLIT, or data["train"]"""
-    name: str
-    """as its source calls it, such as train or train[:90%]"""
     prefix: str
     """what a row's place begins with, before its number, such as `file:` or `file[`"""
     read: Callable[[], Iterator[tuple[int, Any]]]
     """gives each row with its number: the line of a file, or an index from 0"""
-    files: Sequence[Place] = ()
-    """those that hold the rows"""
 
     def rows(self) -> Iterator[tuple[str, dict]]:
         """Each row's place and columns. A null or NaN counts as a missing column."""
@@ -114,17 +110,17 @@ def is_missing(value: Any) -> bool:
 # --------------------------------------------------------------------------------------------------------------- files
 
 
-def open_file(path: Place, split: str = "train") -> Split:
+def open_file(path: Place) -> Split:
     """The rows of a data file, by its ending: .csv, .tsv, .parquet, else JSON lines or a JSON array."""
     if not path.is_file():
         problem = "is a folder" if path.is_dir() else "does not exist"
         raise ValueError(f"{path} {problem}; name a .jsonl, .csv or .parquet file")
     tables = {".csv": csv_rows, ".tsv": csv_rows, ".parquet": parquet_rows}
     if rows := tables.get(path.suffix.lower()):
-        return Split(str(path), split, f"{path}[", lambda: enumerate(named_rows(path, rows)), (path,))
+        return Split(str(path), f"{path}[", lambda: enumerate(named_rows(path, rows)))
     if starts_array(path):
-        return Split(str(path), split, f"{path}[", lambda: array_rows(path), (path,))
-    return Split(str(path), split, f"{path}:", lambda: line_rows(path), (path,))
+        return Split(str(path), f"{path}[", lambda: array_rows(path))
+    return Split(str(path), f"{path}:", lambda: line_rows(path))
 
 
 def split_file(folder: Place, split: str) -> Place | None:

@@ -1,13 +1,11 @@
 """Records as token ids; those that are too long are cut or skipped. Training data is read and tokenised a part at a
-time, so that only ids stay in memory. Reading and tokenising overlap. The ids are cached for the next start
-(token_cache.py).
+time, so that only ids stay in memory. Reading and tokenising overlap.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-import time
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,23 +15,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..config import ASSUMED_LENGTH, DataSection
-from ..io.messages import say
 from ..io.progress import Progress
-from . import token_cache
 from .batches import rounded_up
 from .example_arrays import ExampleArrays, arrays_of
 from .examples import Example, encode_example, encode_examples
-from .records import Record, split_records
-from .rows import Split, place_of
-from .sources import is_held_out, open_split, task_of
-from .token_cache import TokenisedExamples
+from .records import Form, Record, records_of, training_split
+from .rows import place_of
 
 #: Examples per call of the tokenizer.
 ENCODED_AT_ONCE = 1024
-#: An example with this many times the tokens of 99 % of the others is reported.
-FAR_LONGER = 2
-#: Tokenising that takes longer than this is reported.
-REPORTED_SECONDS = 5.0
 
 
 class EncodedRecords(NamedTuple):
@@ -86,27 +76,16 @@ def report(count: int, cut: int, skipped: int) -> str:
 
 
 def describe_lengths(lengths: np.ndarray, packing: bool = False) -> str:
-    """How long the examples are, and the length that follows from them. A second line names an example that is far
-    longer than the rest, what it costs, and the fields that leave it out. Packed rows all have one length, so there it
-    costs no more than others.
+    """How long the examples are, and the length of rows that follows from them.
 
     Args:
         lengths: tokens of each example.
         packing: data.packing.
     """
-    half, most, almost_all = (int(np.quantile(lengths, share, method="lower")) for share in (0.5, 0.95, 0.99))
-    longest = int(lengths.max())
-    said = (
-        f"lengths: half of the examples have up to {half} tokens, 95 % up to {most}, the longest {longest}; "
-        f"data.max_seq_length={chosen_length(lengths, packing)}"
-    )
-    if packing or longest <= FAR_LONGER * almost_all:
-        return said
-    times, limit = f"{longest / almost_all:.0f} times", rounded_up(almost_all)
+    half, most = (int(np.quantile(lengths, share, method="lower")) for share in (0.5, 0.95))
     return (
-        f"{said}\n99 % of the examples have up to {almost_all} tokens. The longest has {times} as many. A batch with "
-        f"it costs at least {times} as much. data.max_seq_length={limit} with data.truncate=skip leaves such "
-        "examples out; with data.truncate=left it cuts the start of their prompts"
+        f"lengths: half of the examples have up to {half} tokens, 95 % up to {most}, the longest {lengths.max()}; "
+        f"data.max_seq_length={chosen_length(lengths, packing)}"
     )
 
 
@@ -160,16 +139,6 @@ def encode_at_place(tokenizer, record: Record) -> Example:
         raise ValueError(f"{record.place}: {error}") from None
 
 
-class TooLong(ValueError):
-    """Examples have more than data.max_seq_length tokens."""
-
-    advice = "raise data.max_seq_length, or set data.truncate to skip (drop them) or left (cut the start of the prompt)"
-
-    def __init__(self, said: str, long: int, count: int, limit: int | None):
-        super().__init__(f"{said}\n{self.advice}")
-        self.long, self.count, self.limit = long, count, limit
-
-
 class Fit:
     """Cuts examples that are too long, or leaves them out, as data.truncate says, and counts them."""
 
@@ -207,12 +176,14 @@ class Fit:
         return Example(prompt[:start] + prompt[len(prompt) - room + start :], completion)
 
     def check(self) -> None:
-        """Raises TooLong where data.truncate is error, and ValueError where no example is left."""
+        """Raises ValueError for long examples where data.truncate is error, and where no example is left."""
         limit, (place, tokens) = self.section.max_seq_length, self.first
         if self.skipped and self.section.truncate == "error":
-            many = f"{self.skipped} of {self.count} examples are too long"
-            said = f"{place}: {tokens} tokens exceed data.max_seq_length {limit} ({many})"
-            raise TooLong(said, self.skipped, self.count, limit)
+            raise ValueError(
+                f"{place}: {tokens} tokens exceed data.max_seq_length {limit} ({self.skipped} of {self.count} examples "
+                "are too long)\nraise data.max_seq_length, or set data.truncate to skip (drop them) or left (cut the "
+                "start of the prompt)"
+            )
         if self.skipped and self.skipped == self.count:
             raise ValueError(f"{place}: every example is longer than data.max_seq_length {limit}; raise it")
 
@@ -221,41 +192,12 @@ class Fit:
 
 
 def load_training_data(section: DataSection, tokenizer) -> TrainingData:
-    """The training data of a run, from the cache of token ids if it holds this data (data.cache).
-
-    Raises ValueError as `load_records` and `encode_records` do, naming the place.
-    """
-    source, file = open_split(section, "train"), None
-    if source and source.files and section.cache:
-        file = token_cache.cache_file(source.files, tokenizer, fields_of(source, section))
-    tokens = token_cache.load_tokens(file) if file else None
-    if tokens is not None:
-        say(f"using cached token ids from {token_cache.folder()}")
-    else:
-        begun = time.monotonic()
-        tokens = tokenised(split_records(section, "train") or [], tokenizer, section)
-        if time.monotonic() - begun > REPORTED_SECONDS:
-            say(f"tokenised {len(tokens.sizes)} examples in {time.monotonic() - begun:.0f} s")
-        if file:
-            token_cache.store_tokens(file, tokens)
-    places = Places(source.prefix if source else "", tokens.numbers)
-    return TrainingData(ExampleArrays(tokens.ids, tokens.sizes), places, tokens.cut, tokens.skipped)
-
-
-def fields_of(source: Split, section: DataSection) -> dict[str, Any]:
-    """Everything that the ids depend on besides the data's content and the tokenizer."""
-    fields = {name: getattr(section, name) for name in ("prompt", "completion", "max_seq_length", "truncate")}
-    if is_held_out(section):
-        fields["validation_split"] = section.validation_split
-    return fields | dict(task=task_of(section), split=source.name, form=source.files[0].suffix)
-
-
-def tokenised(records: Iterable[Record], tokenizer, section: DataSection) -> TokenisedExamples:
-    """The records as token ids. Long ones are treated as in `encode_records`."""
+    """The training data of a run. Raises ValueError as `load_records` and `encode_records` do, naming the place."""
+    source = training_split(section)
     numbers, fit = array("q"), Fit(section, tokenizer.bos_token_id)
 
     def fitted(bar: Progress) -> Iterator[Example]:
-        for part, examples in encoded_parts(records, tokenizer):
+        for part, examples in encoded_parts(records_of(source, Form.of(section)), tokenizer):
             for example, record in zip(examples, part, strict=True):
                 if (example := fit(example, record.place)) is not None:
                     numbers.append(number_of(record.place))
@@ -265,7 +207,7 @@ def tokenised(records: Iterable[Record], tokenizer, section: DataSection) -> Tok
     with Progress("tokenising", unit="example") as bar:
         arrays = arrays_of(fitted(bar))
     fit.check()
-    return TokenisedExamples(arrays.sizes, np.frombuffer(numbers, np.int64), arrays.ids, fit.cut, fit.skipped)
+    return TrainingData(arrays, Places(source.prefix, np.frombuffer(numbers, np.int64)), fit.cut, fit.skipped)
 
 
 def encoded_parts(records: Iterable[Record], tokenizer) -> Iterator[tuple[list[Record], list[Example]]]:
