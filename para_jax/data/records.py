@@ -53,10 +53,6 @@ class Form(NamedTuple):
     completion: str | None = None
     task: str | None = None
 
-    @classmethod
-    def of(cls, section: DataSection) -> Form:
-        return cls(section.prompt, section.completion, task_of(section))
-
 
 class MissingColumn(ValueError):
     """A row lacks the column `prompt` or `completion`, and no template makes it from the others."""
@@ -75,16 +71,10 @@ def load_records(section: DataSection, split: str) -> list[Record] | None:
 
 def split_records(section: DataSection, split: str) -> Iterator[Record] | None:
     """`load_records`, one record at a time. A wrong row raises its error when the iterator reaches it."""
-    found = training_split(section) if split == "train" else open_split(section, split)
-    return found and records_of(found, Form.of(section))
-
-
-def training_split(section: DataSection) -> Split:
-    """The rows of the training data. Raises ValueError if there are none."""
-    found = open_split(section, "train")
-    if found is None:
-        raise ValueError(f"data.train is not set; name {FORMS.format(split='train')}")
-    return found
+    found = open_split(section, split)
+    if found is None and split == "train":
+        raise ValueError(f"data.train is not set; name {FORMS.format(split=split)}")
+    return found and records_of(found, Form(section.prompt, section.completion, task_of(section)))
 
 
 def read_records(

@@ -36,7 +36,7 @@ class Split(NamedTuple):
     def rows(self) -> Iterator[tuple[str, dict]]:
         """Each row's place and columns. A null or NaN counts as a missing column."""
         for number, row in self.read():
-            place = place_of(self.prefix, number)
+            place = f"{self.prefix}{number}" + "]" * self.prefix.endswith("[")
             if not isinstance(row, Mapping):
                 raise ValueError(f'{place}: the row is a {type(row).__name__}; write an object, {{"prompt": ..., ...}}')
             columns = {str(name): plain(value) for name, value in row.items()}
@@ -82,10 +82,6 @@ class DataSet(NamedTuple):
 @cache  # a run looks for its data several times
 def warn_of_hidden(label: str) -> None:
     warn(f"{label}: its labels are hidden (-1), so it is left out")
-
-
-def place_of(prefix: str, number: int) -> str:
-    return f"{prefix}{number}" + "]" * prefix.endswith("[")
 
 
 def plain(value: Any) -> Any:

@@ -1,16 +1,12 @@
 """Records as token ids; those that are too long are cut or skipped. Training data is read and tokenised a part at a
-time, so that only ids stay in memory. Reading and tokenising overlap.
-"""
+time, so that only ids stay in memory."""
 
 from __future__ import annotations
 
-import re
 import sys
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,8 +15,7 @@ from ..io.progress import Progress
 from .batches import rounded_up
 from .example_arrays import ExampleArrays, arrays_of
 from .examples import Example, encode_example, encode_examples
-from .records import Form, Record, records_of, training_split
-from .rows import place_of
+from .records import Record, split_records
 
 #: Examples per call of the tokenizer.
 ENCODED_AT_ONCE = 1024
@@ -35,31 +30,11 @@ class EncodedRecords(NamedTuple):
     skipped: int = 0
 
 
-class Places(Sequence[str]):
-    """The place of each example, such as "file:line" or "tfds:NAME:SPLIT[index]", stored as a number."""
-
-    def __init__(self, prefix: str, numbers: Sequence[int] | np.ndarray):
-        """
-        Args:
-            prefix: the text before the number, including the bracket.
-            numbers: each example's line or index.
-        """
-        self.prefix, self.numbers = prefix, numbers
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, index) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        return place_of(self.prefix, int(self.numbers[index]))
-
-
 class TrainingData(NamedTuple):
     """Examples, the place of each, and how many were longer than `max_seq_length` and so cut or skipped."""
 
     examples: ExampleArrays
-    places: Places
+    places: list[str]
     cut: int = 0
     skipped: int = 0
 
@@ -193,38 +168,18 @@ class Fit:
 
 def load_training_data(section: DataSection, tokenizer) -> TrainingData:
     """The training data of a run. Raises ValueError as `load_records` and `encode_records` do, naming the place."""
-    source = training_split(section)
-    numbers, fit = array("q"), Fit(section, tokenizer.bos_token_id)
+    records, fit = split_records(section, "train") or iter(()), Fit(section, tokenizer.bos_token_id)
+    places: list[str] = []
 
     def fitted(bar: Progress) -> Iterator[Example]:
-        for part, examples in encoded_parts(records_of(source, Form.of(section)), tokenizer):
-            for example, record in zip(examples, part, strict=True):
+        while part := list(islice(records, ENCODED_AT_ONCE)):
+            for example, record in zip(encode_all(tokenizer, part), part, strict=True):
                 if (example := fit(example, record.place)) is not None:
-                    numbers.append(number_of(record.place))
+                    places.append(record.place)
                     yield example
             bar.advance(len(part))
 
     with Progress("tokenising", unit="example") as bar:
         arrays = arrays_of(fitted(bar))
     fit.check()
-    return TrainingData(arrays, Places(source.prefix, np.frombuffer(numbers, np.int64)), fit.cut, fit.skipped)
-
-
-def encoded_parts(records: Iterable[Record], tokenizer) -> Iterator[tuple[list[Record], list[Example]]]:
-    """The records in parts, with their examples. One part is tokenised, outside Python, while the next is read."""
-    rows = iter(records)
-    with ThreadPoolExecutor(1) as pool:
-        waiting: tuple[list[Record], Future] | None = None
-        while True:
-            part = list(islice(rows, ENCODED_AT_ONCE))
-            coming = (part, pool.submit(encode_all, tokenizer, part)) if part else None
-            if waiting:
-                yield waiting[0], waiting[1].result()
-            if coming is None:
-                return
-            waiting = coming
-
-
-def number_of(place: str) -> int:
-    """The number at the end of a place: the line in "file:line", or the index in "tfds:NAME:SPLIT[index]"."""
-    return int(re.findall(r"\d+", place[-21:])[-1])
+    return TrainingData(arrays, places, fit.cut, fit.skipped)

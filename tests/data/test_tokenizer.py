@@ -4,7 +4,6 @@ import pytest
 from tiny_tokenizers import MAY_THINK, byte_level, own_space, plain
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from transformers.models.auto import tokenization_auto
 
 from para_jax.config import load_config
 from para_jax.data.examples import answer_opening, encode_example, encode_prompt
@@ -114,22 +113,6 @@ def test_a_class_has_its_default_eos_if_the_vocabulary_has_it(tmp_path, known):
     found, count = load_tokenizer(tmp_path), Tokenizer.from_file(str(tmp_path / "tokenizer.json")).get_vocab_size()
     assert (found.eos_token, len(found)) == ("<|endoftext|>" if known else None, count)
     assert None not in found.all_special_ids
-
-
-def test_tokenizer_json_is_read_also_if_transformers_would_read_tekken_json(tmp_path, monkeypatch):
-    """It does if mistral-common is installed, and the tokenizer then has no chat template."""
-
-    def prefers_tekken(*_, **__):
-        raise ValueError("tekken.json is read")
-
-    monkeypatch.setitem(tokenization_auto.TOKENIZER_MAPPING_NAMES, "mistral", "MistralCommonBackend")
-    monkeypatch.setattr("transformers.integrations.mistral.tokenizer.resolve_mistral_format", prefers_tekken)
-    plain().save_pretrained(tmp_path)
-    (tmp_path / "tekken.json").write_text("{}")
-    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
-    tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer("Answer:")["input_ids"] == plain()("Answer:")["input_ids"]
-    assert tokenizer.chat_template == plain().chat_template
 
 
 def test_a_config_that_transformers_refuses_has_a_tokenizer(tmp_path):
