@@ -143,8 +143,9 @@ def config_file(file: str | Path) -> Path:
 def read_yaml(file: Path) -> dict[str, Any]:
     """The mapping of sections in a YAML file. Raises ValueError, naming the file, for anything else."""
     if file.suffix in DATA or any((file / f"train{end}").is_file() for end in DATA):
-        advice = f"give a config, and this as its data: para-jax train own-data data.train={quote(str(file))}"
-        raise ValueError(f"config {file} is data\n{advice}")
+        kind = "a folder of data" if file.is_dir() else "a data file"
+        advice = f"to train on it: para-jax train own-data data.train={quote(str(file))}"
+        raise ValueError(f"{file} is {kind}, not a config\n{advice}")
     if file.is_dir():
         raise ValueError(f"config {file} is a folder; give a .yaml file, such as the config.yaml in a run's folder")
     if not file.exists():

@@ -9,12 +9,11 @@ import pytest
 from tiny_run import backbone_folder, rows_of_text, words, write_rows
 
 from para_jax import train, train_tenants
-from para_jax.config import DataSection, RunConfig, load_config
+from para_jax.config import RunConfig, load_config
 from para_jax.data.records import Record
 from para_jax.evaluation.scoring import Tasks
 from para_jax.evaluation.tasks import EvalTask
 from para_jax.reports.inspect import data_report, dry_run, folder_report
-from para_jax.runs.notices import say_left_out
 from para_jax.runs.plan import plan_run
 from para_jax.runs.scoring import example_prompt
 from para_jax.runs.tenants import Tenant
@@ -108,21 +107,6 @@ def test_each_tenant_holds_rows_of_its_own_out_unless_it_has_validation_data(fol
     assert counts == {"train": (27, 3), "globex": (30, 5), "dev": (27, 3)}
 
 
-def test_a_file_that_was_meant_as_validation_data_is_named(tmp_path, capsys):
-    def said(*sections):
-        configs = {str(i): RunConfig(data=section) for i, section in enumerate(sections)}
-        say_left_out(RunConfig(), configs, {})
-        return capsys.readouterr().err
-
-    for file in ("acme/train.jsonl", "acme/dev.jsonl", "globex/train.csv", "globex/validation.csv", "globex/val.csv"):
-        write_rows(tmp_path / file, [])
-    acme, globex = (DataSection(train=str(tmp_path / name)) for name in ("acme", "globex"))
-    named = f"warning: {tmp_path}/acme/dev.jsonl is not read; name it validation.jsonl, or set data.validation\n"
-    assert said(acme, acme, globex) == named
-    assert said(globex, replace(acme, validation=str(tmp_path / "acme/dev.jsonl"))) == ""
-    assert said(replace(acme, test=str(tmp_path / "acme/dev.jsonl"))) == ""
-
-
 @pytest.mark.long
 def test_other_texts_are_written_in_packed_rows_too(folder, tmp_path, capsys):
     options = f"data.train={folder / 'texts'}", "data.packing=true", "adapter.summary=raw"
@@ -203,8 +187,8 @@ def test_a_dry_run_counts_the_rows_of_the_tenants_and_the_devices_of_the_mesh(fo
         write_rows(tmp_path / "tenants" / f"{name}.jsonl", labelled(8))
     assert "12 rows of" in said(*many) and "devices" not in said(*many)
     assert "for 64 devices, and this machine has 8" in said("mesh.data=64", "train.rows_per_tenant=4")
-    with pytest.raises(ValueError, match="train.batch_size 12 can't be split evenly over 8 devices"):
-        said("mesh.data=8", "train.rows_per_tenant=4", "train.batch_size=12")
+    uneven = said("mesh.data=8", "train.rows_per_tenant=4", "train.batch_size=12")
+    assert "12 rows of" in uneven and "8 devices can't split them evenly" in uneven
 
 
 def test_inspect_marks_where_para_reads_a_prompt_and_says_nothing_of_other_adapters(folder):
