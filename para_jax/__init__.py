@@ -45,8 +45,6 @@ if TYPE_CHECKING:
     from .config import ParaConfig as ParaConfig
 
     # where they meet
-    from .model.adapted import AdaptedTransformer as AdaptedTransformer
-    from .model.adapted import DecodeState as DecodeState
     from .model.adapted import adapt as adapt
     from .model.adapted import decode as decode
     from .model.adapted import forward as forward
@@ -69,14 +67,13 @@ if TYPE_CHECKING:
     from .serving.engine import Engine as Engine
     from .serving.request import Completion as Completion
     from .serving.request import Request as Request
+    from .server.batch import run_batch as run_batch
     from .server.serve import serve as serve
 
     # training
-    from .runs.compare import MethodsResult as MethodsResult
     from .runs.compare import compare_methods as compare_methods
-    from .runs.train import TenantsResult as TenantsResult
+    from .reports.inspect import dry_run as dry_run
     from .runs.train import train_tenants as train_tenants
-    from .runs.train import TrainResult as TrainResult
     from .runs.train import train as train
 
     # evaluation and plots
@@ -97,21 +94,22 @@ _NAMES = {
     "adapters.bank": "AdapterBank",
     "adapters.files": "load_adapter save_adapter",
     "adapters.rows": "Rows Stack pick stack_adapters",
-    "model.adapted": "AdaptedTransformer DecodeState adapt decode forward hidden_states init_adapter "
-    "multi_tenant_forward prefill right_pad vectors",
+    "model.adapted": "adapt decode forward hidden_states init_adapter multi_tenant_forward prefill right_pad vectors",
     "io.messages": "log_to_stderr",
     "runtime.sharding": "make_mesh",
     "inference.export": "export_ia3",
     "inference.generate": "generate",
     "serving.engine": "Engine",
     "serving.request": "Completion Request",
+    "server.batch": "run_batch",
     "server.serve": "serve",
-    "runs.compare": "compare_methods MethodsResult",
-    "runs.train": "TenantsResult train_tenants TrainResult train",
+    "runs.compare": "compare_methods",
+    "runs.train": "train_tenants train",
     "evaluation.evaluate": "evaluate",
     "evaluation.options": "EvalOptions",
     "evaluation.results": "Results",
     "evaluation.harness.lm": "ParaLM",
+    "reports.inspect": "dry_run",
     "reports.plots": "curves_plot factors_plot",
 }
 _LATER = {name: module for module, names in _NAMES.items() for name in names.split()}

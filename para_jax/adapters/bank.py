@@ -338,7 +338,7 @@ class AdapterBank:
             raise ValueError(
                 f"bank: {name}: {method.label}{rank} on {', '.join(config.target_modules)} does not fit this bank "
                 f"of {' and '.join(self.methods)} of r {self.max_r} on {', '.join(self.sites)}; make it with "
-                f"{arguments} (serve has options of these names, with --allow-adapter-updates)"
+                f"{arguments} (serve has options of these names, with --adapter-root)"
             )
 
     def _group(self, config: Any) -> Any:

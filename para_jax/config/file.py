@@ -8,7 +8,7 @@ from typing import Any
 
 from ..io import atomic
 from ..io.checks import expanded, near_name, nearest, printable, require, require_one_of, shorten
-from ..io.yaml_text import dump_yaml, parse_yaml
+from ..io.yaml_text import dump_yaml, has_comment, parse_yaml
 from .adapter import ADAPTER_CONFIGS
 from .fields import typed_fields
 from .run import RunConfig, TrainSection
@@ -50,12 +50,21 @@ def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str
     except ValueError as error:
         raise ValueError(f"config {file}: {error}") from None
     unset = {"train": {"learning_rate": None}}  # the template has its method's
-    values = merged(merged(unset, values), typed_fields(without_method(changes), template))
+    values = merged(unset, values)
     try:
-        return replaced(template, values)
+        return replaced(template, merged(values, typed_fields(without_method(changes), template)))
     except ValueError as error:
-        is_of_override = file is None or any(text.partition("=")[0] in str(error) for text in overrides)
-        raise ValueError(str(error) if is_of_override else f"config {file}: {error}") from None
+        is_of_file = file is not None and str(error) == problem_of(template, values)
+        raise ValueError(f"config {file}: {error}" if is_of_file else str(error)) from None
+
+
+def problem_of(template: RunConfig, values: dict[str, Any]) -> str:
+    """What is wrong with the values of a file alone; empty if nothing is."""
+    try:
+        replaced(template, values)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -162,6 +171,8 @@ def parse_override(text: str) -> dict[str, Any]:
         inner: Any = value.replace("\\n", "\n") if key in TEXT_FIELDS else parse_yaml(value)
     except ValueError as error:
         raise ValueError(f"override {shorten(text)} is not YAML: {printable(str(error))}") from None
+    if key not in TEXT_FIELDS and has_comment(value):
+        raise ValueError(f"override {shorten(text)}: YAML drops what follows #; write '{key}=\"...\"' to keep it")
     *sections, name = key.split(".")
     nested: dict[str, Any] = {name: inner}
     for section in reversed(sections):

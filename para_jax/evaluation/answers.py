@@ -27,7 +27,7 @@ from .journal import AnswerJournal
 from .likelihood import likelihoods
 from .questions import Answer, Generation, Likelihood, Pending, Question, Scored, Written, key
 from .shapes import OpenShapes, PlannedShapes, batch_rows
-from .writing import EngineWriter, describe_tenant, known_answer, write_in_batches
+from .writing import describe_tenant, known_answer, write_by_engine, write_in_batches
 
 #: Questions with their answers, and the tokens that were computed for each.
 Answers = Generator[tuple[Pending, Answer, int]]
@@ -76,10 +76,8 @@ class Answerer:
         self.entries: dict[Any, Any] = {}
         """the adapter of each tenant in the last call"""
         self._planned = shapes is not None
-        self._compiled: set[str] | None = None if self._planned and journal is None else set()  # a run says nothing
         self._warned: set[Any] = set()
         """the tenants with a warning that their logits are not finite"""
-        self._writer = EngineWriter(engine) if engine is not None else None
         ends = stop_token_ids(tokenizer, model.config.eos_token_ids)
         self.stop_ids = engine.stop_ids if engine is not None else ends
         self._writing: str | None = None
@@ -161,7 +159,7 @@ class Answerer:
         seen: set[tuple] = set()
         asked = [(one.entry, one.question) for one in pending]
         rows = batch_rows(self.rows)
-        for i, scored in likelihoods(self.model, self.bank, asked, rows, self.shapes, self._compiled):
+        for i, scored in likelihoods(self.model, self.bank, asked, rows, self.shapes):
             one = pending[i]
             new = 0 if context_of(one) in seen else len(one.question.context)
             seen.add(context_of(one))
@@ -175,9 +173,8 @@ class Answerer:
 
     def _by_engine(self, pending: list[Pending], distinct: list[Pending]) -> Answers:
         asked = [one.question for one in distinct if isinstance(one.question, Generation)]
-        # An engine of our own has the same shapes after a resume.
-        writer = self._writer or EngineWriter(self._own_engine(asked))
-        with closing(writer.write(pending)) as answers:
+        engine = self.engine or self._own_engine(asked)  # one of our own has the same shapes after a resume
+        with closing(write_by_engine(engine, pending)) as answers:
             for one, written in answers:
                 yield one, written, len(one.question.context) + written.tokens
 

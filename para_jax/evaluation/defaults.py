@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from ..backbone.load import load_model_config
 from ..config import DataSection, ModelConfig, RunConfig
 from ..data.batches import rounded_up
 from ..data.examples import encode_completion
-from ..data.given import described
 from ..data.records import Record, load_records, split_records
 from ..data.sources import open_split, task_of
 from ..data.tasks import TASKS
 from ..io.checks import shorten
 from ..io.messages import warn
 from ..io.progress import Progress
-from .metrics import LABEL_METRICS, single_spaced
+from .metrics import single_spaced
 
 #: Labels are ranked by their likelihoods if there are at most this many; otherwise the answer is written.
 RANKED = 20
@@ -65,8 +64,6 @@ class ScoringRule(NamedTuple):
     """choices that only the validation or test data has"""
     from_data: bool = False
     """whether the metric was chosen from the data"""
-    guessed: bool = False
-    """whether the metric or the length should follow from training data that is not here"""
 
     def describe(self) -> str:
         """ "accuracy over the 6 different completions of the training data (eval.metric)"."""
@@ -104,22 +101,7 @@ def scoring_rule(config: RunConfig, tokenizer, *, model: ModelConfig | None = No
         if held and held.longest and metric != "accuracy":
             model = model or load_model_config(config.backbone.source)
             new = answer_length(longest_completion(held.longest, tokenizer), model)
-    ranks = metric in LABEL_METRICS and bool(choices)
-    guessed = needed and not ranks and config.data.train is not None and not is_there(config.data)
-    return ScoringRule(metric, also, choices, new, unseen, from_data, guessed)
-
-
-def warn_of_guesses(rules: Sequence[tuple[RunConfig, ScoringRule]]) -> None:
-    """Warns, in one line for all, of runs or tenants that are scored without their training data."""
-    guessed = [(config.data.train, rule) for config, rule in rules if rule.guessed]
-    if guessed:
-        train, rule = guessed[0]
-        more = f", and that of {len(guessed) - 1} more," if len(guessed) > 1 else ""
-        warn(
-            f"the training data ({described(train)}){more} is not here, and how a run scores its answers follows from "
-            f"it. Here it is {rule.describe()}. If the run printed something else, set that: eval.metric and "
-            "eval.max_new_tokens, or eval.metric=accuracy and eval.choices"
-        )
+    return ScoringRule(metric, also, choices, new, unseen, from_data)
 
 
 def completions_of(section: DataSection) -> Completions:
@@ -129,25 +111,23 @@ def completions_of(section: DataSection) -> Completions:
 
 def completions_in(records: Iterable[Record]) -> Completions:
     count, words, compared, different, often = 0, 0, 0, set[str](), Counter[str]()
-
-    def counted() -> Iterator[Record]:
-        nonlocal count, words, compared
-        with Progress("reading the completions", unit="example") as bar:
-            for record in records:
-                count += 1
-                words += len(record.completion.split())
-                if len(different) < COMPARED:
-                    compared = count
-                    different.add(single_spaced(record.completion))
-                if len(different) <= RANKED:
-                    often[record.completion] += 1
-                bar.advance()
-                yield record
-
-    longest = heapq.nlargest(COUNTED, counted(), key=size_of)
+    longest: list[tuple[int, int, Record]] = []  # a heap; the number tells records of one length apart
+    with Progress("reading the completions", unit="example") as bar:
+        for record in records:
+            count += 1
+            words += len(record.completion.split())
+            if len(different) < COMPARED:
+                compared = count
+                different.add(single_spaced(record.completion))
+            if len(different) <= RANKED:
+                often[record.completion] += 1
+            heapq.heappush(longest, (size_of(record), count, record))
+            if len(longest) > COUNTED:
+                heapq.heappop(longest)
+            bar.advance()
     few = different_answers(often) if len(different) <= RANKED else None
     free_text = words > FREE_WORDS * count and len(different) >= FREE_SHARE * compared
-    return Completions(count, few, longest, free_text)
+    return Completions(count, few, [record for *_, record in longest], free_text)
 
 
 def different_answers(texts: Iterable[str]) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from ..config import RunConfig
 from ..evaluation.options import EvalOptions
 from ..io import atomic
 from ..io.storage.bucket import Place
+from ..server.batch import batch_request
 from ..serving.jobs import run_job
 from .claim import TRIES
 from .command import parsed
@@ -105,4 +106,4 @@ class GenerationWorker(ShardWorker):
             sources, tenants = generate.checked(options)
             self.loaded = generate.engine_of(options, *generate.load(options, sources), tenants=tenants)
         engine, default = self.loaded
-        run_job(engine, options.input, output, default, shard=options.shard, read_body=generate.read_body)
+        run_job(engine, options.input, output, default, shard=options.shard, read_body=batch_request)

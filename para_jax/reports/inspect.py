@@ -52,7 +52,7 @@ def dry_run(config: RunConfig, topology: str | None = None) -> str:
     backbone's weights, and writes nothing.
 
     Args:
-        topology: a TPU slice to compile the step for (dry_run/topology.py).
+        topology: a TPU slice to compile the step for, such as "v5e:4x4" (extra `aot`). It turns JAX to the CPU.
     """
     if config.sweep.method:
         return "\n\n".join(f"{name}\n{dry_run(own, topology)}" for name, own in method_configs(config).items())
@@ -219,10 +219,6 @@ def folder_report(folder: Path) -> str:
     to)."""
     if (folder / "adapter_config.json").is_file():
         return adapter_report(folder)
-    if not (folder / "config.yaml").is_file():
-        raise ValueError(
-            f"{folder} holds neither an adapter (adapter_config.json) nor a run (config.yaml); choose another folder"
-        )
     config = load_config(folder / "config.yaml")
     if config.sweep.method:
         return methods_report(folder, config)

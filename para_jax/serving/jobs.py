@@ -30,7 +30,7 @@ TRIALS = 3
 
 
 def only_short_form(line: dict, engine: Engine) -> Request:
-    raise ValueError("body: pass read_body=para_jax.server.batch.batch_request to read OpenAI's batch format")
+    raise ValueError("body: run_batch reads lines of OpenAI's batch format, run_job those of the short form")
 
 
 def run_job(

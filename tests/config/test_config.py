@@ -113,6 +113,20 @@ def test_other_overrides_are_yaml():
     assert (config.train.max_steps, config.eval.test, config.train.learning_rate) == (None, True, 1.0)
 
 
+@pytest.mark.parametrize("value", ["a # b", "'a' # b", "[a] # b", "#a"])
+def test_what_yaml_would_drop_of_an_override_is_an_error(value):
+    assert f"output_dir={value}" in error(f"output_dir={value}")
+    assert load_config(None, [f'output_dir="{value}"', "backbone.source=a#b"]).output_dir == value
+
+
+def test_an_error_names_the_file_where_the_file_alone_has_it(tmp_path):
+    file = written(tmp_path, "sweep: {seed: [-1]}\n")
+    assert error("seed=3", file=file).startswith(f"config {file}: each item of sweep.seed")
+    assert error("sweep.seed=[-2]", file=file).startswith("each item of sweep.seed")
+    file = written(tmp_path, "train: {batch_size: 8}\n")
+    assert error("train.gradient_accumulation_steps=3", file=file).startswith("train.gradient_accumulation_steps")
+
+
 @pytest.mark.parametrize("method", ["para", "lora", "ia3"])
 def test_a_learning_rate_that_is_not_set_is_the_methods(method, tmp_path):
     own = ADAPTER_CONFIGS[method].default_learning_rate

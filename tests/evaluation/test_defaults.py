@@ -9,7 +9,6 @@ from tiny_run import backbone_folder, run_config, tokenizer, words, write_rows
 
 from para_jax import load_model_config
 from para_jax.data.examples import encode_completion
-from para_jax.data.given import PYTHON
 from para_jax.data.records import Record
 from para_jax.evaluation import defaults
 from para_jax.evaluation.defaults import (
@@ -82,30 +81,8 @@ def test_a_file_of_free_text_is_scored_as_a_run_scores_it(rule, tmp_path):
     own, of_file = task_of_run(rule.config, "test", tokenizer()), []
     for metric in ("", ":exact_match"):
         task = file_task(f"{tmp_path / 'data' / 'test.jsonl'}{metric}", tokenizer(), model, split="test", limit=None)
-        of_file.append(task and (task.encoded.task.metric, task.encoded.task.also))
+        of_file.append(task and (task.metric, task.also))
     assert of_file == [("loss", ("f1",)), ("exact_match", ())] and own and (own.metric, own.also) == of_file[0]
-
-
-def test_scoring_without_the_training_data_says_that_the_run_may_have_had_another_metric(rule, tmp_path, capsys):
-    assert rule(["w9", "w10"] * 10, test=["w9", "w10"] * 4).metric == "accuracy"
-    test = str(tmp_path / "data" / "test.jsonl")
-    assert task_of_run(rule.config, "test", tokenizer()).metric == "accuracy"
-    assert "is not here" not in capsys.readouterr().err
-    (tmp_path / "data" / "train.jsonl").unlink()
-    elsewhere = replace(rule.config, data=replace(rule.config.data, train=str(tmp_path / "data"), test=test))
-    from_python = replace(rule.config, data=replace(rule.config.data, train=PYTHON, test=test))
-    for config, where in (elsewhere, str(tmp_path / "data")), (from_python, "from Python"):
-        written = replace(config, eval=replace(config.eval, metric="f1"))
-        for one, scored in (config, "exact_match and f1 of written"), (written, "f1 of written answers of up to 32"):
-            task_of_run(one, "test", tokenizer())
-            said = " ".join(capsys.readouterr().err.split())
-            assert f"the training data ({where}) is not here" in said and scored in said
-            assert "eval.metric and eval.max_new_tokens" in said
-        both = replace(written, eval=replace(written.eval, max_new_tokens=8))
-        given = replace(config, eval=replace(config.eval, metric="accuracy", choices=("w9", "w10")))
-        for one in both, given:
-            task_of_run(one, "test", tokenizer())
-            assert "is not here" not in capsys.readouterr().err
 
 
 def test_what_the_config_says_wins(rule):

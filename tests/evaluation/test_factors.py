@@ -64,7 +64,7 @@ def test_the_table_has_a_row_a_layer_and_a_column_a_site():
 def test_one_prompt_and_an_adapter_without_factors_are_errors():
     with pytest.raises(ValueError, match="^prompts: 1 given"):
         factor_spread(backbone("llama"), adapter(), PROMPTS[:1], tokenizer())
-    with pytest.raises(ValueError, match="vectors.*Shared.*no factors"):
+    with pytest.raises(ValueError, match="vectors.*Shared.*no factors.*PARA"):
         factors_of(backbone("llama"), adapter(LoraConfig()), PROMPTS[0], tokenizer())
 
 

@@ -282,7 +282,6 @@ def test_own_tasks_of_a_label_metric_rank_with_and_without_training_data(folder,
     for metric in ("macro_f1", "matthews"):
         one, *others = [task.questions for task in asked(metric)]
         assert one == others[0] == others[1]
-    assert "is not here" not in capsys.readouterr().err
     of_config, of_file, _ = [task.questions for task in asked("macro_f1", "eval.choices=[w9, w12, w13]")]
     assert len(of_config) == len(of_file) * 4 // 3  # with the completion, for the loss
     write_rows(tmp_path / "A" / "train.jsonl", rows[:1])  # one label: nothing to rank
@@ -290,14 +289,3 @@ def test_own_tasks_of_a_label_metric_rank_with_and_without_training_data(folder,
     write_rows(tmp_path / "A" / "train.jsonl", [row | {"completion": "w9 w9"} for row in rows[:1]] + rows[:1])
     asked("macro_f1")
     assert "are not among the choices (w9, w9 w9)" in capsys.readouterr().err
-
-
-def test_tenants_without_their_training_data_share_one_warning(folder, tmp_path, capsys):
-    own = {}
-    for name in ("A", "B"):
-        shutil.copytree(folder / "free", tmp_path / name)
-        own[name] = run_config(folder, f"data.train={tmp_path / name}", "eval.metric=null", "eval.max_new_tokens=null")
-    model_config, tokenizer = load_model_config(folder / "backbone"), load_tokenizer(folder / "backbone")
-    read_own_tasks(str(tmp_path), ["A", "B"], tokenizer, model_config, EvalOptions(), own)
-    said = capsys.readouterr().err
-    assert said.count("is not here") == 1 and f"({tmp_path}/A), and that of 1 more," in said

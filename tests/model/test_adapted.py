@@ -11,7 +11,6 @@ from golden_models import FAMILIES, FIXTURES, backbone, golden, golden_tenants, 
 from long_cases import quick
 
 from para_jax import (
-    DecodeState,
     ParaConfig,
     adapt,
     decode,
@@ -26,7 +25,7 @@ from para_jax import (
     vectors,
 )
 from para_jax.adapters.rows import check_fits
-from para_jax.model.adapted import decode_step, stacked_state
+from para_jax.model.adapted import DecodeState, decode_step, stacked_state
 
 PARA_FAMILIES = ("llama", "gemma", "qwen3", "phi3", "qwen2")
 VARIANTS = [(file.parent.parent.name, file.stem) for file in sorted(FIXTURES.glob("*/variants/*.json"))]

@@ -14,11 +14,12 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, trainers
 from transformers import PreTrainedTokenizerFast
 
-from para_jax import TenantsResult, quickstart
+from para_jax import quickstart
 from para_jax.cli import main
 from para_jax.config import load_config
 from para_jax.quickstart.examples import JOBS, business_examples
 from para_jax.runs.folder import claim_folder, locked_folder
+from para_jax.runs.train import TenantsResult
 
 # The tiny tokenizer makes more tokens of some prompts than the 48 that SmolLM2's always stays below.
 TINY = ["data.truncate=left", "train.max_steps=1", "runtime.compilation_cache=false", "runtime.allow_cpu=true"]

@@ -150,7 +150,7 @@ def test_every_line_is_answered_once_as_generate_does_and_in_order(folder, whole
 
 
 def test_lines_of_openais_batch_format_are_answered_as_the_short_form(folder, engine, tmp_path):
-    from para_jax.server.batch import batch_request
+    from para_jax import run_batch
 
     engine.tokenizer.chat_template = "{% for m in messages %}{{ m.content + ' ' }}{% endfor %}"
     settings = {"max_tokens": 4, "temperature": 0, "model": "A"}
@@ -170,7 +170,7 @@ def test_lines_of_openais_batch_format_are_answered_as_the_short_form(folder, en
         batch("streamed", "completions", settings | {"prompt": "w20", "stream": True}),
         batch("url", "embeddings", {"input": "w20"}),
     )
-    assert run_job(engine, source, tmp_path / "out.jsonl", Request(""), read_body=batch_request) == 4
+    assert run_batch(engine, source, tmp_path / "out.jsonl") == 4
     found = by_id(tmp_path / "out.jsonl")
     row = found["chat"]
     assert set(row) == {"id", "custom_id", "response", "error"}
