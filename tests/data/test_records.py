@@ -10,7 +10,7 @@ from para_jax.config import DataSection
 from para_jax.data.given import SPLITS
 from para_jax.data.records import Record, load_records, read_records
 from para_jax.data.sources import open_split
-from para_jax.server.chat_messages import read_messages
+from para_jax.server.protocol import ChatBody, validated
 
 USER, BOT = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}
 
@@ -96,8 +96,8 @@ def test_parts_of_a_content_that_are_texts_are_one_text(tmp_path):
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "annotations": None}]
     (record,) = read_records(write(tmp_path, {"messages": [USER | {"content": parts}, BOT | {"content": parts[:1]}]}))
     assert (record.prompt, record.completion) == ([USER | {"content": "a\nb"}], "a")
-    (spoken,) = read_messages([USER | {"content": parts}])
-    assert [spoken] == record.prompt
+    chat = validated(ChatBody, {"model": "A", "messages": [USER | {"content": parts}]})
+    assert chat.prompts == [record.prompt]
     for wrong in ([], ["a"], [{"type": "image_url", "text": "a"}], [parts[0] | {"x": 1}]):
         with pytest.raises(ValueError, match="is not a message"):
             read_records(write(tmp_path, {"messages": [USER | {"content": wrong}, BOT]}))
