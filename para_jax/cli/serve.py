@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import secrets
 import shlex
 from dataclasses import fields
 from pathlib import Path
+from typing import Annotated
 
 from ..adapters.names import named_adapters
+from ..config.bounds import Bounds, NonNegativeFloat, PositiveInt
 from ..io.checks import expanded
 from ..io.messages import say
 from ..server.config import ServerConfig
@@ -30,68 +31,29 @@ def served() -> shared.Parser:
     parser = shared.Parser(add_help=False)
     group = parser.add_argument_group("adapters")
     shared.add_tenants(group)
-    shared.add_adapter_memory(group, "each is loaded when a request needs it. With --adapter-root all stay in memory")
+    text = "each is loaded when a request needs it. With --adapter-root all stay in memory"
+    shared.add_adapter_memory(group, text)
     shared.add_fields(group, ServerConfig, "served_model_name", "adapter_root", "allow_hub")
     group = parser.add_argument_group("adapters that join later, with --adapter-root")
-    group.add_argument(
-        "--methods",
-        type=shared.filled,
-        metavar="M,M",
-        help="their methods (default: para,ia3 and those of --adapters)",
-    )
-    group.add_argument(
-        "--sites",
-        type=shared.filled,
-        metavar="S,S",
-        help="the sites that they may change (default: q_proj,v_proj,up_proj and those of --adapters)",
-    )
-    group.add_argument(
-        "--max-r", type=shared.count, metavar="R", help="their largest rank (default: 16, or that of --adapters)"
-    )
-    group.add_argument(
-        "--capacity", type=shared.count, metavar="N", help="the maximum number of tenants (default: 1024)"
-    )
+    shared.option(group, "--methods", "their methods (default: para,ia3 and those of --adapters)", metavar="M,M")
+    text = "the sites that they may change (default: q_proj,v_proj,up_proj and those of --adapters)"
+    shared.option(group, "--sites", text, metavar="S,S")
+    shared.option(group, "--max-r", "their largest rank (default: 16, or that of --adapters)", PositiveInt)
+    shared.option(group, "--capacity", "the maximum number of tenants (default: 1024)", PositiveInt)
     group = parser.add_argument_group("engine")
     shared.add_engine_size(group)
     shared.add_chat_template_kwargs(group)
-    group.add_argument(
-        "--prefix-cache-gb",
-        type=float,
-        metavar="GB",
-        help="memory for the prefixes that prompts share (default: half of what the slots take)",
-    )
-    group.add_argument(
-        "--max-logprobs",
-        type=int,
-        default=20,
-        metavar="N",
-        help="alternatives per token that a request may ask for; 0: no log-probabilities (default: %(default)s)",
-    )
-    group.add_argument(
-        "--queue-limit",
-        type=shared.count,
-        default=1024,
-        metavar="N",
-        help="answers that may wait in the queue (default: 1024)",
-    )
-    group.add_argument(
-        "--queue-limit-per-tenant",
-        type=shared.count,
-        metavar="N",
-        help="answers of each tenant that may wait (default: no limit)",
-    )
+    text = "memory for the prefixes that prompts share (default: half of what the slots take)"
+    shared.option(group, "--prefix-cache-gb", text, NonNegativeFloat, metavar="GB")
+    text = "alternatives per token that a request may ask for; 0: no log-probabilities"
+    shared.option(group, "--max-logprobs", text, Annotated[int, Bounds(at_least=0)], 20)
+    shared.option(group, "--queue-limit", "answers that may wait in the queue", PositiveInt, 1024)
+    text = "answers of each tenant that may wait (default: no limit)"
+    shared.option(group, "--queue-limit-per-tenant", text, PositiveInt)
     group = parser.add_argument_group("server")
-    group.add_argument("--api-key", "--api_key", nargs="?", action=RefusedKey, help=argparse.SUPPRESS)
-    names = ("host", "port", "api_key_file", "timeout", "drain_seconds", "max_body", "log_prompts")
+    names = "host", "port", "api_key_file", "timeout", "drain_seconds", "max_body", "log_prompts"
     shared.add_fields(group, ServerConfig, *names)
     return parser
-
-
-class RefusedKey(argparse.Action):
-    """vLLM's --api-key. Argparse would take it for an abbreviation of --api-key-file, whose errors show its value."""
-
-    def __call__(self, parser, *_):
-        parser.error("--api-key is refused, because others on this machine can read it; give --api-key-file FILE")
 
 
 def run(options) -> None:
@@ -108,7 +70,6 @@ def checked(options) -> tuple[dict[str, str], ServerConfig]:
     from .checks import check_adapters, chosen_backbone
 
     require_packages("serve")
-    shared.check_engine_size(options)
     for name in ("methods", "sites", "max_r", "capacity"):
         if getattr(options, name) and not options.adapter_root:
             raise ValueError(f"--{name.replace('_', '-')} goes with --adapter-root\ngive that too")

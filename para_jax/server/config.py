@@ -3,40 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from ..config.bounds import NonNegativeFloat, PositiveFloat, PositiveInt, check_fields
 
 
-def flag(default: Any, help: str, **more: Any) -> Any:
+def flag(default: Any, text: str, metavar: str | None = None) -> Any:
     """A field with its default and its flag's help."""
-    return field(default=default, metadata={"help": help} | more)
-
-
-text, seconds = partial(flag, type=str), partial(flag, type=float, metavar="S")
+    return field(default=default, metadata={"help": text} | ({"metavar": metavar} if metavar else {}))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
     """The server's options."""
 
-    served_model_name: str | None = text(None, "the base model's name (default: the backbone's)", metavar="NAME")
+    served_model_name: str | None = flag(None, "the base model's name (default: the backbone's)", "NAME")
     """None: base, which works in any case"""
-    adapter_root: str | None = text(
-        None, "let clients load adapters from this folder, and unload them, while it runs", metavar="DIR"
+    adapter_root: str | None = flag(
+        None, "let clients load adapters from this folder, and unload them, while it runs", "DIR"
     )
     allow_hub: bool = flag(False, "with --adapter-root: let clients load adapters from the hub too")
-    host: str = text("127.0.0.1", "the address to listen at (default: this machine alone)")
-    port: int = flag(8000, "0 picks a free one (default: %(default)s)")
-    api_key_file: str | None = text(
-        None, "one key per line, optionally followed by the tenants that it may use (default: no keys)", metavar="FILE"
+    host: str = flag("127.0.0.1", "the address to listen at; 127.0.0.1 is this machine alone")
+    port: int = flag(8000, "0 picks a free one")
+    api_key_file: str | None = flag(
+        None, "one key per line, optionally followed by the tenants that it may use (default: no keys)", "FILE"
     )
-    timeout: PositiveFloat = seconds(600, "seconds that a request may take (default: %(default)s)")
-    drain_seconds: NonNegativeFloat = seconds(
-        30, "after SIGTERM or Ctrl-C, seconds that open requests may take (default: %(default)s)"
-    )
-    max_body: PositiveInt = flag(8 * 2**20, "the largest request (default: 8 MiB)", metavar="BYTES")
+    timeout: PositiveFloat = flag(600, "seconds that a request may take", "S")
+    drain_seconds: NonNegativeFloat = flag(30, "after SIGTERM or Ctrl-C, seconds that open requests may take", "S")
+    max_body: PositiveInt = flag(8 * 2**20, "the largest request", "BYTES")
     log_prompts: bool = flag(False, "log the prompts, not only their lengths")
 
     def __post_init__(self):

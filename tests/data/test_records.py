@@ -7,7 +7,6 @@ import pyarrow.parquet
 import pytest
 
 from para_jax.config import DataSection
-from para_jax.data.chats import warn_of_role
 from para_jax.data.given import SPLITS
 from para_jax.data.records import Record, load_records, read_records
 from para_jax.data.sources import open_split
@@ -145,15 +144,6 @@ def test_templates_read_any_columns(tmp_path):
     assert (made[0].prompt, made[0].completion) == ("{add}\n{0.x} 1 2", "3")
 
 
-def test_a_role_that_servers_do_not_take_is_said_once(tmp_path, capsys):
-    """As in data that was converted from another form."""
-    file = write(tmp_path, *({"messages": [USER | {"role": role}, BOT]} for role in ("human", "tool", "human", "user")))
-    warn_of_role.cache_clear()
-    assert len(read_records(file)) == 4
-    said = capsys.readouterr().err
-    assert [said.count(f"the role '{role}'") for role in ("human", "tool", "user")] == [1, 1, 0]
-
-
 def test_a_row_with_messages_needs_no_other_column(tmp_path):
     """Public chats often have a `prompt` too, the first message as text, but no `completion`."""
     more = [{}, {"prompt": "hello", "prompt_id": "x"}, {"completion": "hi"}]
@@ -206,7 +196,7 @@ def test_a_wrong_row_is_an_error_that_names_file_and_line(tmp_path, row, message
     [
         ("{missing}", r"data.jsonl:1: .*'missing'.*a, b"),
         ("{b}", "data.jsonl:1: b .*list"),
-        ("{a.__class__}", r"not a plain \{column\}; write \{\{ and \}\}"),
+        ("{a.__class__}", r"data.jsonl:1: no field 'a.__class__'; the row has a, b"),
         ("{a", r"\{\{ or \}\}"),
         ("a", r"every prompt would be 'a'\nput the name of a column into one pair of braces"),
         ("Q: {{a}}", r"every prompt would be 'Q: \{a\}'\nput"),  # as lm-eval's templates have it
