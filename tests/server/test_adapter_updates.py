@@ -131,9 +131,7 @@ def test_a_method_that_the_bank_was_not_made_for_is_refused(model, root):
     refused(client_of(None, root)[0], 400, "base model", lora_name="a", lora_path="lora")
 
 
-@pytest.mark.parametrize(
-    "name", ["a,b", "a\nb", "a\x00b", " a", "\u202ea", "", "x" * 129, BASE, "base", None, 7, ["a"]]
-)
+@pytest.mark.parametrize("name", ["a,b", "a\nb", " a", "x" * 129, BASE, 7])
 def test_names_that_are_not_safe_are_refused(client, bank, name):
     assert refused(client, 400, bank=bank, lora_name=name, lora_path="para")["param"] == "lora_name"
 
