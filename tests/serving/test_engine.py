@@ -441,23 +441,6 @@ def test_ids_are_given_or_numbered_and_an_open_one_is_refused(model, bank):
 
 
 @pytest.mark.long
-def test_nothing_is_compiled_after_warm_up(model, tenants, compiled):
-    bank = bank_of(model, tenants)
-    engine = Engine(model, bank, tokenizer(), slots=4, max_length=72)
-    engine.warm_up()
-    before = len(compiled)
-    assert before
-    for i in range(12):
-        options = dict(temperature=i % 2, top_k=i % 3, seed=i, n=1 + i % 2)
-        tenant = [*CONFIGS, None][i % 4]
-        engine.submit(Request(prompt(i, 1 + 5 * i), tenant, max_new_tokens=2 + i, **options))
-    bank.replace("A", tenants["A2"])
-    assert len(answers(engine)) == 18 and len(compiled) == before
-    jax.jit(lambda x: 2 * x)(np.zeros(72))
-    assert len(compiled) > before
-
-
-@pytest.mark.long
 def test_lora_joins_where_the_bank_lets_it_and_the_engine_says_so(model, tenants, capsys):
     lora = strong(init_adapter(LoraConfig(r=4), model.config), 5, 0.3)
     bank = AdapterBank(model.config, max_r=4, methods=("para", "lora"), sites=SITES)
