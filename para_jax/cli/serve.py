@@ -70,7 +70,6 @@ def checked(options) -> tuple[dict[str, str], ServerConfig]:
     from .checks import check_adapters, chosen_backbone
 
     require_packages("serve")
-    shared.check_engine_size(options)
     for name in ("methods", "sites", "max_r", "capacity"):
         if getattr(options, name) and not options.adapter_root:
             raise ValueError(f"--{name.replace('_', '-')} goes with --adapter-root\ngive that too")
