@@ -79,9 +79,6 @@ class PrefixCache:
             keys.append(key)
         return keys
 
-    def knows(self, key: bytes) -> bool:
-        return key in self._of_key
-
     def find(self, key: bytes) -> int | None:
         """The block of a key, with one more reference; None if it is not known."""
         block = self._of_key.get(key)

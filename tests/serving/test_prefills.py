@@ -285,11 +285,15 @@ def test_nothing_is_compiled_after_warm_up(model, tenants, compiled):
     bank = bank_of(model, tenants, CONFIGS)
     engine = engine_of(model, bank, 7, slots=4, max_length=68)
     engine.warm_up()
+    other = strong(tenants["all"], 99)
     before = len(compiled)
     for i in range(30):
         name = [*CONFIGS, None][i % 8]
         engine.submit(Request(ids_of(i % 2, 1 + 2 * i), name, 1 + i % 5, temperature=i % 2, n=1 + i % 3, seed=i))
+    bank.replace("all", other)
     assert len(answers(engine)) == 60 and len(compiled) == before and engine.prefix_cache.hits > 0
+    jax.jit(lambda x: 2 * x)(np.zeros(72))
+    assert len(compiled) > before
 
 
 @pytest.mark.long

@@ -28,7 +28,7 @@ def filled(cache, ids):
 def found(cache, ids):
     """How many blocks of a prompt are known from its beginning on."""
     keys = cache.keys(ids)
-    return next((i for i, key in enumerate(keys) if not cache.knows(key)), len(keys))
+    return next((i for i, key in enumerate(keys) if key not in cache._of_key), len(keys))
 
 
 def test_a_key_hashes_the_backbone_and_every_token_up_to_its_end():

@@ -37,14 +37,6 @@ def test_a_tenant_waits_for_one_item_of_every_other_at_most(calls):
     assert (queue.head() is None) == (not lines)
 
 
-def test_a_flood_of_one_tenant_costs_another_one_place():
-    queue = FairQueue()
-    for number in range(1000):
-        queue.put("flood", number, "flood")
-    queue.put("late", 1000, "late")
-    assert [queue.take(queue.head()) for _ in range(3)] == ["flood", "late", "flood"]
-
-
 def test_the_first_items_that_fit_pass_those_that_do_not():
     queue = FairQueue()
     for number, (tenant, item) in enumerate([("a", 2), ("a", 1), ("b", 1), ("b", 2), ("c", 3)]):

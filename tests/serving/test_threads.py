@@ -29,7 +29,6 @@ from tiny_run import tokenizer
 from para_jax import Engine, Request, init_adapter
 from para_jax.inference.answer_text import AnswerText
 from para_jax.serving import decoder, prefills
-from para_jax.serving.open_requests import QueueFull
 from para_jax.serving.queue import FairQueue
 
 NAMES = [*CONFIGS, None]
@@ -386,24 +385,6 @@ def test_a_tokenizer_that_fails_is_one_requests_error(model, bank, alone):
 # ------------------------------------------------------------------------------------------------------------- streams
 
 
-def test_a_stream_gives_text_and_tokens_as_they_are_decoded(model, bank, alone):
-    engine, asked = engine_of(model, bank), requests()
-    stream, other = engine.stream(asked[11]), engine.submit(asked[0])
-    pieces = [next(stream)]
-    assert pieces[0].finish_reason is None and 0 < len(pieces[0].tokens) < 14
-    pieces += stream
-    for index, (tokens, text, reason) in enumerate(alone[11]):
-        own = [piece for piece in pieces if piece.index == index]
-        assert "".join(piece.text for piece in own) == text
-        assert [token for piece in own for token in piece.tokens] == tokens
-        assert [piece.finish_reason for piece in own] == [None] * (len(own) - 1) + [reason]
-    found = answers(engine)
-    assert set(found) == {(other, 0)} and plain(found[other, 0]) == alone[0][0] and engine.open == 0
-    for _ in range(20):
-        list(engine.stream(asked[3]))
-    assert engine.open == 0 and not list(engine.run())
-
-
 def test_a_stream_never_shows_a_stop_text_or_its_beginning(model, bank):
     engine = engine_of(model, bank)
     free = engine.submit(Request(prompt(1), "A", 12))
@@ -415,19 +396,6 @@ def test_a_stream_never_shows_a_stop_text_or_its_beginning(model, bank):
         shown += piece.text
         assert whole.text[: whole.text.index(end)].startswith(shown)
     assert shown == whole.text[: whole.text.index(end)] and piece.finish_reason == "stop"
-
-
-def test_closing_a_stream_cancels_its_request(model, bank):
-    engine = engine_of(model, bank)
-    stream = engine.stream(Request(prompt(1), "A", 20))
-    next(stream)
-    stream.close()
-    assert engine.open == 0 and not list(engine.run())
-    stream = engine.stream(Request(prompt(1), "A", 20, id="x"))
-    next(stream)
-    assert engine.cancel("x")
-    *_, last = stream
-    assert (last.finish_reason, last.error) == ("error", "cancelled")
 
 
 def test_an_exception_in_a_streams_own_round_cancels_its_request_alone(model, bank, alone, monkeypatch):
@@ -451,25 +419,3 @@ def test_one_tenants_flood_costs_another_at_most_one_place_per_free_slot(model, 
         engine.submit(Request(prompt(i), "B", 3, id=("B", i)))
     started = [completion.id for completion in engine.run()]  # short answers end in the order they start
     assert started[:8] == [(tenant, i) for i in range(4) for tenant in "AB"]
-
-
-def test_each_tenant_has_a_queue_limit(model, bank):
-    engine = engine_of(model, bank, queue_limit=10, queue_limit_per_tenant=3)
-    for i in range(3):
-        engine.submit(Request(prompt(i), "A", 2))
-    with pytest.raises(QueueFull, match="3 of 3 samples of tenant 'A'"):
-        engine.submit(Request(prompt(4), "A", 2))
-    assert engine.submit(Request(prompt(4), "B", 2)) is not None
-    assert len(answers(engine)) == 4
-    engine.submit(Request(prompt(0), "A", n=4))
-    assert "n: 4" in next(engine.run()).error
-
-
-def test_an_entry_answers_even_if_its_tenant_is_gone(model, tenants):
-    bank = bank_of(model, tenants)
-    engine, entry = engine_of(model, bank), bank.entry("A")
-    before = engine.submit(Request(prompt(4), "A", 5))
-    expected = plain(answers(engine)[before, 0])
-    bank.remove("A")
-    after = engine.submit(Request(prompt(4), "A", 5), entry=entry)
-    assert plain(answers(engine)[after, 0]) == expected
