@@ -75,8 +75,6 @@ class DataSection:
     max_seq_length: Annotated[int, Bounds(at_least=2)] | None = 512
     """the maximum number of tokens of prompt and completion together; null: that of the longest training example, and
     for evaluation the model's positions"""
-    cache: bool = True
-    """keep the token ids of large training data in ~/.cache/para_jax/tokens for the next start"""
     truncate: Literal["error", "skip", "left"] = "error"
     """what happens to longer examples; left cuts the start of the prompt. skip and left report how many"""
     buckets: PositiveInt = 3
