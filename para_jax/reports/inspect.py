@@ -121,10 +121,15 @@ def step_line(config: RunConfig) -> str:
     sizes, tenants = mesh_here(config), MANY
     with suppress(ValueError):
         tenants = tenants_of(config)
-    layout = lay_out(config, abstract_mesh(sizes), tenants)
-    rows, longest = layout.passes * layout.pass_rows, config.data.assumed_length
     needed, here = math.prod(sizes.values()), jax.device_count()
     other = f"; for {needed} devices, and this machine has {here}" if needed > here else ""
+    rows, over = config.train.batch_size or 0, sizes["data"] * sizes["fsdp"]
+    if rows % over:  # a run may be meant for fewer devices
+        other += f"; {over} devices can't split them evenly"
+    else:
+        layout = lay_out(config, abstract_mesh(sizes), tenants)
+        rows = layout.passes * layout.pass_rows
+    longest = config.data.assumed_length
     most = f"at most {rows * longest:,} tokens{config.data.assumed}"
     return f"a step     {rows} rows of at most {longest} tokens: {most}{other}"
 

@@ -70,10 +70,3 @@ def test_a_wrong_row_stops_the_run_before_anything_is_written(folder):
     with pytest.raises(ValueError, match="^data.train .*and data="):
         train(replace(config, data=replace(config.data, train="x")), SPLITS)
     assert not (folder / "wrong").exists()
-
-
-def test_a_loss_that_is_not_finite_names_the_rows(folder, monkeypatch):
-    from para_jax.runs.loop import places
-
-    assert places(['data["train"] row 12', 'data["train"] row 3']) == 'data["train"] row 3, 12'
-    assert places(["a:2", "a:10", "b:1"]) == "a:2, 10; b:1"
