@@ -18,20 +18,12 @@ class Safetensors:
 
     def __init__(self, folder: str | Path):
         self.path = Path(folder)
-        self.tensors = with_prefix(text_tensors(folder_tensors(self.path)))
+        self.tensors = text_tensors(folder_tensors(self.path))
         self.shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
 
     def read(self, name: str, start: int = 0, stop: int | None = None, columns: slice = slice(None)) -> np.ndarray:
         """Rows start...stop of a tensor, or some of their columns, in the stored dtype."""
         return self.tensors[name].read(start, stop, columns)
-
-
-def with_prefix(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The tensors by their names in a model with a head. A model that was saved without one, as Qwen3-Embedding was,
-    has no `model.` before them."""
-    if "embed_tokens.weight" not in tensors or any(name.startswith("model.") for name in tensors):
-        return tensors
-    return {name if name == "lm_head.weight" else f"model.{name}": tensor for name, tensor in tensors.items()}
 
 
 def folder_tensors(folder: Path) -> dict[str, StoredTensor]:

@@ -20,7 +20,6 @@ from para_jax import (
     multi_tenant_forward,
     prefill,
     save_adapter,
-    vectors,
 )
 from para_jax.adapters import padding
 from para_jax.adapters.adapter import named_leaves
@@ -149,16 +148,6 @@ def test_decode_carries_the_same_whatever_the_tenants_scopes(model, methods):
     ]:
         bank.add(f"{scope}{window}", init_adapter(config(scope=scope, scope_window=window), model.config))
         assert carried(f"{scope}{window}") == carried(None) == empty
-
-
-def test_vectors_of_a_bank_are_those_of_each_tenant(model, tenants, bank):
-    tokens = prompts(model, 2)
-    found = vectors(model, bank.rows(["wide", "ia3"]), tokens, 8)
-    assert set(found) == {"q_proj", "v_proj", "up_proj"}
-    alone = vectors(model, tenants["wide"], tokens[:1], 8)
-    np.testing.assert_allclose(found["q_proj"][:, :1], alone["q_proj"], atol=1e-5)
-    np.testing.assert_array_equal(found["v_proj"][:, 0], 1)
-    np.testing.assert_allclose(found["q_proj"][:, 1], tenants["ia3"].scale["q_proj"][...], atol=1e-6)
 
 
 @pytest.mark.long

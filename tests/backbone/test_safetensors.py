@@ -23,17 +23,6 @@ def test_parts_of_a_tensor_equal_those_of_the_full_tensor(tmp_path):
     assert source.read("a", 4, 4).shape == (0, 7) and source.read("a", 4, 4, columns=slice(2, 3)).shape == (0, 1)
 
 
-@pytest.mark.parametrize("removed", ["model.", "model.layers.0."])
-def test_a_model_that_was_saved_without_its_head_has_the_same_tensors(removed, tmp_path):
-    """Qwen3-Embedding has no `model.` before its names. A file in which only some lack it is damaged."""
-    stored = Safetensors(FIXTURES / "smollm2")
-    tensors = {name.removeprefix(removed): stored.read(name) for name in stored.shapes}
-    save_file(tensors, tmp_path / "model.safetensors")
-    found = Safetensors(tmp_path)
-    assert (found.shapes == stored.shapes) == (removed == "model.")
-    assert found.shapes.keys() == (stored.shapes if removed == "model." else tensors).keys()
-
-
 @pytest.mark.parametrize("length", [0, 5, 8, 100, 20_000, 578_311])
 def test_a_truncated_file_is_named(length, tmp_path):
     file = tmp_path / "model.safetensors"

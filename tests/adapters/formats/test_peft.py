@@ -218,7 +218,6 @@ def test_tensors_of_what_we_do_not_adapt_are_refused(lora, name, message):
     [
         {"a_key_of_2027": None, "another": False, "a_third": {}, "a_fourth": [], "a_fifth": "none"},
         {"lora_dropout": 0.1, "revision": "main", "auto_mapping": {"base_model_class": "X"}, "inference_mode": False},
-        {"init_lora_weights": "gaussian", "eva_config": {"rho": 2}, "megatron_core": "m", "task_type": None},
         {
             "use_dora": "left out",
             "bias": "left out",
