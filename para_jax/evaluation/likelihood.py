@@ -46,6 +46,7 @@ def likelihoods(
         rows: contexts per batch.
     """
     planned = isinstance(shapes, PlannedShapes)
+    # with open shapes always: an answer's bits must not depend on who else is asked
     sharing = not planned or repeated(asked)
     alike: dict[tuple[bool, bool], list[int]] = {}
     for i, (entry, question) in enumerate(asked):

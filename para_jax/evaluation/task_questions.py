@@ -199,5 +199,5 @@ def questions_of_harness(names: list[str], tokenizer, config: ModelConfig, optio
         given = task, tokenizer, config.max_positions
         questions = record(*given, sampling_seed=options.seed)
         results = partial(replay, *given, sampling_seed=options.seed, samples=options.log_samples)
-        asked.append(TaskQuestions(task.result_names, questions, results, scored_by=repr(task.settings())))
+        asked.append(TaskQuestions(task.result_names, questions, results, scored_by=task.settings()))
     return asked

@@ -269,7 +269,7 @@ def rows_task(name: str, rows: Any, tokenizer, config: ModelConfig, *, limit: in
     if name.rpartition(":")[2] in ("loss", *METRICS, *LABEL_METRICS):
         title, _, metric = name.rpartition(":")
     label = f"tasks[{name!r}]"
-    records = list(records_of(rows_split(label, "test", rows), Form()))
+    records = list(records_of(rows_split(label, rows), Form()))
     return task_of_records(label, title, records, metric, None, None, tokenizer, config, limit)
 
 

@@ -40,6 +40,7 @@ def write_in_batches(
         stop_ids: tokens that end every answer, in addition to its own.
     """
     planned = isinstance(shapes, PlannedShapes)
+    # with open shapes always: an answer's bits must not depend on who else is asked
     sharing = not planned or repeated(asked)
     alike: dict[tuple, list[int]] = {}
     for i, (entry, question) in enumerate(asked):

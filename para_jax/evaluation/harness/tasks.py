@@ -55,16 +55,15 @@ class HarnessTask(NamedTuple):
         """The names of tasks and groups under which lm-eval gives results."""
         return tuple(name for part in ("tasks", "groups") for name in self.loaded.get(part, ()))
 
-    def settings(self) -> dict[str, str]:
-        """For each of its tasks a hash of the config and the documents, on which scores depend besides the answers. It
-        does not cover the code of helper files."""
-        found = {}
+    def settings(self) -> str:
+        """A hash of its tasks' configs and documents, on which scores depend besides the answers. It does not cover the
+        code of helper files."""
+        made = hashlib.sha256()
         for name, task in self.loaded.get("tasks", {}).items():
-            made = hashlib.sha256(ADDRESS.sub("", repr(task.dump_config())).encode())
+            made.update(ADDRESS.sub("", repr((name, task.dump_config()))).encode())
             for document in islice(task.eval_docs, self.limit):
                 made.update(repr(document).encode("utf-8", "backslashreplace"))
-            found[name] = made.hexdigest()
-        return found
+        return made.hexdigest()
 
     def run(self, lm: LM, **options) -> dict:
         """lm-eval's results for an LM; the requests are the same every time."""
