@@ -196,7 +196,7 @@ def test_everything_else_is_refused_by_file_and_field(text, named, tmp_path):
 
 
 @pytest.mark.parametrize(("text", "named"), [
-    ("data: {prompt: '{prompt!r}'}", "prompt!r"),
+    ("data: {prompt: '{promt}'}", "no field 'promt'"),
     ("train: {max_steps: 99999999999}", "train.max_steps.* 99999999999"),
 ])  # fmt: skip
 def test_an_error_of_a_tenants_own_value_names_the_tenant(text, named, folder, tmp_path):
