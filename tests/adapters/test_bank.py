@@ -20,7 +20,6 @@ from para_jax import (
     multi_tenant_forward,
     prefill,
     save_adapter,
-    vectors,
 )
 from para_jax.adapters import padding
 from para_jax.adapters.adapter import named_leaves
@@ -151,16 +150,6 @@ def test_decode_carries_the_same_whatever_the_tenants_scopes(model, methods):
         assert carried(f"{scope}{window}") == carried(None) == empty
 
 
-def test_vectors_of_a_bank_are_those_of_each_tenant(model, tenants, bank):
-    tokens = prompts(model, 2)
-    found = vectors(model, bank.rows(["wide", "ia3"]), tokens, 8)
-    assert set(found) == {"q_proj", "v_proj", "up_proj"}
-    alone = vectors(model, tenants["wide"], tokens[:1], 8)
-    np.testing.assert_allclose(found["q_proj"][:, :1], alone["q_proj"], atol=1e-5)
-    np.testing.assert_array_equal(found["v_proj"][:, 0], 1)
-    np.testing.assert_allclose(found["q_proj"][:, 1], tenants["ia3"].scale["q_proj"][...], atol=1e-6)
-
-
 @pytest.mark.long
 def test_no_compilation_while_tenants_come_go_and_mix(model, tenants, bank, compiled):
     """Counted by JAX's own events, once each method had each number of distinct tenants; the count rises on a batch of
@@ -272,9 +261,8 @@ def test_what_does_not_fit_is_refused_by_name_and_nothing_changes(model, tenants
         with pytest.raises(ValueError, match=message):
             bank.add(name, adapter)
         assert bank.names == ("para",)
-    for wrong, message in (({"methods": ("dora",)}, "methods .*para"), ({"max_r": 0}, "max_r")):
-        with pytest.raises(ValueError, match=message):
-            AdapterBank(config, **wrong)
+    with pytest.raises(ValueError, match="methods .*para"):
+        AdapterBank(config, methods=("dora",))
 
 
 def test_unknown_names_are_refused_with_the_nearest_known_ones(model, tenants):
@@ -284,8 +272,6 @@ def test_unknown_names_are_refused_with_the_nearest_known_ones(model, tenants):
             call(["wider"])
     with pytest.raises(ValueError, match="'zzz'.*para, wide, ia3 ..."):
         bank.rows(["para", "zzz"])
-    with pytest.raises(ValueError, match="names"):
-        bank.rows([])
 
 
 def test_a_full_bank_says_so_and_keeps_what_it_holds(model, tenants):

@@ -25,8 +25,6 @@ from para_jax.backbone.load import abstract_backbone, load_model_config
 from para_jax.backbone.quantize import Int8Linear, quantise
 from para_jax.data.batches import Batch
 from para_jax.estimate.hlo import collective_bytes, continues_collective, instructions_run, parse_hlo
-from para_jax.inference.generate import generate_tokens
-from para_jax.inference.sampling import Sampling
 from para_jax.runtime.sharding import place, shard_rows
 from para_jax.training.loss import completion_nll
 
@@ -106,7 +104,7 @@ def test_the_kernels_take_three_tenths_of_the_memory_at_most():
 # ----------------------------------------------------------------------------------------------------------- the logits
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "gemma3_text"])
+@pytest.mark.parametrize("family", ["phi3", "gemma3_text"])
 def test_logits_match_the_rounded_weights(family):
     tokens = prompts(backbone(family))
     mine, exact, plain = (
@@ -128,12 +126,6 @@ def test_decode_on_int8_equals_the_teacher_forced_pass():
         np.testing.assert_allclose(logits, whole[:, position - 1], atol=1e-4)
         logits, state = decode(model, state, tokens[:, position])
     np.testing.assert_allclose(logits, whole[:, -1], atol=1e-4)
-
-
-def test_int8_generation_matches_the_rounded_weights():
-    given = [[7, 8, 9], [20, 21, 22, 23, 24]]
-    mine, exact = (generate_tokens(model, tenants()[0], given, Sampling(8)) for model in (int8(), rounded()))
-    assert mine == exact
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
@@ -203,14 +195,6 @@ def test_gradients_match_the_rounded_weights():
         np.testing.assert_allclose(mine, rounded_one, atol=1e-5)
         assert 1e-6 < off(mine, float_one) < 2 * off(random_one, float_one)
     np.testing.assert_allclose(int8_step()[1]["loss"], plain[1]["loss"], rtol=2e-2)
-
-
-def test_only_the_adapter_has_gradients_and_moments():
-    state, adapter = int8_step()[0], tenants()[0]
-    assert size(state.adapters) == size(adapter)
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.adapters)} == {"float32"}
-    counters = sum(leaf.nbytes for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim == 1)
-    assert size(state.optimizer) == 2 * size(adapter) + counters
 
 
 @pytest.mark.long

@@ -185,42 +185,23 @@ def test_the_fingerprint_is_the_hash_of_the_stored_q_proj():
     assert len(prints) == len(FOLDERS)
 
 
+def test_stored_rotary_frequencies_are_harmless(tmp_path):
+    assert len(load_changed(tmp_path, {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)})) == 30
+
+
 # --------------------------------------------------------------------------------------------------- what does not fit
-
-
-ROTARY = "model.layers.0.self_attn.rotary_emb.inv_freq"
 
 
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
         ({Q_PROJ: None}, f"missing: {Q_PROJ}"),
-        ({"lm_head.weight": None}, "missing: lm_head.weight"),
         ({"model.layers.3.mlp.up_proj.weight": np.ones(2)}, "unknown: model.layers.3.mlp.up_proj.weight"),
         ({NORM: np.ones(65, np.float32)}, rf"misshapen: {NORM} \[65\] instead of \[64\]"),
         ({NORM: np.full(64, np.nan, np.float32)}, f"NaN or infinite values: {NORM}"),
-        ({NORM: np.full(64, 1e300)}, f"NaN or infinite values: {NORM}"),
         ({NORM: np.ones(64, np.int8)}, f"{NORM} is stored as I8"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:overflow")
 def test_a_tensor_that_does_not_fit_is_named(changes, named, tmp_path):
     with pytest.raises(ValueError, match=named):
         load_changed(tmp_path, changes)
-
-
-def test_many_bad_tensors_are_counted_and_five_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"missing: ([\w.]+, ){4}[\w.]+ \.\.\. \(28 in all\)"):
-        load_changed(tmp_path, {name: None for name in tensors_of("llama") if name.startswith("model.layers.")} | {
-            "model.layers.0.mlp.up_proj.weight": tensors_of("llama")["model.layers.0.mlp.up_proj.weight"],
-            "lm_head.weight": None, "model.norm.weight": None,
-        })  # fmt: skip
-
-
-def test_stored_rotary_frequencies_are_harmless(tmp_path):
-    assert len(load_changed(tmp_path, {ROTARY: np.ones(8, np.float32)})) == 30
-
-
-def test_another_backbones_config_does_not_fit():
-    with pytest.raises(ValueError, match="do not match the config .model_type qwen3.*missing:.*misshapen:"):
-        load_parameters(config_of("qwen3"), Safetensors(FIXTURES / "llama"), "float32")

@@ -10,7 +10,7 @@ from para_jax.config import DataSection
 from para_jax.data.given import SPLITS
 from para_jax.data.records import Record, load_records, read_records
 from para_jax.data.sources import open_split
-from para_jax.server.chat_messages import read_messages
+from para_jax.server.protocol import ChatBody, validated
 
 USER, BOT = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}
 
@@ -96,8 +96,8 @@ def test_parts_of_a_content_that_are_texts_are_one_text(tmp_path):
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "annotations": None}]
     (record,) = read_records(write(tmp_path, {"messages": [USER | {"content": parts}, BOT | {"content": parts[:1]}]}))
     assert (record.prompt, record.completion) == ([USER | {"content": "a\nb"}], "a")
-    (spoken,) = read_messages([USER | {"content": parts}])
-    assert [spoken] == record.prompt
+    chat = validated(ChatBody, {"model": "A", "messages": [USER | {"content": parts}]})
+    assert chat.prompts == [record.prompt]
     for wrong in ([], ["a"], [{"type": "image_url", "text": "a"}], [parts[0] | {"x": 1}]):
         with pytest.raises(ValueError, match="is not a message"):
             read_records(write(tmp_path, {"messages": [USER | {"content": wrong}, BOT]}))
@@ -118,13 +118,6 @@ def test_a_turn_that_is_not_learnt_may_call_tools_without_a_content(tmp_path, co
             read_records(write(tmp_path, row))
     silent = BOT | {"content": "", "weight": 0}
     assert read_records(write(tmp_path, {"messages": [USER, silent, USER, BOT]}))[0].prompt == [USER, silent, USER]
-
-
-def test_rows_of_two_kinds_may_have_each_others_columns_as_nulls(tmp_path):
-    chat, text = {"messages": [USER, BOT]}, {"prompt": "a", "completion": "b"}
-    nulls = dict.fromkeys((*chat, *text))
-    found = read_records(write(tmp_path, nulls | chat, nulls | text))
-    assert [record.prompt for record in found] == [[USER], "a"]
 
 
 @pytest.mark.parametrize("name", ["tools", "chat_template_kwargs"])

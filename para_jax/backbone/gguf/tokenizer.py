@@ -57,6 +57,8 @@ def gguf_tokenizer(file: GgufFile):
     metadata = file.tokenizer
     metadata["tokens"], metadata["token_type"] = metadata.get("tokens") or [], metadata.get("token_type") or []
     tokens = metadata["tokens"]
+    if not tokens:
+        raise ValueError("there is no tokenizer.ggml.tokens; use a file with a tokenizer")
     if len(tokens) != len(set(tokens)):
         raise ValueError("a token appears twice")
     longest = max(map(len, tokens), default=0)
@@ -84,7 +86,9 @@ def gguf_tokenizer(file: GgufFile):
 
 
 def special_token(metadata: dict[str, Any], kind: str) -> str | None:
-    index = metadata.get(f"{kind}_token_id")
+    index, count = metadata.get(f"{kind}_token_id"), len(metadata["tokens"])
+    if index is not None and not 0 <= index < count:
+        raise ValueError(f"tokenizer.ggml.{kind}_token_id is {shorten(index)}, and there are {count} tokens")
     return None if index is None else metadata["tokens"][index]
 
 

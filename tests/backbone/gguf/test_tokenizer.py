@@ -34,10 +34,8 @@ def test_a_gguf_tokenizer_equals_its_original(tmp_path):
 
 def test_a_chat_templates_control_tokens_are_one_id_each(tmp_path):
     made = load_tokenizer(byte_level_gguf(tmp_path / "m.gguf"))
-    messages = [{"role": "user", "content": "hello"}]
-    ids = made.apply_chat_template(messages, add_generation_prompt=True).input_ids
-    assert made.decode(ids) == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
-    assert ids.count(0) == 2 and ids.count(1) == 1
+    ids = made("<|im_start|>user\nhello<|im_end|>\n").input_ids
+    assert ids.count(0) == ids.count(1) == 1
     assert "im_" not in made.decode(ids, skip_special_tokens=True)
 
 
@@ -103,9 +101,8 @@ def test_bos_and_eos_are_added_as_the_file_says(tmp_path, metadata, begins, ends
 @pytest.mark.parametrize(
     ("metadata", "said"),
     [
-        ({"eos_token_id": 10**6}, "tokenizer"),
+        ({"eos_token_id": 10**6}, "eos_token_id is 1000000, and there are"),
         ({"merges": ["x qqq"]}, "qqq"),
-        ({"token_type": [1, 1]}, "tokenizer"),
         ({"tokens": ["a", "a"], "token_type": [1, 1]}, "twice"),
     ],
 )
