@@ -74,14 +74,12 @@ def for_mixed_rows(buckets: Sequence[Bucket]) -> tuple[Bucket, ...]:
 
 def collate(examples: Sequence[Example], bucket: Bucket, rows: int) -> Batch:
     """The examples as one batch in the bucket's shape, padded to `rows` rows."""
-    assert len(examples) <= rows, (len(examples), rows)
-    batch = Batch(np.zeros((rows, bucket.length), np.int32), np.ones(rows, np.int32), np.ones(rows, np.int32))
-    for row, (prompt, completion) in enumerate(examples):
-        length, most = len(prompt) + len(completion), bucket.length if bucket.prompt is None else bucket.prompt
-        assert length <= bucket.length and len(prompt) <= most and len(completion) <= bucket.completion, bucket
-        batch.tokens[row, :length] = [*prompt, *completion]
-        batch.prompt_length[row], batch.length[row] = len(prompt), length
-    return batch
+    most = bucket.length if bucket.prompt is None else bucket.prompt
+    assert all(len(prompt) <= most and len(answer) <= bucket.completion for prompt, answer in examples), bucket
+    tokens, lengths = right_padded([[*prompt, *completion] for prompt, completion in examples], rows, bucket.length)
+    prompt_lengths = np.ones(rows, np.int32)
+    prompt_lengths[: len(examples)] = [len(prompt) for prompt, _ in examples]
+    return Batch(tokens, prompt_lengths, lengths)
 
 
 def right_padded(sequences: Sequence[Sequence[int]], rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:

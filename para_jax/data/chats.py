@@ -16,7 +16,6 @@ from typing import Any
 
 from ..config import Variables
 from ..io.checks import printable, shorten
-from ..io.untrusted import require_unicode
 
 #: The roles that the messages of a request may have.
 ROLES = ("system", "developer", "user", "assistant")
@@ -95,11 +94,9 @@ def render(tokenizer, messages: list[dict], /, **options: Any) -> str:
     if "developer" not in template:  # it would leave such a message out; OpenAI's models treat the two roles alike
         messages = [m | {"role": "system"} if m.get("role") == "developer" else m for m in messages]
     try:
-        text = render_template(template, messages, **{**tokenizer.special_tokens_map, **options})
+        return render_template(template, messages, **{**tokenizer.special_tokens_map, **options})
     except TemplateError as error:
         raise TemplateError(f"the tokenizer's chat template fails on {shorten(messages)}: {error}") from None
-    require_unicode("the tokenizer's chat template", text)
-    return text
 
 
 def render_template(template: str, messages: list[dict], /, **variables: Any) -> str:

@@ -74,9 +74,6 @@ def encode_examples(tokenizer, pairs: Sequence[tuple[Prompt, str]]) -> list[Exam
 
 def prompt_and_answer(tokenizer, prompt: Prompt, completion: str) -> tuple[str, str]:
     """The text of a prompt, and that of the completion as it follows."""
-    for name, value in (("prompt", prompt), ("completion", completion)):
-        require_filled(name, value)
-        require_unicode(name, value)
     if isinstance(prompt, str):
         bare = completion.rstrip()
         has_eos = tokenizer.eos_token and bare.endswith(tokenizer.eos_token)
@@ -84,7 +81,7 @@ def prompt_and_answer(tokenizer, prompt: Prompt, completion: str) -> tuple[str, 
     answer = without_end(tokenizer, completion)
     if not answer.strip():
         raise ValueError(f"completion {shorten(completion)} is only an end token; leave the row out")
-    return answered(tokenizer, without_ends(tokenizer, checked_messages("prompt", prompt)), answer)
+    return answered(tokenizer, without_ends(tokenizer, prompt), answer)
 
 
 def joined_completion(prompt: str, completion: str) -> str:
@@ -110,8 +107,8 @@ def encode_prompt(
         may_be_blank: whether the prompt may be white space alone, as that of a request may. A prompt without tokens
             raises ValueError all the same.
     """
-    if not may_be_blank:
-        require_filled("prompt", prompt)
+    if not may_be_blank and (not prompt or (isinstance(prompt, str) and not prompt.strip())):
+        raise ValueError("prompt is missing or empty; pass text or messages")
     is_chat = not isinstance(prompt, str)
     if is_chat:
         prompt = without_ends(tokenizer, checked_messages("prompt", prompt))
@@ -125,11 +122,6 @@ def encode_prompt(
     if not ids:
         raise ValueError(f"prompt {shorten(prompt)} becomes no tokens")
     return ids
-
-
-def require_filled(name: str, value: object) -> None:
-    if not value or (isinstance(value, str) and not value.strip()):
-        raise ValueError(f"{name} is missing or empty; pass text{' or messages' if name == 'prompt' else ''}")
 
 
 def require_short(prompt: Prompt, most: int | None) -> None:

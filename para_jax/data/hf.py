@@ -17,7 +17,7 @@ from typing import Any
 from ..io.checks import expanded, nearest, printable, shorten
 from ..io.hub import HUB_ID, inside_folder, is_inside_folder
 from ..io.storage.bucket import Place
-from .rows import READ_AT_ONCE, DataSet, Split, batch_rows
+from .rows import READ_AT_ONCE, DataSet, Split, batch_rows, no_split
 
 SCHEME = "hf:"
 FORMATS = ("json", "parquet")
@@ -98,10 +98,7 @@ def read_split(builder: Any, name: str, config: str | None, split: str) -> Split
     try:
         dataset = builder.as_dataset(split=split)
     except ValueError:
-        raise ValueError(
-            f"{SCHEME}{name}: no split {shorten(split)}, or no rows in it; choose one of "
-            f"{', '.join(builder.info.splits)}, or a part of one, such as train[:90%]"
-        ) from None
+        raise no_split(f"{SCHEME}{name}", split, builder.info.splits) from None
     return split_of(f"{SCHEME}{name}:{config or ''}:{split}", dataset)
 
 

@@ -115,7 +115,15 @@ def first_fit(indices: np.ndarray, lengths: np.ndarray, row_length: int) -> list
 def collate_packed(packed: Sequence[Sequence[Example]], shape: RowShape, rows: int) -> Packed:
     """Rows of examples as one batch, filled up to `rows` rows."""
     assert len(packed) <= rows, (len(packed), rows)
-    batch = empty(shape, rows)
+    ones = lambda: np.ones((rows, shape.segments), np.int32)  # noqa: E731
+    batch = Packed(
+        tokens=np.zeros((rows, shape.length), np.int32),
+        segment=np.full((rows, shape.length), -1, np.int32),
+        start=np.zeros((rows, shape.segments), np.int32),
+        prompt_length=ones(),
+        length=ones(),
+        predicted=np.zeros((rows, shape.completion), np.int32),
+    )
     for row, examples in enumerate(packed):
         at, predicted = 0, []
         for i, (prompt, completion) in enumerate(examples):
@@ -127,15 +135,3 @@ def collate_packed(packed: Sequence[Sequence[Example]], shape: RowShape, rows: i
             at += length
         batch.predicted[row, : len(predicted)] = predicted
     return batch
-
-
-def empty(shape: RowShape, rows: int) -> Packed:
-    ones = lambda: np.ones((rows, shape.segments), np.int32)  # noqa: E731
-    return Packed(
-        tokens=np.zeros((rows, shape.length), np.int32),
-        segment=np.full((rows, shape.length), -1, np.int32),
-        start=np.zeros((rows, shape.segments), np.int32),
-        prompt_length=ones(),
-        length=ones(),
-        predicted=np.zeros((rows, shape.completion), np.int32),
-    )

@@ -10,7 +10,7 @@ from functools import cache
 from itertools import islice
 from typing import Any, NamedTuple
 
-from ..io.checks import printable, without_repeats
+from ..io.checks import printable, shorten, without_repeats
 from ..io.messages import warn
 from ..io.storage.bucket import Place
 
@@ -77,6 +77,13 @@ class DataSet(NamedTuple):
         if split == "validation":
             warn_of_hidden(found.label)
         return None
+
+
+def no_split(label: str, split: str, splits: Sequence[str]) -> ValueError:
+    part = "or a part of one, such as train[:90%]"
+    return ValueError(
+        f"{label}: no split {shorten(split)}, or no rows in it; choose one of {', '.join(splits)}, {part}"
+    )
 
 
 @cache  # a run looks for its data several times

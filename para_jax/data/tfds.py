@@ -17,7 +17,7 @@ from typing import Any
 from ..config import TFDS as SCHEME
 from ..config import is_tfds as is_tfds
 from ..io.checks import expanded, printable, shorten
-from .rows import READ_AT_ONCE, DataSet, Split
+from .rows import READ_AT_ONCE, DataSet, Split, no_split
 
 
 class NotPrepared(ValueError):
@@ -44,10 +44,7 @@ def open_prepared(name: str, folder: Path, split: str) -> Split:
     try:
         builder.as_data_source(split=split)
     except ValueError:
-        raise ValueError(
-            f"{SCHEME}{name}: no split {shorten(split)}, or no rows in it; choose one of "
-            f"{', '.join(builder.info.splits)}, or a part of one, such as train[:90%]"
-        ) from None
+        raise no_split(f"{SCHEME}{name}", split, builder.info.splits) from None
     label = f"{SCHEME}{name}:{split}"
     return Split(label, f"{label}[", partial(examples, folder, split))
 

@@ -7,14 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from shlex import quote
 from typing import Any, NamedTuple
 
 from ..backbone.load import load_model_config
 from ..config import DataSection, ModelConfig, RunConfig
 from ..data.examples import Example, answer_opening, encode_completion, encode_example
 from ..data.given import rows_split
-from ..data.records import Form, MissingColumn, Record, load_records, read_records, records_of, split_records
+from ..data.records import Form, Record, load_records, read_records, records_of, split_records
 from ..data.rows import split_file
 from ..data.sources import task_of
 from ..data.tasks import TASKS, Task
@@ -248,13 +247,7 @@ def file_task(text: str, tokenizer, config: ModelConfig, *, split: str, limit: i
     if named is None:
         return None
     name, path, file, metric = named
-    try:
-        records, known = read_records(file, task=name), TASKS[name] if name else None
-    except MissingColumn as error:  # no template goes with --tasks
-        raise ValueError(
-            f"{error.said}, and --tasks takes no templates\nscore the file with those of a run: para-jax evaluate "
-            f"RUN/config.yaml data.{split}={quote(str(file))}"
-        ) from None
+    records, known = read_records(file, task=name), TASKS[name] if name else None
     title = name or (path.stem if path.is_file() else path.resolve().name)
     return task_of_records(f"task {text}", title, records, metric, known, file, tokenizer, config, limit)
 

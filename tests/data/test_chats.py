@@ -119,7 +119,6 @@ HOSTILE = {
     ),
     "its own refusal": ("{{ raise_exception('no system role') }}", "no system role"),
     "its own refusal with an escape": ("{{ raise_exception('\x1b]0;owned') }}", r"\\x1b\]0;owned"),
-    "half a surrogate pair": ("{{ '\ud83d' }}", "half a surrogate pair"),
     "an attribute of Python": ("{{ messages.__class__.__mro__ }}", "unsafe|is undefined|has no attribute"),
 }
 

@@ -43,13 +43,6 @@ def test_training_and_serving_see_the_same_prompt_ids(tokenizer, prompt, complet
     assert example.completion_ids == encode_completion(tokenizer, prompt, completion)
 
 
-def test_a_call_of_tools_without_a_content_has_an_empty_one(tokenizer):
-    call = {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}
-    empty, none = ([USER, call | {"content": content}, USER] for content in ("", None))
-    assert encode_example(tokenizer, none, "yes") == encode_example(tokenizer, empty, "yes")
-    assert encode_examples(tokenizer, [(none, "yes")]) == [encode_example(tokenizer, empty, "yes")]
-
-
 @pytest.mark.parametrize(("prompt", "completion"), [s for s in SAMPLES if isinstance(s[0], str)])
 @pytest.mark.parametrize("kind", ["plain", "with_bos"])
 def test_prompt_and_completion_decode_to_the_joined_text(kind, prompt, completion):
@@ -238,9 +231,8 @@ def test_a_template_without_an_end_token_gets_eos():
 
 @pytest.mark.parametrize("prompt", ["", " \n", [], None])
 def test_an_empty_prompt_is_an_error(prompt):
-    for call in (lambda t: encode_prompt(t, prompt), lambda t: encode_completion(t, prompt, "yes")):
-        with pytest.raises(ValueError, match="prompt is missing or empty"):
-            call(tiny_tokenizers.plain())
+    with pytest.raises(ValueError, match="prompt is missing or empty"):
+        encode_prompt(tiny_tokenizers.plain(), prompt)
 
 
 @pytest.mark.parametrize("kind", KINDS)

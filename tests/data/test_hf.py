@@ -10,7 +10,7 @@ from tiny_run import write_rows
 
 from para_jax.config import DataSection, load_config
 from para_jax.data.hf import open_data_set
-from para_jax.data.records import load_records, read_records
+from para_jax.data.records import load_records
 from para_jax.data.sources import open_split
 from para_jax.data.training_data import load_training_data
 from para_jax.evaluation.tasks import warn_of_replaced
@@ -36,14 +36,6 @@ def folder_of(path, **splits):
 
 def without_places(records):
     return [record[:4] for record in records]
-
-
-def test_columns_give_the_records_of_the_same_json_lines(tmp_path):
-    rows = [row | {"references": [row["completion"], "w"], "label": i} for i, row in enumerate(ROWS)]
-    source = folder_of(tmp_path / "rows", train=rows)
-    found = load_records(DataSection(train=source), "train")
-    assert without_places(found) == without_places(read_records(write_rows(tmp_path / "same.jsonl", rows)))
-    assert [record.place for record in found] == [f"{source}::train[{i}]" for i in range(7)]
 
 
 def test_the_field_gives_the_split_unless_the_source_names_one(tmp_path):
@@ -117,7 +109,6 @@ def test_without_datasets_the_error_names_the_extra(tmp_path, monkeypatch):
     [
         ("hf:", "'hf:'.*hf:NAME"),
         ("hf:{folder}::nothing", r"rows: no split 'nothing'.*train, validation"),
-        ("hf:{folder}::train[:x]", r"no split 'train\[:x\]'"),
         ("hf:{folder}/absent", "absent: no such folder"),
         ("hf:{folder}/empty", "empty.*data files"),
     ],

@@ -120,13 +120,6 @@ def test_a_turn_that_is_not_learnt_may_call_tools_without_a_content(tmp_path, co
     assert read_records(write(tmp_path, {"messages": [USER, silent, USER, BOT]}))[0].prompt == [USER, silent, USER]
 
 
-def test_rows_of_two_kinds_may_have_each_others_columns_as_nulls(tmp_path):
-    chat, text = {"messages": [USER, BOT]}, {"prompt": "a", "completion": "b"}
-    nulls = dict.fromkeys((*chat, *text))
-    found = read_records(write(tmp_path, nulls | chat, nulls | text))
-    assert [record.prompt for record in found] == [[USER], "a"]
-
-
 @pytest.mark.parametrize("name", ["tools", "chat_template_kwargs"])
 def test_tools_are_refused_because_no_prompt_would_have_them(tmp_path, name):
     for row in ({"messages": [USER, BOT]}, {"prompt": [USER], "completion": [BOT]}):

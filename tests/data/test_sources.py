@@ -107,10 +107,3 @@ def test_a_few_rows_are_all_trained_on(tmp_path):
     assert len(prompts(few, "train")) == 4 and load_records(few, "validation") is None
     with pytest.raises(ValueError, match="empty.jsonl has no rows"):
         prompts(section(written(tmp_path / "empty.jsonl", [])), "train")
-
-
-@pytest.mark.parametrize("share", [0, 0.6, -1, True, "a tenth"])
-def test_a_wrong_share_is_refused(share):
-    with pytest.raises(ValueError, match="data.validation_split") as error:
-        DataSection(validation_split=share)
-    assert str(share) in str(error.value)
