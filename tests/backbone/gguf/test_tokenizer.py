@@ -65,11 +65,9 @@ def test_an_unknown_pre_tokenizer_or_model_is_named(tmp_path):
     ("metadata", "begins", "ends"),
     [
         ({}, False, False),
-        ({"add_bos_token": True}, True, False),
         ({"add_bos_token": True, "add_eos_token": True}, True, True),
         ({"pre": "llama-bpe"}, True, False),
         ({"pre": "llama-bpe", "add_bos_token": False}, False, False),
-        ({"pre": "tekken"}, True, False),
     ],
 )
 def test_bos_and_eos_are_added_as_the_file_says(tmp_path, metadata, begins, ends):
