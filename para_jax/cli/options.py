@@ -106,14 +106,15 @@ def repeated(group, flag: str, text: str, metavar: str, **more: Any) -> None:
 
 
 def add_fields(group, options: type, *names: str) -> None:
-    """Options for these fields of a dataclass, with the help that the fields have."""
+    """Options for these fields of a dataclass, with the metadata that the fields have for argparse."""
     for one in dataclasses.fields(options):
         if one.name in names:
             flag, kind = f"--{one.name.replace('_', '-')}", field_types(options)[one.name]
             if kind is bool:
                 group.add_argument(flag, action="store_true", **one.metadata)
             else:
-                option(group, flag, one.metadata["help"], without_none(kind)[0])
+                text, more = one.metadata["help"], {k: v for k, v in one.metadata.items() if k != "help"}
+                option(group, flag, text, without_none(kind)[0], one.default, **more)
 
 
 def add_overrides(parser) -> None:

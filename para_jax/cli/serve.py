@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import secrets
 import shlex
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
 from ..adapters.names import named_adapters
-from ..config.bounds import Bounds, NonNegativeFloat, PositiveFloat, PositiveInt
+from ..config.bounds import Bounds, NonNegativeFloat, PositiveInt
 from ..io.checks import expanded
 from ..io.messages import say
+from ..server.config import ServerConfig
 from ..server.packages import require_packages
 from . import options as shared
 from .names import bank_within_memory
@@ -31,11 +33,7 @@ def served() -> shared.Parser:
     shared.add_tenants(group)
     text = "each is loaded when a request needs it. With --adapter-root all stay in memory"
     shared.add_adapter_memory(group, text)
-    text = "the base model's name (default: the backbone's)"
-    shared.option(group, "--served-model-name", text, metavar="NAME")
-    text = "let clients load and unload adapters while it runs: those of this folder"
-    shared.option(group, "--adapter-root", text, shared.path_on_this_host, metavar="DIR")
-    group.add_argument("--allow-hub", action="store_true", help="let clients load adapters from the hub too")
+    shared.add_fields(group, ServerConfig, "served_model_name", "adapter_root", "allow_hub")
     group = parser.add_argument_group("adapters that join later, with --adapter-root")
     shared.option(group, "--methods", "their methods (default: para,ia3 and those of --adapters)", metavar="M,M")
     text = "the sites that they may change (default: q_proj,v_proj,up_proj and those of --adapters)"
@@ -53,61 +51,54 @@ def served() -> shared.Parser:
     text = "answers of each tenant that may wait (default: no limit)"
     shared.option(group, "--queue-limit-per-tenant", text, PositiveInt)
     group = parser.add_argument_group("server")
-    group.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: this machine alone)")
-    shared.option(group, "--port", "0 picks a free one", int, 8000, metavar="PORT")
-    text = "one key per line, optionally followed by the tenants that it may use (default: no keys)"
-    shared.option(group, "--api-key-file", text, metavar="FILE")
-    shared.option(group, "--timeout", "seconds that a request may take", PositiveFloat, 600, metavar="S")
-    text = "after SIGTERM or Ctrl-C, seconds that open requests may take"
-    shared.option(group, "--drain-seconds", text, NonNegativeFloat, 30, metavar="S")
-    shared.option(group, "--max-body", "the largest request", PositiveInt, 8 * 2**20, metavar="BYTES")
-    group.add_argument("--log-prompts", action="store_true", help="log the prompts, not only their lengths")
+    names = "host", "port", "api_key_file", "timeout", "drain_seconds", "max_body", "log_prompts"
+    shared.add_fields(group, ServerConfig, *names)
     return parser
 
 
 def run(options) -> None:
     from ..server.address import bound
-    from ..server.api_keys import read_keys
 
-    sources, base = checked(options)
-    keys = read_keys(options.api_key_file) if options.api_key_file else None
-    with bound(options.host, options.port) as taken:
-        serve_at(options, sources, base, keys, taken)
+    sources, config = checked(options)
+    with bound(config.host, config.port) as taken:
+        serve_at(options, sources, config, taken)
 
 
-def checked(options) -> tuple[dict[str, str], str]:
-    """{name: folder or hub id} of the tenants, and the base model's name. Raises ValueError for what can be seen before
-    anything is loaded."""
+def checked(options) -> tuple[dict[str, str], ServerConfig]:
+    """{name: folder or hub id} of the tenants, and the server's config with the base model's name. Raises ValueError
+    for what can be seen before anything is loaded."""
     from .checks import check_adapters, chosen_backbone
 
-    check_options(options)
+    require_packages("serve")
+    for name in ("methods", "sites", "max_r", "capacity"):
+        if getattr(options, name) and not options.adapter_root:
+            raise ValueError(f"--{name.replace('_', '-')} goes with --adapter-root\ngive that too")
+    if options.adapter_root and not Path(options.adapter_root).expanduser().is_dir():
+        raise ValueError(f"--adapter-root {options.adapter_root}: no such folder\ngive the folder of the adapters")
     sources = named_adapters(options.adapters, options.adapters_from)
     check_adapters(sources.values())
     options.backbone = chosen_backbone(options.backbone, sources.values())
-    base = options.served_model_name or base_name(options.backbone)
+    options.served_model_name = base = options.served_model_name or base_name(options.backbone)
     if base in sources:
         raise ValueError(f"--adapters: {base} is the base model's name\ngive the tenant or --served-model-name another")
-    return sources, base
+    config = ServerConfig(**{one.name: getattr(options, one.name) for one in fields(ServerConfig)})
+    if config.api_key_file:
+        from ..server.api_keys import read_keys
+
+        read_keys(config.api_key_file)
+    return sources, config
 
 
-def serve_at(options, sources: dict[str, str], base: str, keys, taken) -> None:
+def serve_at(options, sources: dict[str, str], config: ServerConfig, taken) -> None:
     """Loads everything, and serves at a socket."""
     from ..server.serve import serve
 
     engine = engine_of(options, sources)
     say("compiling; requests are taken as soon as that is done")
-    serve(
-        engine,
-        model_name=base,
-        sources=sources,
-        api_keys=keys,
-        adapter_root=options.adapter_root,
-        allow_hub=options.allow_hub,
-        limits=limits_of(options),
-        drain_seconds=options.drain_seconds,
-        on_ready=lambda url: print(greeting(url, next(iter(sources), base), keys is not None), flush=True),
-        taken=taken,
-    )
+    example = next(iter(sources), str(config.served_model_name))
+    keyed = config.api_key_file is not None
+    ready = lambda url: print(greeting(url, example, keyed), flush=True)  # noqa: E731
+    serve(engine, config, sources=sources, on_ready=ready, taken=taken)
 
 
 def engine_of(options, sources: dict[str, str]):
@@ -133,23 +124,6 @@ def engine_of(options, sources: dict[str, str]):
         max_logprobs=options.max_logprobs,
         prefix_cache_bytes=None if gb is None else int(gb * 1e9),
     )
-
-
-def limits_of(options):
-    """The bounds of a request."""
-    from ..server.answering import Limits
-
-    return Limits(options.max_body, timeout=options.timeout, log_prompts=options.log_prompts)
-
-
-def check_options(options) -> None:
-    """Raises ValueError for what can be seen before anything is loaded."""
-    require_packages("serve")
-    for name in ("allow_hub", "methods", "sites", "max_r", "capacity"):
-        if getattr(options, name) and not options.adapter_root:
-            raise ValueError(f"--{name.replace('_', '-')} goes with --adapter-root DIR\ngive that too")
-    if options.adapter_root and not options.adapter_root.is_dir():
-        raise ValueError(f"--adapter-root {options.adapter_root}: no such folder\ngive the folder of the adapters")
 
 
 def base_name(backbone: str) -> str:

@@ -79,7 +79,7 @@ def scores_of(result) -> dict[str, float]:
 def train_many(options, config) -> int:
     from ..runs.train import train_tenants
     from ..runtime.processes import is_first
-    from ..training.tenants_file import warning_lines
+    from ..training.scores_file import warning_lines
 
     begun = time.monotonic()
     result = train_tenants(config)

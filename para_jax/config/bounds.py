@@ -103,7 +103,7 @@ def check_value(name: str, value: Any, kind: Any) -> None:
     elif origin is tuple:
         require(isinstance(value, tuple), name, value, "a list, such as [a, b] or []")
         for item in value:
-            check_value(f"each item of {name} {shorten(list(value))}", item, arguments[0])
+            check_value(f"{name} {shorten(list(value))}: each item", item, arguments[0])
     elif kind is not Any and isinstance(kind, type):
         names = {bool: "true or false", str: "a text"}
         require(isinstance(value, kind), name, value, names.get(kind, f"a {kind.__name__}"))

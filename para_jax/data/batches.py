@@ -50,8 +50,6 @@ def plan_buckets(examples: Sequence[Example], count: int) -> tuple[Bucket, ...]:
 
 def plan_buckets_of_sizes(sizes: np.ndarray, count: int) -> tuple[Bucket, ...]:
     """`plan_buckets` from the tokens of each prompt and completion, [examples, 2]."""
-    if not len(sizes):
-        raise ValueError("cannot plan buckets: the data set is empty")
     needed = rounded_up(sizes.sum(axis=1))
     lengths = best_lengths(needed, count)
     shorter = [0, *lengths[:-1]]
@@ -80,10 +78,7 @@ def collate(examples: Sequence[Example], bucket: Bucket, rows: int) -> Batch:
     batch = Batch(np.zeros((rows, bucket.length), np.int32), np.ones(rows, np.int32), np.ones(rows, np.int32))
     for row, (prompt, completion) in enumerate(examples):
         length, most = len(prompt) + len(completion), bucket.length if bucket.prompt is None else bucket.prompt
-        if length > bucket.length or len(prompt) > most or len(completion) > bucket.completion:
-            raise ValueError(
-                f"an example of {len(prompt)} + {len(completion)} tokens does not fit {bucket}; plan buckets with it"
-            )
+        assert length <= bucket.length and len(prompt) <= most and len(completion) <= bucket.completion, bucket
         batch.tokens[row, :length] = [*prompt, *completion]
         batch.prompt_length[row], batch.length[row] = len(prompt), length
     return batch
@@ -152,8 +147,7 @@ def example_lengths(examples: Sequence[Example]) -> Sequence[int]:
 def assign_buckets(lengths: Sequence[int], buckets: Sequence[Bucket]) -> np.ndarray:
     """The index of the shortest bucket that holds each length."""
     index = np.searchsorted([bucket.length for bucket in buckets], lengths)
-    if len(index) and index.max() == len(buckets):
-        raise ValueError(f"an example of {max(lengths)} tokens fits none of {buckets}; plan buckets with it")
+    assert index.max(initial=0) < len(buckets), (max(lengths), buckets)
     return index
 
 

@@ -12,12 +12,10 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import date, datetime, time
-from functools import lru_cache
 from typing import Any
 
 from ..config import Variables
-from ..io.checks import one_of, printable, shorten
-from ..io.messages import warn
+from ..io.checks import printable, shorten
 from ..io.untrusted import require_unicode
 
 #: The roles that the messages of a request may have.
@@ -56,7 +54,6 @@ def checked_message(name: str, message: Any) -> dict:
         elif isinstance(content, list) and content and all(map(is_text_part, content)):
             found["content"] = joined_parts(content)
         if isinstance(found.get("role"), str) and isinstance(found.get("content"), str):
-            warn_of_role(found["role"])
             return found
     raise ValueError(f'{name}: {shorten(message)} is not a message; write {{"role": text, "content": text}}')
 
@@ -70,13 +67,6 @@ def is_text_part(part: object) -> bool:
 def joined_parts(parts: list[dict]) -> str:
     """The texts of a content's parts, as lines."""
     return "\n".join(part["text"] for part in parts)
-
-
-@lru_cache(64)
-def warn_of_role(role: str) -> None:
-    """Warns of a role that no request to the server may have."""
-    if role not in ROLES:
-        warn(f"a message has the role {shorten(role)}; requests can have only {one_of(ROLES)}")
 
 
 def without_system(messages: list[dict]) -> list[dict]:

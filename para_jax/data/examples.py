@@ -99,7 +99,6 @@ def encode_prompt(
     most: int | None = None,
     variables: Variables | None = None,
     may_be_blank: bool = False,
-    generation_prompt: bool = True,
 ) -> list[int]:
     """The prompt's ids. Text follows the tokenizer's BOS rules, and never begins with two; messages are rendered by its
     chat template, up to the answer.
@@ -110,7 +109,6 @@ def encode_prompt(
         variables: of the chat template; those of `load_tokenizer` hold for others.
         may_be_blank: whether the prompt may be white space alone, as that of a request may. A prompt without tokens
             raises ValueError all the same.
-        generation_prompt: whether messages end with what begins the answer. False: more messages may follow.
     """
     if not may_be_blank:
         require_filled("prompt", prompt)
@@ -121,7 +119,7 @@ def encode_prompt(
     require_unicode("prompt", prompt)
     text = prompt
     if not isinstance(prompt, str):
-        text = render(tokenizer, prompt, **{**(variables or {}), "add_generation_prompt": generation_prompt})
+        text = render(tokenizer, prompt, **{**(variables or {}), "add_generation_prompt": True})
         require_short(text, most)
     ids = encode_prompts(tokenizer, [str(text)], [is_chat])[0]
     if not ids:

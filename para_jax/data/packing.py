@@ -84,8 +84,6 @@ def plan_packing(examples: Sequence[Example], *, length: int, rows: int, seed: i
 
     Raises ValueError for an example that is longer.
     """
-    if not examples:
-        raise ValueError("no examples to pack: the data set is empty")
     longest = max(example_lengths(examples))
     if longest > length:
         raise ValueError(f"an example of {longest} tokens does not fit a row of {length}; raise data.max_seq_length")

@@ -245,18 +245,13 @@ def fill(template: str, row: dict) -> str:
 
 
 def check_template(name: str, template: str, row: dict) -> None:
-    """Raises ValueError for a template that names no plain columns, or that is a column's name without braces or in two
-    pairs of them, as in other libraries: every row would have this text."""
+    """Raises ValueError for a template that is a column's name without braces or in two pairs of them, as in other
+    libraries: every row would have this text."""
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
         raise ValueError(f"data.{name}: {shorten(template)}: {error}; write {{{{ or }}}} for a brace") from None
     columns = [part[1] for part in parts if part[1] is not None]
-    if not all(columns) or any(spec or conversion or set(c or "") & set(".[]") for _, c, spec, conversion in parts):
-        raise ValueError(
-            f"data.{name}: {shorten(template)} has a field that is not a plain {{column}}; write {{{{ and }}}} "
-            "for braces"
-        )
     text = "".join(literal for literal, *_ in parts).strip()
     bare = text.replace("{ ", "{").replace(" }", "}")
     if text and not columns and (text == "null" or text in row or any(f"{{{other}}}" in bare for other in row)):

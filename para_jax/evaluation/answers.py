@@ -7,7 +7,7 @@ is not asked again.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Hashable, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -71,8 +71,6 @@ class Answerer:
         each token written"""
         self.seconds = 0.0
         """the time that took"""
-        self.asked: set[Hashable] = set()
-        """the keys of all questions, with a journal on disk"""
         self.entries: dict[Any, Any] = {}
         """the adapter of each tenant in the last call"""
         self._planned = shapes is not None
@@ -99,8 +97,6 @@ class Answerer:
         self.entries = entries
         asked = [self._pending(tenant, entries[tenant], question, journal) for tenant, question in questions]
         distinct = {one.key: one for one in asked}
-        if journal.file is not None:
-            self.asked |= distinct.keys()
         left = [one for one in distinct.values() if one.key not in journal]
         for one in left:
             require_invocation(one.entry and one.entry.config, one.question.context, "context")
@@ -185,11 +181,7 @@ class Answerer:
         return Engine(self.model, self.bank, self.tokenizer, **sizes)  # pyright: ignore
 
     def _entry(self, tenant: Any) -> Any:
-        if tenant is None:
-            return None
-        if self.bank is None:
-            raise ValueError(f"tenant {tenant!r}: there is no bank; only None, the base model, can be asked")
-        return self.bank.entry(tenant)
+        return None if tenant is None or self.bank is None else self.bank.entry(tenant)
 
     def _pending(self, tenant: Any, entry: Any, question: Question, journal: AnswerJournal) -> Pending:
         question = question if entry else question._replace(reads=None)  # the base model makes no factors

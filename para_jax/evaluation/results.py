@@ -31,7 +31,7 @@ from .tasks import EncodedTask
 #: In an output folder: every answer, as it came.
 ANSWERS_FILE = "answers.jsonl"
 #: Of table.csv and of a DataFrame.
-COLUMNS = ("adapter", "task", "metric", "value", "stderr", "examples")
+COLUMNS: tuple[str, ...] = ("adapter", "task", "metric", "value", "stderr", "examples")
 
 
 class Results(NamedTuple):
@@ -231,7 +231,7 @@ def counts(by_tenant: Mapping[str, dict]) -> str:
 def csv_table(by_tenant: Mapping[str, dict]) -> str:
     """All scores as CSV, a row for each adapter, task and metric."""
     text = io.StringIO()
-    rows = csv.DictWriter(text, list(COLUMNS), lineterminator="\n")
+    rows = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     rows.writeheader()
     rows.writerows(score_rows(by_tenant))
     return text.getvalue()

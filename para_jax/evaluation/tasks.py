@@ -74,7 +74,7 @@ class EncodedTask(NamedTuple):
     task: EvalTask
     examples: list[Example]
     ranked: list[Example]
-    """each prompt with each choice, if choices are ranked"""
+    """each prompt with each choice as its whole completion, end token included, if choices are ranked"""
     openings: Sequence[str] = ()
     """what is written before the answer to each example, if answers are written"""
 
@@ -105,25 +105,15 @@ def encode_task(task: EvalTask, tokenizer, limit: int | None = None) -> EncodedT
     records = task.records[:limit]
     examples = task.examples or [encode_example(tokenizer, record.prompt, record.completion) for record in records]
     examples = examples[:limit]
-    ranked = ranked_examples(examples, records, task, tokenizer)
+    ranked = [
+        Example(example.prompt_ids, encode_completion(tokenizer, record.prompt, choice))
+        for example, record in zip(examples, records, strict=True)
+        for choice in (task.choices if task.ranks else ())
+    ]
     openings = [answer_opening(tokenizer, record.prompt) for record in records] if task.writes else []
     if task.writes:
         records = with_learnt_forms(tokenizer, records, examples, openings)
     return EncodedTask(task._replace(records=records), examples, ranked, openings)
-
-
-def ranked_examples(examples: Sequence[Example], records: Sequence[Record], task: EvalTask, tokenizer) -> list[Example]:
-    """Each prompt with each choice as its whole completion, end token included; none if the task's answers are
-    written."""
-    if not task.ranks:
-        return []
-    if len(task.choices) < 2:
-        raise ValueError(f"{task.name}: choices {task.choices}: {task.metric} needs at least 2 answers to rank")
-    return [
-        Example(example.prompt_ids, encode_completion(tokenizer, record.prompt, choice))
-        for example, record in zip(examples, records, strict=True)
-        for choice in task.choices
-    ]
 
 
 def check_room(model: ModelConfig, encoded: EncodedTask) -> None:

@@ -33,23 +33,16 @@ def write_in_batches(
     stop_ids: Sequence[int],
 ) -> Iterator[tuple[int, Written]]:
     """(A question's index, its answer) by greedy decoding, shortest contexts first. This works in both layouts and on
-    several hosts, and takes questions that name the tokens to read.
+    several hosts, and takes questions that name the tokens to read. It does not sample, and knows no stop texts.
 
     Args:
         rows: of a batch; the last batch is padded with repeated questions.
         stop_ids: tokens that end every answer, in addition to its own.
-
-    Raises ValueError for questions that are sampled or have stop texts, which need an Engine.
     """
     planned = isinstance(shapes, PlannedShapes)
     sharing = not planned or repeated(asked)
     alike: dict[tuple, list[int]] = {}
     for i, (entry, question) in enumerate(asked):
-        if question.temperature > 0 or question.stop:
-            raise ValueError(
-                f"temperature {question.temperature}, stop {question.stop}: only an engine can sample answers or end "
-                "them at a text"
-            )
         other = question.reads is not None
         length = shapes.prompt(len(question.context)) if planned else 0  # of few: no row is padded as its batch is
         key = other, sharing and not other and shares_prompts(entry), length, question.stop_ids

@@ -44,7 +44,7 @@ MISTAKES = [
     ("evaluate run.yaml --backbone b --tasks t", "CONFIG and --backbone"),
     ("train nowhere.yaml", "config nowhere.yaml: no such file"),
     ("train rum.yaml", r"did you mean run\.yaml\?"),
-    ("train data", "config data is data.*own-data data.train=data"),
+    ("train data", "data is a folder of data, not a config.*own-data data.train=data"),
     ("train run.yaml train.learningrate=1e-3", r"train\.learningrate.*learning_rate"),
     ("train run.yaml train.max_steps=-1", "train.max_steps.*-1"),
     ("train run.yaml backbone.source=runs/nope", r"runs/nope: no such folder; did you mean runs/mine\?"),

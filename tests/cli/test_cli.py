@@ -460,17 +460,10 @@ def test_inspect_names_the_runs_in_a_folder(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["train.learningrate=1"], "train.learningrate.*learning_rate"),
-        (["train.learning_rate=fast"], "train.learning_rate.*'fast'"),
-        (["adapter.r=0"], r"\br\b.* 0"),
-        (["nonsense"], "override 'nonsense'.*section.field=value"),
         (["mesh.data=9"], "'data': 9.* 8 devices"),
-        (["data.train=/nowhere"], "data.train.*/nowhere"),
-        (["data.task=songs"], "data.task.*'songs'"),
         (["data.prompt={question}"], "train.jsonl:1: .*'question'.*prompt, completion"),
         (["data.max_seq_length=7"], "train.jsonl:1: .*8 tokens.*data.max_seq_length.* 7.*20 of 20"),
         (["eval.metric=accuracy", "eval.choices=[w9]"], "eval.choices"),
-        (["backbone.source=/nowhere"], "/nowhere"),
         (["output_dir=/proc/nowhere"], "/proc/nowhere"),
     ],
 )
@@ -479,32 +472,14 @@ def test_a_wrong_run_is_refused_before_anything_is_written(capsys, config, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("- 1\n- 2\n", "bad.yaml.*mapping"),
-        ("train: {max_steps: 3\n", r"expected.*line 2"),
-        (b"\xff\xfe", "bad.yaml.*utf-8"),
-    ],
-)
-def test_a_config_file_that_is_none_is_named(capsys, tmp_path, text, said):
-    file = tmp_path / "bad.yaml"
-    file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    assert_says(mistake(capsys, "train", file, f"output_dir={tmp_path / 'run'}"), said)
-    assert [path.name for path in tmp_path.iterdir()] == ["bad.yaml"]
-
-
 GOOD = '{"prompt": "w20", "completion": "w9"}\n'
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "rows.jsonl has no rows"),
         (GOOD + '{"prompt": "w20",\n', "rows.jsonl:2: .*JSON"),
         (GOOD + '{"prompt": "w20"}', "rows.jsonl:2: .*'completion'.*prompt"),
-        (GOOD + '{"prompt": "w20", "completion": ""}', "rows.jsonl:2: .*completion.*empty"),
-        (GOOD + '{"prompt": "w20", "completion": 5}', "rows.jsonl:2: .*completion.*text"),
     ],
 )
 def test_wrong_data_is_named_by_file_and_line(capsys, config, tmp_path, text, said):
@@ -633,9 +608,7 @@ def test_a_full_disk_while_saving_keeps_the_previous_adapter(capsys, folder, con
     "line",
     [
         "generate --prompt a --adapter ''",
-        "evaluate --backbone '' --tasks a",
         "serve --api-key-file ''",
-        "train ''",
     ],
 )
 def test_an_empty_text_does_not_count_as_left_out(capsys, config, line):

@@ -11,7 +11,6 @@ import tiny_tokenizers
 from tiny_run import write_rows
 
 from para_jax.config import DataSection
-from para_jax.data import token_cache
 from para_jax.data.given import with_data
 from para_jax.data.records import load_records, read_records
 from para_jax.data.rows import plain, warn_of_hidden
@@ -95,10 +94,6 @@ def test_the_cells_of_a_csv_file_are_texts_as_they_were_written(tmp_path, how):
     found = read_records(write_csv(tmp_path / "x.csv", CELLS, **how))
     assert [record[:2] for record in found] == CELLS
     assert [record.place for record in found] == [f"{tmp_path}/x.csv[{i}]" for i in range(4)]
-
-
-def test_tabs_separate_in_tsv_and_commas_do_not(tmp_path):
-    assert read_records(write_csv(tmp_path / "x.tsv", [("a, b", "c")], delimiter="\t"))[0][:2] == ("a, b", "c")
 
 
 def test_a_byte_order_mark_and_columns_without_a_name_do_not_matter(tmp_path):
@@ -222,16 +217,6 @@ def test_a_column_of_json_holds_what_its_texts_say(tmp_path, kind):
     assert [{"n": None, **row} for _, row in open_split(section, "train").rows()] == rows
 
 
-def test_the_token_cache_holds_parquet_and_saved_folders(tmp_path, monkeypatch):
-    monkeypatch.setattr(token_cache, "MIN_BYTES", 0)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for kind in ("file", "dataset"):
-        source, _ = saved(tmp_path, kind)
-        first, again = (load_training_data(DataSection(train=str(source)), tiny_tokenizers.plain()) for _ in range(2))
-        assert list(first.examples) == list(again.examples) and list(first.places) == list(again.places)
-    assert len(list(token_cache.folder().iterdir())) == 2
-
-
 # -------------------------------------------------------------------------------------------------------------- splits
 
 
@@ -272,7 +257,7 @@ def test_a_source_that_names_its_split_has_no_other_splits(splits):
     section = DataSection(train=f"hf:{splits[1]}::validation", test=f"hf:{splits[1]}::train")
     assert [prompts(section, split) for split in ("train", "validation", "test")] == [["validation"], None, ["train"]]
     for wrong in ("train[:50%]", "dev"):
-        with pytest.raises(ValueError, match="no split .*; it has test, train, validation; choose one with hf:"):
+        with pytest.raises(ValueError, match="no split .*; it has test, train, validation$"):
             load_records(DataSection(train=f"hf:{splits[1]}::{wrong}"), "train")
 
 
@@ -291,13 +276,6 @@ def test_a_split_with_hidden_labels_is_no_test_data(splits, capsys):
     assert [prompts(section, split) for split in ("train", "validation", "test")] == [["train"], ["validation"], None]
     with pytest.raises(ValueError, match=r'data\["test"\] must be .*; got IterableDataset'):
         with_data(DataSection(), {"train": made["train"], "test": made["test"].to_iterable_dataset()})
-
-
-def test_a_label_of_minus_one_next_to_others_hides_nothing(tmp_path):
-    rows = datasets.Dataset.from_list([{"prompt": "a", "completion": "b", "label": label} for label in (-1, 1)])
-    datasets.DatasetDict(train=rows, validation=rows).save_to_disk(tmp_path / "x")
-    for section in (DataSection(train=f"{tmp_path}/x"), with_data(DataSection(), {"train": rows, "validation": rows})):
-        assert prompts(section, "validation") == ["a", "a"]
 
 
 def test_a_data_set_without_splits_is_what_it_is_named_for(splits, tmp_path):

@@ -1,20 +1,15 @@
 """The files of an output folder: records, the table, and what is not overwritten."""
 
-import csv
-import io
-import json
-import os
 import re
 from types import SimpleNamespace
 
 import pytest
-from tiny_harness import command, results
+from tiny_harness import results
 
 from para_jax.adapters.names import named_adapters
-from para_jax.cli import main
 from para_jax.evaluation import results as result_files
 from para_jax.evaluation.questions import Scored
-from para_jax.evaluation.results import cell, check_results, csv_table, file_names, metric_values
+from para_jax.evaluation.results import cell, check_results, file_names, metric_values
 
 
 def test_an_output_folder_of_another_backbone_or_program_is_refused(whole, tmp_path):
@@ -40,35 +35,8 @@ def test_the_error_of_the_loss_is_that_of_the_examples_whatever_choices_are_rank
     assert metric_values(SimpleNamespace(examples=examples, ranked=ranked), answers) == plain
 
 
-def test_a_kill_while_results_are_written_leaves_whole_files(folder, tmp_path, monkeypatch):
-    line = command(folder, tmp_path, tasks=["labels"], adapters="A")
-    real, killing = os.replace, iter([False, True])
-
-    def killed(part, file):
-        if next(killing):
-            raise SystemExit
-        real(part, file)
-
-    assert main(line) == 0
-    before = (tmp_path / "A.json").read_bytes()
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(os, "replace", killed)
-        main(line)
-    assert (tmp_path / "A.json").read_bytes() == before
-    assert json.loads((tmp_path / "base.json").read_text())["tokens"] == 0
-    assert main(line) == 0 and (tmp_path / "A.json").read_bytes() != before
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "base.json", "A.json", "answers.jsonl", "table.csv", "table.md"
-    }  # fmt: skip
-
-
 def test_the_table_shows_no_raw_control_character():
     assert cell("a|b\x1b[0m\n\udcff é") == "a\\|b\\x1b[0m\\n\\udcff é"
-
-
-def test_a_csv_file_has_names_as_they_are():
-    made = {"results": {"t|u": {"alias": "t|u", "f1,none": 0.5}}, "n-samples": {}}
-    assert list(csv.reader(io.StringIO(csv_table({"a|b\n": made}))))[1][:4] == ["a|b\n", "t|u", "f1", "0.5"]
 
 
 def test_adapters_are_named_by_their_folders_and_get_distinct_files(folder):

@@ -28,12 +28,6 @@ def test_a_score_is_frozen_and_compares_its_main_values_only():
     assert list(score.record()) == ["name", "metric", "score", "loss", "count", "stderr", "also"]
 
 
-def test_a_choice_that_is_not_a_number_is_not_chosen():
-    task, some = EvalTask("t", [], "accuracy", ("a", "b")), [Record("p", "b", ("b",), None, "here")] * 2
-    nats = np.array([1.0, 1.0, np.nan, 2.0, np.inf, 2.0])
-    assert score_of(task._replace(records=some), nats, np.ones(6), []).score == 1
-
-
 #: Answers that an empty text equals, itself or after SQuAD's normalisation.
 LIKE_NOTHING = ("", "A", "The", "an", "-", " . ", "#### ", "none")
 

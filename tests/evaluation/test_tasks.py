@@ -9,7 +9,6 @@ from para_jax import ParaConfig, init_adapter, load_backbone
 from para_jax.backbone.load import load_model_config
 from para_jax.data.examples import Example
 from para_jax.data.records import Record
-from para_jax.data.tokenizer import load_tokenizer
 from para_jax.evaluation.options import EvalOptions
 from para_jax.evaluation.questions import Scored
 from para_jax.evaluation.task_questions import questions_of
@@ -40,12 +39,6 @@ def test_answers_that_are_cut_name_what_cuts_them(caplog):
 
 def test_a_run_without_a_split_has_no_task(folder):
     assert task_of_run(run_config(folder), "validation", tokenizer()) is None
-
-
-def test_the_choices_of_a_run_are_its_training_completions(folder):
-    task = task_of_run(run_config(folder, "eval.metric=accuracy"), "test", load_tokenizer(folder / "backbone"))
-    assert task.choices == ("w9", "w9 w10", "w9 w10 w11", "w9 w10 w11 w12")
-    assert (task.metric, task.max_new_tokens, len(task.records)) == ("accuracy", 4, 4)
 
 
 def test_the_length_of_answers_to_a_file_follows_from_its_completions(folder, tmp_path, capsys):

@@ -213,9 +213,7 @@ def test_a_hub_that_can_not_be_reached_gives_one_line_with_the_name(server, monk
 
 @pytest.mark.parametrize(("name", "resolve", "source"), [
     ("tokenizer.json", resolve_backbone, "user/model"),
-    ("config.json", resolve_config, "user/model"),
     ("adapter_model.safetensors", resolve_adapter, "user/adapter"),
-    ("README.md", resolve_adapter, "user/adapter"),
 ])  # fmt: skip
 def test_a_file_that_is_too_large_is_refused_before_it_is_fetched(server, name, resolve, source):
     server.claimed = {name: 2**40}
@@ -258,11 +256,7 @@ def test_local_folders_and_gguf_files_are_used_in_place(tmp_path):
     ("source", "said"),
     [
         ("./runs/model", "no such file or folder.*hub id.*smollm2-135m"),
-        ("~/model", "no such file or folder"),
-        ("/nowhere/at/all", "no such file or folder"),
         ("models/llama.gguf", "no such file or folder"),
-        ("a/b/c", "no such file or folder"),
-        ("../../no/where", "no such file or folder"),
         ("smollm", "^smollm: .*hub id.*smollm2-135m"),
         ("user/model@", "user/model@: .*hub id"),
         ("user/model@../x", "user/model@../x: .*hub id"),

@@ -19,7 +19,7 @@ def test_each_line_and_each_adapter_has_exactly_one_shard(count):
     assert shards[0].has_line(1)
 
 
-@pytest.mark.parametrize("text", ["4/4", "-1/4", "0/0", "1", "a/b", "1/4/2", "0/99999999", "", "1 / 4"])
+@pytest.mark.parametrize("text", ["4/4", "-1/4", "a/b", "0/99999999"])
 def test_a_wrong_shard_is_named_and_the_error_says_how_to_count(text):
     with pytest.raises(ValueError, match="from 0.*less than N") as error:
         parse_shard(text)

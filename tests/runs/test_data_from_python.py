@@ -11,7 +11,6 @@ from para_jax.cli import main
 from para_jax.data.given import with_data
 from para_jax.evaluation.tasks import task_of_run
 from para_jax.reports.inspect import folder_report
-from para_jax.training.stop import Stopped, StopSignal
 
 SPLITS = {"train": rows_of_text(20, seed=1), "validation": rows_of_text(8, seed=2), "test": rows_of_text(5, seed=3)}
 SHORT = ("train.max_steps=2", "eval.every=2")
@@ -50,14 +49,6 @@ def test_a_run_on_a_data_frame_is_that_of_the_same_files_and_resumes(folder, cap
         assert "the data of this run came from Python" in capsys.readouterr().err
     assert main(["train", str(result.output_dir / "config.yaml"), "--dry-run"]) in (0, None)
     assert "from Python" in capsys.readouterr().out
-
-
-def test_a_stopped_run_names_no_command_that_lacks_its_rows(folder, monkeypatch, capsys):
-    monkeypatch.setattr(StopSignal, "reached", lambda self, step: True)
-    with pytest.raises(Stopped):
-        train(config_of(folder, "stopped"), SPLITS)
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert "the same call resumes" in said and "para-jax train" not in said
 
 
 @pytest.mark.long

@@ -199,10 +199,9 @@ def test_hub_ids_need_to_be_allowed_and_are_never_a_folder_here(bank, root, monk
     refused(client, 400, lora_name="a", lora_path="../secret")
 
 
-def test_a_root_that_is_not_a_folder_is_refused(bank, root):
-    for wrong in (root / "nothing", root / "file", "gs://bucket/folder"):
-        with pytest.raises(ValueError, match="--adapter-root"):
-            adapter_updates.routes(Models(bank), wrong)
+def test_a_root_that_is_missing_is_refused(bank, root):
+    with pytest.raises(OSError, match="nothing"):
+        adapter_updates.routes(Models(bank), root / "nothing")
 
 
 # ---------------------------------------------------------------------------------------------------------------- keys

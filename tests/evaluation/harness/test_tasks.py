@@ -12,24 +12,8 @@ from para_jax import ParaLM, load_model_config, load_tokenizer
 from para_jax.cli import main
 from para_jax.evaluation.harness.tasks import load_tasks, record, replay
 from para_jax.evaluation.options import EvalOptions
-from para_jax.evaluation.questions import Scored, Written
+from para_jax.evaluation.questions import Scored
 from para_jax.evaluation.task_questions import read_tasks
-
-
-def test_a_tasks_own_code_that_fails_is_named_with_the_task(folder, tmp_path, few_files):
-    file, tokenizer = folder / "tasks" / "data.jsonl", load_tokenizer(folder / "backbone")
-    broken = WRITE.replace("{{{{question}}}}", "{{{{ question if label == 0 else 1 / 0 }}}}").replace(
-        "tiny_write", "asks"
-    )
-    unscored = WRITE.replace("metric: exact_match", "metric: exact_match, ignore_case: true, regexes_to_ignore: ['(']")
-    (tmp_path / "asks.yaml").write_text(broken.format(file=file))
-    (tmp_path / "scores.yaml").write_text(unscored.replace("tiny_write", "scores").format(file=file))
-    made = load_tasks(["asks", "scores"], tmp_path, limit=2, fewshot=None, chat=False)
-    with pytest.raises(ValueError, match="task asks: its requests can't be made: ZeroDivisionError"):
-        record(made[0], tokenizer, 100, sampling_seed=0)
-    record(made[1], tokenizer, 100, sampling_seed=0)
-    with pytest.raises(ValueError, match="task scores: lm-eval can't score its answers: .*(error|Error)"):
-        replay(made[1], tokenizer, 100, lambda one: Written("w9", 1), sampling_seed=0)
 
 
 def test_a_task_that_draws_while_it_is_loaded_draws_as_on_lm_evals_command_line(
