@@ -65,6 +65,8 @@ class Rows:
 
 def stack_adapters(adapters: list[Adapter]) -> Stack:
     """Adapters of one config and backbone, stacked. Gradients of Rows have this shape, a slice per tenant."""
+    if not adapters:
+        raise ValueError("stack_adapters: no adapters; give at least one")
     for i, adapter in enumerate(adapters):
         if (adapter.config, adapter.backbone) != (adapters[0].config, adapters[0].backbone):
             raise ValueError(
