@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -104,10 +104,6 @@ class AdapterBank:
     @classmethod
     def holding(cls, adapters: dict[str, Adapter], model_config: ModelConfig, *, dtype: str = "float32") -> AdapterBank:
         """A bank of these adapters, made for their methods, sites and largest rank only."""
-        if not isinstance(adapters, Mapping):
-            raise ValueError(
-                f"AdapterBank.holding takes {{name: adapter}} (load_adapter loads one); got {type(adapters).__name__}"
-            )
         configs = [adapter.normal(model_config).config for adapter in adapters.values()]
         bank = cls.fitting(configs, model_config, capacity=len(adapters), dtype=dtype)
         bank.expected = ()  # a removed adapter's group goes with it

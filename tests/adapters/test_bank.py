@@ -21,7 +21,6 @@ from para_jax import (
     prefill,
     save_adapter,
 )
-from para_jax.adapters import padding
 from para_jax.adapters.adapter import named_leaves
 from para_jax.config import SITES
 
@@ -386,23 +385,3 @@ def test_an_adapter_takes_its_own_rank_and_sites_in_memory_and_the_banks_in_rows
     mixed = forward(model, large.rows(adapters), tokens, 8)
     for i, adapter in enumerate(adapters.values()):
         np.testing.assert_allclose(mixed[i], forward(model, adapter, tokens[i : i + 1], 8)[0], atol=1e-4)
-
-
-def test_parts_of_an_array_are_written_back_as_they_were():
-    rng = np.random.default_rng(0)
-    for axis in (1, 2):
-        leaf = rng.standard_normal((5, 4, 4)).astype(np.float32)
-        for layer, rank in enumerate((0, 2, 2, 4, 1)):
-            np.moveaxis(leaf, axis, 1)[layer, rank:] = 0
-        np.moveaxis(leaf, axis, 1)[3, 1] = 0  # zeros inside are kept
-        parts = padding.without_zeros(leaf, axis)
-        assert [len(part) for part in parts] == [1, 2, 1, 1]
-        assert sum(part.size for part in parts) == 4 * (0 + 2 + 2 + 4 + 1)
-        held = padding.Held((5, 6, 6), np.dtype("float32"), tuple(parts))
-        np.testing.assert_array_equal(
-            held.whole(np.full((5, 6, 6), 7, np.float32)), np.pad(leaf, ((0, 0), (0, 2), (0, 2)))
-        )
-    whole = padding.Held(leaf.shape, leaf.dtype, (leaf,))
-    assert whole.whole() is leaf  # nothing to fill up, so nothing is copied
-    np.testing.assert_array_equal(whole.whole(np.empty_like(leaf)), leaf)
-    assert (padding.Held((2, 3), np.dtype("float32"), fill=1.0).whole() == 1).all()

@@ -36,26 +36,6 @@ def test_a_variant_differs_from_its_family_unless_equivalent(file):
     assert same == (file == "gemma/variants/legacy_act.json")
 
 
-def test_each_family_sets_its_own_values():
-    config = {folder: model_config(read(f"{folder}/config.json")) for folder in FOLDERS}
-    assert config["gemma"].norm_offset == config["gemma2"].norm_offset == config["gemma3_text"].norm_offset == 1.0
-    assert config["gemma"].embedding_multiplier == 8.0 and config["gemma"].activation == "gelu_tanh"
-    assert config["gemma2"].attention_scale == 20**-0.5 and config["gemma3_text"].attention_scale == 20**-0.5
-    assert (config["gemma2"].attention_softcap, config["gemma2"].final_softcap) == (3.0, 4.0)
-    assert config["gemma2"].pre_norm and config["gemma2"].post_norm and config["gemma2"].tied_embeddings
-    assert (config["olmo2"].pre_norm, config["olmo2"].post_norm, config["olmo2"].qk_norm) == (False, True, "projection")
-    assert config["qwen3"].qk_norm == config["gemma3_text"].qk_norm == "head"
-    assert (config["qwen2"].qkv_bias, config["qwen2"].output_bias) == (True, False)
-    granite = config["granite"]
-    assert (granite.attention_scale, granite.embedding_multiplier) == (0.4, 4.0)
-    assert (granite.residual_multiplier, granite.logits_divisor) == (0.35, 0.5)
-    granite4 = config["granitemoehybrid"]
-    assert (granite4.hidden_width, granite4.residual_multiplier, granite4.kinds[0].rotary.dims) == (48, 0.35, 8)
-    assert {kind.rotary.dims for kind in model_config(read("granitemoehybrid/variants/nope.json")).kinds} == {0}
-    assert config["llama"].attention_scale == 0.25 and not config["llama"].tied_embeddings
-    assert config["smollm2"].tied_embeddings and config["smollm2"].kinds[0].rotary.theta == 100000.0
-
-
 def test_windows_are_in_the_right_layers():
     def windows(name):
         return [kind.window for kind in model_config(read(name)).kinds]

@@ -102,7 +102,7 @@ def test_a_config_that_cannot_be_read_is_named(content, named, tmp_path):
 
 @pytest.mark.parametrize(
     ("own", "more", "ends"),
-    [(2, [9, 7], (2, 9, 7)), ([2, 7], 7, (2, 7)), (None, [9], (9,)), (2, None, (2,)), ([], [-1, 0], (0,))],
+    [(2, [9, 7], (2, 9, 7)), (None, [9], (9,)), (2, None, (2,))],
 )
 def test_the_end_tokens_of_a_generation_config_count_too(own, more, ends, tmp_path):
     """Qwen's chat models name <|endoftext|> only there, and transformers and vLLM stop at it."""

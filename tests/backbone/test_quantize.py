@@ -3,7 +3,6 @@ adapter is trained."""
 
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +14,10 @@ from golden_models import FIXTURES, backbone, prompts, strong
 from jax.sharding import NamedSharding, PartitionSpec
 from long_cases import slow
 from one_adapter import fresh_state, trained_step
-from stopped_run import assert_same_arrays, train_interrupted
-from tiny_run import ADAPTER, COMPLETION, LENGTH, ROWS, STEPS, TRAIN, run_config, run_folder
+from tiny_run import ADAPTER, COMPLETION, LENGTH, ROWS, STEPS, TRAIN
 from tpu_compiler import tpu_devices
 
-from para_jax import decode, forward, init_adapter, load_backbone, make_mesh, pick, prefill, stack_adapters, train
+from para_jax import decode, forward, init_adapter, load_backbone, make_mesh, pick, prefill, stack_adapters
 from para_jax.backbone.layers import Linear
 from para_jax.backbone.load import abstract_backbone, load_model_config
 from para_jax.backbone.quantize import Int8Linear, quantise
@@ -217,23 +215,6 @@ def test_scales_are_cut_as_the_outputs_of_their_linears():
     up, down = layer.feedforward.up_proj, layer.feedforward.down_proj
     assert (parts(up.kernel), parts(up.scale)) == ((16, 64), (1, 64))
     assert (parts(down.kernel), parts(down.scale)) == ((64, 16), (1, 16))
-
-
-# -------------------------------------------------------------------------------------------------------------- the run
-
-
-@pytest.mark.long
-def test_a_run_on_int8_learns_resumes_and_says_so_in_its_card(tmp_path):
-    folder = run_folder(tmp_path)
-    config = run_config(folder, "backbone.quantize=int8", f"output_dir={tmp_path / 'whole'}")
-    whole = train(config)
-    assert whole.best_score is not None
-    cut = replace(config, output_dir=str(tmp_path / "cut"))
-    train_interrupted(cut, at_step=5)
-    assert_same_arrays(train(cut).adapter, whole.adapter)
-    assert "int8 during training" in (Path(cut.output_dir) / "adapter" / "README.md").read_text()
-    with pytest.raises(ValueError, match="backbone.quantize .'int8' there, None here"):
-        train(replace(cut, backbone=replace(cut.backbone, quantize=None)))
 
 
 # ----------------------------------------------------------------------------------------------------- over the network

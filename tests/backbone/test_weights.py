@@ -59,42 +59,6 @@ def test_loading_fills_exactly_the_models_parameters(folder):
     assert module == parameter_shapes(config)
 
 
-def test_linear_weights_are_transposed_and_the_rest_is_kept():
-    tensors, loaded = tensors_of("qwen2"), load("qwen2")
-    for ours, theirs in (
-        ("layers.2.attention.k_proj.kernel", "model.layers.2.self_attn.k_proj.weight"),
-        ("layers.1.attention.v_proj.bias", "model.layers.1.self_attn.v_proj.bias"),
-        ("layers.0.feedforward.down_proj.kernel", "model.layers.0.mlp.down_proj.weight"),
-        ("final_norm.weight", "model.norm.weight"),
-        ("head", "lm_head.weight"),
-    ):
-        np.testing.assert_array_equal(loaded[ours], tensors[theirs].T)
-    np.testing.assert_array_equal(loaded["embedding"], tensors["model.embed_tokens.weight"])
-
-
-@pytest.mark.parametrize(
-    ("folder", "norms"),
-    [
-        ("llama", {"input": "input", "pre_feedforward": "post_attention"}),
-        ("gemma2", {name: name for name in ("input", "post_attention", "pre_feedforward", "post_feedforward")}),
-        ("olmo2", {"post_attention": "post_attention", "post_feedforward": "post_feedforward"}),
-    ],
-)
-def test_norms_are_mapped_by_family(folder, norms):
-    tensors, loaded = tensors_of(folder), load(folder)
-    for ours, theirs in norms.items():
-        expected = tensors[f"model.layers.1.{theirs}_layernorm.weight"]
-        np.testing.assert_array_equal(loaded[f"layers.1.{ours}_norm.weight"], expected)
-
-
-def test_fused_matrices_are_split_by_rows():
-    tensors, loaded = tensors_of("phi3"), load("phi3")
-    parts = [loaded[f"layers.1.attention.{name}_proj.kernel"].T for name in "qkv"]
-    np.testing.assert_array_equal(np.concatenate(parts), tensors["model.layers.1.self_attn.qkv_proj.weight"])
-    parts = [loaded[f"layers.1.feedforward.{name}_proj.kernel"].T for name in ("gate", "up")]
-    np.testing.assert_array_equal(np.concatenate(parts), tensors["model.layers.1.mlp.gate_up_proj.weight"])
-
-
 def test_tied_embeddings_are_not_doubled(tmp_path):
     embedding = tensors_of("smollm2")["model.embed_tokens.weight"]
     assert "head" not in load("smollm2")

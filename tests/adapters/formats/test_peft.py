@@ -124,12 +124,6 @@ def test_sites_that_share_a_linear_of_phi3_are_blocks_of_one_pair_of_matrices(tm
     np.testing.assert_allclose(b @ a, (adapter.a["down_proj"][0] @ adapter.b["down_proj"][0]).T, atol=1e-5)
 
 
-def test_the_scale_of_rslora_survives_the_larger_rank(tmp_path):
-    adapter, _, config = written(tmp_path, LoraConfig(r=4, lora_alpha=8, use_rslora=True))
-    assert config["r"] == 12 and config["use_rslora"]
-    np.testing.assert_allclose(config["lora_alpha"] / 12**0.5, adapter.config.scale, rtol=1e-14)
-
-
 def test_matrices_of_phi3_that_are_no_blocks_are_shared_by_the_sites(tmp_path):
     """As PEFT trains them: every row of A serves q, k and v."""
     _, tensors, _ = written(tmp_path, LoraConfig(r=2, lora_alpha=6, target_modules=("q_proj", "k_proj", "v_proj")))
@@ -218,13 +212,7 @@ def test_tensors_of_what_we_do_not_adapt_are_refused(lora, name, message):
     [
         {"a_key_of_2027": None, "another": False, "a_third": {}, "a_fourth": [], "a_fifth": "none"},
         {"lora_dropout": 0.1, "revision": "main", "auto_mapping": {"base_model_class": "X"}, "inference_mode": False},
-        {
-            "use_dora": "left out",
-            "bias": "left out",
-            "lora_bias": "left out",
-            "use_rslora": "left out",
-            "init_lora_weights": False,
-        },
+        {"use_dora": "left out", "bias": "left out", "use_rslora": "left out", "init_lora_weights": False},
     ],
 )
 def test_keys_that_change_nothing_pass(lora, changes):
@@ -249,12 +237,9 @@ def test_an_adapter_of_another_architecture_is_refused(lora):
     "changes, message",
     [
         ({"use_dora": True}, "not supported: use_dora True"),
-        ({"modules_to_save": ["lm_head"]}, r"not supported: modules_to_save \['lm_head'\]"),
         ({"layers_to_transform": 0}, "not supported: layers_to_transform 0"),
-        ({"alora_invocation_tokens": [7, True]}, "alora_invocation_tokens .*True"),
         ({"a_key_of_2027": "yes", "init_lora_weights": "pissa"}, "a_key_of_2027 'yes', init_lora_weights 'pissa'"),
         ({"peft_type": "ADALORA"}, "peft_type 'ADALORA'.*PARA, LORA, IA3"),
-        ({"r": "left out"}, "r must be .*None"),
         ({"r": 8}, r"misshapen: .*q_proj.lora_A.weight \[4, 64\] \(expected \[8, 64\]\)"),
         ({"lora_alpha": 10**400}, "lora_alpha .*1000"),
     ],
@@ -274,12 +259,6 @@ def test_the_folder_tells_the_size_of_what_is_loaded(name):
     assert found.counts.matrices + found.counts.vectors == sum(leaf.size for leaf in jax.tree.leaves(adapter))
     one_layer = jax.tree.map(lambda leaf: leaf[0], adapter).condition(jnp.zeros(64))
     assert found.counts.carried == 3 * sum(leaf.size for leaf in jax.tree.leaves(one_layer))
-
-
-def test_vectors_that_are_carried_together_are_counted_once(tmp_path):
-    save_adapter(made(Ia3Config(target_modules=("up_proj", "down_proj"))), tmp_path / "adapter")
-    found = read_adapter_config(tmp_path / "adapter")
-    assert (found.counts.vectors, found.counts.carried) == (3 * 256, 3 * 128)
 
 
 @pytest.mark.parametrize("config", [

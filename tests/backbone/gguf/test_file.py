@@ -108,7 +108,7 @@ def test_linear_rope_scaling_and_a_second_end_token_are_read(tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "factor", "scaled"),
-    [("linear", 8.0, True), (None, 8.0, True), ("none", 8.0, False), ("linear", 1.0, False), (None, None, False)],
+    [(None, 8.0, True), ("none", 8.0, False), ("linear", 1.0, False)],
 )
 def test_a_file_without_a_kind_of_rope_scaling_is_linear_as_in_llama_cpp(tmp_path, kind, factor, scaled):
     change = {"rope.scaling.type": kind, "rope.scaling.factor": factor}
