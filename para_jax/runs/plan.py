@@ -82,10 +82,15 @@ def plan_run(config: RunConfig, shared: SharedResources | None = None) -> Plan:
     plan = on_every_process(lambda: planned(config, own, layout, mesh, shared or SharedResources()))
     require_same("the data", lambda: run_digests({}, plan.tenants))
     require_same("a tenant's tenant.yaml", lambda: [own_values(tenant.config) for tenant in plan.tenants])
-    if not (plan.folder / "checkpoints").is_dir():
-        starting = [tenant.config for tenant in plan.tenants]
-        on_first_process(lambda: check_initial(starting, load_model_config(config.backbone.source)))
+    on_first_process(lambda: check_start(plan))
     return plan
+
+
+def check_start(plan: Plan) -> None:
+    """Raises ValueError, before the first step of a run, for adapters of train.init_from that don't fit it."""
+    if not (plan.folder / "checkpoints").is_dir():  # only the first process has the folder
+        starting = [tenant.config for tenant in plan.tenants]
+        check_initial(starting, load_model_config(plan.config.backbone.source))
 
 
 def mesh_of_run(config: RunConfig, own: dict[str, RunConfig]):

@@ -415,7 +415,7 @@ def test_a_dry_run_prints_sizes_and_writes_nothing(folder, config, tmp_path, cap
 
 def bytes_gguf(path):
     """The llama fixture as a .gguf file with the 256 bytes as its tokens."""
-    tokens = {"tokens": sorted(ByteLevel.alphabet()), "token_type": [1] * 256, "model": "gpt2", "pre": "default"}
+    tokens = {"tokens": sorted(ByteLevel.alphabet()), "token_type": [1] * 256, "model": "gpt2", "pre": "gpt-2"}
     return write_gguf(path, change={f"tokenizer.ggml.{key}": value for key, value in tokens.items()})
 
 
