@@ -75,7 +75,7 @@ class Standing:
 
     @classmethod
     def from_json(cls, held: dict[str, Any]) -> Standing:
-        tenants = [TenantStanding(**one) for one in held["tenants"]]
+        tenants: Any = [TenantStanding(**one) for one in held["tenants"]]
         return cls(**held | {"tenants": tenants})
 
     def to_json(self) -> dict[str, Any]:
