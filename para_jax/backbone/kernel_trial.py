@@ -59,8 +59,8 @@ def choose_attention(
 
 
 def trial_problem(kernel: str, config: ModelConfig, dtype, *, packed: bool) -> str | None:
-    """What went wrong in a trial on this process's first device, in one line; None if it passed. It needs no other
-    process, so one whose trial fails keeps no other waiting."""
+    """What went wrong in a trial on this process's first device, in one line; None if it passed. Each process
+    tries for itself, so a trial that fails on one holds up no other."""
     draw, heads, kv_heads = np.random.default_rng(0), config.num_heads, config.num_kv_heads
     shapes = [(1, LENGTH, count, config.head_dim) for count in (heads, kv_heads, kv_heads, heads)]
     given = [jnp.asarray(draw.normal(size=shape), dtype) for shape in shapes]

@@ -56,7 +56,7 @@ class HarnessTask(NamedTuple):
         return tuple(name for part in ("tasks", "groups") for name in self.loaded.get(part, ()))
 
     def settings(self) -> str:
-        """A hash of its tasks' configs and documents, on which scores depend besides the answers. It does not cover the
+        """A hash of its tasks' configs and documents: with the answers, they give the scores. It does not cover the
         code of helper files."""
         made = hashlib.sha256()
         for name, task in self.loaded.get("tasks", {}).items():
