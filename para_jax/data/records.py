@@ -84,20 +84,6 @@ def read_records(
     return list(records_of(open_file(expanded(path)), Form(prompt, completion, task)))
 
 
-def read_prompts(path: Path | BucketPath | str) -> list[Prompt]:
-    """The prompts of a data file: its column `prompt`, or the prompts in its column `messages`."""
-    prompts: list[Prompt] = []
-    for place, row in open_file(expanded(path)).rows():
-        try:
-            has_chat = "messages" in row and "prompt" not in row
-            prompts += [record.prompt for record in turns_of(row, place)] if has_chat else [column(row, "prompt")]
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from None
-    if not prompts:
-        raise ValueError(f"{path} has no rows; add one for each prompt")
-    return prompts
-
-
 # ---------------------------------------------------------------------------------------------------------------- rows
 
 

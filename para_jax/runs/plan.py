@@ -19,6 +19,7 @@ from ..adapters.scope import invocation_tokens, require_invocation
 from ..backbone.load import load_model_config
 from ..config import ModelConfig, RunConfig
 from ..data.example_arrays import examples_digest
+from ..data.records import split_records
 from ..data.schedule import TenantOrder
 from ..data.tenants import of_most_memory, own_values
 from ..data.tokenizer import run_tokenizer
@@ -120,6 +121,8 @@ def planned(config: RunConfig, own: dict[str, RunConfig], layout: Layout, mesh, 
     Args:
         own: the config of each tenant.
     """
+    for one in own.values():  # a missing file is told before a backbone is fetched
+        split_records(one.data, "train")
     resolve_backbone(config.backbone.source)
     tokenizer, model = run_tokenizer(config), load_model_config(config.backbone.source)
     for name, one in own.items():  # the combinations of a sweep share their data
