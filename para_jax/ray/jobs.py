@@ -106,7 +106,7 @@ def command_options(command: str, given: Mapping[str, Any]) -> Namespace:
     options = vars(cli.parse([command]))
     if unknown := ", ".join(given.keys() - options.keys()):
         raise ValueError(f"para-jax {command} has no option {unknown}; see para-jax {command} --help")
-    return Namespace(**options | given)
+    return Namespace(**{**options, **given})
 
 
 def shards_of(output: Place) -> Place:
@@ -143,6 +143,7 @@ def run_shards(
         **reserved,
     )
     shards.context.enable_progress_bars = False
-    with Progress(what, count, unit="shard", keep=True) as bar, closing(iter(shards.iter_rows())) as ended:
+    ended: Any = iter(shards.iter_rows())
+    with Progress(what, count, unit="shard", keep=True) as bar, closing(ended):
         for _ in ended:  # closed after Ctrl-C too: that ends the workers
             bar.advance()

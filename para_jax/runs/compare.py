@@ -21,7 +21,7 @@ from ..data.given import with_data
 from ..evaluation.paired import within_noise
 from ..evaluation.score import with_error
 from ..io import atomic
-from ..io.checks import expanded, require
+from ..io.checks import expanded
 from ..io.error_frames import errors_forget
 from ..io.messages import say, warn
 from ..io.storage.bucket import Place
@@ -34,7 +34,7 @@ from .plan import SharedResources
 from .report import choice_lines
 from .scoring import NotFinite
 from .standing import Standing
-from .train import require_config, start, trained
+from .train import require_function, start, trained
 
 #: The table of a comparison, in its output_dir, and the same as JSON.
 TABLE, COMPARISON_FILE = "comparison.md", "comparison.json"
@@ -124,14 +124,9 @@ def compare_methods(config: RunConfig, data: Any = None) -> MethodsResult:
     Args:
         data: the rows, instead of data.train, as `train` takes them.
     """
-    require_config(config)
-    require(bool(config.sweep.method), "sweep.method", config.sweep.method, "the methods to compare")
+    require_function(config, "compare_methods")
     if data is not None:
         config = replace(config, data=with_data(config.data, data))
-    named, rate = adapter_method(config.adapter), config.train.learning_rate
-    if named not in config.sweep.method and rate not in (None, "auto"):
-        why = f"it is {named}'s, which sweep.method lacks; use sweep.learning_rate"
-        warn(f"train.learning_rate={rate} has no effect: {why}")
     start(config)
     folder = expanded(config.output_dir)
 

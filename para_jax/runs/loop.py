@@ -157,8 +157,6 @@ def save(run: TrainingRun, *, stopping: bool) -> None:
         return
     read(run)
     run.flush()
-    for one, health in zip(standing.tenants, run.health, strict=True):
-        one.health = {} if run.many and one.ended else health.to_json()
     standing.rows = run.log.rows.count
     for one, rows in zip(standing.tenants, run.rows, strict=False):
         one.rows = rows.count
@@ -278,7 +276,6 @@ def read(run: TrainingRun) -> None:
             one.failed = done.step
     if not run.many:
         run.log.step(done, logged[turns[0]], run.bar)
-        run.health[0].watch(done.step, logged[turns[0]])
         return
     for turn, of_turn in logged.items():
         run.write(turn.tenant, turn.step + 1, of_turn, every=run.config.logging.every)

@@ -105,7 +105,7 @@ def join(runtime: RuntimeSection) -> None:
             f"runtime.distributed=off, but this program has joined {jax.process_count()} processes; use "
             "runtime.distributed=given for a run on all of them"
         )
-    if runtime.coordinator is None or jax.distributed.is_initialized():
+    if runtime.coordinator is None or runtime.distributed != "auto" or jax.distributed.is_initialized():
         return
     address = None if runtime.coordinator == "auto" else runtime.coordinator
     given = address, runtime.num_processes, runtime.process_id

@@ -381,7 +381,7 @@ def test_a_token_that_the_backbone_lacks_is_named(config, folder, tmp_path):
     grown.save_pretrained(backbone)
     write_rows(tmp_path / "rows.jsonl", [*rows_of_text(2, 0), {"prompt": "w20 <image>", "completion": "w9"}])
     data = replace(config.data, train=str(tmp_path / "rows.jsonl"))
-    with pytest.raises(ValueError, match="rows.jsonl:3: token id must be less than 256.*; got 256"):
+    with pytest.raises(ValueError, match="rows.jsonl:3: token id 256 is not one of the model's 256"):
         train(replace(config, data=data, backbone=replace(config.backbone, source=str(backbone))))
     assert not Path(config.output_dir).exists()
 
@@ -409,14 +409,6 @@ def test_of_equal_scores_the_one_with_the_lower_loss_is_the_best_and_patience_wa
     result = train(config)
     assert (result.step, result.best_step, result.scores["validation"]["values"]["loss"]) == (6, 4, 1.5)
     assert_same_arrays(kept_adapter(config), scored[3])
-
-
-def test_patience_without_validation_data_is_refused_before_anything_is_written(folder, tmp_path):
-    rows = write_rows(tmp_path / "rows.jsonl", rows_of_text(8, seed=1))
-    config = run_config(folder, f"data.train={rows}", f"output_dir={tmp_path / 'run'}", "eval.patience=2")
-    with pytest.raises(ValueError, match=r"eval.patience \(2\) needs validation data \(.*; or set eval.patience=null"):
-        train(config)
-    assert not (tmp_path / "run").exists()
 
 
 def test_patience_goes_on_counting_after_an_interruption(config, monkeypatch):
