@@ -272,12 +272,6 @@ def last_characters(tokenizer, length: int) -> frozenset[str]:
 # ----------------------------------------------------------------------------------------------------------- tokenizer
 
 
-def require_tokenizer(tokenizer: object) -> None:
-    """Raises ValueError for what is no tokenizer, such as the name of one."""
-    if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
-        raise ValueError(f"tokenizer is a {type(tokenizer).__name__}; give one that load_tokenizer returns")
-
-
 def encode_prompts(tokenizer, texts: list[str], chats: list[bool]) -> list[list[int]]:
     """The ids of prompts: of rendered chats as they are, of texts by the tokenizer's own rules for special tokens.
 

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 from .. import __version__
 from ..backbone.content import backbone_content
 from ..config import BASE, ModelConfig, RunConfig, load_config
-from ..data.examples import require_tokenizer
 from ..inference.content import ANSWERS_VERSION, writing_content
 from ..io.checks import expanded
 from ..io.shards import SHARD_FILE, ShardOutput, begin_part, parse_shard, write_part
@@ -78,7 +77,6 @@ def evaluate(
     Raises ValueError, naming the value, for anything that can't be evaluated.
     """
     require_backbone(model)
-    require_tokenizer(tokenizer)
     try:
         plan = plan_evaluation(model.config, adapters, tasks, tokenizer, options)
     except ValueError as error:  # it names the command's flags, which are arguments here
