@@ -501,7 +501,7 @@ def test_an_unusable_adapter_is_named(capsys, folder, adapter, spoil, said):
         (["--temperature", -1], "temperature is -1.0"),
         (["--max-new-tokens", 1000], "2 tokens and max_new_tokens 1000 are more than the model's 512 positions"),
         (["--prompt", ""], "prompt is missing or empty"),
-        (["--chat"], "the tokenizer has no chat template"),
+        (["--chat"], "chat_template is not set"),
         (["--chat-template-kwargs", "a=1"], "--chat-template-kwargs.*JSON object.*a=1"),
     ],
 )
