@@ -57,7 +57,7 @@ MISTAKES = [
     ("train run.yaml --lr 1e-3", r"'--lr'; fields of the config are given as"),
     ("train run.yaml --dryrun", r"'--dryrun'; did you mean --dry-run\?"),
     ("train run.yaml train.learning_rate 1e-3", "'train.learning_rate': write section.field=value"),
-    ("evaluate runs/mine", "config runs/mine is a folder.*config.yaml"),
+    ("evaluate runs/mine", "Is a directory: .runs/mine"),
     ("eval run.yaml", r"'eval'.*did you mean evaluate\?"),
 ]
 HELP = [
