@@ -33,6 +33,7 @@ def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str
         changes["train"] = {"max_steps": None} | train
     elif isinstance(train, dict) and train.get("max_steps") is not None:
         changes["train"] = {"num_epochs": TrainSection.num_epochs} | train
+    # The file alone first, so that an error says whether the file has it or an override.
     try:
         config = run_config(in_file, {})
     except ValueError as error:

@@ -214,6 +214,7 @@ def without_end(tokenizer, answer: str) -> str:
 def up_to_end_token(tokenizer, ids: list[int]) -> list[int]:
     """A turn's ids up to its end token, without the white space that templates write after it. EOS is added if the turn
     has no end token."""
+    # From the back: an answer may name the end token, and only the last one ends the turn.
     for i in reversed(range(len(ids))):
         if (ends := ends_turn(tokenizer, ids[i])) is not None:
             if ends:

@@ -96,6 +96,7 @@ def records_of(split: Split, form: Form) -> Iterator[Record]:
 
 def record_of(row: dict, form: Form, place: str) -> list[Record]:
     """A row's record. A row of `messages` gives one for each assistant turn."""
+    # Templates win over a task, and so do rows that are written as prompt and completion already.
     own = form.prompt or form.completion or ("prompt" in row and "completion" in row)
     if form.task is not None and not own:
         prompt, completion, accepted = TASKS[form.task].record(row)

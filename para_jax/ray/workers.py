@@ -52,6 +52,7 @@ class ShardWorker:
         except (ValueError, OSError):
             raise
         except Exception:
+            # JAX can't use a device again that has failed. Ray replaces a process that ended, but not one that raised.
             traceback.print_exc()
             os._exit(1)
         return {"index": [index]}

@@ -151,6 +151,7 @@ def compared(rows: Sequence[MethodScore], folder: Place) -> MethodsResult:
     base = next((row for row in rows if row.method == BASE), None)
     found = [*sorted((row for row in rows if row.method != BASE), key=lambda row: row.order), *filter(None, [base])]
     best = found[0]
+    # A paired test needs the same examples. A tenant's rows are missing where its loss was not finite.
     alike = {row.title: row.rows for row in found if row.rows and len(row.rows) == len(best.rows)}
     near = within_noise(alike, best.title) if alike else []
     found = [row._replace(within_noise=row.title in near) for row in found]
@@ -197,6 +198,7 @@ def method_scores(config: RunConfig, parameters: int, standing: Standing | None)
     entries = {one.name: one.entry() for one in standing.tenants} if standing else {"": {}}
     rows = []
     for name, entry in entries.items():
+        # a sweep has a folder for each of its combinations
         place = folder / name if name else folder
         rate = load_config(place / "config.yaml").train.learning_rate  # the one that `auto` chose
         records, ended = entry.get("scores", {}), entry.get("ended", "not finite")

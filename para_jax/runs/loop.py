@@ -171,6 +171,7 @@ def admit(run: TrainingRun) -> None:
     standing = run.standing
     slots = admitted(standing.slots, standing.over)
     for slot, (held, tenant) in enumerate(zip(standing.slots, slots, strict=True)):
+        # The slot's optimiser state goes with the adapter: nothing of the tenant before may reach the next one.
         if held != tenant:
             fresh = fresh_adapter(run, run.tenants[tenant])
             run.state = put_tenant(run.state, jnp.int32(slot), fresh, config=run.config.train)
@@ -191,6 +192,7 @@ def step(run: TrainingRun) -> None:
         completion=bucket.completion, prompt=bucket.prompt, config=run.config.train, many=run.many
     )
     run.profiler.before(number)
+    # A new shape compiles alone, with the step before read: its time would count as that step's.
     with jax.profiler.StepTraceAnnotation("train", step_num=number):
         if bucket in run.compiled:
             run.state, values = train_step(run.state, *given, **static)

@@ -71,9 +71,11 @@ def plan_run(config: RunConfig, shared: SharedResources | None = None) -> Plan:
     own = on_every_process(lambda: tenant_configs(config))
     mesh = mesh_of_run(config, own)
     layout = on_every_process(lambda: lay_out(config, mesh, len(own)))
+    # The rows of a step are written down, so that a resume on other devices keeps them.
     if not config.data.tenants and not (config.many and config.train.rows_per_tenant):
         config = with_decided(config, {"train.batch_size": layout.tenant_rows})
         own = tenant_configs(config)
+    # Each tenant's own folder says what its first start decided.
     if config.many:
         values = on_first_process(lambda: at_once(decided, own.values()))
         own = {name: with_decided(own[name], held) for name, held in zip(own, values, strict=True)}
