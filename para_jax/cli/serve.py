@@ -97,15 +97,19 @@ def serve_at(options, sources: dict[str, str], config: ServerConfig, taken) -> N
 def engine_of(options, sources: dict[str, str]):
     """The engine, with everything loaded. Requests without a seed are drawn differently in each process, so that
     replicas write different answers."""
+    from ..adapters.preview import previews
+    from ..backbone.load import load_model_config
     from ..data.tokenizer import load_tokenizer
     from ..serving.engine import Engine
 
     shared.start_devices(options)
+    # a wrong adapter is found before weights are read
+    found = dict(zip(sources, previews(sources.values(), load_model_config(options.backbone)), strict=True))
     model = shared.load_model(options, source=options.backbone, **shared.model_options(options))
     gb = options.prefix_cache_gb
     return Engine(
         model,
-        bank_of(options, sources, model),
+        bank_of(options, found, model),
         load_tokenizer(options.backbone, options.chat_template_kwargs),
         slots=options.slots,
         max_length=shared.engine_length(options, model.config),
@@ -124,14 +128,15 @@ def base_name(backbone: str) -> str:
     return path.resolve().name if isinstance(path, Path) and path.exists() else backbone
 
 
-def bank_of(options, sources: dict[str, str], model):
+def bank_of(options, found: dict, model):
     """The bank of the adapters, or None for the base model alone. With updates it holds all of them, and has room for
-    others. Without, one that is dropped from memory is loaded again as it is then: it may have been trained further."""
+    others. Without, one that is dropped from memory is loaded again as it is then: it may have been trained further.
+
+    Args:
+        found: the previews of the adapters by name.
+    """
     from ..adapters.bank import AdapterBank
     from ..adapters.files import load_adapter
-    from ..adapters.preview import previews
-
-    found = dict(zip(sources, previews(sources.values(), model.config), strict=True))
 
     def load(name: str):
         return load_adapter(found[name].place, model.config, model=model)
