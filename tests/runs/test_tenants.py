@@ -578,7 +578,6 @@ def test_a_mesh_equals_one_device(whole, folder, tmp_path):
 @pytest.mark.parametrize(
     ("override", "named"),
     [
-        ("data.tenants={folder}/nowhere", "data.tenants.*nowhere"),
         ("train.rows_per_tenant=3", r"train.rows_per_tenant .*train.per_device_batch_size \(8\).* 3"),
         ("sweep.seed=[1, 2]", "sweep .*data.tenants"),
     ],
