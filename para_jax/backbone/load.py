@@ -18,8 +18,7 @@ from ..io.hub import local_backbone, resolve_backbone, resolve_config
 from ..io.messages import warn
 from ..io.untrusted import read_json
 from ..runtime.sharding import check_mesh, tree_shardings, with_sharding
-from .config_values import as_list
-from .families import model_config
+from .families import as_list, model_config
 from .gguf.file import GgufFile
 from .kernel_choice import choice_named
 from .kernel_trial import choose_attention
