@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from ..io.checks import expanded, require, require_location, require_one_of
 from .adapter import ADAPTER_CONFIGS, AdapterConfig, ParaConfig, with_scope_of
-from .bounds import Bounds, Fraction, JsonObject, NonNegativeFloat, PositiveInt, Seed, allowed_values, check_fields
+from .bounds import Bounds, Fraction, JsonObject, NonNegativeFloat, PositiveInt, Seed, check_fields
 from .template_variables import template_variables
 
 #: The base model's name among tenants: no adapter.
@@ -41,10 +41,6 @@ class BackboneSection:
     def __post_init__(self):
         check_fields(self, "backbone.")
         require_location("backbone.source", self.source)
-
-
-#: The kernels for attention over whole sequences.
-ATTENTION = allowed_values(BackboneSection, "attention")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -149,7 +149,8 @@ def ask_compiler(lowered: jax.stages.Lowered) -> Compiled:
         used, unit, limit = match.groups()[:3] if match[1] else match.groups()[3:]
         needed = float(used) * (GIB if unit == "G" else 2**20)
         return Compiled(None, int(needed), float(limit) * GIB, time.perf_counter() - begun)
-    seconds, sizes = time.perf_counter() - begun, compiled.memory_analysis()
+    seconds = time.perf_counter() - begun
+    sizes: Any = compiled.memory_analysis()
     memory = ProgramMemory(
         arguments=sizes.argument_size_in_bytes,
         outputs=sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
