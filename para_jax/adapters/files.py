@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
-from types import NoneType
 from typing import Any, NamedTuple
 
 import jax
@@ -244,7 +243,7 @@ def read_config(folder: Path) -> tuple[Method, Any, dict, str]:
     """adapter_config.json, checked: the method, its config, the backbone, and the name of the base model."""
     file = own_file(folder, CONFIG)
     found = read_json(file)
-    kind, base_model = found.get("peft_type"), found.get("base_model_name_or_path")
+    kind = found.get("peft_type")
     method = form_named(kind)
     if method is None:
         known = one_of(method.peft_type for method in METHODS)
@@ -264,13 +263,9 @@ def read_config(folder: Path) -> tuple[Method, Any, dict, str]:
             config, backbone = read_own_config(method.config, found)
     except ValueError as error:
         raise ValueError(f"{file}: {str(error)[:500]}") from None
-    revision = found.get("revision") if method.in_peft else None
-    if not all(isinstance(text, (str, NoneType)) for text in (base_model, revision)):
-        raise ValueError(
-            f"{file}: base_model_name_or_path and revision must be text or null; got {shorten(base_model)} and "
-            f"{shorten(revision)}"
-        )
-    return method, config, backbone, one_line("@".join(filter(None, (base_model, base_model and revision))))
+    named = [found.get("base_model_name_or_path"), found.get("revision") if method.in_peft else None]
+    base_model, revision = (text if isinstance(text, str) else "" for text in named)
+    return method, config, backbone, one_line(f"{base_model}@{revision}" if base_model and revision else base_model)
 
 
 def own_file(folder: Path, name: str) -> Path:
