@@ -18,8 +18,10 @@ FLUSH_SECONDS = {True: 30.0, False: 10.0}
 
 
 def read_metrics(file: Path) -> Iterator[dict[str, float]]:
-    """The rows of a run's log. A last line that was cut off by a kill is skipped. Raises ValueError, naming the file and
-    the line, for any other line that is not JSON."""
+    """The rows of a run's log. A last line that was cut off by a kill is skipped.
+
+    Raises ValueError, naming the file and the line, for any other line that is not JSON.
+    """
     with open_pieces(file) as stream:
         for number, line in enumerate(stream, 1):
             try:

@@ -53,11 +53,9 @@ def read_own_config(kind: type, found: dict) -> tuple[Any, dict]:
 def checked_backbone(backbone: Any, sites: tuple[str, ...]) -> dict:
     """The description of the backbone, with the sizes that `inspect` and banks count with."""
     widths = backbone.get("site_widths") if isinstance(backbone, dict) else None
-    sizes = [backbone.get("num_layers"), backbone.get("width"), *widths.values()] if isinstance(widths, dict) else [0]
-    fits = all(type(size) is int and 0 < size < 2**31 for size in sizes) and {"model_type", *sites} <= {
-        *backbone,
-        *widths,
-    }
+    fits = isinstance(widths, dict) and set(widths) == set(sites) and "model_type" in backbone
+    sizes = [backbone.get("num_layers"), backbone.get("width"), *widths.values()] if fits else []
+    fits = fits and all(type(size) is int and 0 < size < 2**31 for size in sizes)
     require(fits, "backbone", backbone, f"model_type, num_layers, width, and site_widths of {', '.join(sites)}")
     return backbone
 
