@@ -14,10 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..config import FEEDFORWARD_NAMES, FUSED, SITES, ModelConfig
-from ..io.messages import warn
 from ..io.progress import Progress
 from ..io.untrusted import safe_names
-from .parts import Recipe, Source, equal_tensors, load_parameter, pieces
+from .parts import Recipe, Source, load_parameter, pieces
 from .quantize import quantiser
 
 
@@ -59,17 +58,10 @@ def load_parameters(
 
 
 def with_own_head(config: ModelConfig, source: Source) -> ModelConfig:
-    """The config, without tied embeddings if the source has a head of other values, as in transformers. Mistral Small
-    3.1 is so once transformers 5 has saved it. Every process compares the whole tensors, so that all find the same."""
-    head, embedding = "lm_head.weight", source_name(config, "embedding")
-    both = {head, embedding} <= source.shapes.keys()
-    if not config.tied_embeddings or not both or equal_tensors(source, head, embedding):
-        return config
-    warn(
-        f"{source.path}: {head} differs from {embedding}, although the config ties them. Both are used, as in "
-        "transformers; set tie_word_embeddings to false"
-    )
-    return replace(config, tied_embeddings=False)
+    """The config, without tied embeddings if the source has both matrices. transformers unties them where they differ,
+    as in Mistral Small 3.1 once transformers 5 has saved it."""
+    both = {"lm_head.weight", source_name(config, "embedding")} <= source.shapes.keys()
+    return replace(config, tied_embeddings=False) if config.tied_embeddings and both else config
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

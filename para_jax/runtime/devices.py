@@ -98,14 +98,8 @@ def make_deterministic() -> None:
 def join(runtime: RuntimeSection) -> None:
     """Joins the processes of a run on several hosts. Call it before the first use of a device.
 
-    Does nothing for a run on one host, and if the program has already called jax.distributed.initialize. Raises
-    ValueError for runtime.distributed=off if that has joined other processes.
+    Does nothing for a run on one host, and if the program has already called jax.distributed.initialize.
     """
-    if runtime.distributed == "off" and jax.distributed.is_initialized() and jax.process_count() > 1:
-        raise ValueError(
-            f"runtime.distributed=off, but this program has joined {jax.process_count()} processes; use "
-            "runtime.distributed=given for a run on all of them"
-        )
     if runtime.coordinator is None or jax.distributed.is_initialized():
         return
     address = None if runtime.coordinator == "auto" else runtime.coordinator
