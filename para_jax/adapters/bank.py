@@ -244,6 +244,7 @@ class AdapterBank:
                 members.setdefault(entry.version, (len(members), entry.weights))
                 index[groups.index(entry.group), row] = members[entry.version][0]
         most = max([1, *map(len, distinct.values())])
+        # A power of two makes few shapes, and so few programs.
         places = min(1 << (most - 1).bit_length(), len(entries)) if places is None else max(places, most)
         stacks = [
             Stack(stacked(self._template(group), [weights for _, weights in members.values()], places))

@@ -151,6 +151,7 @@ def write_folder(folder: Place, files: dict[str, bytes]) -> None:
             left.unlink()
         with replacing(folder / WEIGHTS) as stream:
             stream.write(files[WEIGHTS])
+            # New weights must never meet an old config: a folder without one holds no adapter.
             if config.is_file() and config.read_bytes() != files[CONFIG]:
                 config.unlink()
         for name in (CARD, CONFIG):

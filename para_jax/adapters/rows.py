@@ -143,6 +143,7 @@ def of_groups(
         made = jax.vmap(make_adjustment)(weights, streams[:, 0], lengths.reshape(len(index), -1)[:, 0])
     else:
         made = jax.vmap(make_of_one)(weights, streams, lengths, starts)
+    # A negative index has gathered an arbitrary adapter.
     made = jax.tree.map(lambda a: jnp.where((index >= 0).reshape(-1, *[1] * (a.ndim - 1)), a, 0), made)
     return SharedByGroup(made) if shared else jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), made)
 

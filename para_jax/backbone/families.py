@@ -257,6 +257,7 @@ def config_of_text(own: dict[str, Any], model_type: str) -> ModelConfig:
     # The other families ignore use_sliding_window.
     if "use_sliding_window" in family.defaults and not c["use_sliding_window"]:
         c["sliding_window"] = None
+    # Null means a kv head for each head.
     heads, kv_heads = c["num_attention_heads"], c["num_key_value_heads"] or c["num_attention_heads"]
     require(heads % kv_heads == 0, "config.json: num_key_value_heads", kv_heads, f"a divisor of the {heads} heads")
     head_dim = c["head_dim"] or c["hidden_size"] // heads

@@ -63,6 +63,7 @@ def load_parameter(
         held = values[stored_block(index, shape, recipe.transpose)]
         return held if len(shape) == 2 else held[:, 0]
 
+    # device_put uses the values' memory without a copy on a CPU.
     if sharding is None:
         array = jax.device_put(part((slice(None),) * len(shape)))
     else:

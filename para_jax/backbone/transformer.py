@@ -70,6 +70,7 @@ class Transformer(nnx.Module):
 
     def embed(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length width"]:
         """Tokens int32 [batch, length] to the residual stream [batch, length, width]."""
+        # Gemma's multiplier is rounded to the dtype first, as in transformers.
         x = self.embedding[...][tokens] * jnp.asarray(self.config.embedding_multiplier, self.dtype)
         return constrain(x, ("batch", None, None))
 

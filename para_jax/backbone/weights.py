@@ -42,6 +42,7 @@ def load_parameters(
     with Progress(f"loading {source.path.name}", len(shapes), unit="tensor") as bar:
         for name, shape in shapes.items():
             scale = name.removesuffix("kernel") + "scale" if quantize and name.endswith(".kernel") else None
+            # A kernel is rounded to int8 once, not by way of a 16-bit dtype.
             read_as = jnp.dtype(jnp.float32 if scale else dtype)
             array, finite = load_parameter(source, plan[name], shape, read_as, placing.get(name))
             if not finite:
@@ -126,6 +127,7 @@ def recipe(config: ModelConfig, name: str, shape: tuple[int, ...], fused: list[s
     """
     source = source_name(config, name)
     rows, start = shape[-1], 0
+    # The site's rows follow those of the other sites in the joint tensor.
     for joint in fused:
         for i, part in enumerate(FUSED[joint]):
             if f".{part}." in source:
@@ -165,6 +167,7 @@ def fingerprint(source: Source) -> str:
     prefix = "model.layers.0.self_attn."
     name, rows = f"{prefix}q_proj.weight", None
     if name not in source.shapes and {f"{prefix}qkv_proj.weight", f"{prefix}o_proj.weight"} <= set(source.shapes):
+        # q_proj is the first rows of the joint tensor, as many as o_proj has inputs.
         name, rows = f"{prefix}qkv_proj.weight", source.shapes[f"{prefix}o_proj.weight"][1]
     digest = hashlib.sha256()
     for start, stop in pieces(0, rows or source.shapes[name][0], source.shapes[name][1]):

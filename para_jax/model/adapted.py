@@ -164,6 +164,7 @@ def right_pad(tokens, attention_mask) -> tuple[Int[Array, "batch T"], Int[Array,
         tokens, attention_mask: [batch, T], padded on either side.
     """
     mask = jnp.asarray(attention_mask) != 0
+    # A stable sort keeps the order of the real tokens.
     order = jnp.argsort(~mask, axis=1, stable=True)
     kept = jnp.take_along_axis(jnp.where(mask, jnp.asarray(tokens, jnp.int32), 0), order, axis=1)
     return kept, mask.sum(axis=1).astype(jnp.int32)

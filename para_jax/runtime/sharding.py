@@ -58,6 +58,7 @@ def mesh_sizes(asked: dict[str, int], devices: int, must_use_all: bool = True) -
         return None
     sizes = {name: devices // known if size == -1 else size for name, size in asked.items()}
     total = math.prod(sizes.values())
+    # A part of the devices may be asked for, but not by -1.
     part = not must_use_all and -1 not in asked.values()
     return sizes if total == devices or (part and 0 < total < devices) else None
 

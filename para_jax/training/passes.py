@@ -66,6 +66,7 @@ def lay_out(config: RunConfig, mesh, tenants: int = 1) -> Layout:
         groups = over * min(train.per_device_batch_size // rows, math.ceil(slots / over))
         return Layout(slots, groups, rows, train.gradient_accumulation_steps)
     most = train.batch_size // rows
+    # The fewest groups that fill the slots and that the devices divide.
     groups = next(n for n in range(min(slots, most), most + 1) if n * rows % over == 0)
     cuts = {
         turns * parts: (turns, parts)

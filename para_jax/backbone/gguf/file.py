@@ -83,6 +83,7 @@ class GgufFile:
                 piece = dequantise(tensor._replace(data=tensor.data[rows]))[:, columns]
         except (NotImplementedError, ValueError) as error:  # of a quantisation that the package lacks
             raise ValueError(f"{self.path}: {error}") from None
+        # llama.cpp stores 1 + weight of Gemma's norms.
         return piece - 1 if self.architecture == "gemma3" and name.endswith("norm.weight") else piece
 
 
@@ -147,6 +148,7 @@ def map_tensor(data: np.ndarray, name: str, kind: int, shape: tuple[int, ...], s
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+    # A row is quantised in blocks of this many values.
     row_bytes = shape[-1] // block * block_bytes
     size = row_bytes * math.prod(shape[:-1])
     if start + size > len(data):
