@@ -7,11 +7,13 @@ with a leading layer axis on every array.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -65,6 +67,11 @@ class Adapter(nnx.Module):
         """Fresh weights, which change nothing. Sets `config` and `backbone`."""
         raise NotImplementedError
 
+    @staticmethod
+    def layers(config: Any, num_layers: int) -> Sequence[int]:
+        """The layers that have weights under this config."""
+        return range(num_layers)
+
     def pool(
         self, x: Float[Array, "length width"], prompt_length: Int[Array, ""], start: Int[Array, ""] | int = 0
     ) -> Float[Array, " width"]:
@@ -89,6 +96,11 @@ class Adapter(nnx.Module):
     def normal(self, model: ModelConfig) -> Adapter:
         """An adapter that computes the same, in the form that an AdapterBank can stack: its config may differ from that
         of other adapters in the same stack in sites and rank only."""
+        return self
+
+    def in_all_layers(self: Kind) -> Kind:
+        """The adapter with weights for every layer of the backbone, where it has them for some only. The layer axis
+        comes first, whatever axes follow."""
         return self
 
     @property
@@ -186,8 +198,9 @@ def make_adjustment(layer: Adapter, x: jax.Array, prompt_length: jax.Array, star
 
 
 def init(kind: type[Kind], config, model: ModelConfig, seed: int | Int[Array, ""]) -> Kind:
-    """A fresh adapter of a method. The leading axis of its arrays is the layers."""
-    keys = jax.random.split(jax.random.key(seed), model.num_layers)
+    """A fresh adapter of a method. The leading axis of its arrays is the layers that have weights."""
+    layers = np.array(kind.layers(config, model.num_layers))
+    keys = jax.random.split(jax.random.key(seed), model.num_layers)[layers]
     return jax.vmap(lambda key: kind(config, model, rngs=nnx.Rngs(params=key)))(keys).started()
 
 

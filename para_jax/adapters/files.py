@@ -262,6 +262,7 @@ def read_config(folder: Path) -> tuple[Method, Any, dict, str]:
             backbone = {"num_layers": 1 + max(layers)}
         else:
             config, backbone = read_own_config(method.config, found)
+            method.adapter.layers(config, backbone["num_layers"])  # raises for a layer that the backbone lacks
     except ValueError as error:
         raise ValueError(f"{file}: {str(error)[:500]}") from None
     named = [found.get("base_model_name_or_path"), found.get("revision") if method.in_peft else None]

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import jax
@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ..config import ModelConfig, ParaConfig
+from ..runtime.sharding import is_variable
 from .adapter import Adapter, AdapterParam, BiasParam, Factors, Statistic, describe, named_leaves, token_at
 from .formats.own import ValueCounts, join_layers, layer_name
 from .method import Method
@@ -36,6 +37,8 @@ class Para(Adapter):
     worth. Its factors do not depend on the prompt: a trained one is an (IA)^3 adapter (`export_ia3`).
 
     With `up_bias` [C], l = 1 + c + z W_up: a learned constant c, which starts from zero, next to the prompt's part.
+
+    With `layers_to_transform` [C] only those layers have a generator; in the others l = 1.
 
     With `late_r` [C] the last third of the layers has this rank, and the others have r. The arrays have the larger of
     the two. Past a layer's rank they are zero, and stay so: act(0) = 0, so z has no gradient there, and W_up neither.
@@ -62,8 +65,23 @@ class Para(Adapter):
         if config.summary == "standardised":
             self.mean = Statistic(jnp.zeros(model.width, jnp.float32), axes=("width",))
             self.scale = Statistic(jnp.ones(1, jnp.float32), axes=(None,))
+        if config.activation == "rational":
+            self.numerator = AdapterParam(jnp.array(GELU_NUMERATOR), axes=(None,))
+            self.denominator = AdapterParam(jnp.array(GELU_DENOMINATOR), axes=(None,))
         self.config = config
         self.backbone = describe(model)
+
+    @staticmethod
+    def layers(config: ParaConfig, num_layers: int) -> Sequence[int]:
+        """The layers that have a generator. Raises ValueError for one that the backbone lacks."""
+        chosen = config.layers_to_transform
+        if chosen is None:
+            return range(num_layers)
+        if chosen[-1] >= num_layers:
+            raise ValueError(
+                f"layers_to_transform {chosen} names layer {chosen[-1]}; the backbone has layers 0 to {num_layers - 1}"
+            )
+        return chosen
 
     def pool(
         self, x: Float[Array, "length width"], prompt_length: Int[Array, ""], start: Int[Array, ""] | int = 0
@@ -74,7 +92,7 @@ class Para(Adapter):
         """The factors, made in float32 on every device. JAX's default precision rounds the operands of a product to
         bfloat16 on a TPU and to TF32 on a GPU. This runs once per prompt, so full precision costs next to nothing."""
         summary = self.constant[...] if self.config.pooler == "constant" else summary.astype(jnp.float32)
-        hidden = ACTIVATIONS[self.config.activation](exact_product(self.summarise(summary), self.down[...]))
+        hidden = self.activate(exact_product(self.summarise(summary), self.down[...]))
         distance = {site: exact_product(hidden, up[...]) for site, up in self.up.items()}
         if self.config.up_bias:
             distance = {site: self.up_bias[site][...] + of_prompt for site, of_prompt in distance.items()}
@@ -82,9 +100,9 @@ class Para(Adapter):
 
     @property
     def ranks(self) -> np.ndarray:
-        """The rank of each layer."""
+        """The rank of each layer that has a generator."""
         count = self.backbone.num_layers
-        return np.array([self.config.rank_of(i, count) for i in range(count)])
+        return np.array([self.config.rank_of(i, count) for i in self.layers(self.config, count)])
 
     def started(self) -> Para:
         if self.config.late_r is None:
@@ -98,15 +116,30 @@ class Para(Adapter):
     def unused(self) -> int:
         count, widths = self.backbone.num_layers, dict(self.backbone.site_widths)
         each = self.backbone.width + sum(widths[site] for site in self.config.target_modules)
-        return (count * self.config.array_r - self.config.total_rank(count)) * each
+        layers = len(self.layers(self.config, count))
+        return (layers * self.config.array_r - self.config.total_rank(count)) * each
 
     def normal(self, model: ModelConfig) -> Para:
         """The same adapter with a generator of the same rank in every layer."""
-        if self.config.late_r is None:
+        if self.config.layers_to_transform is None and self.config.late_r is None:
             return self
-        normal = jax.tree.map(lambda leaf: leaf, self)
-        normal.config = replace(self.config, late_r=None, r=self.config.array_r)
+        normal = jax.tree.map(lambda leaf: leaf, self.in_all_layers())
+        normal.config = replace(self.config, layers_to_transform=None, late_r=None, r=self.config.array_r)
         return normal
+
+    def in_all_layers(self) -> Para:
+        """The adapter with zeros, and statistics of one, in the layers without a generator: their factors are one."""
+        layers = self.config.layers_to_transform
+        if layers is None:
+            return self
+
+        def spread(variable):
+            held = variable.get_value()
+            fill = 1.0 if isinstance(variable, Statistic) else 0.0
+            filled = jnp.full((self.backbone.num_layers, *held.shape[1:]), fill, held.dtype)
+            return variable.replace(filled.at[np.array(layers)].set(held))
+
+        return jax.tree.map(spread, self, is_leaf=is_variable)
 
     @property
     def reads_prompt(self) -> bool:
@@ -125,9 +158,10 @@ class Para(Adapter):
         mean = summaries.mean(axis=1)
         spread = jnp.sqrt(jnp.mean((summaries - mean[:, None]) ** 2, axis=(1, 2)))[:, None]
         size = jnp.sqrt(jnp.mean(mean**2, axis=1))[:, None]
+        layers = np.array(self.layers(self.config, len(mean)))
         filled = jax.tree.map(lambda leaf: leaf, self)
-        filled.mean[...] = mean
-        filled.scale[...] = jnp.where(spread > 1e-5 * size, spread, 1.0)
+        filled.mean[...] = mean[layers]
+        filled.scale[...] = jnp.where(spread > 1e-5 * size, spread, 1.0)[layers]
         return filled
 
     def summarise(self, summary: Float[Array, " width"]) -> Float[Array, " width"]:
@@ -138,6 +172,11 @@ class Para(Adapter):
         if self.config.summary == "standardised":
             return (summary - jax.lax.stop_gradient(self.mean[...])) / jax.lax.stop_gradient(self.scale[...])
         return summary
+
+    def activate(self, x: Float[Array, " rank"]) -> Float[Array, " rank"]:
+        if self.config.activation == "rational":
+            return rational(x, self.numerator[...], self.denominator[...])
+        return ACTIVATIONS[self.config.activation](x)
 
 
 def exact_product(x: Float[Array, " in"], weights: Float[Array, "in out"]) -> Float[Array, " out"]:
@@ -175,6 +214,19 @@ ACTIVATIONS = {
 }
 
 
+# A least-squares fit of GELU (erf) on [-6, 6]; the largest error there is 0.0035 [C].
+GELU_NUMERATOR = (0.0, 0.5, 0.4122052, 0.10771265, 0.00535864, -0.00155836, -0.00016396)
+GELU_DENOMINATOR = (-2.56e-06, 0.21542737, -6.1e-07, -0.00311664, 0.0)
+
+
+def rational(
+    x: Float[Array, " rank"], numerator: Float[Array, " 7"], denominator: Float[Array, " 5"]
+) -> Float[Array, " rank"]:
+    """The learned rational function of PEDRO (arXiv:2409.17834) and MiLoRA (arXiv:2410.18035), m = 6 and n = 5:
+    (a_0 + ... + a_6 x^6) / (1 + |b_1 x + ... + b_5 x^5|). The absolute value, which avoids poles, is [C]."""
+    return jnp.polyval(numerator[::-1], x) / (1 + jnp.abs(x * jnp.polyval(denominator[::-1], x)))
+
+
 #: The rate at which the raw summary learnt best on a Gemma model, on three tasks (scripts/experiments/README.md).
 LARGEST_GEMMA_RATE = 1e-4
 
@@ -199,6 +251,8 @@ EXTRAS = {
     "constant": "para_constant",
     "mean": "para_summary_mean",
     "scale": "para_summary_scale",
+    "numerator": "para_numerator",
+    "denominator": "para_denominator",
 }
 
 
@@ -206,15 +260,15 @@ def para_tensors(adapter: Adapter) -> dict[str, jax.Array | np.ndarray]:
     """The tensors by name, [out, in]; the rows of para_up.weight are in the order of the sites."""
     config, leaves, count = adapter.config, named_leaves(adapter), adapter.backbone.num_layers
     tensors = {}
-    for i in range(count):
+    for place, i in enumerate(adapter.layers(config, count)):
         r = config.rank_of(i, count)
-        ups = [leaves[f"up.{site}"][i, :r].T for site in config.target_modules]
-        tensors[layer_name(i, "para_down.weight")] = leaves["down"][i, :, :r].T
+        ups = [leaves[f"up.{site}"][place, :r].T for site in config.target_modules]
+        tensors[layer_name(i, "para_down.weight")] = leaves["down"][place, :, :r].T
         tensors[layer_name(i, "para_up.weight")] = jnp.concatenate(ups)
         if config.up_bias:
-            biases = [leaves[f"up_bias.{site}"][i] for site in config.target_modules]
+            biases = [leaves[f"up_bias.{site}"][place] for site in config.target_modules]
             tensors[layer_name(i, "para_up.bias")] = jnp.concatenate(biases)
-        tensors |= {layer_name(i, name): leaves[key][i] for key, name in EXTRAS.items() if key in leaves}
+        tensors |= {layer_name(i, name): leaves[key][place] for key, name in EXTRAS.items() if key in leaves}
     return tensors
 
 
@@ -244,13 +298,16 @@ def in_array_rank(name: str, tensor: np.ndarray, rank: int) -> np.ndarray:
 def para_values(config: ParaConfig, backbone: dict, read_shapes: Callable) -> ValueCounts:
     """Counted from the config alone, so that a folder without its weights can be inspected."""
     count, width, carried = backbone["num_layers"], backbone["width"], sum(backbone["site_widths"].values())
+    layers = count if config.layers_to_transform is None else len(config.layers_to_transform)
     vectors = carried if config.up_bias else 0
     if config.pooler == "constant":
         vectors += width
     if config.summary == "standardised":
         vectors += width + 1
+    if config.activation == "rational":
+        vectors += 7 + 5
     each = width + carried  # numbers per rank of a layer
-    return ValueCounts(matrices=config.total_rank(count) * each, vectors=count * vectors, carried=count * carried)
+    return ValueCounts(matrices=config.total_rank(count) * each, vectors=layers * vectors, carried=count * carried)
 
 
 def para_outline(config: ParaConfig) -> str:
@@ -259,6 +316,8 @@ def para_outline(config: ParaConfig) -> str:
     text += f"summary {config.summary}, activation {config.activation}"
     if config.up_bias:
         text += ", W_up with a bias"
+    if config.layers_to_transform:
+        text += f"; layers {', '.join(map(str, config.layers_to_transform))}"
     return text
 
 

@@ -93,14 +93,14 @@ def by_layer(adapters: Adapter | Rows | Adjustments) -> tuple[object, Callable]:
         return list(adapters.layers), lambda made, x, prompt_length: made
     if adapters.shared:
         return adapters, lambda layer, x, length, start=None: Shared(make_adjustment(layer, x[0], length.ravel()[0]))
-    return adapters, make_of_one
+    return adapters.in_all_layers(), make_of_one
 
 
 def of_stacks(rows: Rows) -> tuple[tuple[Adapter, ...], Callable]:
     """by_layer for the adapters of one or several stacks."""
     if len(rows.stacks) > 1:
         rows = rows.by_row()
-    weights = tuple(layers_first(stack.adapters) for stack in rows.stacks)
+    weights = tuple(layers_first(stack.adapters).in_all_layers() for stack in rows.stacks)
     groups = [
         group_of_tenant(i, s.size) if rows.distinct else None for i, s in zip(rows.index, rows.stacks, strict=True)
     ]

@@ -45,9 +45,11 @@ class ParaConfig(AdapterConfig):
     prompt is worth [our choice: all four]"""
     summary: Literal["raw", "rms", "standardised"] = "raw"
     """how the pooled state is normalised [our choice: all three]"""
-    activation: Literal["gelu", "gelu_tanh", "silu", "relu", "identity"] = "gelu"
+    activation: Literal["gelu", "gelu_tanh", "silu", "relu", "identity", "rational"] = "gelu"
     """gelu is the exact form, with erf"""
     target_modules: tuple[str, ...] = ("q_proj", "v_proj", "up_proj")
+    layers_to_transform: tuple[int, ...] | None = None
+    """the layers that have a generator, counted from 0; None: all layers [our choice]"""
     up_bias: bool = field(default=False, metadata=OPTIONAL)
     """W_up has a bias: a learned constant next to what the prompt makes. It starts from zero [our choice]"""
     late_r: Rank | None = field(default=None, metadata=OPTIONAL)
@@ -60,6 +62,13 @@ class ParaConfig(AdapterConfig):
             last = self.pooler in ("last", "constant")
             require(last, "pooler", self.pooler, "last or constant: scope response reads the last prompt token alone")
             require(self.scope_window == 1, "scope_window", self.scope_window, "1 for PARA")
+        if self.late_r is not None:  # a zero has to stay zero where a layer's rank ends
+            expected = "another one with late_r; rational maps zero to a learned number"
+            require(self.activation != "rational", "activation", self.activation, expected)
+        if (layers := self.layers_to_transform) is not None:
+            rise = bool(layers) and layers[0] >= 0 and layers == tuple(sorted(set(layers)))
+            expected = "None (all layers) or rising whole numbers of at least 0, such as (20, 21, 22)"
+            require(rise, "layers_to_transform", layers, expected)
 
     @property
     def array_r(self) -> int:
@@ -71,7 +80,10 @@ class ParaConfig(AdapterConfig):
         return self.late_r if self.late_r and layer >= num_layers - late_layers(num_layers) else self.r
 
     def total_rank(self, num_layers: int) -> int:
-        """The sum of the layers' ranks. A file may name any number of layers, so they are not counted one by one."""
+        """The sum of the ranks of the layers that have a generator. A file may name any number of layers, so they are
+        not counted one by one."""
+        if self.layers_to_transform is not None:
+            return sum(self.rank_of(layer, num_layers) for layer in self.layers_to_transform)
         late = late_layers(num_layers)
         return (num_layers - late) * self.r + late * (self.late_r or self.r)
 

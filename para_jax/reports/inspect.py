@@ -249,7 +249,7 @@ def adapter_report(folder: Path) -> str:
     fields = {
         k: ", ".join(map(str, v)) or "none" if isinstance(v, tuple) else v
         for k, v in given_fields(found.config).items()
-        if v is not None
+        if v is not None  # layers_to_transform: all
     }
     shape = f"{found.backbone['num_layers']} layers"
     if not found.method.in_peft:
@@ -257,8 +257,10 @@ def adapter_report(folder: Path) -> str:
         shape = (
             f"{printable(str(found.backbone['model_type']), 80)}, {shape}, width {found.backbone['width']}; {widths}"
         )
+    layers = found.backbone["num_layers"]
+    spread = layers / len(found.method.adapter.layers(found.config, layers))  # a bank holds vectors of every layer
     counts = found.counts
-    vectors = counts.vectors - counts.joined
+    vectors = spread * (counts.vectors - counts.joined)
     single, half = (n * counts.matrices + 4 * vectors for n in (4, 2))  # its vectors stay float32
     return "\n".join(
         [

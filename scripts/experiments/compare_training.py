@@ -34,6 +34,8 @@ LENGTHS = {
 }
 #: Tokens of a written answer, where the task's own number is far more than its longest answer has.
 NEW_TOKENS = {"banking77": 12}
+#: Fields that were added to configs after the first results, which name a config without them.
+NEWER_FIELDS = {"layers_to_transform"}
 
 
 def train(args, task: str, every: dict, model_config) -> None:
@@ -185,7 +187,7 @@ def form_of(adapter) -> str:
     one_form = adapter.scope == "all" or (adapter.scope == "response" and isinstance(adapter, ParaConfig))
 
     def is_shown(field) -> bool:
-        newer = field.metadata.get("optional")
+        newer = field.metadata.get("optional") or field.name in NEWER_FIELDS
         scoped = field.name == "scope_window" and not one_form
         return not newer or scoped or getattr(adapter, field.name) != field.default
 

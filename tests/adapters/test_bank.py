@@ -24,7 +24,7 @@ from para_jax import (
 from para_jax.adapters.adapter import named_leaves
 from para_jax.config import SITES
 
-NAMES = ["para", "ia3", None, "wide", "input", "standardised", "late", "bias"]
+NAMES = ["para", "ia3", None, "wide", "input", "standardised", "last layer", "bias"]
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,8 @@ def tenants(model):
     configs = {
         "para": ParaConfig(r=4),
         "wide": ParaConfig(r=8, target_modules=("q_proj", "up_proj")),
-        "standardised": ParaConfig(r=3, summary="standardised"),
-        "late": ParaConfig(r=5, late_r=2),
+        "standardised": ParaConfig(r=3, summary="standardised", activation="rational"),
+        "last layer": ParaConfig(r=5, layers_to_transform=(2,)),
         "bias": ParaConfig(r=4, up_bias=True, target_modules=("v_proj", "up_proj")),
         "ia3": Ia3Config(target_modules=("q_proj", "v_proj")),
         "input": Ia3Config(target_modules=("v_proj", "up_proj", "down_proj")),
@@ -363,7 +363,7 @@ def test_an_unused_config_is_dropped_and_its_rows_still_work(model):
 def test_an_adapter_takes_its_own_rank_and_sites_in_memory_and_the_banks_in_rows(model):
     configs = [
         ParaConfig(r=2, late_r=7, up_bias=True),
-        ParaConfig(r=4, target_modules=("q_proj",)),
+        ParaConfig(r=4, layers_to_transform=(0, 2), target_modules=("q_proj",)),
         Ia3Config(target_modules=("q_proj",)),
         LoraConfig(r=3, target_modules=("q_proj",)),
     ]

@@ -22,7 +22,7 @@ from para_jax.reports.inspect import folder_report, size
 FORMS = [
     {"r": 2, "late_r": 5},
     {"r": 4, "late_r": 1, "activation": "relu", "summary": "rms"},
-    {"r": 1, "late_r": 3, "up_bias": True, "summary": "standardised"},
+    {"r": 1, "late_r": 3, "up_bias": True, "summary": "standardised", "layers_to_transform": (0, 2)},
 ]
 
 
@@ -52,7 +52,7 @@ def rest(adapter):
 def test_a_fresh_one_has_the_ranks_and_no_other_values(options):
     model, config = backbone("llama").config, ParaConfig(**options)
     adapter = init_adapter(config, model, seed=3)
-    layers = (0, 1, 2)
+    layers = config.layers_to_transform or (0, 1, 2)
     assert adapter.ranks.tolist() == [options["late_r"] if i == 2 else options["r"] for i in layers]
     down = adapter.down[...]
     assert [int((abs(down[i]).max(axis=0) > 0).sum()) for i in range(len(layers))] == adapter.ranks.tolist()
@@ -78,7 +78,7 @@ def test_saved_and_loaded_is_the_same_and_the_folder_has_each_layers_rank(tmp_pa
     adapter = late(**options)
     save_adapter(adapter, tmp_path / "adapter")
     held = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    layers = (0, 1, 2)
+    layers = adapter.config.layers_to_transform or (0, 1, 2)
     ranks = [len(held[f"base_model.model.model.layers.{i}.para_down.weight"]) for i in layers]
     assert ranks == adapter.ranks.tolist()
     assert str(options["late_r"]) in (tmp_path / "adapter" / "README.md").read_text()

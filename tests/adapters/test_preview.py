@@ -18,7 +18,7 @@ from para_jax.io.storage.bucket import BucketPath
 
 CONFIGS = [
     ParaConfig(r=4),
-    ParaConfig(r=2, target_modules=("q_proj",)),
+    ParaConfig(r=2, target_modules=("q_proj",), layers_to_transform=(0,)),
     ParaConfig(r=3, scope="response", up_bias=True),
     ParaConfig(r=2, late_r=4),
     LoraConfig(r=2),

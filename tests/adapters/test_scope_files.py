@@ -28,7 +28,7 @@ ALORA = LoraConfig(scope="response", scope_window=3, alora_invocation_tokens=(7,
 #: Each form of a scope, with the peft_type of its folder.
 SCOPED = {
     ParaConfig(r=2, scope="response"): "PARA",
-    ParaConfig(r=2, scope="prompt", pooler="constant"): "PARA",
+    ParaConfig(r=2, scope="prompt", pooler="constant", layers_to_transform=(1,)): "PARA",
     LoraConfig(r=3, lora_alpha=0.1 + 0.2, use_rslora=True, scope="response"): "PARA_JAX_LORA",
     LoraConfig(scope="prompt", target_modules=SITES): "PARA_JAX_LORA",
     ALORA: "LORA",

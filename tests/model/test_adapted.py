@@ -172,7 +172,7 @@ def test_a_fresh_adapter_is_the_backbone_bit_for_bit():
     base = forward(model, None, tokens, None)
     for config in (
         ParaConfig(),
-        ParaConfig(summary="standardised"),
+        ParaConfig(activation="rational", summary="standardised"),
         ParaConfig(pooler="constant"),
         ParaConfig(up_bias=True),
     ):
@@ -220,7 +220,7 @@ OPTIONS = (
     {"pooler": "mean", "activation": "silu"},
     {"pooler": "max", "summary": "rms"},
     {"pooler": "constant"},
-    {"summary": "standardised"},
+    {"summary": "standardised", "activation": "rational"},
     {"summary": "rms", "up_bias": True},
     {"target_modules": ("k_proj", "o_proj", "gate_proj", "down_proj"), "activation": "identity", "summary": "rms"},
 )
@@ -322,7 +322,7 @@ def test_gradients_are_per_tenant_and_zero_for_absent_ones():
 @pytest.mark.long
 def test_a_base_row_brings_no_nan_into_gradients():
     model, tokens = backbone("llama"), prompts(backbone("llama"))
-    stack = stack_adapters(two_tenants(model, summary="standardised"))
+    stack = stack_adapters(two_tenants(model, summary="standardised", activation="rational"))
     gradient = jax.grad(lambda stack: forward(model, pick(stack, [-1, -1, 1]), tokens, 7).var())(stack)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 

@@ -32,7 +32,7 @@ def schedule(total, **settings):
 
 @pytest.fixture(scope="module")
 def adapter():
-    config = ParaConfig(r=2, summary="standardised", up_bias=True)
+    config = ParaConfig(r=2, summary="standardised", activation="rational", up_bias=True)
     return strong(init_adapter(config, backbone("llama").config))
 
 
@@ -117,7 +117,7 @@ def test_a_tree_says_what_has_weight_decay(adapter):
     says = decayed(adapter)
     assert not says.mean.get_value() and not says.scale.get_value()
     assert not any(bias.get_value() for bias in says.up_bias.values())
-    assert says.down.get_value() and all(up.get_value() for up in says.up.values())
+    assert says.down.get_value() and says.numerator.get_value() and all(up.get_value() for up in says.up.values())
 
 
 def test_gradients_are_clipped_by_their_norm_over_all_weights():

@@ -10,7 +10,7 @@ import one_adapter
 import optax
 import pytest
 from golden_models import FIXTURES, prompts, strong
-from long_cases import quick
+from long_cases import long, quick
 from one_adapter import only, trained_step
 from tiny_run import COMPLETION, LENGTH, TRAIN
 
@@ -22,6 +22,8 @@ from para_jax.training.optimizer import LearningRates, learning_rates
 from para_jax.training.step import init_state, tenant_of, train_step
 
 METHODS = [ParaConfig(r=4, summary="standardised", up_bias=True), LoraConfig(r=4), Ia3Config()]
+SOME_LAYERS = ParaConfig(r=4, summary="standardised", layers_to_transform=(0, 2))
+NAME = lambda m: "some layers" if m is SOME_LAYERS else type(m).__name__  # noqa: E731
 A, B, C = 0, 1, 2
 EACH = 4  # rows of a tenant's group
 CONFIG = replace(TRAIN, warmup_ratio=0.0, bias_lr_ratio=1.0)
@@ -87,7 +89,7 @@ def differ(ours, theirs):
 # ------------------------------------------------------------------------------------------------------- each as alone
 
 
-@pytest.mark.parametrize("method", quick(METHODS, METHODS[0]), ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("method", quick([*METHODS, SOME_LAYERS], METHODS[0], slow=(SOME_LAYERS,)), ids=NAME)
 def test_each_tenant_steps_as_it_would_alone(method):
     batch, index = mixed([B, C, A])
     state, values = stepped(fresh_state(method), batch, index)
@@ -110,7 +112,7 @@ def test_each_tenant_steps_as_it_would_alone(method):
     assert norms.max() > CONFIG.max_grad_norm or type(method) is not ParaConfig  # some are clipped
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("method", [*METHODS, long(SOME_LAYERS)], ids=NAME)
 def test_groups_of_rows_compute_what_rows_of_their_own_do(method):
     batch, index = mixed([B, -1, A])
     tokens, lengths = jnp.asarray(batch.tokens[0]), jnp.asarray(batch.prompt_length[0])

@@ -89,8 +89,9 @@ def layer_name(i: int, name: str) -> str:
 
 
 def tensors_of_leaves(adapter: Adapter) -> dict[str, jax.Array | np.ndarray]:
+    layers = adapter.layers(adapter.config, adapter.backbone.num_layers)
     leaves = named_leaves(adapter)
-    return {layer_name(i, name): leaf[i] for i in range(adapter.backbone.num_layers) for name, leaf in leaves.items()}
+    return {layer_name(i, name): leaf[place] for place, i in enumerate(layers) for name, leaf in leaves.items()}
 
 
 def leaves_of_tensors(config: Any, model: ModelConfig, tensors: dict[str, np.ndarray]) -> tuple[Any, dict]:
