@@ -7,6 +7,7 @@ Updates run in a worker thread, one at a time. A request that decodes keeps the 
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -15,7 +16,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from ..config import BASE
 from ..io.checks import printable, shorten
 from ..io.hub import HUB_ID, is_inside_folder
 from ..io.messages import say
@@ -23,25 +23,28 @@ from .api_keys import require_unlimited
 from .body import ClientLeft, read_body
 from .errors import ApiError, wrong_field
 from .models import Models
-from .protocol import Fields, only, read
+from .protocol import Fields, read
 
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
-#: Bytes of a request, the seconds in which it must come, and characters of a name and of a path, at most.
-MAX_BODY, BODY_SECONDS, MAX_NAME, MAX_PATH = 2**16, 10, 128, 4096
+#: Bytes of a request, the seconds in which it must come, and characters of a path, at most.
+MAX_BODY, BODY_SECONDS, MAX_PATH = 2**16, 10, 4096
+#: Without commas, which separate names in a metric, white space and control characters.
+TenantName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^,\s\pC]+$")]
 
 
 class LoadBody(Fields):
-    lora_name: Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
+    lora_name: TenantName
     lora_path: Annotated[str, Field(min_length=1, max_length=MAX_PATH)]
     load_inplace: bool = False
     base_model_name: Any = None
-    """the gateway's LoRA syncer sends it"""
-    is_3d_lora_weight: Annotated[Any, only(False, advice="leave it out")] = None
+    """the gateway's LoRA syncer sends it. An adapter names its backbone itself"""
+    neutral = {"is_3d_lora_weight": (False,)}
 
 
 class UnloadBody(Fields):
-    lora_name: Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
-    lora_int_id: Annotated[Any, only(advice="leave it out; the name is enough")] = None
+    lora_name: TenantName
+    lora_int_id: Any = None
+    """vLLM's; the name is enough"""
 
 
 T = TypeVar("T", bound=Fields)
@@ -68,9 +71,6 @@ class AdapterUpdates:
     async def load(self, request: Request) -> Response:
         """Adds a tenant, or replaces its adapter with load_inplace."""
         body = await body_of(request, LoadBody)
-        base = body.base_model_name
-        if base not in (None, "", BASE, self.models.base):
-            raise wrong_field("base_model_name", f"base_model_name is {shorten(base)}; this is {self.models.base}")
         async with self._alone:
             return JSONResponse(await asyncio.to_thread(self._load, body.lora_name, body.lora_path, body.load_inplace))
 
@@ -86,7 +86,10 @@ class AdapterUpdates:
         bank = self.models.bank
         if bank is None:
             raise wrong_field("lora_name", "this server has the base model alone; start it with --adapters")
-        self._check_name(name)
+        try:
+            self.models.require_free(name)
+        except ValueError as error:
+            raise wrong_field("lora_name", str(error)) from None
         replaced = name in bank
         if replaced and not inplace:
             message = f"{shorten(name)} is loaded already; send load_inplace: true to replace its adapter"
@@ -117,34 +120,17 @@ class AdapterUpdates:
         say(f"server: unloaded {shorten(name)}")
         return {"message": f"Success: LoRA adapter '{name}' removed successfully.", "lora_name": name}
 
-    def _check_name(self, name: str) -> None:
-        try:
-            self.models.require_free(name)
-        except ValueError as error:
-            raise wrong_field("lora_name", str(error)) from None
-        if not name.isprintable() or "," in name or name != name.strip():
-            message = f"lora_name is {shorten(name)}; leave out commas, control characters and spaces at the ends"
-            raise wrong_field("lora_name", message)
-
     def _source(self, path: str) -> Path | str:
         """The folder that a path names, inside the root, with all links followed; or a hub id."""
-        outside = wrong_field("lora_path", f"lora_path {shorten(path)} is not a folder inside --adapter-root")
-        try:
+        with suppress(OSError, ValueError, RuntimeError):  # NUL, too long, links in a circle
             folder = (self.root / path).resolve()
-            inside = self.root in folder.parents and not folder.is_symlink()  # from 3.13 on a circle of links stays one
-            if inside and folder.is_dir():
+            if self.root in folder.parents and folder.is_dir():
                 return folder
-        except (OSError, ValueError, RuntimeError):  # NUL, too long, links in a circle
-            raise outside from None
         if self.allow_hub and (named := HUB_ID.fullmatch(path)) and named["user"] and not is_inside_folder(path):
             return path  # a folder of this name in the working directory would come first, so there must be none
-        if inside:
-            raise ApiError(
-                404,
-                f"lora_path {shorten(path)}: there is no such folder in --adapter-root; a path is relative to it",
-                param="lora_path",
-            )
-        raise outside
+        # the same for all that is outside, whether it is there or not
+        message = f"lora_path {shorten(path)}: there is no such folder in --adapter-root; a path is relative to it"
+        raise ApiError(404, message, param="lora_path")
 
 
 async def body_of(request: Request, model: type[T]) -> T:

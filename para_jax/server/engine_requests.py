@@ -49,7 +49,7 @@ def engine_requests(body: Body, tenant: str | None, engine: Engine, salt: str | 
                 temperature=body.temperature,
                 top_p=body.top_p,
                 top_k=max(0, body.top_k),
-                stop=body.stop,
+                stop=tuple(body.stop),
                 stop_token_ids=stops,
                 ignore_eos=body.ignore_eos or one_token_is_scored(body),
                 seed=None if body.seed is None else (body.seed + i * body.n) % 2**32,

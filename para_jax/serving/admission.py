@@ -20,17 +20,15 @@ class Admission:
         bank: AdapterBank | None,
         tokenizer,
         max_length: int,
-        limits: dict,
         max_logprobs: int,
     ):
         """
         Args:
             max_length: tokens per row, prompt and answer.
-            limits: samples that may wait, by the name of the engine's argument; None: no limit.
             max_logprobs: alternatives per token; 0: no log-probabilities.
         """
         self.max_logprobs = max_logprobs
-        self.bank, self.tokenizer, self.max_length, self.limits = bank, tokenizer, max_length, limits
+        self.bank, self.tokenizer, self.max_length = bank, tokenizer, max_length
         self.vocab_size = model.config.vocab_size
         self.most_characters = most_characters(tokenizer, max_length)
 
@@ -42,9 +40,6 @@ class Admission:
         """
         request = ticket.request
         check_request(request)
-        for name, limit in self.limits.items():
-            if limit is not None and request.n > limit:
-                raise ValueError(f"n: {request.n} samples are more than the engine's {name}, {limit}; ask for fewer")
         if entry is None:
             entry = self._entry(request.tenant)
         elif self.bank is None or not self.bank.takes(entry):
@@ -67,10 +62,8 @@ class Admission:
     def _check_logprobs(self, request: Request, ids: list[int], entry: Entry | None) -> None:
         for name in ("logprobs", "prompt_logprobs"):
             asked = getattr(request, name)
-            if asked is not None and not self.max_logprobs:
-                raise ValueError(f"{name} is {asked}; this engine gives none, make it with max_logprobs above 0")
-            if asked is not None and asked > self.max_logprobs:
-                raise ValueError(f"{name} is {asked}; give at most {self.max_logprobs}, the engine's max_logprobs")
+            if asked is not None and not 0 <= asked <= self.max_logprobs > 0:
+                raise ValueError(f"{name} is {asked}; give at most the engine's max_logprobs, {self.max_logprobs}")
         if request.prompt_logprobs is None:
             return
         context = request.context_length
@@ -100,9 +93,9 @@ class Admission:
             ids = list(prompt)
         else:
             ids = encode_prompt(self.tokenizer, prompt, most=self.most_characters, may_be_blank=True)
-        if max(ids) >= self.vocab_size:
+        if not ids or not 0 <= min(ids) <= max(ids) < self.vocab_size:  # JAX would take the nearest id that there is
             raise ValueError(
-                f"prompt: token id {max(ids)} is not below {self.vocab_size}, the size of the model's "
-                "vocabulary; use its tokenizer"
+                f"prompt: give token ids from 0 to {self.vocab_size - 1}, the model's vocabulary; "
+                f"got {shorten(sorted(ids)[-1:])}; use its tokenizer"
             )
         return ids

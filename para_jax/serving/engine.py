@@ -16,10 +16,8 @@ import jax
 
 from ..adapters.bank import AdapterBank, Entry
 from ..backbone.transformer import Transformer
-from ..config import ModelConfig
 from ..data.examples import stop_token_ids
-from ..inference.sampling import is_whole
-from ..io.checks import printable, shorten
+from ..io.checks import printable
 from ..io.messages import say
 from ..runtime.sharding import mesh_of, using
 from .admission import Admission
@@ -95,10 +93,10 @@ class Engine:
         cpu = jax.default_backend() == "cpu"
         chunk = prefill_chunk or (CPU_CHUNK if cpu else CHUNK)
         prefill_tokens = max_prefill_tokens or (CPU_PREFILL_TOKENS if cpu else PREFILL_TOKENS)
-        limits = {"queue_limit": queue_limit, "queue_limit_per_tenant": queue_limit_per_tenant}
-        sizes = limits | {"slots": slots, "prefill_chunk": prefill_chunk, "block_size": block_size}
-        counts = {"prefix_cache_bytes": prefix_cache_bytes or 0, "max_logprobs": max_logprobs}
-        check_sizes(model.config, max_length, counts, sizes | {"max_prefill_tokens": max_prefill_tokens})
+        if not 2 <= max_length <= model.config.max_positions:
+            raise ValueError(
+                f"max_length is {max_length}; give 2 to {model.config.max_positions}, the model's positions"
+            )
         ends = stop_token_ids(tokenizer, model.config.eos_token_ids) if stop_ids is None else tuple(stop_ids)
         if bank is not None:
             bank.fingerprint = model.fingerprint
@@ -106,7 +104,7 @@ class Engine:
         self.queue_limit, self.queue_limit_per_tenant = queue_limit, queue_limit_per_tenant
         self.max_logprobs = max_logprobs
         self.stop_ids = ends
-        self._admission = Admission(model, bank, tokenizer, max_length, limits, max_logprobs)
+        self._admission = Admission(model, bank, tokenizer, max_length, max_logprobs)
         mesh = mesh_of(model)
         if mesh is not None and mesh.is_multi_process:
             raise ValueError("Engine: the model lies on devices of several hosts; an engine serves from those of one")
@@ -249,7 +247,6 @@ class Engine:
     def _submit(self, request: Request, entry: Entry | None, streamed: bool) -> Ticket:
         """The ticket of a request. One that cannot be served has an error and no samples."""
         ticket = Ticket(request, streamed)
-        self._requests.require_new(ticket.id)
         samples, error = [], None
         try:
             samples = self._admission.samples(ticket, entry)
@@ -261,17 +258,6 @@ class Engine:
                 error = printable(f"{type(raised).__name__}: {raised}")
         self._requests.add(ticket, samples, error)
         return ticket
-
-
-def check_sizes(model: ModelConfig, max_length: int, counts: dict[str, int], sizes: dict[str, int | None]) -> None:
-    """Raises ValueError for an argument of an engine that is out of range, by its name: counts are at least 0, sizes
-    are at least 1 or None."""
-    for least, values in enumerate((counts, sizes)):
-        for name, value in values.items():
-            if value is not None and (not is_whole(value) or value < least):
-                raise ValueError(f"{name} is {shorten(value)}; give a whole number of at least {least}")
-    if not 2 <= max_length <= model.max_positions:
-        raise ValueError(f"max_length is {max_length}; give 2 to {model.max_positions} tokens, the model's positions")
 
 
 def per_tenant(samples: list[Sample]) -> dict[str | None, int]:

@@ -24,8 +24,6 @@ from .request import Request, check_request
 URLS = ("/v1/chat/completions", "/v1/completions")
 #: The fields of the short form.
 FIELDS = "custom_id prompt messages tenant max_new_tokens temperature top_k top_p seed stop n".split()
-#: Fields of a request that no job has: its answers don't show them.
-NOT_IN_JOBS = ("logprobs", "prompt_logprobs", "context_length")
 #: Characters of an error in an answer.
 MAX_ERROR = 1000
 
@@ -62,11 +60,7 @@ class Reader(NamedTuple):
         custom_id = f"line-{number}"
         try:
             fields = json.loads(text)
-            if not isinstance(fields, dict):
-                raise ValueError(f"line: a JSON {type(fields).__name__}; write an object")
-            if not isinstance(fields.get("custom_id", ""), str):
-                raise ValueError(f"custom_id is {shorten(fields['custom_id'])}; give a text")
-            custom_id = fields.get("custom_id") or custom_id
+            custom_id = str(fields.get("custom_id") or custom_id)
             if "body" in fields:
                 request, chat = self.read_body(fields, self.engine), fields["url"] == URLS[0]
             else:
@@ -102,8 +96,6 @@ def short_form(fields: dict, defaults: Request) -> Request:
         raise ValueError("prompt: give either prompt, a text, or messages, a list of turns")
     text, turns = found.pop("prompt", None), found.pop("messages", None)
     prompt = text if turns is None else turns
-    if not isinstance(prompt, str if turns is None else list):
-        raise ValueError(f"prompt is {shorten(prompt)}; give a text, or a list of turns as messages")
     if found.get("tenant") == BASE:
         found["tenant"] = None
     request = replace(defaults, prompt=prompt, **{"seed": None, **found})

@@ -19,7 +19,7 @@ from ..io.shards import Shard, ShardOutput, begin_part, job_shard_file, write_pa
 from ..io.storage.bucket import Place
 from .answers import Answers
 from .engine import Engine
-from .job_lines import MAX_ERROR, NOT_IN_JOBS, Line, Reader, error_text, hashed, job_settings
+from .job_lines import MAX_ERROR, Line, Reader, error_text, hashed, job_settings
 from .open_requests import QueueFull
 from .request import Completion, Request, check_request
 
@@ -29,10 +29,6 @@ AHEAD = 2
 TRIALS = 3
 
 
-def only_short_form(line: dict, engine: Engine) -> Request:
-    raise ValueError("body: run_batch reads lines of OpenAI's batch format, run_job those of the short form")
-
-
 def run_job(
     engine: Engine,
     source: str | Place,
@@ -40,7 +36,7 @@ def run_job(
     defaults: Request,
     *,
     shard: Shard | None = None,
-    read_body: Callable[[dict, Engine], Request] = only_short_form,
+    read_body: Callable[[dict, Engine], Request],
 ) -> int:
     """Answers each line of `source` that `output` does not answer yet, and puts the answers into the order of the
     lines. Returns how many of them are errors.
@@ -71,15 +67,10 @@ def answer_lines(
     answers: Answers,
     defaults: Request,
     shard: Shard | None,
-    read_body: Callable[[dict, Engine], Request] = only_short_form,
+    read_body: Callable[[dict, Engine], Request],
 ) -> int:
     """As `run_job`, with an output that is already open."""
     check_request(replace(defaults, prompt="a"))
-    for name in NOT_IN_JOBS:
-        if getattr(defaults, name) is not None:
-            raise ValueError(f"{name} is {getattr(defaults, name)}; a job's answers have no log-probabilities")
-    if engine.open:
-        raise ValueError(f"engine: {engine.open} requests are open; take their answers first")
     part_file = job_shard_file(answers.file)
     if answers.regular:
         begin_part(part_file, answers.file, shard)
@@ -103,9 +94,6 @@ def answer_lines(
         return None if number is None and row["error"] else (number or sys.maxsize, row["custom_id"])
 
     answers.sort(place)
-    spare = len(answers.keys.keys() - lines.numbers.keys())
-    if spare:
-        say(f"{answers.file}: keeps {spare} answers that no line of {source} asks for")
     if shard is not None:
         settings |= {"input": {"lines": lines.count, "sha256": lines.sha256.hexdigest()}}
         write_part(part_file, ShardOutput(answers.file, shard, settings, True, {"errors": errors}))
@@ -228,10 +216,10 @@ def served(
                     engine.submit(line.request, entry=line.entry)
                     waiting[line.number] = line, []
                     continue
-            except QueueFull:
-                refused = line
-                break
             except Exception as problem:  # of rendering or tokenising this request
+                if isinstance(problem, QueueFull) and waiting:
+                    refused = line
+                    break
                 error = error_text(problem)
             yield line, [], error
         if not waiting:

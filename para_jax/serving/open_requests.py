@@ -77,21 +77,12 @@ class OpenRequests:
         self._request_numbers, self._sample_numbers = itertools.count(), itertools.count()
         """in the order of submission"""
 
-    def require_new(self, id: Hashable) -> None:
-        """Raises ValueError for an id that an open request has, or that cannot be one."""
-        try:
-            taken = id in self.tickets
-        except TypeError:
-            raise ValueError(f"id: {shorten(id)} is not hashable; give a text or a number") from None
-        if taken:
-            raise ValueError(f"id: {shorten(id)} belongs to an open request; choose another")
-
     @interrupts_held_back()
     def add(self, ticket: Ticket, samples: list[Sample], error: str | None) -> None:
         """Takes in a new ticket and queues its samples; with an `error`, answers it at once. Raises QueueFull."""
         with self.lock:
-            if ticket.id is not None:
-                self.require_new(ticket.id)
+            if ticket.id is not None and ticket.id in self.tickets:
+                raise ValueError(f"id: {shorten(ticket.id)} belongs to an open request; choose another")
             tenant = ticket.request.tenant if isinstance(ticket.request.tenant, str) else None
             self._require_room(tenant, len(samples) or 1)
             ticket.times.queued = time.monotonic()

@@ -6,7 +6,6 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..data.chats import checked_messages
 from ..data.examples import Ids, Prompt
 from ..inference.sampling import Sampling, is_whole
 from ..io.checks import shorten
@@ -14,8 +13,8 @@ from ..io.checks import shorten
 if TYPE_CHECKING:  # it imports JAX, and the command line checks requests before that
     from ..inference.logprobs import TokenLogprob
 
-#: Limits of a request: samples, stop texts, and characters of a stop text and of a cache salt.
-MAX_SAMPLES, MAX_STOPS, MAX_STOP_LENGTH, MAX_SALT = 128, 16, 1024, 1024
+#: The most samples of a request.
+MAX_SAMPLES = 128
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Request:
     """sample i is drawn with seed + i, so it does not depend on other requests. None: the engine derives a seed from
     its own and the request's number"""
     stop: str | tuple[str, ...] = ()
-    """texts that end an answer, at most 16; special tokens too"""
+    """texts that end an answer, special tokens too"""
     n: int = 1
     """samples, at most 128. The engine keeps the last 4 prompts, so the prompt is prefilled again for a sample that
     starts after 4 others"""
@@ -120,42 +119,15 @@ class Piece(NamedTuple):
 
 
 def check_request(request: Request) -> None:
-    """Raises ValueError that names a wrong field and says what to give."""
-    prompt, n = request.prompt, request.n
-    if isinstance(prompt, tuple):
-        if not prompt or not all(is_whole(token) and token >= 0 for token in prompt):
-            raise ValueError(f"prompt: {shorten(prompt[:8])} is not a tuple of token ids; give at least one id")
-    elif not isinstance(prompt, str):
-        checked_messages("prompt", prompt)
-    if request.tenant is not None and not isinstance(request.tenant, str):
-        raise ValueError(f"tenant: {shorten(request.tenant)} is not a name; give a tenant, or None for the base model")
-    stop = request.sampling.stop
-    if len(stop) > MAX_STOPS:
-        raise ValueError(f"stop: {len(stop)} texts are too many; give at most {MAX_STOPS}")
-    longest = max(map(len, stop), default=0)
-    if longest > MAX_STOP_LENGTH:
-        raise ValueError(f"stop: a text of {longest} characters is too long; give at most {MAX_STOP_LENGTH}")
+    """Raises ValueError that names a wrong field and says what to give. Whether the prompt and its tenant fit an engine
+    is seen there."""
+    n, scored = request.n, request.prompt_logprobs is not None
+    _ = request.sampling  # which checks itself
     if not is_whole(n) or not 1 <= n <= MAX_SAMPLES:
         raise ValueError(f"n is {shorten(n)}; give a whole number from 1 to {MAX_SAMPLES}")
-    ids = request.stop_token_ids
-    if not isinstance(ids, tuple | list) or not all(map(is_whole, ids)):
-        raise ValueError(f"stop_token_ids is {shorten(ids)}; give a list of token ids")
-    salt = request.cache_salt
-    if salt is not None and (not isinstance(salt, str) or not 0 < len(salt) <= MAX_SALT):
-        raise ValueError(f"cache_salt is {shorten(salt)}; give a text of 1 to {MAX_SALT} characters, or None")
-    check_logprobs(request)
-
-
-def check_logprobs(request: Request) -> None:
-    """Raises ValueError that names a wrong field about log-probabilities."""
-    for name in ("logprobs", "prompt_logprobs"):
-        asked = getattr(request, name)
-        if asked is not None and (not is_whole(asked) or asked < 0):
-            raise ValueError(f"{name} is {shorten(asked)}; give a number of alternatives per token, or None")
-    context = request.context_length
-    if context is not None and (not is_whole(context) or context < 1):
-        raise ValueError(f"context_length is {shorten(context)}; give a number of tokens of the prompt")
-    if context is not None and request.prompt_logprobs is None:
-        raise ValueError(f"context_length is {context}, but the prompt is not scored; give prompt_logprobs too")
-    if request.prompt_logprobs is not None and request.n > 1:
-        raise ValueError(f"prompt_logprobs: the prompt of {request.n} samples is the same; ask for them with n=1")
+    if scored and n > 1:
+        raise ValueError(f"prompt_logprobs: the prompt of {n} samples is the same; ask for them with n=1")
+    if request.context_length is not None and not scored:
+        raise ValueError(
+            f"context_length is {request.context_length}, but no scores are asked for; give prompt_logprobs too"
+        )

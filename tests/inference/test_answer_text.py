@@ -1,6 +1,7 @@
 """An answer's text, token by token, is the text of all its tokens, and what was shown is never taken back."""
 
 import json
+from functools import partial
 
 import pytest
 import tiny_run
@@ -19,7 +20,10 @@ from para_jax.evaluation.answers import Answerer
 from para_jax.evaluation.questions import Generation
 from para_jax.evaluation.tasks import EvalTask
 from para_jax.inference.answer_text import INVALID, LONGEST_TAIL, AnswerText, text_of, word_tokens
-from para_jax.serving.jobs import run_job
+from para_jax.server.batch import batch_request
+from para_jax.serving import jobs
+
+run_job = partial(jobs.run_job, read_body=batch_request)
 
 KINDS = {
     "byte level": tiny_tokenizers.plain,

@@ -136,18 +136,12 @@ def test_names_that_are_not_safe_are_refused(client, bank, name):
     assert refused(client, 400, bank=bank, lora_name=name, lora_path="para")["param"] == "lora_name"
 
 
-@pytest.mark.parametrize("base", [BASE, "base", "", None])
-def test_both_names_of_the_base_model_are_taken(client, bank, base):
-    assert client.post(LOAD, json={"lora_name": "a", "lora_path": "para", "base_model_name": base}).status_code == 200
-
-
 def test_fields_are_checked_by_name(client, bank):
     fields = {"lora_name": "a", "lora_path": "para"}
-    cases = {"load_inplace": "yes", "base_model_name": "another", "is_3d_lora_weight": True, "lora_nam": "x"}
+    cases = {"load_inplace": "yes", "is_3d_lora_weight": True, "lora_nam": "x"}
     for name, value in cases.items():
         assert refused(client, 400, bank=bank, **fields, **{name: value})["param"] == name
     assert refused(client, 400, "lora_path", lora_name="a")["param"] == "lora_path"
-    assert refused(client, 400, path=UNLOAD, lora_name="a", lora_int_id=3)["param"] == "lora_int_id"
     as_text = client.post(LOAD, content=b'{"lora_name": "a", "lora_path": "para"}')
     assert as_text.status_code == 415 and bank.names == ()
     assert client.post(LOAD, json={"lora_name": "a", "lora_path": "x" * 2**17}).status_code == 413
@@ -166,16 +160,15 @@ def test_paths_lead_into_the_root_alone(client, bank, root):
     secret = root.parent / "secret"
     outside = ["../secret", str(secret), "link", "para/../../secret", f"{root}/../secret", f"{root}/link"]
     outside += [".", "..", "/", "circle", "pa\0ra", "x" * 4000]
+    outside += ["~", "~root", "gs://bucket/adapter", "file:///etc", "https://x/y", "\\\\x", "file", "nothing/here"]
     for path in outside:
-        error = refused(client, 400, bank=bank, lora_name="b", lora_path=path)
+        error = refused(client, 404, bank=bank, lora_name="b", lora_path=path)
         assert error["param"] == "lora_path" and str(root) not in error["message"].replace(path, "")
-    for path in ("~", "~root", "gs://bucket/adapter", "file:///etc", "https://x/y", "\\\\x", "file", "nothing/here"):
-        refused(client, 404, bank=bank, lora_name="b", lora_path=path)
 
 
 def test_the_same_answer_for_what_is_outside_whether_it_is_there_or_not(client, root):
-    there = refused(client, 400, lora_name="b", lora_path=str(root.parent / "secret"))
-    missing = refused(client, 400, lora_name="b", lora_path=str(root.parent / "sesame"))
+    there = refused(client, 404, lora_name="b", lora_path=str(root.parent / "secret"))
+    missing = refused(client, 404, lora_name="b", lora_path=str(root.parent / "sesame"))
     assert there["message"].replace("secret", "") == missing["message"].replace("sesame", "")
 
 
@@ -194,7 +187,7 @@ def test_hub_ids_need_to_be_allowed_and_are_never_a_folder_here(bank, root, monk
     (tmp_path / "user").mkdir()
     monkeypatch.chdir(tmp_path)
     refused(client, 404, lora_name="a", lora_path="user/name")
-    refused(client, 400, lora_name="a", lora_path="../secret")
+    refused(client, 404, lora_name="a", lora_path="../secret")
 
 
 def test_a_root_that_is_missing_is_refused(bank, root):
