@@ -18,23 +18,15 @@ def bound(host: str, port: int) -> socket.socket:
 
     Raises ValueError for an address that cannot be had.
     """
-    if not 0 <= port < 2**16:
-        raise ValueError(f"--port {port}: a port is from 0 (a free one) to {2**16 - 1}\nchoose another")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as error:
-        raise ValueError(f"--host {host}: {error.strerror or error}\ngive an address of this machine") from None
-    family, kind, protocol, _, address = min(found, key=lambda one: one[0] != socket.AF_INET)
-    made = socket.socket(family, kind, protocol)
-    try:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind(address)
-        made.listen()
-    except OSError as error:
-        made.close()
-        advice = "choose another --port, or 0 for a free one"
-        raise ValueError(f"--host {host} --port {port}: {error.strerror or error}\n{advice}") from None
-    return made
+        family, *_, address = min(found, key=lambda one: one[0] != socket.AF_INET)
+        return socket.create_server(address, family=family)  # pyright: ignore[reportArgumentType]
+    except (OSError, OverflowError) as error:  # the latter for a port above 65535
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"--host {host} --port {port}: {reason}\ngive an address of this machine and a free port"
+        ) from None
 
 
 def url_of(taken: socket.socket) -> str:

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Iterable
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from ..io.checks import shorten
-from ..io.messages import warn
 from .errors import ApiError
 
 
@@ -19,8 +15,6 @@ class Access(NamedTuple):
 
     tenants: frozenset[str] | None = None
     """None: all"""
-    keyed: bool = False
-    """whether the client has shown a key; only then it learns the names of other models"""
     salt: str | None = None
     """Keeps its prompts apart in the prefix cache. A limited key has a salt of its own: else times and cached_tokens
     would tell what others have sent"""
@@ -42,17 +36,10 @@ class ApiKeys:
         for line in lines:
             key, *tenants = line.split()
             known = key_digest(key)
-            self._keys.append((known, Access(frozenset(tenants), True, known.hex()) if tenants else Access(keyed=True)))
-        if len({known for known, _ in self._keys}) < len(self._keys):
-            raise ValueError("a key is there twice; write its tenants on one line")
+            self._keys.append((known, Access(frozenset(tenants), known.hex()) if tenants else Access()))
 
     def __bool__(self) -> bool:
         return bool(self._keys)
-
-    @property
-    def tenants(self) -> frozenset[str]:
-        """All tenants to which keys are limited."""
-        return frozenset().union(*(access.tenants or () for _, access in self._keys))
 
     def access(self, authorization: str | None) -> Access:
         """What the holder of a key may use. Raises ApiError 401 for a wrong or missing key.
@@ -86,32 +73,16 @@ def require_unlimited(access: Access) -> None:
         raise ApiError(403, "this needs a key that is not limited to some tenants", code="limited_key")
 
 
-def warn_of_missing(keys: ApiKeys, names: Iterable[str]) -> None:
-    """Warns of tenants of the keys that are not among these names: a misspelt one would only be a 404 for clients."""
-    missing = sorted(keys.tenants - set(names))
-    if missing:
-        shown = ", ".join(map(shorten, missing[:5])) + (" ..." if len(missing) > 5 else "")
-        warn(f"--api-key-file has keys for tenants that are not served: {shown}; check their names")
-
-
 def read_keys(file: str | Path) -> ApiKeys:
     """The keys of a file: one per line, perhaps with tenants. Lines that begin with # are left out.
 
-    Raises ValueError for a file that has no key or can't be read. Warns of one that every user of the machine can read.
+    Raises ValueError for a file that has no key or can't be read.
     """
-    path = Path(file).expanduser()
     try:
-        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
-        keys = ApiKeys([line for line in lines if line and not line.startswith("#")])
+        lines = [line.strip() for line in Path(file).expanduser().read_text("utf-8-sig").splitlines()]
     except (OSError, ValueError) as error:
         raise ValueError(f"--api-key-file {file}: {error}\ngive a file with one key per line") from None
-    if not keys:
+    keys = ApiKeys([line for line in lines if line and not line.startswith("#")])
+    if not keys:  # a server without keys is open to everyone
         raise ValueError(f"--api-key-file {file}: it has no key\nwrite one key per line")
-    if path.stat().st_mode & 0o004:
-        warn_of_readers(str(file))
     return keys
-
-
-@lru_cache(16)  # a server reads its keys before it loads anything, and once more when it starts
-def warn_of_readers(file: str) -> None:
-    warn(f"--api-key-file {shorten(file)} can be read by every user of this machine; run chmod 600")

@@ -17,7 +17,7 @@ from .. import __version__
 from ..serving.engine import Engine
 from . import adapter_updates, page
 from .answering import Answering
-from .api_keys import ApiKeys, require_unlimited, warn_of_missing
+from .api_keys import ApiKeys, require_unlimited
 from .config import ServerConfig
 from .engine_loop import EngineLoop
 from .errors import ApiError
@@ -44,12 +44,10 @@ def create_app(
     `app.state.loop` is its EngineLoop.
     """
     keys, config = keys or ApiKeys([]), config or ServerConfig()
-    if not config.adapter_root:
-        warn_of_missing(keys, models.all_names)
     metrics = Metrics(engine, models)
     loop = EngineLoop(engine, metrics.engine_failures.inc, config.timeout)
     loading = ThreadPoolExecutor(1, "para-jax-loading")
-    shared = (loop, models, config, metrics, {}, loading)
+    shared = (loop, models, config, metrics, loading)
 
     @asynccontextmanager
     async def lifespan(app):
@@ -120,10 +118,5 @@ def show_metrics(metrics: Metrics, request: Request) -> Response:
 
 async def http_error(request: Request, error: HTTPException) -> Response:
     """Starlette's own errors, such as 404 for an unknown path, in OpenAI's shape."""
-    headers = error.headers or {}
-    message = {
-        404: "there is nothing at this path; models are at /v1/models, /v1/completions and /v1/chat/completions",
-        405: f"this path takes another method: {headers.get('Allow', 'see the documentation')}",
-    }
-    ours = ApiError(error.status_code, message.get(error.status_code, str(error.detail)))
-    return Response(ours.body, error.status_code, {**headers, "content-type": "application/json"})
+    body = ApiError(error.status_code, f"{error.detail}: {request.method} {request.url.path}").body
+    return Response(body, error.status_code, {**(error.headers or {}), "content-type": "application/json"})

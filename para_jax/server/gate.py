@@ -52,8 +52,10 @@ class Gate:
         state = scope.setdefault("state", {})
         try:
             state["outcome"] = outcome
-            if self.local:
-                require_this_machine(headers.get(b"host", b"localhost").decode("latin-1"))
+            host = headers.get(b"host", b"localhost").decode("latin-1")
+            if self.local and not names_this_machine(host):
+                advice = "ask localhost, or start the server with --api-key-file"
+                raise ApiError(403, f"the host {shorten(host)} is not localhost; {advice}", code="wrong_host")
             if scope["path"] not in OPEN_PATHS:
                 state["access"] = self.keys.access(
                     headers.get(b"authorization", b"").decode("utf-8", "surrogateescape")
@@ -87,13 +89,6 @@ async def send_error(send, outcome: Outcome, error: ApiError) -> None:
     encoded = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": encoded})
     await send({"type": "http.response.body", "body": body})
-
-
-def require_this_machine(host: str) -> None:
-    """Raises ApiError 403 for a host that may not be this machine's."""
-    if not names_this_machine(host):
-        message = f"the host {shorten(host)} is not localhost; ask localhost, or start the server with --api-key-file"
-        raise ApiError(403, message, code="wrong_host")
 
 
 def request_id(headers: dict[bytes, bytes]) -> str:

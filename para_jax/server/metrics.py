@@ -44,13 +44,9 @@ class Metrics:
     metrics.render()           the text for Prometheus
     """
 
-    def __init__(self, engine: Engine, models: Models, *, max_tenants: int = 1000):
-        """
-        Args:
-            max_tenants: tenants with a label of their own, at most.
-        """
+    def __init__(self, engine: Engine, models: Models):
         self._engine, self._models = engine, models
-        self.traffic = Traffic(models, max_tenants)
+        self.traffic = Traffic(models)
         self._registry = registry = CollectorRegistry(auto_describe=False)
         registry.register(self)  # type: ignore[arg-type]  # it has collect()
 

@@ -7,11 +7,9 @@ from collections.abc import Mapping
 
 from ..adapters.bank import AdapterBank, Entry
 from ..adapters.loading_bank import LoadingBank
-from ..adapters.names import nearest_names
 from ..config import BASE
 from ..io.checks import printable, shorten
 from ..io.messages import warn
-from ..io.untrusted import require_unicode, safe_name
 from .api_keys import Access
 from .errors import ApiError, retry_later
 
@@ -34,18 +32,12 @@ class Models:
         self._times: dict[str, int] = {}
         """when a tenant was added, if that was later"""
         for name in self.names:
-            require_unicode(f"the tenant {shorten(name)}", name)  # JSON can't name it
             self.require_free(name)
 
     @property
     def names(self) -> tuple[str, ...]:
         """All tenants."""
         return self.bank.names if self.bank is not None else ()
-
-    @property
-    def all_names(self) -> tuple[str, ...]:
-        """All tenants, and the names of the base model."""
-        return *self.names, self.base, BASE
 
     def require_free(self, name: str) -> None:
         """Raises ValueError for a name that a tenant cannot have, because it is the base model's."""
@@ -71,7 +63,8 @@ class Models:
         if name in (self.base, BASE):
             return None
         if not self.has(name) or not access.may_use(name):
-            raise ApiError(404, self._unknown(name, access), param="model", code="model_not_found")
+            message = f"the model {shorten(name)} does not exist; GET /v1/models lists those there are"
+            raise ApiError(404, message, param="model", code="model_not_found")
         return name
 
     def must_load(self, name: str, access: Access) -> bool:
@@ -111,11 +104,3 @@ class Models:
         card = {"id": self.base if name is None else name, "object": "model", "created": created}
         card |= {"owned_by": "para_jax", "root": self.base, "parent": None}
         return card if name is None else card | {"root": self.sources.get(name, name), "parent": self.base}
-
-    def _unknown(self, name: str, access: Access) -> str:
-        """Says that a model does not exist. Only the holder of a key learns of similar names, and only of its own."""
-        text = f"the model {shorten(name)} does not exist"
-        if not access.keyed:
-            return f"{text}; GET /v1/models lists those there are"
-        nearest = nearest_names(name, [self.base, *self.visible(access)])
-        return f"{text}; the nearest are {', '.join(map(safe_name, nearest))}" if nearest else text

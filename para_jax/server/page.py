@@ -15,7 +15,7 @@ from starlette.routing import Route
 from ..serving.engine import Engine
 from .api_keys import Access
 from .models import Models
-from .traffic import OTHER, Counts, Traffic
+from .traffic import Counts, Traffic
 
 #: Tenants that the page shows at once.
 ROWS = 50
@@ -55,14 +55,14 @@ def state(engine: Engine, models: Models, traffic: Traffic, access: Access, sear
     def row(name: str | None) -> dict:
         if name is None and access.tenants is not None:
             return {"name": None} | dict.fromkeys(("running", "waiting", "requests", "prompt_tokens", "new_tokens"))
-        known = counts.get(name, None if OTHER in counts else Counts())  # None: it may be among the others
+        known = counts.get(name, Counts())
         return {
             "name": name,
             "running": running.get(name, 0),
             "waiting": waiting.get(name, 0),
-            "requests": known and known.requests.total(),
-            "prompt_tokens": known and known.prompt_tokens,
-            "new_tokens": known and known.new_tokens,
+            "requests": known.requests.total(),
+            "prompt_tokens": known.prompt_tokens,
+            "new_tokens": known.new_tokens,
         }
 
     def activity(name: str) -> tuple:

@@ -8,7 +8,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 
 import uvicorn
 
@@ -56,16 +55,9 @@ def serve(
         on_ready: called with the URL when requests are taken.
         taken: a socket that is bound, in place of the config's host and port.
 
-    Raises ValueError in a thread that runs an event loop, for an address that is in use, and for wrong keys and
-    folders, and what warming up the engine raised.
+    Raises ValueError for an address that is in use, and for wrong keys and folders, RuntimeError in a thread that runs
+    an event loop, as a notebook does (call it in a thread of its own), and what warming up the engine raised.
     """
-    with suppress(RuntimeError):  # there is none
-        asyncio.get_running_loop()
-        raise ValueError(
-            "serve: this thread runs an event loop, as a notebook does; start it in a thread: "
-            "threading.Thread(target=serve, args=(engine,), kwargs={'stop': stop}, daemon=True).start(), where stop is "
-            "a threading.Event that ends it"
-        )
     config = config or ServerConfig()
     keys = read_keys(config.api_key_file) if config.api_key_file else None
     models = Models(engine.bank, config.served_model_name or BASE, sources)

@@ -12,9 +12,6 @@ from ..io.checks import printable
 from ..serving.stream import Stream
 from .models import Models
 
-#: The name of all tenants without counts of their own.
-OTHER = "other"
-
 
 @dataclass
 class Counts:
@@ -108,19 +105,18 @@ class Outcome:
 class Traffic:
     """Counts by tenant. asyncio's thread writes them, and any thread may read them.
 
-    At most `limit` tenants have counts of their own, and the others share those of OTHER. A tenant that has left the
-    bank is not shown.
+    A tenant that has left the bank is not shown.
     """
 
-    def __init__(self, models: Models, limit: int = 1000):
-        self._models, self._limit = models, limit
+    def __init__(self, models: Models):
+        self._models = models
         self._counts: dict[str | None, Counts] = {None: Counts()}
         """None: the base model"""
-        self.total, self._other = Counts(), Counts()
+        self.total = Counts()
 
     def begin(self, outcome: Outcome) -> None:
         """Lets a request that the engine has taken count its tokens as they come."""
-        outcome.counts = self._of(outcome.tenant), self.total
+        outcome.counts = self._counts.setdefault(outcome.tenant, Counts()), self.total
 
     def end(self, outcome: Outcome) -> None:
         """Counts a request that has ended."""
@@ -128,17 +124,6 @@ class Traffic:
             counts.requests[outcome.error or "completed"] += 1
 
     def by_tenant(self) -> dict[str | None, Counts]:
-        """Of the base model (None), and of each tenant that has sent a request. The last are those of OTHER, if there
-        are any."""
-        counts = {name: counts for name, counts in list(self._counts.items()) if self._is_there(name)}
-        return counts | ({OTHER: self._other} if self._other != Counts() else {})
-
-    def _of(self, tenant: str | None) -> Counts:
-        if tenant not in self._counts and len(self._counts) > self._limit:
-            self._counts = {name: counts for name, counts in self._counts.items() if self._is_there(name)}
-        if tenant not in self._counts and (len(self._counts) > self._limit or tenant == OTHER):
-            return self._other
-        return self._counts.setdefault(tenant, Counts())
-
-    def _is_there(self, name: str | None) -> bool:
-        return name is None or self._models.has(name)
+        """Of the base model (None), and of each tenant that has sent a request."""
+        counts = list(self._counts.items())  # at once: asyncio adds to them meanwhile
+        return {name: counts for name, counts in counts if name is None or self._models.has(name)}

@@ -23,7 +23,7 @@ from para_jax.server.api_keys import Access
 from para_jax.server.config import ServerConfig
 from para_jax.server.page import ROWS
 from para_jax.server.serve import serve
-from para_jax.server.traffic import OTHER, Outcome, Traffic
+from para_jax.server.traffic import Outcome, Traffic
 
 ALL = Access()
 
@@ -38,8 +38,8 @@ def engine_with(running=None, waiting=None):
     return SimpleNamespace(running=running or {}, waiting=waiting or {}, slots=4, kv_usage=0.5, prefix_cache=cache)
 
 
-def traffic_of(known, tokens, limit=1000):
-    traffic = Traffic(known, limit)
+def traffic_of(known, tokens):
+    traffic = Traffic(known)
     for name, new in tokens.items():
         outcome = Outcome("POST", "/", "id", served=True, tenant=name)
         traffic.begin(outcome)
@@ -80,17 +80,10 @@ def test_the_base_model_comes_first_and_then_the_most_active_tenants():
 def test_a_limited_key_learns_of_its_own_tenants_alone():
     known = models_of("a", "b")
     traffic, engine = traffic_of(known, {None: 3, "a": 7, "b": 9}), engine_with({"b": 1, None: 1}, {"b": 2, "a": 1})
-    found = page.state(engine, known, traffic, Access(frozenset({"a"}), keyed=True))
+    found = page.state(engine, known, traffic, Access(frozenset({"a"})))
     own = {"name": "a", "running": 0, "waiting": 1, "requests": 1, "prompt_tokens": 0, "new_tokens": 7}
     assert found["rows"][1:] == [own] and found["engine"] is None and found["found"] == 1
     assert {value for name, value in found["rows"][0].items()} == {None}
-
-
-def test_counts_that_may_be_among_the_others_are_unknown():
-    known = models_of("a", "b")
-    traffic = traffic_of(known, {"a": 1, "b": 1}, limit=1)
-    rows = {row["name"]: row["new_tokens"] for row in page.state(engine_with(), known, traffic, ALL)["rows"]}
-    assert OTHER in traffic.by_tenant() and rows == {None: 0, "a": 1, "b": None}
 
 
 # ----------------------------------------------------------------------------------------------------------- a browser

@@ -80,14 +80,6 @@ def set_later(seconds=60):
 # --------------------------------------------------------------------------------------------------- start and end
 
 
-def test_a_notebook_is_told_to_serve_in_a_thread(engine):
-    async def cell():
-        serve(engine, ANY_PORT)
-
-    with pytest.raises(ValueError, match=r"event loop.*threading.Thread\(target=serve"):
-        asyncio.run(cell())
-
-
 def test_the_server_is_there_before_it_is_ready(engine):
     warm_up, may_warm_up, stop, ready = engine.warm_up, threading.Event(), threading.Event(), threading.Event()
     engine.warm_up = lambda: (may_warm_up.wait(60), warm_up())

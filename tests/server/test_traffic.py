@@ -2,15 +2,15 @@
 
 from types import SimpleNamespace
 
-from para_jax.server.traffic import OTHER, Outcome, Traffic
+from para_jax.server.traffic import Outcome, Traffic
 
 STREAM = SimpleNamespace(times=SimpleNamespace(queued=0.0, started=0.0, first_token=None))
 
 
-def of(*names, limit=1000):
+def of(*names):
     models = SimpleNamespace(names=names)
     models.has = lambda name: name in models.names
-    return Traffic(models, limit), models
+    return Traffic(models), models
 
 
 def begun(traffic, tenant, new=0, streams=(STREAM,)):
@@ -43,20 +43,3 @@ def test_a_prompt_that_never_left_the_queue_is_not_counted():
     outcome.error = "client_left"
     traffic.end(outcome)
     assert traffic.by_tenant()["A"].prompt_tokens == 0 and traffic.by_tenant()["A"].requests == {"client_left": 1}
-
-
-def test_tenants_above_the_limit_share_counts_and_those_that_have_left_make_room():
-    traffic, models = of("A", "B", "C", limit=2)
-    for name in ("A", "B", "C", "C", None):
-        begun(traffic, name, 1)
-    assert new_tokens(traffic) == {None: 1, "A": 1, "B": 1, OTHER: 2}
-    models.names = ("B", "C")
-    assert new_tokens(traffic) == {None: 1, "B": 1, OTHER: 2}
-    begun(traffic, "C", 1)
-    assert new_tokens(traffic) == {None: 1, "B": 1, "C": 1, OTHER: 2} and traffic.total.new_tokens == 6
-
-
-def test_a_tenant_that_is_named_other_shares_its_counts():
-    traffic, _ = of(OTHER, "B", limit=1)
-    begun(traffic, OTHER, 1), begun(traffic, "B", 1), begun(traffic, "C", 1)
-    assert new_tokens(traffic) == {None: 0, "B": 1, OTHER: 2}
