@@ -1,13 +1,13 @@
 """Journal: a file of JSON lines that are added as they come. A kill leaves at most a torn last line, which is cut off
-when the file is opened again. In a bucket the lines are in pieces (storage/pieces.py)."""
+when the file is opened again. In a bucket the lines are added every few seconds, and a kill loses those since then."""
 
 from __future__ import annotations
 
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
-from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 from weakref import WeakValueDictionary
@@ -15,8 +15,10 @@ from weakref import WeakValueDictionary
 from . import atomic
 from .checks import shorten
 from .record_file import lock_output
-from .storage.bucket import BucketPath, Place
-from .storage.pieces import BucketLines, join_pieces, open_pieces, pieces
+from .storage.bucket import BucketPath, Place, open_now
+
+#: In a bucket: seconds and bytes after which waiting lines are written when another one is added.
+MAX_SECONDS, MAX_BYTES = 30.0, 2**20
 
 #: This process's open files, by device and inode: journals of one file share it and its lock. A notebook that runs a
 #: cell again opens its file before the last journal is gone.
@@ -40,9 +42,8 @@ class Journal:
         self.regular = isinstance(file, BucketPath) or not file.exists() or file.is_file()
         """whether the lines can be read back"""
         self._stream: Any = None
-        self._lines: BucketLines | None = None
+        self._waiting, self._written = bytearray(), time.monotonic()
         if isinstance(file, BucketPath):
-            self._lines = BucketLines(file)
             for _ in kept_lines(file, head, keep):
                 pass
         elif self.regular:
@@ -61,15 +62,20 @@ class Journal:
         if self.closed:
             raise ValueError(f"{self.file}: this journal is closed")
         data = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")  # half a character
-        if self._lines:
-            return self._lines.add(data)
+        if isinstance(self.file, BucketPath):
+            self._waiting += data
+            if len(self._waiting) > MAX_BYTES or time.monotonic() > self._written + MAX_SECONDS:
+                self.sync()
+            return
         with LOCK, atomic.errors_named(self.file):
             atomic.append(self._stream, data)
 
     def sync(self) -> None:
         """Forces the lines to the disk or the bucket, so that they survive a power failure too."""
-        if self._lines:
-            self._lines.flush()
+        if isinstance(self.file, BucketPath):
+            if self._waiting:
+                self.file.append(bytes(self._waiting))
+            self._waiting, self._written = bytearray(), time.monotonic()
         elif self.regular:
             os.fsync(self._stream.fileno())
 
@@ -77,29 +83,27 @@ class Journal:
         """Closes the journal and orders its lines by their place. Lines without one go; of several lines with one
         place, the last stays."""
         self.close()
-        if not self.regular or not (pieces(self.file) if self._lines else self.file.exists()):
+        if not self.regular or not self.file.is_file():
             return
         spans, start = {}, 0  # by place: where a line begins, and its length
-        with open_pieces(self.file) as stream:
-            lines = BytesIO(stream.read()) if self._lines else stream  # pieces can't be read by their places
+        with open_now(self.file) as lines:
             for line in lines:
                 if (to := place(json.loads(line))) is not None:
                     spans[to] = start, len(line)
                 start += len(line)
             ordered = (line_at(lines, *spans[place]) for place in sorted(spans))
-            if isinstance(self.file, BucketPath):
-                return join_pieces(self.file, b"".join(ordered))
-            target = Path(os.path.realpath(self.file))
-            with atomic.replacing(target) as part:
-                os.chmod(part.name, os.fstat(lines.fileno()).st_mode & 0o777)
+            on_disk = isinstance(self.file, Path)
+            with atomic.replacing(Path(os.path.realpath(self.file)) if on_disk else self.file) as part:
+                if on_disk:
+                    os.chmod(part.name, os.fstat(lines.fileno()).st_mode & 0o777)
                 part.writelines(ordered)
 
     def close(self) -> None:
         """Writes what waits, and unlocks the file, unless other journals of this process share it. No more may be
         added."""
+        if isinstance(self.file, BucketPath):
+            self.sync()
         self.closed, self._stream = True, None
-        if self._lines:
-            self._lines.flush()
 
     def __enter__(self):
         return self
@@ -130,9 +134,9 @@ def opened(file: Path) -> BinaryIO:
 def kept_lines(file: Place, head: str, keep: Callable[[dict], object]) -> Iterator[bytes]:
     """The complete lines of a journal, each given to `keep`; none if there is no file. Raises ValueError, naming the
     line, for one that is not the journal's."""
-    if not (pieces(file) if isinstance(file, BucketPath) else file.exists()):
+    if not file.is_file():
         return
-    with open_pieces(file) as lines:
+    with open_now(file) as lines:
         for number, line in enumerate(lines, 1):
             if atomic.is_torn(line, head.encode()):
                 return

@@ -38,7 +38,7 @@ from ..runs.report import sample_lines, score_table, tenants_table
 from ..runs.tenants import tenant_configs
 from ..runs.train import say_doubt
 from ..runtime import devices
-from ..training.metrics_file import is_log, read_metrics
+from ..training.metrics_file import read_metrics
 from ..training.passes import lay_out
 from ..training.scores_file import read_entries, read_scores, warning_lines
 from ..training.step import state_of_one
@@ -202,7 +202,7 @@ def run_report(folder: Path, config: RunConfig) -> str:
     """The scores in the log of a run of one adapter, its last scores and answers, and its adapter."""
     data = described(config.data.train)
     lines = [f"run        {adapter_method(config.adapter)} on {config.backbone.source}, data {data}"]
-    for row in read_metrics(folder / "metrics.jsonl") if is_log(folder / "metrics.jsonl") else ():
+    for row in read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else ():
         if any("loss" in name and name != "loss" for name in row):
             values = ", ".join(f"{name} {value:.4f}" for name, value in row.items() if name != "step")
             lines.append(f"step {row['step']:<6}{values}")

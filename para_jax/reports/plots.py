@@ -16,7 +16,7 @@ from ..io.checks import expanded
 from ..io.figures import drawable, escaped, explain, new_figure, run_names
 from ..io.figures import save as save
 from ..io.storage.bucket import BucketPath, Place
-from ..training.metrics_file import is_log, read_metrics
+from ..training.metrics_file import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -160,13 +160,13 @@ def read_runs(folders: Sequence[str | Path]) -> dict[str, dict[str, list[dict]]]
 
 def rows_of_tenant(folder) -> list[dict]:
     """The rows of a tenant's log; none before its first step."""
-    rows = list(read_metrics(folder / "metrics.jsonl")) if is_log(folder / "metrics.jsonl") else []
+    rows = list(read_metrics(folder / "metrics.jsonl")) if (folder / "metrics.jsonl").is_file() else []
     return rows if any("loss" in row for row in rows) else []
 
 
 def read_run(folder: str | Path) -> list[dict]:
     file = expanded(folder) / "metrics.jsonl"
-    if not is_log(file):
+    if not file.is_file():
         raise ValueError(f"{folder}: no run is there (metrics.jsonl); give the output_dir of `para-jax train`")
     rows = list(read_metrics(file))
     if not any("loss" in row for row in rows):

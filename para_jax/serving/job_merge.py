@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from ..io import atomic
 from ..io.shards import ShardOutput, in_order, job_shard_file, read_part
 from ..io.storage.bucket import BucketPath, Place
-from ..io.storage.pieces import open_pieces
 
 
 def merge_jobs(outputs: Sequence[Place], output: Place) -> tuple[int, int]:
@@ -26,7 +25,7 @@ def merge_jobs(outputs: Sequence[Place], output: Place) -> tuple[int, int]:
     with ExitStack() as opened, atomic.replacing(output) as merged:  # pyright: ignore[reportArgumentType]
         # Each has every count-th line, in order, and after them what an earlier, longer input asked for. A shard
         # without a line has no file.
-        files = [opened.enter_context(open_pieces(part.output)) for part in parts[:total]]
+        files = [opened.enter_context(part.output.open("rb")) for part in parts[:total]]
         for number in range(total):
             line = files[number % count].readline()
             if not line.endswith(b"\n"):

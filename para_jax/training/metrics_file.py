@@ -9,8 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from ..io import atomic
-from ..io.storage.bucket import BucketPath, Place
-from ..io.storage.pieces import Appender, open_pieces, pieces, replace_pieces
+from ..io.storage.bucket import BucketPath, Place, open_now
 
 HEAD = b'{"step": '
 #: Seconds between two writes of rows, in a bucket (True) and elsewhere.
@@ -22,7 +21,7 @@ def read_metrics(file: Path) -> Iterator[dict[str, float]]:
 
     Raises ValueError, naming the file and the line, for any other line that is not JSON.
     """
-    with open_pieces(file) as stream:
+    with open_now(file) as stream:
         for number, line in enumerate(stream, 1):
             try:
                 yield json.loads(line)
@@ -31,18 +30,9 @@ def read_metrics(file: Path) -> Iterator[dict[str, float]]:
                     raise ValueError(f"{file}:{number}: not a line of a run's log; delete the line") from None
 
 
-def is_log(file: Place) -> bool:
-    """Whether the file is there, in a bucket as pieces."""
-    return bool(pieces(file)) if isinstance(file, BucketPath) else file.is_file()
-
-
 def write_metrics(file: Place, rows: Iterable[dict[str, float]]) -> None:
     """Replaces the log with these rows. A kill leaves the old log or the new one."""
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    if isinstance(file, BucketPath):
-        replace_pieces(file, text.encode())
-    else:
-        atomic.write_text(file, text)
+    atomic.write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 class MetricsWriter:
@@ -57,7 +47,6 @@ class MetricsWriter:
         bucket = isinstance(file, BucketPath)
         self.file, self.waiting, self.count = file, "", count
         self.seconds = FLUSH_SECONDS[bucket] if seconds is None else seconds
-        self.pieces: Appender | None = None
         self.flushed = time.perf_counter()
 
     def add(self, step: int, values: dict[str, float]) -> None:
@@ -72,9 +61,7 @@ class MetricsWriter:
         if not text:
             return
         if isinstance(self.file, BucketPath):
-            self.pieces = self.pieces or Appender(self.file)
-            self.pieces.add(text.encode())
-            return
+            return self.file.append(text.encode())
         with atomic.errors_named(self.file), self.file.open("ab", buffering=0) as stream:
             atomic.append(stream, text.encode())
 
@@ -82,7 +69,7 @@ class MetricsWriter:
 def keep_rows(file: Place, count: int, *, ended: bool) -> int:
     """Removes the rows after the first `count`, which a run resumed from a checkpoint writes again. So it does with
     the last test scores, unless it has `ended`. Gives how many rows are left."""
-    if not is_log(file):
+    if not file.is_file():
         return 0
     tested = lambda row: any(name.startswith("test_") for name in row)  # noqa: E731
     rows = [row for row in islice(read_metrics(file), count) if ended or not tested(row)]

@@ -111,7 +111,7 @@ def generation(storage, request) -> str:
     from urllib.parse import unquote
 
     parts = request.path.split("/b/", 1)[1].split("/o", 1)
-    name = request.query.get("name", [None])[0] or unquote(parts[1].lstrip("/"))
+    name = request.query.get("name", [None])[0] or unquote(parts[1].lstrip("/").removesuffix("/compose"))
     try:
         return str(storage.get_file_obj(unquote(parts[0]), name)["generation"])
     except Exception:

@@ -1,4 +1,4 @@
-"""gs:// paths, on an emulator: names, objects, lines in pieces, and adapters."""
+"""gs:// paths, on an emulator: names, objects, files that grow, and adapters."""
 
 import os
 import re
@@ -23,7 +23,6 @@ from para_jax.evaluation.questions import Scored
 from para_jax.io.hub import cache_folder, resolve_backbone
 from para_jax.io.storage import cache, service
 from para_jax.io.storage.bucket import BucketPath, bucket_path
-from para_jax.io.storage.pieces import Appender, BucketLines, join_pieces, open_pieces, pieces, replace_pieces
 from para_jax.training.checkpoint import open_checkpoints, set_aside, steps_in
 from para_jax.training.metrics_file import MetricsWriter, read_metrics, write_metrics
 
@@ -146,51 +145,39 @@ def test_an_unfinished_checkpoint_is_deleted_and_a_damaged_one_renamed(folder):
         eventually(lambda: sorted(path.name for path in folder.iterdir()) == ["5", "6.damaged"])  # in the background
 
 
-# -------------------------------------------------------------------------------------------------------------- pieces
+# --------------------------------------------------------------------------------------------------- files that grow
 
 
-def test_lines_are_added_in_pieces_and_read_as_one_file(folder):
+def test_lines_are_added_to_an_object(folder):
     file = folder / "metrics.jsonl"
     rows = MetricsWriter(file)
     for step in range(4):
         rows.add(step, {"loss": 1.5})
         if step % 2:
             rows.flush()
-    assert [row["step"] for row in read_metrics(file)] == [0, 1, 2, 3] and len(pieces(file)) == 2
+    assert [row["step"] for row in read_metrics(file)] == [0, 1, 2, 3]
     write_metrics(file, [{"step": 0, "loss": 1.5}])
-    again = MetricsWriter(file)
-    again.add(1, {"loss": 1.0})
-    again.flush()
-    assert [row["step"] for row in read_metrics(file)] == [0, 1] and len(pieces(file)) == 2
-    join_pieces(file, open_pieces(file).read())
-    assert file.is_file() and [row["step"] for row in read_metrics(file)] == [0, 1]
-    Appender(file).add(b'{"step": 2}\n')
-    assert [row["step"] for row in read_metrics(file)] == [0, 1, 2]
+    rows.add(1, {"loss": 1.0})
+    rows.flush()
+    assert [row["step"] for row in read_metrics(file)] == [0, 1] and list(folder.iterdir()) == [file]
 
 
-def test_a_kill_during_replacement_leaves_the_old_lines_or_the_new(folder, monkeypatch):
-    old, new = [b"1\n", b"2\n"], b"3\n"
-    for writes in range(5):
-        file = folder / f"{writes}.jsonl"
-        for line in old:
-            Appender(file).add(line)
-        with killed_after(writes, monkeypatch):
-            replace_pieces(file, new)
-        assert open_pieces(file).read() == (b"1\n2\n" if writes == 0 else new)
+def test_data_is_added_once_although_the_answer_was_lost_or_another_writer_was_quicker(folder, monkeypatch):
+    file, join = folder / "lines", BucketPath._join
+    file.append(b"1\n")
+    for answer in (True, False):  # whether the request reached the service
 
+        def lost(path, part, answer=answer):
+            monkeypatch.setattr(BucketPath, "_join", join)
+            if answer:
+                join(path, part)
+            else:
+                path.append(b"other\n")
+            return False
 
-def test_a_kill_while_pieces_are_joined_loses_no_line(folder, monkeypatch):
-    for writes in range(5):
-        file = folder / f"{writes}.jsonl"
-        for line in (b"1\n", b"2\n", b"3\n"):
-            Appender(file).add(line)
-        with killed_after(writes, monkeypatch):
-            join_pieces(file, open_pieces(file).read())
-        assert open_pieces(file).read() == b"1\n2\n3\n", writes
-        Appender(file).add(b"4\n")
-        assert open_pieces(file).read() == b"1\n2\n3\n4\n", writes
-        join_pieces(file, open_pieces(file).read())
-        assert file.read_bytes() == b"1\n2\n3\n4\n" and len(pieces(file)) == 1
+        monkeypatch.setattr(BucketPath, "_join", lost)
+        file.append(b"2\n")
+    assert file.read_bytes() == b"1\n2\nother\n2\n" and list(folder.iterdir()) == [file]
 
 
 class Killed(BaseException):
@@ -323,11 +310,9 @@ def test_two_writers_of_one_file_lose_and_overwrite_nothing(folder):
         first.add("c", answer)
 
 
-def test_a_folder_is_not_a_file_of_lines_and_errors_name_the_address(folder):
+def test_errors_name_the_address(folder):
     model, (first, *_) = adapters()
     save_adapter(first, folder / "adapter")
-    with pytest.raises(ValueError, match=f"{folder}/adapter"):
-        BucketLines(folder / "adapter")
     (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"cut")
     with pytest.raises(ValueError, match=f"{folder}/adapter.*truncated"):
         load_adapter(str(folder / "adapter"), model)

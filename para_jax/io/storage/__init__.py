@@ -1,2 +1,2 @@
-"""Google Cloud Storage: paths (bucket.py), the connection (service.py), local copies (cache.py), and files that
-grow (pieces.py). A bucket has no locks: the launcher sees to it that a folder has one writer."""
+"""Google Cloud Storage: paths (bucket.py), the connection (service.py) and local copies (cache.py). A bucket has no
+locks: the launcher sees to it that a folder has one writer."""

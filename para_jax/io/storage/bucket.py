@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import io
 import re
+import secrets
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from .service import file_system, one_line_errors
 
@@ -232,6 +233,35 @@ class BucketPath:
         files.call("POST", place, uploadType="media", name=self.key, headers=octets, data=data)
 
     @one_line_errors
+    def append(self, data: bytes) -> None:
+        """Adds data to the end of the object, or creates it. What another writer adds meanwhile stays.
+
+        An object can't grow. So the data becomes an object of its own, and the service joins both to one.
+        """
+        part = self.with_name(f".{self.name}.{secrets.token_hex(4)}")
+        part.write_bytes(data)
+        try:
+            while not self._join(part):
+                # Another writer was quicker, or gcsfs has repeated a request whose answer was lost.
+                found = self.stat()
+                if self.read_range(max(0, found.st_size - len(data)), found.st_size, found.generation) == data:
+                    return
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _join(self, part: BucketPath) -> bool:
+        """Adds another object to the end of this one; False if this one changes meanwhile."""
+        generation = self.stat().generation if self.is_file() else 0
+        sources = [{"name": path.key} for path in ([self, part] if generation else [part])]
+        joined = {"sourceObjects": sources, "destination": {"bucket": self.bucket, "name": self.key}}
+        only_if = {"ifGenerationMatch": str(generation)}
+        try:
+            file_system().call("POST", "b/{}/o/{}/compose", self.bucket, self.key, json=joined, **only_if)
+        except FileExistsError:
+            return False
+        return True
+
+    @one_line_errors
     def copy_to(self, other: BucketPath) -> None:
         file_system().cp_file(f"{self.bucket}/{self.key}", f"{other.bucket}/{other.key}")
 
@@ -251,6 +281,11 @@ class BucketPath:
 
 #: A Path or a BucketPath.
 Place = Any
+
+
+def open_now(file: Place) -> BinaryIO:
+    """A stream of the file. In a bucket it holds what the file has now, whatever is added while it is read."""
+    return io.BytesIO(file.read_bytes()) if isinstance(file, BucketPath) else file.open("rb")
 
 
 class ObjectReader(io.RawIOBase):
