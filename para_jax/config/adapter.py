@@ -60,8 +60,8 @@ class ParaConfig(AdapterConfig):
         super().__post_init__()
         if self.scope == "response" and (self.pooler not in ("last", "constant") or self.scope_window != 1):
             raise ValueError(
-                f"scope response reads the last prompt token alone: pooler ({self.pooler}) must be last or constant, and "
-                f"scope_window ({self.scope_window}) must be 1 for PARA"
+                f"scope response reads the last prompt token alone: pooler ({self.pooler}) must be last or constant, "
+                f"and scope_window ({self.scope_window}) must be 1 for PARA"
             )
         if self.late_r is not None:  # a zero has to stay zero where a layer's rank ends
             expected = "another one with late_r; rational maps zero to a learned number"
