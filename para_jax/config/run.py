@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from ..io.checks import expanded, require, require_one_of
 from .adapter import ADAPTER_CONFIGS, AdapterConfig, ParaConfig
-from .bounds import Bounds, Fraction, JsonObject, NonNegativeFloat, PositiveInt, Seed, allowed_values, check_fields
+from .bounds import Bounds, Fraction, JsonObject, NonNegativeFloat, PositiveInt, Seed, check_fields
 from .template_variables import template_variables
 
 #: The base model's name among tenants: no adapter.
@@ -44,10 +44,6 @@ class BackboneSection(Section):
     attention: Literal["auto", "plain", "splash", "cudnn"] = "auto"
     """the kernel for whole sequences: splash needs a TPU, cudnn a GPU. auto tries the device's kernel at the start and
     falls back to plain"""
-
-
-#: The kernels for attention over whole sequences.
-ATTENTION = allowed_values(BackboneSection, "attention")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,13 +12,13 @@ from ..adapters.files import require_replaceable
 from ..backbone.kernel_choice import describe_attention
 from ..config import RunConfig
 from ..data.schedule import Turn
-from ..estimate.roofline import peak_rate
 from ..evaluation.score import Score
 from ..evaluation.scoring import Tasks, share_shapes
 from ..io.messages import say
 from ..io.progress import Progress
 from ..io.storage.bucket import BucketPath
 from ..model.adapted import init_adapter
+from ..runtime.devices import peak_rate
 from ..runtime.processes import is_first, on_first_process
 from ..runtime.sharding import replicated_lines, tenants_shardings
 from ..training.checkpoint import restore_checkpoint

@@ -11,10 +11,10 @@ from para_jax.bench import decode as bench_decode
 from para_jax.bench import serve as bench_serve
 from para_jax.bench import train as bench_train
 from para_jax.bench.rounds import interleaved, measurement, paired
-from para_jax.estimate.roofline import matrix_weights
 from para_jax.inference.generate import next_token
 from para_jax.reports.plots import decode_plot
 from para_jax.runtime import devices
+from para_jax.runtime.devices import matrix_weights
 
 BACKBONE = str(FIXTURES / "smollm2")
 DECODE = dict(rows=(2,), context=4, rounds=3, bank=5)

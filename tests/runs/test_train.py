@@ -34,7 +34,6 @@ from para_jax import (
 from para_jax.config import CheckpointSection, ProfilerSection, load_config
 from para_jax.data.batches import Bucket, plan_buckets
 from para_jax.data.examples import Example
-from para_jax.estimate.roofline import matrix_weights
 from para_jax.evaluation import likelihood as evaluation
 from para_jax.evaluation.score import Score
 from para_jax.evaluation.scoring import Tasks
@@ -46,6 +45,7 @@ from para_jax.runs.folder import decided, with_decided
 from para_jax.runs.plan import plan_run
 from para_jax.runs.tenants import steps_of, tenant_configs
 from para_jax.runtime import devices
+from para_jax.runtime.devices import matrix_weights
 from para_jax.training.log import TIMES
 from para_jax.training.statistics import standardise, statistics_batches
 from para_jax.training.stop import Stopped
