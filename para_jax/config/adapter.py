@@ -58,10 +58,11 @@ class ParaConfig(AdapterConfig):
     def __post_init__(self):
         object.__setattr__(self, "target_modules", sites_in_order(self.target_modules))
         super().__post_init__()
-        if self.scope == "response":
-            last = self.pooler in ("last", "constant") and self.scope_window == 1
-            expected = "last or constant, with scope_window 1: scope response reads the last prompt token alone"
-            require(last, "pooler", self.pooler, expected)
+        if self.scope == "response" and (self.pooler not in ("last", "constant") or self.scope_window != 1):
+            raise ValueError(
+                f"scope response reads the last prompt token alone: pooler ({self.pooler}) must be last or constant, "
+                f"and scope_window ({self.scope_window}) must be 1 for PARA"
+            )
         if self.late_r is not None:  # a zero has to stay zero where a layer's rank ends
             expected = "another one with late_r; rational maps zero to a learned number"
             require(self.activation != "rational", "activation", self.activation, expected)
