@@ -52,7 +52,7 @@ def read_own_config(kind: type, found: dict) -> tuple[Any, dict]:
 
 def checked_backbone(backbone: Any, sites: tuple[str, ...]) -> dict:
     """The description of the backbone, with the sizes that `inspect` and banks count with."""
-    widths = backbone.get("site_widths") if isinstance(backbone, dict) else None
+    widths: Any = backbone.get("site_widths") if isinstance(backbone, dict) else None
     fits = isinstance(widths, dict) and set(widths) == set(sites) and "model_type" in backbone
     sizes = [backbone.get("num_layers"), backbone.get("width"), *widths.values()] if fits else []
     fits = fits and all(type(size) is int and 0 < size < 2**31 for size in sizes)
