@@ -56,7 +56,7 @@ def load_backbone(
     """A frozen backbone with its weights.
 
     Args:
-        source: a folder with config.json and *.safetensors, a hub id (user/name or user/name@revision), a .gguf file,
+        source: a folder with config.json and safetensors files, a hub id (user/name or user/name@revision), a .gguf file,
             or the built-in name smollm2-135m.
         dtype: of weights and compute; default: float32 on a CPU, else bfloat16.
         mesh: shards the weights over its devices; default: the first device. Every process of the mesh must call this,

@@ -59,7 +59,7 @@ def evaluate(
     options: EvalOptions = DEFAULTS,
 ) -> Results:
     """The scores of adapters on tasks. All adapters answer all questions in one pass, or in several if they need more
-    memory than `options.adapter_memory`.
+    memory than `options.adapter_memory`::
 
         results = evaluate(model, "runs/*/adapter", ["data/mine", "hellaswag"], tokenizer=tokenizer)
         print(results.table())
