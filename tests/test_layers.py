@@ -36,12 +36,12 @@ HEAVY += "torch starlette uvicorn httptools prometheus_client pydantic ray".spli
 
 #: What may only go down, except by what an issue names.
 MOST = {
-    "lines of the package": 38_200,
-    "lines of tests": 41_650,
+    "lines of the package": 34_520,
+    "lines of tests": 36_480,
     "loose modules": 0,
     "modules and packages at the top": 19,
-    "checks per 1000 lines": 31,
-    "words of docs": 30_200,
+    "checks per 1000 lines": 27,
+    "words of docs": 30_000,
     "megabytes of results": 2.4,
 }
 

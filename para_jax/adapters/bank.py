@@ -12,18 +12,16 @@ from __future__ import annotations
 import hashlib
 import itertools
 import threading
-import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ..config import SITES, ModelConfig, listed
-from ..config.bounds import PositiveInt, check_value
 from ..io.checks import require
 from ..io.storage.bucket import BucketPath
 from ..runtime.sharding import place
@@ -88,13 +86,11 @@ class AdapterBank:
                 (IA)^3 are close to one.
         """
         require_model_config(model_config)
-        check_value("AdapterBank: capacity", capacity, PositiveInt)
-        check_value("AdapterBank: max_r", max_r, PositiveInt)
-        check_value("AdapterBank: dtype", dtype, Literal["float32", "bfloat16"])
         self.methods = names_among("methods", methods, tuple(method.name for method in METHODS))
         self.sites = names_among("sites", sites, SITES)
         self.model_config, self.capacity, self.max_r, self.dtype = model_config, capacity, max_r, dtype
-        self._model: weakref.ref | None = None
+        self.fingerprint: str | None = None
+        """of the backbone of the last engine: adapters that were trained on other weights give a warning"""
         self._entries: dict[str, Entry] = {}
         self._held: Counter[Any] = Counter()
         """how many entries each group has"""
@@ -108,10 +104,6 @@ class AdapterBank:
     @classmethod
     def holding(cls, adapters: dict[str, Adapter], model_config: ModelConfig, *, dtype: str = "float32") -> AdapterBank:
         """A bank of these adapters, made for their methods, sites and largest rank only."""
-        if not isinstance(adapters, Mapping):
-            raise ValueError(
-                f"AdapterBank.holding takes {{name: adapter}} (load_adapter loads one); got {type(adapters).__name__}"
-            )
         configs = [adapter.normal(model_config).config for adapter in adapters.values()]
         bank = cls.fitting(configs, model_config, capacity=len(adapters), dtype=dtype)
         bank.expected = ()  # a removed adapter's group goes with it
@@ -138,16 +130,6 @@ class AdapterBank:
         )
         bank.expected = configs
         return bank
-
-    @property
-    def model(self) -> Any:
-        """The backbone that the last engine of the bank has: adapters of other weights give a warning. None if there is
-        no engine yet, and once the backbone is deleted: a bank keeps nothing on the devices."""
-        return None if self._model is None else self._model()
-
-    @model.setter
-    def model(self, model: Any) -> None:
-        self._model = None if model is None else weakref.ref(model)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -190,8 +172,6 @@ class AdapterBank:
         Raises ValueError, and changes nothing, for a name that is taken, a full bank, and an adapter of a backbone,
         method, site or rank that the bank was not made for.
         """
-        require(isinstance(name, str) and bool(name), "bank: a name", name, "a text that is not empty")
-        self._check_room(name)
         entry = self._new_entry(name, adapter)
         with self._lock:
             self._check_room(name)
@@ -202,9 +182,8 @@ class AdapterBank:
         self.entry(name)
         entry = self._new_entry(name, adapter)
         with self._lock:
-            if name in self._entries:
-                return self._put(name, entry)
-        self.entry(name)  # raises: another thread removed it
+            self.entry(name)  # raises if another thread removed it
+            self._put(name, entry)
 
     def remove(self, name: str) -> None:
         """Removes a tenant. Raises ValueError for an unknown name."""
@@ -221,10 +200,7 @@ class AdapterBank:
 
         Raises ValueError for an unknown name, with the nearest known ones, before anything is copied.
         """
-        names = [names] if isinstance(names, str) else list(names or ())
-        if not names:
-            raise ValueError("bank.rows: no names; give a list with a tenant's name or None for each row")
-        return self.rows_of(self._entries_of(names))
+        return self.rows_of(self._entries_of([names] if isinstance(names, str) else list(names)))
 
     def _entries_of(self, names: Sequence[str | None]) -> list[Entry | None]:
         """The entries of these tenants at one moment. Raises ValueError for an unknown name."""
@@ -334,7 +310,7 @@ class AdapterBank:
     def _new_entry(self, name: str, adapter: Adapter | str | Path | BucketPath) -> Entry:
         """The entry of an adapter, not yet numbered."""
         if not isinstance(adapter, Adapter):
-            adapter = load_adapter(adapter, self.model_config, model=self.model)
+            adapter = load_adapter(adapter, self.model_config, model=self)  # of a model, its fingerprint is read
         check_fits(adapter, self.model_config)
         method, normal = method_of(adapter.config), adapter.normal(self.model_config)
         self._require_room_for(name, method, normal.config)
@@ -358,7 +334,7 @@ class AdapterBank:
             raise ValueError(
                 f"bank: {name}: {method.label}{rank} on {', '.join(config.target_modules)} does not fit this bank "
                 f"of {' and '.join(self.methods)} of r {self.max_r} on {', '.join(self.sites)}; make it with "
-                f"{arguments} (serve has options of these names, with --allow-adapter-updates)"
+                f"{arguments} (serve has options of these names, with --adapter-root)"
             )
 
     def _group(self, config: Any) -> Any:

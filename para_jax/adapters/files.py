@@ -23,7 +23,7 @@ import numpy as np
 
 from ..backbone.text_part import has_image_part, text_tensors, whole_name
 from ..config import ModelConfig
-from ..io.atomic import files_left, replacing, write_bytes
+from ..io.atomic import errors_named, files_left, replacing, write_bytes
 from ..io.checks import expanded, one_of, shorten
 from ..io.hub import BUILT_IN, BUILT_IN_HUB_ID, resolve_adapter
 from ..io.storage.bucket import BucketPath, Place
@@ -33,15 +33,15 @@ from ..io.untrusted import one_line, read_json, safe_names
 from .adapter import Adapter, abstract, require_model_config, require_one, with_leaves
 from .card import example_of, given_lines, model_card, with_test_score
 from .formats.own import ValueCounts, own_config, read_own_config, require_same_backbone
-from .formats.peft import in_text_model, peft_base, peft_config, peft_tensors
+from .formats.peft import peft_base, peft_config, peft_tensors
 from .method import Method, require_peft_fits
 from .methods import METHODS, form_named, method_of
 from .rows import check_fits
 from .scope import scope_of
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
-#: The largest rank of a folder's adapter; a larger one is taken for damage.
-MAX_RANK = 2**16
+#: The name of an older PEFT for the weights.
+PICKLE = "adapter_model.bin"
 
 
 class Described(NamedTuple):
@@ -127,7 +127,6 @@ def files_for_peft(source: Path, base_model: str) -> dict[str, bytes]:
     base_model = hub_name(one_line(base_model) or named)
     if not base_model:
         raise ValueError(f"{source} names no base model, and PEFT needs one; give its hub id")
-    read_tensors(source, tensor_shapes(source))  # raises if they are damaged
     held = {key: value for key, value in read_json(own_file(source, CONFIG)).items() if key != "revision"}
     written = held | peft_base(base_model)
     card = (source / CARD).read_bytes() if (source / CARD).is_file() and not (source / CARD).is_symlink() else b""
@@ -153,15 +152,16 @@ def write_folder(folder: Place, files: dict[str, bytes]) -> None:
     """
     require_replaceable(folder)
     config = folder / CONFIG
-    folder.mkdir(parents=True, exist_ok=True)
-    for left in [left for name in files for left in files_left(folder / name)]:
-        left.unlink()
-    with replacing(folder / WEIGHTS) as stream:
-        stream.write(files[WEIGHTS])
-        if config.is_file() and config.read_bytes() != files[CONFIG]:
-            config.unlink()
-    for name in (CARD, CONFIG):
-        write_bytes(folder / name, files[name])
+    with errors_named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in [left for name in files for left in files_left(folder / name)]:
+            left.unlink()
+        with replacing(folder / WEIGHTS) as stream:
+            stream.write(files[WEIGHTS])
+            if config.is_file() and config.read_bytes() != files[CONFIG]:
+                config.unlink()
+        for name in (CARD, CONFIG):
+            write_bytes(folder / name, files[name])
 
 
 def require_replaceable(folder: Place) -> None:
@@ -205,7 +205,7 @@ def load_adapter(source: str | Path | BucketPath, model_config: ModelConfig, *, 
 
 def read_adapter(folder: Path, source: str | Path | BucketPath, model_config: ModelConfig, model) -> Adapter:
     """The adapter of a folder; `source` is the name that the user gave it."""
-    method, config, backbone, base_model = read_config(folder, model_config.model_type)
+    method, config, backbone, base_model = read_config(folder)
     if not method.in_peft:
         require_same_backbone(backbone, model_config, base_model)
     theirs, ours = backbone.get("fingerprint"), getattr(model, "fingerprint", None)
@@ -247,12 +247,8 @@ def read_adapter_config(folder: str | Path | BucketPath) -> Described:
     return Described(method, config, backbone, base_model, counts)
 
 
-def read_config(folder: Path, model_type: str = "") -> tuple[Method, Any, dict, str]:
-    """adapter_config.json, checked: the method, its config, the backbone, and the name of the base model.
-
-    Args:
-        model_type: of the backbone, where it is known.
-    """
+def read_config(folder: Path) -> tuple[Method, Any, dict, str]:
+    """adapter_config.json, checked: the method, its config, the backbone, and the name of the base model."""
     file = own_file(folder, CONFIG)
     found = read_json(file)
     kind, base_model = found.get("peft_type"), found.get("base_model_name_or_path")
@@ -263,18 +259,17 @@ def read_config(folder: Path, model_type: str = "") -> tuple[Method, Any, dict, 
     shapes = tensor_shapes(folder) if method.in_peft else {}
     try:
         if method.from_peft_config is not None:
-            config = method.from_peft_config(in_text_model(found, model_type, shapes), shapes)
             layers = [layer for _, _, layer in peft_tensors(shapes)]
             if not layers:
                 raise ValueError(
                     f"no tensor in {WEIGHTS} belongs to a decoder's layer (base_model.model.model.layers.0. ...); the "
                     f"first is {shorten(next(iter(shapes), None))}"
                 )
+            config = method.from_peft_config(found, shapes)
             backbone = {"num_layers": 1 + max(layers)}
         else:
             config, backbone = read_own_config(method.config, found)
             method.adapter.layers(config, backbone["num_layers"])  # raises for a layer that the backbone lacks
-        require_rank(method.rank(config))
     except ValueError as error:
         raise ValueError(f"{file}: {str(error)[:500]}") from None
     revision = found.get("revision") if method.in_peft else None
@@ -286,24 +281,19 @@ def read_config(folder: Path, model_type: str = "") -> tuple[Method, Any, dict, 
     return method, config, backbone, one_line("@".join(filter(None, (base_model, base_model and revision))))
 
 
-def require_rank(rank: int) -> None:
-    """Raises ValueError for a rank that no folder may have: arrays of any size could follow from a small file."""
-    if rank > MAX_RANK:
-        raise ValueError(f"r {shorten(rank)} is too large; a rank is at most {MAX_RANK}")
-
-
 def own_file(folder: Path, name: str) -> Path:
     """folder/name, if it is a plain file. Raises ValueError for a link, which may lead out of the folder."""
     file = folder / name
     if file.is_symlink():
         raise ValueError(f"{file} is a link, which may lead out of the folder; put the file itself there")
     if not file.is_file():
-        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
-        raise ValueError(
-            f"{folder} has no {name}"
-            + (f", and {safe_names(pickles)} is a pickle, which could run code and is not read" if pickles else "")
-            + f"; choose a folder with {CONFIG} and {WEIGHTS}"
-        )
+        advice = f"choose a folder with {CONFIG} and {WEIGHTS}"
+        if (folder / PICKLE).exists():
+            advice = (
+                f"{PICKLE} is a pickle, which could run code, so it is not read. Convert it: "
+                f"safetensors.torch.save_file(torch.load({PICKLE!r}, weights_only=True), {WEIGHTS!r})"
+            )
+        raise ValueError(f"{folder} has no {name}; {advice}")
     return file
 
 

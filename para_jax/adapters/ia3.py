@@ -17,12 +17,11 @@ from .adapter import Adapter, AdapterParam, Backbone, Factors, abstract, describ
 from .formats.own import ValueCounts, join_layers, layer_name
 from .formats.peft import (
     linears_of,
-    named_linears,
     names_of,
     peft_tensors,
     require_supported,
     sites_of,
-    target_sites,
+    trained_sites,
     used_sites,
 )
 from .method import Method
@@ -84,11 +83,9 @@ def ia3_peft_config(config: Ia3Config, backbone: Backbone) -> dict:
 
 
 def read_ia3_config(found: dict, shapes: dict[str, tuple[int, ...]]) -> Ia3Config:
-    require_supported(found, ("feedforward_modules",))
-    sites = target_sites(found, shapes)
-    by_shape = dict.fromkeys(linear for name, linear, _ in peft_tensors(shapes) if shapes[name][:1] == (1,))
-    inputs = named_linears("feedforward_modules", found.get("feedforward_modules"), by_shape)
-    return Ia3Config(target_modules=sites, feedforward_modules=sites_of(inputs))
+    require_supported(found, ())
+    inputs = sites_of({linear for name, linear, _ in peft_tensors(shapes) if shapes[name][:1] == (1,)})
+    return Ia3Config(target_modules=trained_sites(shapes), feedforward_modules=inputs)
 
 
 def ia3_outline(config: Ia3Config) -> str:

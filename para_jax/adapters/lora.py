@@ -30,7 +30,7 @@ from .adapter import (
     with_leaves,
 )
 from .formats.own import ValueCounts, join_layers, layer_name
-from .formats.peft import linears_of, require_supported, target_sites, used_sites
+from .formats.peft import linears_of, require_supported, trained_sites, used_sites
 from .method import Method
 
 
@@ -106,9 +106,8 @@ def lora_peft_config(config: LoraConfig, backbone: Backbone) -> dict:
 
 def read_lora_config(found: dict, shapes: dict[str, tuple[int, ...]]) -> LoraConfig:
     require_supported(found, ("r", "lora_alpha", "use_rslora", "alora_invocation_tokens"))
-    sites = target_sites(found, shapes)
     values: dict[str, Any] = {"r": found.get("r"), "lora_alpha": found.get("lora_alpha")}
-    values |= {"use_rslora": found.get("use_rslora", False), "target_modules": sites}
+    values |= {"use_rslora": found.get("use_rslora", False), "target_modules": trained_sites(shapes)}
     config = LoraConfig(**values, **activated_scope(found))
     return replace(config, lora_alpha=float(config.lora_alpha))
 

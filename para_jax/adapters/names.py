@@ -95,7 +95,9 @@ def tenants_of_run(folder: str) -> list[str]:
         return []
     adapters = [f"{path.parent.name}={path}" for path in sorted(run.glob("*/adapter"))]
     if not adapters:
-        raise ValueError(f"--adapters {folder}: no tenant of this run has an adapter yet\nwait until one has ended")
+        runs = sorted(path.parent for path in run.glob("*/tenants.json"))  # a comparison of sweeps
+        advice = f"give {runs[0]}" if runs else "wait until one has ended"
+        raise ValueError(f"--adapters {folder}: no folder there has an adapter yet\n{advice}")
     left_out = {path.parent.name for path in run.glob("*/config.yaml")} - {one.partition("=")[0] for one in adapters}
     if left_out:
         named = f"{safe_names(sorted(left_out))} ({len(left_out)} of {len(left_out) + len(adapters)})"

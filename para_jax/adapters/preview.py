@@ -21,7 +21,7 @@ from ..io.storage.bucket import BucketPath, Place
 from ..io.storage.cache import read
 from ..io.untrusted import MAX_JSON_BYTES, json_mapping
 from .adapter import Adapter, abstract
-from .files import CONFIG, WEIGHTS, load_adapter, own_file, require_rank
+from .files import CONFIG, WEIGHTS, load_adapter, own_file
 from .formats.own import read_own_config, require_same_backbone
 from .methods import form_named
 from .padding import held_bytes
@@ -100,7 +100,6 @@ def in_bank(place: Place, data: bytes, model_config: ModelConfig, known: dict[An
         normal = adapter.normal(model_config)
         return normal.config, held_bytes(adapter, normal)
     config, backbone = read_own_config(method.config, found)
-    require_rank(method.rank(config))
     require_same_backbone(backbone, model_config, found.get("base_model_name_or_path"))
     if config not in known:
         adapter = abstract(method.adapter, config, model_config)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import MISSING, fields, is_dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -25,28 +24,16 @@ def backbone_content(model: Transformer) -> str:
 def digests_of_run(model: Transformer) -> dict[str, str]:
     """What a checkpoint keeps of a backbone, by a name for errors: a hash of its config and one of its weights.
 
-    The config's special tokens and the fields that have their defaults are left out, so a run may resume with other end
-    tokens, and under a later version that has more fields. The weights' name holds their dtype, and a resumed run
-    compares only names that the checkpoint has too, so it may resume on devices with another default dtype."""
+    The config's special tokens are left out, so a run may resume with other end tokens. The weights' name holds their
+    dtype, and a resumed run compares only names that the checkpoint has too, so it may resume on devices with another
+    default dtype."""
     config = replace(model.config, eos_token_ids=(), bos_token_id=None, pad_token_id=None)
-    parts = {"backbone config": given_values(config), f"backbone in {model.dtype}": weight_sums(model)}
+    parts = {"backbone config": config, f"backbone in {model.dtype}": weight_sums(model)}
     return {name: hashlib.sha256(repr(part).encode()).hexdigest() for name, part in parts.items()}
 
 
 def weight_sums(model: Transformer) -> list[tuple[tuple[int, ...], str, int]]:
     return [(leaf.shape, str(leaf.dtype), int(bit_hash(leaf))) for leaf in jax.tree.leaves(model)]
-
-
-def given_values(value: Any) -> Any:
-    """A config's fields that are not their defaults, sorted, so that a new field with a default changes nothing."""
-    if is_dataclass(value):
-        given = (
-            (field.name, getattr(value, field.name))
-            for field in fields(value)
-            if field.default is MISSING or field.default != getattr(value, field.name)
-        )
-        return type(value).__name__, sorted((name, given_values(one)) for name, one in given)
-    return [given_values(one) for one in value] if isinstance(value, tuple) else value
 
 
 @jax.jit

@@ -52,18 +52,11 @@ NULLABLE = {
 MAX_LAYERS = 1000
 MAX_HEAD_DIM = 4096
 
+#: What a config of a supported model_type may ask for, and the tensors do not show.
 UNSUPPORTED = {
-    "text_config": "a multimodal model",
-    "vision_config": "a vision model",
-    "audio_config": "an audio model",
-    "num_experts": "a mixture of experts",
-    "num_local_experts": "a mixture of experts",
-    "n_routed_experts": "a mixture of experts",
     "attention_chunk_size": "chunked attention",
     "use_bidirectional_attention": "attention that is not causal",
     "no_rope_layers": "layers without rotary embedding",
-    "clip_qkv": "clipped projections",
-    "per_layer_config": "layers of different sizes",
     "quantization_config": "a quantised checkpoint",
 }
 
@@ -222,7 +215,7 @@ SUPPORTED = ", ".join([*FAMILIES, *(f"{name} with a text_config" for name in TEX
 def model_config(config: dict[str, Any]) -> ModelConfig:
     """The ModelConfig of a config.json; of its text model, if it has an image part. ValueError names what is missing,
     wrong or not supported."""
-    own = text_config(config) if isinstance(config, dict) else config
+    own = text_config(config)
     family = supported_family(own)
     given = {key: value for key, value in own.items() if value is not None or key in NULLABLE}
     c = DEFAULTS | family.defaults | given
@@ -261,16 +254,12 @@ def model_config(config: dict[str, Any]) -> ModelConfig:
 
 def supported_family(config: dict[str, Any]) -> Family:
     """The family of a config's model_type. Raises ValueError if the config uses something that is not supported."""
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise ValueError(f"config.json has no model_type; supported are {SUPPORTED}")
-    family = FAMILIES.get(config["model_type"])
-    own = family.defaults if family else {}
-    found = [f"{key} ({why})" for key, why in UNSUPPORTED.items() if config.get(key) and key not in own]
-    found += ["is_causal false (attention that is not causal)"] if config.get("is_causal") is False else []
+    kind = config.get("model_type")
+    family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
-        also = f", with {', '.join(found)}," if found else ""
-        name = shorten(config["model_type"])
-        raise ValueError(f"model_type {name}{also} is not supported; supported are {SUPPORTED}")
+        raise ValueError(f"model_type {shorten(kind)} is not supported; supported are {SUPPORTED}")
+    found = [f"{key} ({why})" for key, why in UNSUPPORTED.items() if config.get(key) and key not in family.defaults]
+    found += ["is_causal false (attention that is not causal)"] if config.get("is_causal") is False else []
     if found:
         raise ValueError(f"config.json is not supported: it has {', '.join(found)}; choose another backbone")
     return family
@@ -290,11 +279,10 @@ def layer_kinds(c: dict, family: Family, head_dim: int) -> tuple[LayerKind, ...]
     layers = config_int(c, "num_hidden_layers", most=MAX_LAYERS)
     derived = ["sliding_attention" if family.sliding(c, i) else "full_attention" for i in range(layers)]
     types = derived if c.get("layer_types") is None else c["layer_types"]
-    check(isinstance(types, list), "layer_types", types, "a list")
-    check(len(types) == layers, "the length of layer_types", len(types), f"the number of layers, {layers}")
-    types = ["full_attention" if name == "attention" else name for name in types]  # as transformers 5 writes it
-    for name in types:
-        check(name in LAYER_TYPES, "layer_types", name, "one of " + ", ".join(LAYER_TYPES))
+    if isinstance(types, list):
+        types = ["full_attention" if name == "attention" else name for name in types]  # as transformers 5 writes it
+    fits = isinstance(types, list) and len(types) == layers and all(name in LAYER_TYPES for name in types)
+    check(fits, "layer_types", types, f"a list with {' or '.join(LAYER_TYPES)} for each of the {layers} layers")
     if types != derived and "layer_types" not in family.defaults:
         raise ValueError(f"config.json: {c['model_type']} supports no layer_types except {derived[0]}")
     full_only = c["sliding_window"] is None and "sliding_attention" not in types

@@ -6,12 +6,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from ..config import ModelConfig
 from ..io.messages import say
 from ..runtime.processes import gather_texts
-from ..runtime.sharding import partition
 from .kernel_choice import AttentionChoice, attention_kernel, choice_named
 from .kernels import KERNELS
 
@@ -46,48 +45,44 @@ def choose_attention(
     kernel, _ = attention_kernel(config, LENGTH, dtype, platform, choice, capability=capability)
     if kernel == "plain":
         return choice
-    problem = first_on_any_process(trial_problem(kernel, config, dtype, mesh, packed=False))
+    problem = first_on_any_process(trial_problem(kernel, config, dtype, packed=False))
     if problem and name != "auto":
         raise ValueError(f"backbone.attention={name} failed a trial on this machine: {problem}. Use auto or plain.")
     if problem:
         say(f"attention: plain, because {kernel} failed a trial: {problem}")
         return AttentionChoice("plain", f"{kernel} failed a trial")
-    problem = first_on_any_process(trial_problem(kernel, config, dtype, mesh, packed=True))
+    problem = first_on_any_process(trial_problem(kernel, config, dtype, packed=True))
     if problem and name == "auto":
         say(f"attention: plain in packed rows, because {kernel} failed a trial with them: {problem}")
         return AttentionChoice(name, packed_why=f"{kernel} failed a trial with packed rows")
     return choice
 
 
-def trial_problem(kernel: str, config: ModelConfig, dtype, mesh: Mesh | None, *, packed: bool) -> str | None:
-    """What went wrong in a trial, in one line; None if it passed. The trial uses no communication, so a process whose
-    trial fails keeps no other waiting."""
+def trial_problem(kernel: str, config: ModelConfig, dtype, *, packed: bool) -> str | None:
+    """What went wrong in a trial on this process's first device, in one line; None if it passed. Each process
+    tries for itself, so a trial that fails on one holds up no other."""
+    draw, heads, kv_heads = np.random.default_rng(0), config.num_heads, config.num_kv_heads
+    shapes = [(1, LENGTH, count, config.head_dim) for count in (heads, kv_heads, kv_heads, heads)]
+    given = [jnp.asarray(draw.normal(size=shape), dtype) for shape in shapes]
     try:
-        plain, tried = (run_kernel(name, config, dtype, mesh, packed) for name in ("plain", kernel))
+        plain, tried = (
+            jax.block_until_ready(jax.jit(trial_program(name, config, packed))(*given)) for name in ("plain", kernel)
+        )
     except Exception as error:  # compilers, drivers and libraries raise errors of any kind
         said = (str(error).strip().splitlines() or [""])[0].strip()[:200]
         return f"{type(error).__name__}: {said}" if said else type(error).__name__
     for name, found, expected in zip(("values", "dq", "dk", "dv"), tried, plain, strict=True):
-        for a, b in zip(own_parts(found), own_parts(expected), strict=True):
-            error, largest = float(abs(a - b).max()), float(abs(b).max())
-            if not error <= TOLERANCE * largest:  # true for NaN as well
-                return f"its {name} differ from plain attention's by {error:.2g}, where the largest is {largest:.2g}"
+        a, b = (np.asarray(array, np.float32) for array in (found, expected))
+        error, largest = float(abs(a - b).max()), float(abs(b).max())
+        if not error <= TOLERANCE * largest:  # true for NaN as well
+            return f"its {name} differ from plain attention's by {error:.2g}, where the largest is {largest:.2g}"
     return None
 
 
-def run_kernel(kernel: str, config: ModelConfig, dtype, mesh: Mesh | None, packed: bool) -> tuple[jax.Array, ...]:
-    """Attention's output, summed over the kinds of layers, and its gradients with respect to queries, keys and values.
-    Each device that holds different rows gets one row."""
-    arguments = trial_arguments(config, dtype, mesh)
-    if mesh is None:
-        return jax.block_until_ready(jax.jit(trial_program(kernel, config, packed))(*arguments))
-    out = tuple(array.sharding for array in (arguments[0], *arguments[:3]))
-    with jax.set_mesh(mesh):
-        program = jax.jit(trial_program(kernel, config, packed), out_shardings=out)
-        return jax.block_until_ready(program(*arguments))
-
-
 def trial_program(kernel: str, config: ModelConfig, packed: bool):
+    """Attention's output, summed over the kinds of layers, and its gradients with respect to queries, keys and
+    values."""
+
     def forward_and_backward(q, k, v, weights):
         def mixed(q, k, v):
             rows = jnp.broadcast_to(jnp.arange(LENGTH) // (LENGTH // 2), (q.shape[0], LENGTH)) if packed else None
@@ -100,26 +95,6 @@ def trial_program(kernel: str, config: ModelConfig, packed: bool):
         return values, *backward(weights)
 
     return forward_and_backward
-
-
-def trial_arguments(config: ModelConfig, dtype, mesh: Mesh | None) -> list[jax.Array]:
-    """Queries, keys, values and output gradients, sharded as the kernels expect, so that nothing is communicated."""
-    rows = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-    arrays = []
-    for seed, heads in enumerate((config.num_heads, config.num_kv_heads, config.num_kv_heads, config.num_heads)):
-        drawn = np.random.default_rng(seed).normal(size=(1, LENGTH, heads, config.head_dim))
-        values = np.broadcast_to(drawn, (rows, *drawn.shape[1:])).astype(jnp.dtype(dtype))
-        if mesh is None:
-            arrays.append(jnp.asarray(values))
-            continue
-        counts = (rows, LENGTH, config.num_kv_heads, config.head_dim)
-        sharding = NamedSharding(mesh, partition(("batch", None, "kv_heads", None), counts, mesh.shape))
-        arrays.append(jax.make_array_from_callback(values.shape, sharding, lambda index, values=values: values[index]))
-    return arrays
-
-
-def own_parts(array: jax.Array) -> list[np.ndarray]:
-    return [np.asarray(shard.data).astype(np.float32) for shard in array.addressable_shards]
 
 
 def first_on_any_process(problem: str | None) -> str | None:

@@ -30,17 +30,8 @@ def rotaries(c: dict, own: Collection[str], head_dim: int) -> tuple[RotaryConfig
         if nested := [name for name in LAYER_TYPES if name in parameters]:
             raise ValueError(f"config.json: {c['model_type']} supports no rope_parameters for {nested[0]}")
         length = {key: c[key] for key in {"original_max_position_embeddings"} & c.keys()}  # in transformers it wins
-        given = [without_null(one) for one in (scaling, parameters) if one]
-        found = [rotary(base | one | length, c, own, head_dim) for one in given]
-        if len(set(found)) > 1:
-            raise ValueError("config.json: rope_scaling and rope_parameters differ; delete the one that is wrong")
-        one = found[0] if found else rotary(base, c, own, head_dim)
+        one = rotary(base | without_null(scaling or parameters) | length, c, own, head_dim)  # as transformers chooses
         return one, one
-    if "rope_type" not in scaling and (kind := scaling.get("type", "default")) != "default":
-        raise ValueError(
-            f"config.json: rope_scaling has type {shorten(kind)} and no rope_type, so transformers leaves it out for "
-            f"{c['model_type']}; write rope_type if it is meant"
-        )
     known = set(parameters) <= set(LAYER_TYPES)
     check(known, "rope_parameters", sorted(parameters), "a mapping with " + " and ".join(LAYER_TYPES))
     own_of = {name: without_null(config_mapping(parameters, name)) for name in LAYER_TYPES}
@@ -101,7 +92,6 @@ def yarn(plain: RotaryConfig, rope: dict, c: dict) -> RotaryConfig:
     given = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True} | rope
     factor, original = float(config_number(rope, "factor")), config_int(rope, "original_max_position_embeddings")
     fast, slow = float(config_number(given, "beta_fast")), float(config_number(given, "beta_slow"))
-    check(slow < fast, "beta_slow", slow, f"less than beta_fast {fast}")
     check(plain.theta > 1, "rope_theta", plain.theta, "more than 1 with rope_type 'yarn'")
     check(original * factor < 2**31, "factor", factor, f"less than 2**31 / {original} with rope_type 'yarn'")
     divisors = yarn_divisors(plain, factor, original, fast, slow, config_bool(given, "truncate"))

@@ -27,14 +27,11 @@ def checked_sequences(
     if tokens.ndim != 2 or not are_integers(tokens):
         raise ValueError(f"tokens of shape {tokens.shape}: pass integers [batch, length], padded on the right")
     batch, total = tokens.shape
-    if not batch:
-        raise ValueError(f"tokens of shape {tokens.shape}: pass at least one row")
     given = {"prompt_length": prompt_length, "length": length}
     lengths = {name: total if value is None else value for name, value in given.items()}
     for name, value in lengths.items():
-        if np.ndim(value) > 1 or (np.ndim(value) == 1 and np.shape(value) != (batch,)) or not are_integers(value):
-            shown = f"of shape {np.shape(value)}" if np.ndim(value) else shorten(value)
-            raise ValueError(f"{name} {shown}: pass one integer, or one for each of the {batch} rows")
+        if np.shape(value) not in ((), (batch,)) or not are_integers(value):
+            raise ValueError(f"{name} {shorten(value)}: pass one integer, or one for each of the {batch} rows")
     if not any(isinstance(value, Tracer) for value in lengths.values()):
         prompt, row = np.broadcast_arrays(*map(np.asarray, lengths.values()))
         if (prompt < 1).any() or (prompt > row).any() or (row > total).any():

@@ -44,10 +44,7 @@ def whole_name(name: str) -> str:
 
 
 def text_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The text model's tensors, by the names that they have without an image part. Those of a text model are returned
-    as they are, and so are all if two would get the same name."""
+    """The text model's tensors, by the names that they have without an image part."""
     if not any(map(TEXT.match, tensors)):
         return tensors
-    own = {name: tensor for name, tensor in tensors.items() if not IMAGE.match(name)}
-    renamed = {TEXT.sub(r"\1\2", name, count=1) if TEXT.match(name) else name: tensor for name, tensor in own.items()}
-    return renamed if len(renamed) == len(own) else tensors
+    return {TEXT.sub(r"\1\2", name, count=1): tensor for name, tensor in tensors.items() if not IMAGE.match(name)}

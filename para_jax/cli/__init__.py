@@ -121,7 +121,8 @@ def raise_unknown(command: str, text: str) -> None:
     """Ends with an error for an argument that the command lacks, and names the option that was meant."""
     own = subparsers(parser())[command]
     options = [option for one in own._actions if one.help != argparse.SUPPRESS for option in one.option_strings]
-    near = difflib.get_close_matches(text.partition("=")[0].replace("_", "-"), options, n=1, cutoff=0.7)
+    text = text.partition("=")[0]  # what follows may be a key
+    near = difflib.get_close_matches(text.replace("_", "-"), options, n=1, cutoff=0.7)
     advice = f"; did you mean {near[0]}?" if near else ""
     if not near and any(action.dest == "overrides" for action in own._actions):
         advice = "; fields of the config are given as train.max_steps=VALUE, without dashes"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..config.bounds import PositiveInt
 from ..io.checks import one_of, shorten
 from . import options as shared
 
@@ -16,17 +17,16 @@ def add(commands) -> None:
         commands, "bench", text, "decode --rows 1,8,32 --output results/decode.json", [shared.backbone("smollm2-135m")]
     )
     parser.add_argument("name", metavar="NAME", help=", ".join(NAMES))
-    parser.add_argument(
-        "--output", type=shared.local, metavar="FILE", help="write the measurement to this JSON file (default: none)"
-    )
+    text = "write the measurement to this JSON file (default: none)"
+    shared.option(parser, "--output", text, shared.path_on_this_host, metavar="FILE")
     group = parser.add_argument_group("what is measured", "Each benchmark has its own defaults.")
     group.add_argument("--rows", help="rows of a batch; decode: sizes such as 1,8,32")
-    group.add_argument("--rounds", type=int, metavar="N", help="how often each side is measured")
-    group.add_argument("--context", type=int, metavar="N", help="decode: tokens that each row holds")
+    shared.option(group, "--rounds", "how often each side is measured", PositiveInt)
+    shared.option(group, "--context", "decode: tokens that each row holds", PositiveInt)
     group.add_argument("--random", action="store_true", help="decode, train: random weights of the backbone's shape")
-    group.add_argument("--packed", type=int, metavar="N", help="train: examples per row, of 64 tokens each")
+    shared.option(group, "--packed", "train: examples per row, of 64 tokens each", PositiveInt)
     group.add_argument("--remat", help="train: the choices to compare, such as none,dots,block")
-    group.add_argument("--requests", type=int, metavar="N", help="serve: requests of each side in a round")
+    shared.option(group, "--requests", "serve: requests of each side in a round", PositiveInt)
     parser.set_defaults(run=run)
 
 
@@ -37,9 +37,6 @@ def run(options) -> None:
     if options.name not in NAMES:
         raise ValueError(f"bench: {shorten(options.name)} is no benchmark; choose {one_of(NAMES)}")
     given = {name: value for name in NUMBERS if (value := getattr(options, name)) is not None}
-    for name in NUMBERS:
-        if given.get(name, 1) < 1:
-            raise ValueError(f"--{name} is {given[name]}\ngive a number of at least 1")
     if options.random:
         given["random"] = True
     if options.rows:

@@ -7,10 +7,11 @@ import re
 import time
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..adapters.names import named_adapters
 from ..config import load_config
+from ..config.bounds import PositiveInt, Seed
 from ..evaluation.options import EvalOptions
 from ..io.checks import expanded
 from ..io.messages import say, warn
@@ -44,77 +45,45 @@ def scored() -> shared.Parser:
     """The options of this command alone; their groups come first in its help."""
     parser = shared.Parser(add_help=False)
     model = parser.add_argument_group("the model")
-    model.add_argument(
-        "config",
-        type=shared.place,
-        nargs="?",
-        metavar="CONFIG",
-        help="a run's config: its backbone, and its data as the task",
-    )
+    text = "a run's config: its backbone, and its data as the task"
+    model.add_argument("config", type=shared.place, nargs="?", metavar="CONFIG", help=text)
     shared.add_overrides(model)
-    model.add_argument(
-        "--backbone",
-        type=shared.filled,
-        metavar="SOURCE",
-        help="instead of CONFIG: a folder, a hub id, a .gguf file, or smollm2-135m (default: what the first adapter "
-        "names)",
+    text = (
+        "instead of CONFIG: a folder, a hub id, a .gguf file, or smollm2-135m (default: what the first adapter names)"
     )
-    model.add_argument(
-        "--adapter",
-        type=shared.filled,
-        metavar="DIR",
-        help="score this adapter: a folder or hub id; default: the base model",
+    shared.option(model, "--backbone", text, metavar="SOURCE")
+    text = "score this adapter: a folder or hub id; default: the base model"
+    shared.option(model, "--adapter", text, metavar="DIR")
+    text = (
+        "score each of these adapters, and the base model: folders or hub ids, NAME=DIR, the folder of a run of many "
     )
-    model.add_argument(
-        "--adapters",
-        type=shared.filled,
-        nargs="+",
-        default=[],
-        metavar="DIR",
-        help="score each of these adapters, and the base model: folders or hub ids, NAME=DIR, the folder of a run of "
-        "many tenants, or a pattern in quotes, such as 'runs/*/adapter'",
-    )
+    text += "tenants, or a pattern in quotes, such as 'runs/*/adapter'"
+    shared.repeated(model, "--adapters", text, "DIR", nargs="+")
     shared.add_adapters_from(model)
     shared.add_adapter_memory(model, "they are evaluated in passes")
     data = parser.add_argument_group("the tasks")
-    data.add_argument(
-        "--tasks",
-        type=shared.filled,
-        nargs="+",
-        default=[],
-        metavar="TASK",
-        help="a data file or folder, as [TASK=]PATH[:METRIC], or a task of lm-eval; default: the data of CONFIG",
-    )
+    text = "a data file or folder, as [TASK=]PATH[:METRIC], or a task of lm-eval; default: the data of CONFIG"
+    shared.repeated(data, "--tasks", text, "TASK", nargs="+")
     shared.add_fields(data, EvalOptions, "own")
-    data.add_argument(
-        "--split",
-        default="test",
-        choices=("validation", "test"),
-        help="which split of CONFIG's data and of folders to score; default: test",
-    )
+    text = "which split of CONFIG's data and of folders to score"
+    shared.option(data, "--split", text, Literal["validation", "test"], "test")
     shared.add_chat_template_kwargs(data)
     shared.add_fields(data, EvalOptions, "limit")
-    data.add_argument("--rows", type=int, metavar="N", help="rows per batch; default: eval.batch_size of CONFIG, or 16")
+    shared.option(data, "--rows", "rows per batch; default: eval.batch_size of CONFIG, or 16", PositiveInt)
     shared.add_prefill_tokens(data)
-    data.add_argument(
-        "--seed", type=int, help="for sampled answers and shuffled prompts; default: the seed of CONFIG, or 0"
-    )
+    text = "for sampled answers and shuffled prompts; default: the seed of CONFIG, or 0"
+    shared.option(data, "--seed", text, Seed, metavar="SEED")
     shared.add_fields(data, EvalOptions, "shuffle_prompts")
     harness = parser.add_argument_group("lm-eval's tasks")
-    harness.add_argument("--include-path", type=shared.local, metavar="FOLDER", help="a folder of further task files")
+    text = "a folder of further task files"
+    shared.option(harness, "--include-path", text, shared.path_on_this_host, metavar="FOLDER")
     shared.add_fields(harness, EvalOptions, "num_fewshot", "chat")
     output = parser.add_argument_group("output")
     shared.add_shard(output, "for one part of the adapters, chosen by a hash of their files")
-    output.add_argument(
-        "--output",
-        type=shared.place,
-        metavar="FOLDER",
-        help="the folder for answers, results and the table; default: runs/evaluation",
-    )
+    text = "the folder for answers, results and the table; default: runs/evaluation"
+    shared.option(output, "--output", text, expanded, metavar="FOLDER")
     shared.add_fields(output, EvalOptions, "log_samples")
-    output.add_argument(
-        "--results", type=shared.place, metavar="FILE", help="write config, device and scores to this JSON file"
-    )
+    shared.add_results(output)
     return parser
 
 
@@ -142,12 +111,7 @@ def run(options) -> None:
 
 
 def check_options(options) -> None:
-    """Raises ValueError for options that are missing, out of range or do not go together."""
-    try:
-        eval_options(options)
-    except ValueError as error:  # it begins with the name of the field
-        name, _, problem = str(error).partition(" ")
-        raise ValueError(f"--{name.replace('_', '-')} {problem}") from None
+    """Raises ValueError for options that are missing or do not go together."""
     given = str(options.config)
     if re.match(r"[a-z_]+(\.\w+)* *=", given) and not expanded(given).exists():  # the first field, without CONFIG
         options.config, options.overrides = None, [str(options.config), *options.overrides]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..io.checks import expanded
 from ..io.messages import warn
 from ..io.storage.bucket import BucketPath
 from . import options as shared
@@ -21,21 +22,15 @@ def add(commands) -> None:
     parser = shared.add_command(commands, "export", text, example, parents)
     parser.description = f"{parser.description}\n\n{HELP}"
     parser.add_argument("adapter", type=shared.place, metavar="DIR", help="the adapter: a folder or a hub id")
-    parser.add_argument(
-        "--prompt", metavar="TEXT", help="for PARA: the prompt that the export is for; \\n is a newline"
-    )
+    text = "for PARA: the prompt that the export is for; \\n is a newline"
+    shared.option(parser, "--prompt", text, metavar="TEXT")
     shared.add_chat(parser)
     shared.add_chat_template_kwargs(parser)
-    parser.add_argument("--output", type=shared.place, required=True, metavar="FOLDER", help="the folder to write")
-    parser.add_argument(
-        "--backbone",
-        type=shared.filled,
-        metavar="SOURCE",
-        help="for PARA: a folder, a hub id or a .gguf file (default: the adapter's own)",
-    )
-    parser.add_argument(
-        "--base-model", default="", metavar="HUB_ID", help="the name that PEFT looks for (default: the adapter's own)"
-    )
+    shared.option(parser, "--output", "the folder to write", expanded, metavar="FOLDER", required=True)
+    text = "for PARA: a folder, a hub id or a .gguf file (default: the adapter's own)"
+    shared.option(parser, "--backbone", text, metavar="SOURCE")
+    text = "the name that PEFT looks for (default: the adapter's own)"
+    parser.add_argument("--base-model", default="", metavar="HUB_ID", help=text)
     parser.set_defaults(run=run)
 
 

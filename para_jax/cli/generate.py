@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from ..adapters.names import name_and_source, named_adapters
 from ..config import BASE
-from ..io.checks import nearest
+from ..io.checks import expanded, nearest
 from ..io.messages import say, warn
 from ..io.storage.bucket import BucketPath, Place
 from . import options as shared
 from .names import adapters_of, tenants_of_prompts
-
-#: How files end that hold rows of a table, which are not requests.
-TABLES = (".csv", ".tsv", ".parquet")
 
 
 def add(commands) -> None:
@@ -25,41 +22,21 @@ def requests() -> shared.Parser:
     """The options of this command alone; their groups come first in its help."""
     parser = shared.Parser(add_help=False)
     group = parser.add_argument_group("adapters")
-    group.add_argument(
-        "--adapter", type=shared.filled, metavar="DIR", help="a folder or hub id, for every prompt (default: none)"
-    )
+    shared.option(group, "--adapter", "a folder or hub id, for every prompt (default: none)", metavar="DIR")
     shared.add_tenants(group)
     shared.add_adapter_memory(group, "each is loaded when a line needs it")
-    group.add_argument(
-        "--tenant",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help=f"the tenant whose adapter answers; give it once, or once per prompt; {BASE}: no adapter",
-    )
+    text = f"the tenant whose adapter answers; give it once, or once per prompt; {BASE}: no adapter"
+    shared.repeated(group, "--tenant", text, "NAME")
     group = parser.add_argument_group("prompts")
-    group.add_argument(
-        "--prompt", action="append", default=[], metavar="TEXT", help="\\n is a newline; may be given several times"
-    )
+    shared.repeated(group, "--prompt", "\\n is a newline; may be given several times", "TEXT")
     shared.add_chat(group)
     shared.add_chat_template_kwargs(group)
-    group = parser.add_argument_group(
-        "a file of requests",
-        "Exit code: 0 if all lines were answered, 1 if some answers are errors, 2 if the job failed.",
-    )
-    group.add_argument(
-        "--input",
-        type=shared.place,
-        metavar="FILE",
-        help="requests, one JSON object per line: OpenAI's batch format, or prompt or messages, tenant, sampling, n, "
-        "custom_id; a file or a pipe",
-    )
-    group.add_argument(
-        "--output",
-        type=shared.place,
-        metavar="FILE",
-        help="the file of answers; if stopped, the same command continues it. A pipe works too, but can't be resumed",
-    )
+    text = "Exit code: 0 if all lines were answered, 1 if some answers are errors, 2 if the job failed."
+    group = parser.add_argument_group("a file of requests", text)
+    text = "requests, one JSON object per line: OpenAI's batch format, or prompt or messages, tenant, sampling, n, "
+    shared.option(group, "--input", text + "custom_id; a file or a pipe", expanded, metavar="FILE")
+    text = "the file of answers; if stopped, the same command continues it. A pipe works too, but can't be resumed"
+    shared.option(group, "--output", text, expanded, metavar="FILE")
     shared.add_shard(group, "every N-th line of the file, starting with line I, counted from 0")
     shared.add_engine_size(group)
     return parser
@@ -95,11 +72,6 @@ def checked(options) -> tuple[dict[str, str], list[str | None] | None]:
         warn("--chat-template-kwargs: not used without --chat, since the prompts are text")
     if options.prompt and not options.temperature and (options.top_k or options.top_p != 1):
         warn("--temperature is 0, which takes the most probable token: --top-k and --top-p change nothing")
-    shared.check_engine_size(options)
-    sizes = ("--slots", options.slots, shared.SLOTS), ("--max-length", options.max_length, None)
-    for name, given, usual in sizes:
-        if options.prompt and given != usual:
-            warn(f"{name} {given}: not used with --prompt: all prompts are answered in one batch")
     sources = named_adapters(options.adapters, options.adapters_from)
     if options.input and options.adapter:  # it answers the lines that name no tenant
         if sources or options.tenant:
@@ -134,12 +106,9 @@ def check_input(source: Place) -> None:
         raise ValueError(f"--input {source}: {problem}\ngive a file with one JSON request per line")
     if source.is_file():
         with source.open("rb") as stream:
-            first = next(filter(bytes.strip, stream), b"")
-        if not first:
-            raise ValueError(f"--input {source}: no line there\nwrite one request per line")
-        if str(source).endswith(TABLES) and not first.lstrip().startswith(b"{"):
-            said = "is a table, not lines of JSON"
-            raise ValueError(f'--input {source} {said}\nwrite one request per line, such as {{"prompt": "text"}}')
+            if any(map(bytes.strip, stream)):
+                return
+        raise ValueError(f"--input {source}: no line there\nwrite one request per line")
 
 
 def load(options, sources: dict[str, str]) -> tuple:

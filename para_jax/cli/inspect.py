@@ -15,11 +15,8 @@ def add(commands) -> None:
     parser = shared.add_command(commands, "inspect", text, example)
     parser.add_argument("target", type=shared.place, metavar="TARGET", help="a folder, or with --data a config")
     shared.add_overrides(parser)
-    parser.add_argument(
-        "--data",
-        action="store_true",
-        help="show a config's data: three examples as tokens, and the lengths; of many tenants also a table",
-    )
+    text = "show a config's data: three examples as tokens, and the lengths; of many tenants also a table"
+    parser.add_argument("--data", action="store_true", help=text)
     parser.set_defaults(run=run)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..io.checks import expanded
 from ..io.messages import say
 from . import options as shared
 
@@ -10,19 +11,10 @@ def add(commands) -> None:
     text = "join the outputs of evaluate --shard or generate --shard"
     example = "runs/shard-0 runs/shard-1 runs/shard-2 --output runs/evaluation"
     parser = shared.add_command(commands, "merge", text, example)
-    parser.add_argument(
-        "shards",
-        type=shared.place,
-        nargs="+",
-        metavar="OUTPUT",
-        help="the --output of each shard: folders of evaluate, or files of generate",
-    )
-    parser.add_argument(
-        "--output",
-        type=shared.place,
-        required=True,
-        help="the folder or file that one worker would have written; it must not exist",
-    )
+    text = "the --output of each shard: folders of evaluate, or files of generate"
+    parser.add_argument("shards", type=shared.place, nargs="+", metavar="OUTPUT", help=text)
+    text = "the folder or file that one worker would have written; it must not exist"
+    shared.option(parser, "--output", text, expanded, metavar="OUTPUT", required=True)
     parser.set_defaults(run=run)
 
 

@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import re
+from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from ..config import ATTENTION, RuntimeSection, template_variables
-from ..io.checks import expanded, printable, shorten
+from ..config import BackboneSection, RuntimeSection, template_variables
+from ..config.bounds import Bounds, PositiveFloat, PositiveInt, check_value, field_types, without_none
+from ..config.fields import typed_value
+from ..io.checks import expanded, near_name, printable, shorten
 from ..io.messages import say
-from ..io.storage.bucket import BucketPath, Place
+from ..io.shards import parse_shard
+from ..io.storage.bucket import BucketPath
 
 #: Defaults of --slots and, for models with as many positions, of --max-length.
 SLOTS, MAX_LENGTH = 8, 1024
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with errors of two lines: what is wrong, and what to do."""
+    """argparse, with errors of two lines: what is wrong, and what to do. An option is never abbreviated: --api-key,
+    which others on the machine can read, is not --api-key-file."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str):
         if (wrong := re.match(r"argument COMMAND: invalid choice: '(.*?)' \(choose from (.*)\)", message)) is not None:
-            known = re.findall(r"[a-z-]+", wrong[2])
-            near = [name for name in known if name.startswith(wrong[1])]
-            near += difflib.get_close_matches(wrong[1], known, n=1, cutoff=0.5)
-            message += f"; did you mean {near[0]}?" if near else ""
-        if message.startswith("ambiguous option: --adapter could match --adapters,"):
-            message = "no option --adapter here; did you mean --adapters?"
-        message = re.sub(r"(--api[\w-]*)=[^\s']*", r"\1", message)  # what follows may be a key
+            message += near_name(wrong[1], re.findall(r"[a-z-]+", wrong[2]))
         self.exit(2, f"{self.prog}: error: {printable(message)}\nsee {self.prog} --help\n")
 
 
@@ -44,37 +47,74 @@ def add_command(commands, name: str, text: str, example: str, parents: list | No
     )
 
 
-def filled(text: str) -> str:
-    """The text of an argument. An empty one, such as an unset "$VARIABLE" of a shell, is an error."""
-    if not text:
-        raise argparse.ArgumentTypeError("the text is empty; give a value, or leave the option out")
-    return text
+# ------------------------------------------------------------------------------------------------------------ arguments
 
 
-def place(text: str) -> Place:
-    """The path of an argument, on this host or in a bucket. A shell leaves the ~ of --output=~/file to us."""
-    try:
-        return expanded(filled(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+def value_of(kind: Any) -> Callable[[str], Any]:
+    """The `type` of an argument: reads its text as the type of a config's field (config/bounds.py), or by a function.
+    An empty text, such as an unset "$VARIABLE" of a shell, is an error."""
+
+    def read(text: str) -> Any:
+        if not text:
+            raise argparse.ArgumentTypeError("the text is empty; give a value, or leave the option out")
+        try:
+            if isinstance(kind, FunctionType):
+                return kind(text)
+            value = typed_value("the value", text, kind)
+            check_value("the value", value, kind)
+            return value
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return read
 
 
-def local(text: str) -> Path:
-    """The path of an argument, on this host."""
-    found = place(text)
+def path_on_this_host(text: str) -> Path:
+    found = expanded(text)
     if isinstance(found, BucketPath):
-        raise argparse.ArgumentTypeError(f"{text} is in a bucket; give a path on this host")
+        raise ValueError(f"{text} is in a bucket; give a path on this host")
     return found
 
 
-def shard(text: str):
-    """The shard of an argument I/N."""
-    from ..io.shards import parse_shard
+def checked_variables(text: str) -> str:
+    template_variables("the object", text)
+    return text
 
-    try:
-        return parse_shard(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+
+#: Types of arguments. A shell leaves the ~ of --output=~/file to us.
+filled, place, local = value_of(str), value_of(expanded), value_of(path_on_this_host)
+
+
+def option(group, flag: str, text: str, kind: Any = str, default: Any = None, **more: Any) -> None:
+    """Adds an option that takes a value. The help ends with its default, if it has one.
+
+    Args:
+        kind: as of `value_of`.
+    """
+    if get_origin(kind) is Literal:
+        more |= {"choices": get_args(kind)}
+    elif kind is not str:
+        more.setdefault("metavar", "N")
+    text += "" if default is None else " (default: %(default)s)"
+    group.add_argument(flag, type=value_of(kind), default=default, help=text, **more)
+
+
+def repeated(group, flag: str, text: str, metavar: str, **more: Any) -> None:
+    """Adds an option that may be given several times, or with nargs="+" takes several values."""
+    more = {"action": "append"} | more if "nargs" not in more else {"type": filled} | more
+    group.add_argument(flag, default=[], metavar=metavar, help=text, **more)
+
+
+def add_fields(group, options: type, *names: str) -> None:
+    """Options for these fields of a dataclass, with the metadata that the fields have for argparse."""
+    for one in dataclasses.fields(options):
+        if one.name in names:
+            flag, kind = f"--{one.name.replace('_', '-')}", field_types(options)[one.name]
+            if kind is bool:
+                group.add_argument(flag, action="store_true", **one.metadata)
+            else:
+                text, more = one.metadata["help"], {k: v for k, v in one.metadata.items() if k != "help"}
+                option(group, flag, text, without_none(kind)[0], one.default, **more)
 
 
 def add_overrides(parser) -> None:
@@ -83,89 +123,34 @@ def add_overrides(parser) -> None:
     parser.add_argument("overrides", nargs="*", default=[], metavar="FIELD=VALUE", help=text)
 
 
-def add_fields(group, options: type, *names: str) -> None:
-    """Flags for these fields of a dataclass of options, with the help that the fields have: switches, and whole
-    numbers."""
-    for one in dataclasses.fields(options):
-        if one.name in names:
-            kind = {"action": "store_true"} if one.default is False else {"type": int}
-            group.add_argument(f"--{one.name.replace('_', '-')}", **kind, **one.metadata)
+def add_results(group) -> None:
+    option(group, "--results", "write config, device and scores to this JSON file", expanded, metavar="FILE")
 
 
 def add_shard(group, what: str) -> None:
-    """The option --shard."""
-    group.add_argument(
-        "--shard",
-        type=shard,
-        metavar="I/N",
-        help=f"answer {what}. I is from 0 to N - 1, as JOB_COMPLETION_INDEX is, and SLURM_ARRAY_TASK_ID with "
-        "--array=0-(N-1). Each shard needs an --output of its own; `para-jax merge` joins them",
-    )
-
-
-def positive(text: str) -> float:
-    """A number above 0."""
-    value = float(text)
-    if not 0 < value < 1e9:
-        raise argparse.ArgumentTypeError(f"{text}: give a number above 0")
-    return value
-
-
-def variables(text: str) -> str:
-    """The variables of a chat template, as the JSON text of an argument."""
-    try:
-        template_variables("the object", filled(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
-
-
-def count(text: str) -> int:
-    """A whole number of at least 1."""
-    if not text.isdecimal() or not 0 < int(text) < 2**31:
-        raise argparse.ArgumentTypeError(f"{text}: give a whole number of at least 1")
-    return int(text)
+    text = f"answer {what}. I is from 0 to N - 1, as JOB_COMPLETION_INDEX is, and SLURM_ARRAY_TASK_ID with "
+    text += "--array=0-(N-1). Each shard needs an --output of its own; `para-jax merge` joins them"
+    option(group, "--shard", text, parse_shard, metavar="I/N")
 
 
 def add_chat_template_kwargs(group) -> None:
-    """The option --chat-template-kwargs."""
-    group.add_argument(
-        "--chat-template-kwargs",
-        type=variables,
-        metavar="JSON",
-        help="variables of the chat template, such as '{\"enable_thinking\": false}'; give the same as in training "
-        "(data.chat_template_kwargs)",
-    )
+    text = "variables of the chat template, such as '{\"enable_thinking\": false}'; give the same as in training "
+    text += "(data.chat_template_kwargs)"
+    option(group, "--chat-template-kwargs", text, checked_variables, metavar="JSON")
 
 
 def add_engine_size(group) -> None:
     """The options --slots, --max-length and --max-prefill-tokens."""
-    group.add_argument("--slots", type=int, default=SLOTS, help="rows that decode together (default: %(default)s)")
-    group.add_argument(
-        "--max-length",
-        type=int,
-        metavar="N",
-        help=f"tokens per row, prompt and answer (default: {MAX_LENGTH}, or the model's positions if it has fewer)",
-    )
+    option(group, "--slots", "rows that decode together", PositiveInt, SLOTS)
+    text = f"tokens per row, prompt and answer (default: {MAX_LENGTH}, or the model's positions if it has fewer)"
+    option(group, "--max-length", text, Annotated[int, Bounds(at_least=2)])
     add_prefill_tokens(group)
 
 
 def add_prefill_tokens(group) -> None:
-    """The option --max-prefill-tokens."""
-    group.add_argument(
-        "--max-prefill-tokens",
-        type=count,
-        metavar="N",
-        help="tokens of new prompts that are computed between steps of answers: more fill empty slots sooner, fewer "
-        "keep the gaps in answers short (default: 1024 on a CPU, else 4096)",
-    )
-
-
-def check_engine_size(options) -> None:
-    """Raises ValueError for --slots and --max-length that no engine can have."""
-    for name, value, least in (("--slots", options.slots, 1), ("--max-length", options.max_length, 2)):
-        if value is not None and value < least:
-            raise ValueError(f"{name} is {value}\ngive a number of at least {least}")
+    text = "tokens of new prompts that are computed between steps of answers: more fill empty slots sooner, fewer "
+    text += "keep the gaps in answers short (default: 1024 on a CPU, else 4096)"
+    option(group, "--max-prefill-tokens", text, PositiveInt)
 
 
 def engine_length(options) -> int:
@@ -182,37 +167,22 @@ def engine_length(options) -> int:
 
 def add_tenants(group) -> None:
     """The options --adapters and --adapters-from, where each adapter is a tenant with a name."""
-    group.add_argument(
-        "--adapters",
-        type=filled,
-        nargs="+",
-        default=[],
-        metavar="NAME=DIR",
-        help="the tenants: adapter folders or hub ids, each with a name (default: the run's or folder's own name); the "
-        "folder of a run of many tenants, for all of them; or a pattern in quotes, such as 'runs/*/adapter'",
-    )
+    text = "the tenants: adapter folders or hub ids, each with a name (default: the run's or folder's own name); the "
+    text += "folder of a run of many tenants, for all of them; or a pattern in quotes, such as 'runs/*/adapter'"
+    repeated(group, "--adapters", text, "NAME=DIR", nargs="+")
     add_adapters_from(group)
 
 
 def add_adapters_from(group) -> None:
     """The option for more adapters than fit a command line."""
-    group.add_argument(
-        "--adapters-from",
-        type=place,
-        metavar="FILE",
-        help="a file with more adapters: DIR or NAME=DIR on each line, relative to where the command runs",
-    )
+    text = "a file with more adapters: DIR or NAME=DIR on each line, relative to where the command runs"
+    option(group, "--adapters-from", text, expanded, metavar="FILE")
 
 
 def add_adapter_memory(group, when_more: str) -> None:
     """The option for more adapters than fit the memory."""
-    group.add_argument(
-        "--adapter-memory",
-        type=positive,
-        default=8.0,
-        metavar="GB",
-        help=f"host memory for adapters. If they need more, {when_more} (default: %(default)s)",
-    )
+    text = f"host memory for adapters. If they need more, {when_more}"
+    option(group, "--adapter-memory", text, PositiveFloat, 8.0, metavar="GB")
 
 
 def add_chat(parser) -> None:
@@ -238,42 +208,27 @@ def turns(options, text: str) -> list[dict]:
 
 def backbone(default: str | None = None) -> argparse.ArgumentParser:
     """--backbone. A command without a default gives it to `chosen_backbone`, with its adapters."""
-    named = "" if default else "; with adapters: what the first of them names"
     shared = Parser(add_help=False)
-    group = shared.add_argument_group("backbone")
-    group.add_argument(
-        "--backbone",
-        type=filled,
-        default=default,
-        metavar="SOURCE",
-        help=f"a folder, a hub id, a .gguf file, or smollm2-135m{named} (default: smollm2-135m)",
-    )
+    text = "a folder, a hub id, a .gguf file, or smollm2-135m"
+    text += "" if default else "; with adapters: what the first of them names (default: smollm2-135m)"
+    option(shared.add_argument_group("backbone"), "--backbone", text, default=default, metavar="SOURCE")
     return shared
 
 
 def dtype() -> argparse.ArgumentParser:
     shared = Parser(add_help=False)
-    group = shared.add_argument_group("backbone")
-    group.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        help="the type of weights and computation (default: float32 on a CPU, else bfloat16)",
-    )
+    text = "the type of weights and computation (default: float32 on a CPU, else bfloat16)"
+    option(shared.add_argument_group("backbone"), "--dtype", text, Literal["float32", "bfloat16"])
     return shared
 
 
 def precision() -> argparse.ArgumentParser:
     shared = Parser(add_help=False, parents=[dtype()])
     group = shared.add_argument_group("backbone")
-    group.add_argument("--quantize", choices=("int8",), help="store linear layers in 8 bits (default: no)")
-    group.add_argument("--attention", choices=ATTENTION, help="the attention kernel (default: auto)")
-    group.add_argument(
-        "--tensor-parallel-size",
-        type=count,
-        default=1,
-        metavar="N",
-        help="split weights and caches by heads over N devices of this host (default: %(default)s)",
-    )
+    option(group, "--quantize", "store linear layers in 8 bits (default: no)", Literal["int8"])
+    option(group, "--attention", "the attention kernel (default: auto)", field_types(BackboneSection)["attention"])
+    text = "split weights and caches by heads over N devices of this host"
+    option(group, "--tensor-parallel-size", text, PositiveInt, 1)
     return shared
 
 
@@ -286,32 +241,16 @@ def runtime() -> argparse.ArgumentParser:
 
 
 def sampling() -> argparse.ArgumentParser:
+    """The options of a Sampling, which checks their values."""
     shared = Parser(add_help=False)
     group = shared.add_argument_group("sampling")
-    group.add_argument(
-        "--max-new-tokens", type=int, default=64, metavar="N", help="tokens per answer (default: %(default)s)"
-    )
-    group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: %(default)s)")
-    group.add_argument(
-        "--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens; 0: all (default: 0)"
-    )
-    group.add_argument(
-        "--top-p",
-        type=float,
-        default=1.0,
-        metavar="P",
-        help="draw from the likeliest tokens that together have probability P (default: %(default)s)",
-    )
-    group.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="prompt i is drawn with SEED + i; a line of --input without a seed derives its own from SEED and the "
-        "line's number (default: %(default)s)",
-    )
-    group.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="text that ends an answer; may be repeated"
-    )
+    option(group, "--max-new-tokens", "tokens per answer", int, 64)
+    option(group, "--temperature", "0 is greedy", float, 0.0, metavar="T")
+    option(group, "--top-k", "draw from the K likeliest tokens; 0: all", int, 0, metavar="K")
+    option(group, "--top-p", "draw from the likeliest tokens that together have probability P", float, 1.0, metavar="P")
+    text = "prompt i is drawn with SEED + i; a line of --input without a seed derives its own from SEED and the line's "
+    option(group, "--seed", text + "number", int, 0, metavar="SEED")
+    repeated(group, "--stop", "text that ends an answer; may be repeated", "TEXT")
     return shared
 
 

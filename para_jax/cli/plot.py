@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from ..config.bounds import PositiveInt
+from ..io.checks import expanded
 from ..io.figures import FORMATS
 from . import options as shared
-
-#: Prompts of --data without --limit.
-PROMPTS = 100
 
 
 def add(commands) -> None:
@@ -15,34 +14,15 @@ def add(commands) -> None:
     parents = [shared.backbone(), shared.dtype(), shared.runtime()]
     parser = shared.add_command(commands, "plot", text, example, parents)
     parser.add_argument("runs", nargs="*", type=shared.place, metavar="RUN", help="run folders: their learning curves")
-    parser.add_argument(
-        "--output", type=shared.place, required=True, metavar="FILE", help="the picture: .png, .pdf or .svg"
-    )
+    text = "the picture: .png, .pdf or .svg"
+    shared.option(parser, "--output", text, expanded, metavar="FILE", required=True)
     group = parser.add_argument_group("factors")
-    group.add_argument(
-        "--adapter",
-        type=shared.filled,
-        action="append",
-        default=[],
-        metavar="DIR",
-        help="a folder or hub id; with --data, may be given several times",
-    )
-    group.add_argument(
-        "--prompt", action="append", default=[], metavar="TEXT", help="draw its factors; with two, also the difference"
-    )
-    group.add_argument(
-        "--data",
-        type=shared.place,
-        metavar="FILE",
-        help="a data file: draw how much the factors differ over its prompts",
-    )
-    group.add_argument(
-        "--limit",
-        type=shared.count,
-        default=PROMPTS,
-        metavar="N",
-        help="prompts of --data (default: %(default)s)",
-    )
+    text = "a folder or hub id; with --data, may be given several times"
+    shared.repeated(group, "--adapter", text, "DIR", type=shared.filled)
+    shared.repeated(group, "--prompt", "draw its factors; with two, also the difference", "TEXT")
+    text = "a data file: draw how much the factors differ over its prompts"
+    shared.option(group, "--data", text, expanded, metavar="FILE")
+    shared.option(group, "--limit", "prompts of --data", PositiveInt, 100)
     parser.set_defaults(run=run)
 
 

@@ -8,12 +8,9 @@ from . import options as shared
 def add(commands) -> None:
     text = "download a public data set for data.train=tfds:NAME"
     parser = shared.add_command(commands, "prepare", text, "tfds:glue/sst2")
-    parser.add_argument(
-        "source", metavar="SOURCE", help="tfds:NAME or tfds:NAME/CONFIG, a data set of tensorflow_datasets"
-    )
-    parser.add_argument(
-        "--data-dir", type=shared.filled, metavar="DIR", help="the folder (default: tensorflow_datasets' own)"
-    )
+    text = "tfds:NAME or tfds:NAME/CONFIG, a data set of tensorflow_datasets"
+    parser.add_argument("source", metavar="SOURCE", help=text)
+    shared.option(parser, "--data-dir", "the folder (default: tensorflow_datasets' own)", metavar="DIR")
     parser.set_defaults(run=run)
 
 

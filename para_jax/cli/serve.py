@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import secrets
 import shlex
+from dataclasses import fields
 from pathlib import Path
+from typing import Annotated
 
 from ..adapters.names import named_adapters
+from ..config.bounds import Bounds, NonNegativeFloat, PositiveInt
 from ..io.checks import expanded
 from ..io.messages import say
+from ..server.config import ServerConfig
 from ..server.packages import require_packages
 from . import options as shared
 from .names import bank_within_memory
@@ -28,141 +31,74 @@ def served() -> shared.Parser:
     parser = shared.Parser(add_help=False)
     group = parser.add_argument_group("adapters")
     shared.add_tenants(group)
-    shared.add_adapter_memory(
-        group, "each is loaded when a request needs it. With --allow-adapter-updates all stay in memory"
-    )
-    group.add_argument(
-        "--served-model-name",
-        type=shared.filled,
-        metavar="NAME",
-        help="the base model's name (default: the backbone's)",
-    )
-    group.add_argument(
-        "--allow-adapter-updates",
-        action="store_true",
-        help="let clients load and unload adapters while it runs; needs --adapter-root",
-    )
-    group.add_argument(
-        "--adapter-root", type=shared.filled, metavar="DIR", help="the folder of the adapters that clients may load"
-    )
-    group.add_argument("--allow-hub", action="store_true", help="let clients load adapters from the hub too")
-    group = parser.add_argument_group("adapters that join later, with --allow-adapter-updates")
-    group.add_argument(
-        "--methods",
-        type=shared.filled,
-        metavar="M,M",
-        help="their methods (default: para,ia3 and those of --adapters)",
-    )
-    group.add_argument(
-        "--sites",
-        type=shared.filled,
-        metavar="S,S",
-        help="the sites that they may change (default: q_proj,v_proj,up_proj and those of --adapters)",
-    )
-    group.add_argument("--max-r", type=int, metavar="R", help="their largest rank (default: 16, or that of --adapters)")
-    group.add_argument("--capacity", type=int, metavar="N", help="the maximum number of tenants (default: 1024)")
+    text = "each is loaded when a request needs it. With --adapter-root all stay in memory"
+    shared.add_adapter_memory(group, text)
+    shared.add_fields(group, ServerConfig, "served_model_name", "adapter_root", "allow_hub")
+    group = parser.add_argument_group("adapters that join later, with --adapter-root")
+    shared.option(group, "--methods", "their methods (default: para,ia3 and those of --adapters)", metavar="M,M")
+    text = "the sites that they may change (default: q_proj,v_proj,up_proj and those of --adapters)"
+    shared.option(group, "--sites", text, metavar="S,S")
+    shared.option(group, "--max-r", "their largest rank (default: 16, or that of --adapters)", PositiveInt)
+    shared.option(group, "--capacity", "the maximum number of tenants (default: 1024)", PositiveInt)
     group = parser.add_argument_group("engine")
     shared.add_engine_size(group)
     shared.add_chat_template_kwargs(group)
-    group.add_argument(
-        "--prefix-cache-gb",
-        type=float,
-        metavar="GB",
-        help="memory for the prefixes that prompts share (default: half of what the slots take)",
-    )
-    group.add_argument(
-        "--max-logprobs",
-        type=int,
-        default=20,
-        metavar="N",
-        help="alternatives per token that a request may ask for; 0: no log-probabilities (default: %(default)s)",
-    )
-    group.add_argument(
-        "--queue-limit", type=int, default=1024, metavar="N", help="answers that may wait in the queue (default: 1024)"
-    )
-    group.add_argument(
-        "--queue-limit-per-tenant",
-        type=int,
-        metavar="N",
-        help="answers of each tenant that may wait (default: no limit)",
-    )
+    text = "memory for the prefixes that prompts share (default: half of what the slots take)"
+    shared.option(group, "--prefix-cache-gb", text, NonNegativeFloat, metavar="GB")
+    text = "alternatives per token that a request may ask for; 0: no log-probabilities"
+    shared.option(group, "--max-logprobs", text, Annotated[int, Bounds(at_least=0)], 20)
+    shared.option(group, "--queue-limit", "answers that may wait in the queue", PositiveInt, 1024)
+    text = "answers of each tenant that may wait (default: no limit)"
+    shared.option(group, "--queue-limit-per-tenant", text, PositiveInt)
     group = parser.add_argument_group("server")
-    group.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: this machine alone)")
-    group.add_argument("--port", type=int, default=8000, help="0 picks a free one (default: %(default)s)")
-    group.add_argument(
-        "--api-key-file",
-        type=shared.filled,
-        metavar="FILE",
-        help="one key per line, optionally followed by the tenants that it may use (default: no keys)",
-    )
-    group.add_argument("--api-key", "--api_key", nargs="?", action=RefusedKey, help=argparse.SUPPRESS)
-    group.add_argument(
-        "--timeout", type=float, default=600, metavar="S", help="seconds that a request may take (default: %(default)s)"
-    )
-    group.add_argument(
-        "--drain-seconds",
-        type=float,
-        default=30,
-        metavar="S",
-        help="after SIGTERM or Ctrl-C, seconds that open requests may take (default: %(default)s)",
-    )
-    group.add_argument(
-        "--max-body", type=int, default=8 * 2**20, metavar="BYTES", help="the largest request (default: 8 MiB)"
-    )
-    group.add_argument("--log-prompts", action="store_true", help="log the prompts, not only their lengths")
+    names = "host", "port", "api_key_file", "timeout", "drain_seconds", "max_body", "log_prompts"
+    shared.add_fields(group, ServerConfig, *names)
     return parser
-
-
-class RefusedKey(argparse.Action):
-    """vLLM's --api-key. Argparse would take it for an abbreviation of --api-key-file, whose errors show its value."""
-
-    def __call__(self, parser, *_):
-        parser.error("--api-key is refused, because others on this machine can read it; give --api-key-file FILE")
 
 
 def run(options) -> None:
     from ..server.address import bound
-    from ..server.api_keys import read_keys
 
-    sources, base = checked(options)
-    keys = read_keys(options.api_key_file) if options.api_key_file else None
-    with bound(options.host, options.port) as taken:
-        serve_at(options, sources, base, keys, taken)
+    sources, config = checked(options)
+    with bound(config.host, config.port) as taken:
+        serve_at(options, sources, config, taken)
 
 
-def checked(options) -> tuple[dict[str, str], str]:
-    """{name: folder or hub id} of the tenants, and the base model's name. Raises ValueError for what can be seen before
-    anything is loaded."""
+def checked(options) -> tuple[dict[str, str], ServerConfig]:
+    """{name: folder or hub id} of the tenants, and the server's config with the base model's name. Raises ValueError
+    for what can be seen before anything is loaded."""
     from .checks import check_adapters, chosen_backbone
 
-    check_options(options)
+    require_packages("serve")
+    for name in ("methods", "sites", "max_r", "capacity"):
+        if getattr(options, name) and not options.adapter_root:
+            raise ValueError(f"--{name.replace('_', '-')} goes with --adapter-root\ngive that too")
+    if options.adapter_root and not Path(options.adapter_root).expanduser().is_dir():
+        raise ValueError(f"--adapter-root {options.adapter_root}: no such folder\ngive the folder of the adapters")
     sources = named_adapters(options.adapters, options.adapters_from)
     check_adapters(sources.values())
     options.backbone = chosen_backbone(options.backbone, sources.values())
-    base = options.served_model_name or base_name(options.backbone)
+    options.served_model_name = base = options.served_model_name or base_name(options.backbone)
     if base in sources:
         raise ValueError(f"--adapters: {base} is the base model's name\ngive the tenant or --served-model-name another")
-    return sources, base
+    config = ServerConfig(**{one.name: getattr(options, one.name) for one in fields(ServerConfig)})
+    if config.api_key_file:
+        from ..server.api_keys import read_keys
+
+        read_keys(config.api_key_file)
+    return sources, config
 
 
-def serve_at(options, sources: dict[str, str], base: str, keys, taken) -> None:
+def serve_at(options, sources: dict[str, str], config: ServerConfig, taken) -> None:
     """Loads everything, and serves at a socket."""
     from ..server.serve import serve
 
     engine = engine_of(options, sources)
     say("compiling; requests are taken as soon as that is done")
-    serve(
-        engine,
-        model_name=base,
-        sources=sources,
-        api_keys=keys,
-        adapter_root=options.adapter_root,
-        allow_hub=options.allow_hub,
-        limits=limits_of(options),
-        drain_seconds=options.drain_seconds,
-        on_ready=lambda url: print(greeting(url, next(iter(sources), base), keys is not None), flush=True),
-        taken=taken,
-    )
+    example = next(iter(sources), str(config.served_model_name))
+    keyed = config.api_key_file is not None
+    ready = lambda url: print(greeting(url, example, keyed), flush=True)  # noqa: E731
+    serve(engine, config, sources=sources, on_ready=ready, taken=taken)
 
 
 def engine_of(options, sources: dict[str, str]):
@@ -190,36 +126,6 @@ def engine_of(options, sources: dict[str, str]):
     )
 
 
-def limits_of(options):
-    """The bounds of a request."""
-    from ..server.answering import Limits
-
-    return Limits(options.max_body, timeout=options.timeout, log_prompts=options.log_prompts)
-
-
-def check_options(options) -> None:
-    """Raises ValueError for what can be seen before anything is loaded."""
-    require_packages("serve")
-    shared.check_engine_size(options)
-    for name in ("max_r", "capacity", "queue_limit", "queue_limit_per_tenant", "max_body"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}\ngive a number of at least 1")
-    for name in ("prefix_cache_gb", "max_logprobs", "drain_seconds"):
-        value = getattr(options, name)
-        if value is not None and not 0 <= value < 1e9:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}\ngive a number of at least 0")
-    if not 0 < options.timeout < 1e9:
-        raise ValueError(f"--timeout is {options.timeout}\ngive seconds")
-    if options.allow_adapter_updates != bool(options.adapter_root):
-        raise ValueError("--allow-adapter-updates and --adapter-root DIR belong together\ngive both, or none")
-    for name in ("allow_hub", "methods", "sites", "max_r", "capacity"):
-        if getattr(options, name) and not options.allow_adapter_updates:
-            raise ValueError(f"--{name.replace('_', '-')} goes with --allow-adapter-updates\ngive that too")
-    if options.adapter_root and not Path(options.adapter_root).expanduser().is_dir():
-        raise ValueError(f"--adapter-root {options.adapter_root}: no such folder\ngive the folder of the adapters")
-
-
 def base_name(backbone: str) -> str:
     """The base model's name: a folder's or file's own name, and a hub id as it is."""
     path = expanded(backbone)
@@ -238,7 +144,7 @@ def bank_of(options, sources: dict[str, str], model):
     def load(name: str):
         return load_adapter(found[name].place, model.config, model=model)
 
-    if not options.allow_adapter_updates:
+    if not options.adapter_root:
         return bank_within_memory(options, found, model.config, load) if found else None
     configs = [one.config for one in found.values()]
     fitting = [AdapterBank.fitting(configs, model.config, capacity=len(found))] if found else []

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from ..config import load_config
 from . import options as shared
@@ -15,18 +18,11 @@ def add(commands) -> None:
     parser = shared.add_command(commands, "train", text, example)
     parser.add_argument("config", type=shared.place, metavar="CONFIG", help="a .yaml file, or a shipped config's name")
     shared.add_overrides(parser)
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check the config and print its sizes; nothing is written"
-    )
-    parser.add_argument(
-        "--topology",
-        type=shared.filled,
-        metavar="SLICE",
-        help="with --dry-run: compile the step for a TPU slice, such as v5e:4x4",
-    )
-    parser.add_argument(
-        "--results", type=shared.place, metavar="FILE", help="write config, device and scores to this JSON file"
-    )
+    text = "check the config and print its sizes; nothing is written"
+    parser.add_argument("--dry-run", action="store_true", help=text)
+    text = "with --dry-run: compile the step for a TPU slice, such as v5e:4x4"
+    shared.option(parser, "--topology", text, metavar="SLICE")
+    shared.add_results(parser)
     parser.set_defaults(run=run)
 
 
@@ -83,7 +79,7 @@ def scores_of(result) -> dict[str, float]:
 def train_many(options, config) -> int:
     from ..runs.train import train_tenants
     from ..runtime.processes import is_first
-    from ..training.tenants_file import warning_lines
+    from ..training.scores_file import warning_lines
 
     begun = time.monotonic()
     result = train_tenants(config)
@@ -125,18 +121,31 @@ def train_methods(options, config) -> int:
 def draw_scores(result) -> None:
     """scores.png: the validation scores with their errors."""
     from ..evaluation.score_plots import Bar, Scores, scores_plot
-    from ..reports.plots import save
 
     scored = [row for row in result.methods if row.score is not None]
-    if not scored:
-        return
-    bars = {row.title: Bar(row.score, row.stderr, row.count) for row in scored}
-    base = result.base and Bar(result.base.score, result.base.stderr, result.base.count)
+    if scored:
+        bars = {row.title: Bar(row.score, row.stderr, row.count) for row in scored}
+        base = result.base and Bar(result.base.score, result.base.stderr, result.base.count)
+        scores = {"validation": Scores(scored[0].metric, bars, base)}
+        draw("scores", lambda: scores_plot(scores), result.output_dir / "scores.png")
+
+
+def draw_curves(result) -> None:
+    from ..reports.plots import curves_plot
+
+    folders = [result.output_dir / name for name, entry in result.tenants.items() if entry["steps"] > 0]
+    draw("curves", lambda: curves_plot(folders), result.output_dir / "curves.png")
+
+
+def draw(what: str, plot: Callable[[], Any], file: Path) -> None:
+    """Saves a picture, and says so. Where it can't be drawn, the command has done its work all the same."""
+    from ..io.figures import save
+
     try:
-        save(scores_plot({"validation": Scores(scored[0].metric, bars, base)}), result.output_dir / "scores.png")
-        print(f"the picture is in {result.output_dir / 'scores.png'}")
-    except ValueError as error:  # matplotlib is not installed
-        print(f"no picture of the scores: {error}")
+        save(plot(), file)
+        print(f"the picture of the {what} is in {file}")
+    except ValueError as error:  # matplotlib is not installed, or nothing was logged
+        print(f"no picture of the {what}: {error}")
 
 
 def best_combination(entries) -> list[str]:
@@ -154,14 +163,3 @@ def best_combination(entries) -> list[str]:
     same = [one for one in scored if scored[one]["best_score"] == entry["best_score"]]
     said = describe_best(entry["metric"], entry["best_score"], entry["best_step"]).removeprefix("best ")
     return [f"best: {name}, with {said}", *choice_lines(name, same, within_noise(rows, name), records[name]["count"])]
-
-
-def draw_curves(result) -> None:
-    from ..reports.plots import curves_plot, save
-
-    try:
-        drawn = [result.output_dir / name for name, entry in result.tenants.items() if entry["steps"] > 0]
-        save(curves_plot(drawn), result.output_dir / "curves.png")
-        print(f"the curves are in {result.output_dir / 'curves.png'}")
-    except ValueError as error:  # matplotlib is not installed, or nothing was logged
-        print(f"no picture of the curves: {error}")

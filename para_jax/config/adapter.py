@@ -6,9 +6,11 @@ from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, ClassVar, Literal
 
 from ..io.checks import require
-from .bounds import Bounds, PositiveFloat, PositiveInt, check_fields
+from .bounds import Bounds, PositiveFloat, check_fields
 from .model import SITES
 
+#: An adapter of a hub may name any rank, and the arrays follow from it.
+Rank = Annotated[int, Bounds(at_least=1, at_most=2**16)]
 #: Marks a field that adapter folders leave out where it has its default.
 OPTIONAL = {"optional": True}
 
@@ -37,7 +39,7 @@ class ParaConfig(AdapterConfig):
     [derived]."""
 
     default_learning_rate: ClassVar[float] = 1e-3
-    r: PositiveInt = 12
+    r: Rank = 12
     pooler: Literal["last", "mean", "max", "constant"] = "last"
     """constant learns one vector per layer instead of reading the prompt: the control that shows what reading the
     prompt is worth [our choice: all four]"""
@@ -50,7 +52,7 @@ class ParaConfig(AdapterConfig):
     """the layers that have a generator, counted from 0; None: all layers [our choice]"""
     up_bias: bool = field(default=False, metadata=OPTIONAL)
     """W_up has a bias: a learned constant next to what the prompt makes. It starts from zero [our choice]"""
-    late_r: PositiveInt | None = field(default=None, metadata=OPTIONAL)
+    late_r: Rank | None = field(default=None, metadata=OPTIONAL)
     """the rank in the last third of the layers, where prompts differ most; None: r in all layers [our choice]"""
 
     def __post_init__(self):
@@ -91,7 +93,7 @@ class LoraConfig(AdapterConfig):
     """LoRA (arXiv:2106.09685), with the names and defaults of Hugging Face PEFT."""
 
     default_learning_rate: ClassVar[float] = 3e-3
-    r: PositiveInt = 8
+    r: Rank = 8
     lora_alpha: PositiveFloat = 8
     use_rslora: bool = False
     """scale by lora_alpha / sqrt(r) (arXiv:2312.03732) instead of lora_alpha / r"""

@@ -28,7 +28,7 @@ class Bounds:
             (self.at_least is None or number >= self.at_least)
             and (self.above is None or number > self.above)
             and (self.at_most is None or number <= self.at_most)
-            and (self.below is None or number < min(self.below, 2.0**128))
+            and (self.below is None or -(2.0**128) < number < min(self.below, 2.0**128))
         )
 
     def __str__(self) -> str:
@@ -43,7 +43,7 @@ PositiveInt = Annotated[int, Bounds(at_least=1)]
 Seed = Annotated[int, Bounds(at_least=0, at_most=2**32 - 1)]
 PositiveFloat = Annotated[float, Bounds(above=0, below=math.inf)]
 NonNegativeFloat = Annotated[float, Bounds(at_least=0, below=math.inf)]
-Finite = Annotated[float, Bounds(above=-(2.0**128), below=math.inf)]
+Finite = Annotated[float, Bounds(below=math.inf)]
 Fraction = Annotated[float, Bounds(at_least=0, below=1)]
 #: The text of a JSON object. A file may give it as a mapping.
 JsonObject = NewType("JsonObject", str)
@@ -103,7 +103,7 @@ def check_value(name: str, value: Any, kind: Any) -> None:
     elif origin is tuple:
         require(isinstance(value, tuple), name, value, "a list, such as [a, b] or []")
         for item in value:
-            check_value(f"each item of {name} {shorten(list(value))}", item, arguments[0])
+            check_value(f"{name} {shorten(list(value))}: each item", item, arguments[0])
     elif kind is not Any and isinstance(kind, type):
         names = {bool: "true or false", str: "a text"}
         require(isinstance(value, kind), name, value, names.get(kind, f"a {kind.__name__}"))

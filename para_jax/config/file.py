@@ -8,7 +8,7 @@ from typing import Any
 
 from ..io import atomic
 from ..io.checks import expanded, near_name, nearest, printable, require, require_one_of, shorten
-from ..io.yaml_text import dump_yaml, parse_yaml
+from ..io.yaml_text import dump_yaml, has_comment, parse_yaml
 from .adapter import ADAPTER_CONFIGS
 from .fields import typed_fields
 from .run import RunConfig, TrainSection
@@ -38,24 +38,36 @@ def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str
         changes["train"] = {"max_steps": None} | train
     elif isinstance(train, dict) and train.get("max_steps") is not None:
         changes["train"] = {"num_epochs": TrainSection.num_epochs} | train
+    try:
+        return run_config(in_file, changes)
+    except ValueError as error:
+        if file is None or str(error) != problem_of(in_file):
+            raise
+        raise ValueError(f"config {file}: {error}") from None
+
+
+def run_config(in_file: dict[str, Any], changes: dict[str, Any]) -> RunConfig:
+    """The config of these fields of a file, and of changes that win over them."""
     file_method = named_method(in_file, "para")
     method = named_method(changes, file_method)
     require_one_of(ADAPTER_CONFIGS, "adapter.method", method)
     if method != file_method:
         kept = () if "scope" in changes["adapter"] else ("scope", "scope_window")
-        in_file["adapter"] = {name: value for name, value in in_file.get("adapter", {}).items() if name in kept}
+        adapter = {name: value for name, value in in_file.get("adapter", {}).items() if name in kept}
+        in_file = in_file | {"adapter": adapter}
     template = RunConfig(adapter=ADAPTER_CONFIGS[method]())
-    try:
-        values = typed_fields(without_method(in_file), template)
-    except ValueError as error:
-        raise ValueError(f"config {file}: {error}") from None
     unset = {"train": {"learning_rate": None}}  # the template has its method's
-    values = merged(merged(unset, values), typed_fields(without_method(changes), template))
+    values = merged(unset, typed_fields(without_method(in_file), template))
+    return replaced(template, merged(values, typed_fields(without_method(changes), template)))
+
+
+def problem_of(in_file: dict[str, Any]) -> str:
+    """What is wrong with the fields of a file alone; empty if nothing is."""
     try:
-        return replaced(template, values)
+        run_config(in_file, {})
     except ValueError as error:
-        is_of_override = file is None or any(text.partition("=")[0] in str(error) for text in overrides)
-        raise ValueError(str(error) if is_of_override else f"config {file}: {error}") from None
+        return str(error)
+    return ""
 
 
 def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -131,8 +143,9 @@ def config_file(file: str | Path) -> Path:
 def read_yaml(file: Path) -> dict[str, Any]:
     """The mapping of sections in a YAML file. Raises ValueError, naming the file, for anything else."""
     if file.suffix in DATA or any((file / f"train{end}").is_file() for end in DATA):
-        advice = f"give a config, and this as its data: para-jax train own-data data.train={quote(str(file))}"
-        raise ValueError(f"config {file} is data\n{advice}")
+        kind = "a folder of data" if file.is_dir() else "a data file"
+        advice = f"to train on it: para-jax train own-data data.train={quote(str(file))}"
+        raise ValueError(f"{file} is {kind}, not a config\n{advice}")
     if file.is_dir():
         raise ValueError(f"config {file} is a folder; give a .yaml file, such as the config.yaml in a run's folder")
     if not file.exists():
@@ -162,6 +175,8 @@ def parse_override(text: str) -> dict[str, Any]:
         inner: Any = value.replace("\\n", "\n") if key in TEXT_FIELDS else parse_yaml(value)
     except ValueError as error:
         raise ValueError(f"override {shorten(text)} is not YAML: {printable(str(error))}") from None
+    if key not in TEXT_FIELDS and has_comment(value):
+        raise ValueError(f"override {shorten(text)}: YAML drops what follows #; put the text with it into quotes")
     *sections, name = key.split(".")
     nested: dict[str, Any] = {name: inner}
     for section in reversed(sections):

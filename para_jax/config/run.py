@@ -75,8 +75,6 @@ class DataSection:
     max_seq_length: Annotated[int, Bounds(at_least=2)] | None = 512
     """the maximum number of tokens of prompt and completion together; null: that of the longest training example, and
     for evaluation the model's positions"""
-    cache: bool = True
-    """keep the token ids of large training data in ~/.cache/para_jax/tokens for the next start"""
     truncate: Literal["error", "skip", "left"] = "error"
     """what happens to longer examples; left cuts the start of the prompt. skip and left report how many"""
     buckets: PositiveInt = 3
@@ -127,7 +125,7 @@ class TrainSection:
     per_device_batch_size: PositiveInt = 8
     """rows per forward pass on each of the data x fsdp devices of the mesh; with batch_size: at most this many"""
     gradient_accumulation_steps: PositiveInt = 1
-    """forward passes per optimiser step; leave it at 1 if batch_size is set"""
+    """forward passes per optimiser step; 1 if batch_size is set"""
     rows_per_tenant: PositiveInt | None = None
     """for many tenants (data.tenants, sweep): rows of each tenant in a pass, a divisor of per_device_batch_size;
     default: 4, in a sweep all rows of a pass, as in a run of its own. With batch_size: rows of each tenant in a step,
@@ -161,8 +159,8 @@ class TrainSection:
     def __post_init__(self):
         check_fields(self, "train.")
         batch, passes = self.batch_size, self.gradient_accumulation_steps
-        expected = f"a divisor of train.batch_size ({batch}), or unset, because the passes follow from batch_size"
-        require(batch is None or batch % passes == 0, "train.gradient_accumulation_steps", passes, expected)
+        expected = f"1, because the passes follow from train.batch_size ({batch})"
+        require(batch is None or passes == 1, "train.gradient_accumulation_steps", passes, expected)
 
     @property
     def peak_learning_rate(self) -> float:
@@ -357,12 +355,14 @@ class RunConfig:
             require(batch % rows == 0, "train.rows_per_tenant", rows, f"a divisor of train.{name} ({batch})")
 
     def check_methods(self) -> None:
-        """Raises ValueError for sweep.method with unknown methods, tenants, or adapter fields that no method takes."""
+        """Raises ValueError for sweep.method with unknown methods, or with fields that don't suit several methods."""
         methods = self.sweep.method
         for method in methods:
             require_one_of(ADAPTER_CONFIGS, "sweep.method", method)
         if self.data.tenants:
             raise ValueError("sweep.method can't be used together with data.tenants; compare the methods on data.train")
+        if self.train.init_from:
+            raise ValueError("sweep.method can't be used together with train.init_from, an adapter of one method")
         own = next((name for name, kind in ADAPTER_CONFIGS.items() if kind is type(self.adapter)), None)
         if own not in methods and self.adapter != with_scope_of(self.adapter, type(self.adapter)):
             raise ValueError(

@@ -24,7 +24,7 @@ def template_variables(name: str, given: Any) -> Variables:
     transformers or para_jax gives itself, such as messages.
     """
     try:
-        variables = json.loads(given) if isinstance(given, str) else given or {}
+        variables = json.loads(given) if isinstance(given, str) else {} if given is None else given
     except (ValueError, RecursionError):
         variables = None
     if not isinstance(variables, dict):

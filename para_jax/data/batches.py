@@ -50,8 +50,6 @@ def plan_buckets(examples: Sequence[Example], count: int) -> tuple[Bucket, ...]:
 
 def plan_buckets_of_sizes(sizes: np.ndarray, count: int) -> tuple[Bucket, ...]:
     """`plan_buckets` from the tokens of each prompt and completion, [examples, 2]."""
-    if not len(sizes):
-        raise ValueError("cannot plan buckets: the data set is empty")
     needed = rounded_up(sizes.sum(axis=1))
     lengths = best_lengths(needed, count)
     shorter = [0, *lengths[:-1]]
@@ -76,17 +74,12 @@ def for_mixed_rows(buckets: Sequence[Bucket]) -> tuple[Bucket, ...]:
 
 def collate(examples: Sequence[Example], bucket: Bucket, rows: int) -> Batch:
     """The examples as one batch in the bucket's shape, padded to `rows` rows."""
-    assert len(examples) <= rows, (len(examples), rows)
-    batch = Batch(np.zeros((rows, bucket.length), np.int32), np.ones(rows, np.int32), np.ones(rows, np.int32))
-    for row, (prompt, completion) in enumerate(examples):
-        length, most = len(prompt) + len(completion), bucket.length if bucket.prompt is None else bucket.prompt
-        if length > bucket.length or len(prompt) > most or len(completion) > bucket.completion:
-            raise ValueError(
-                f"an example of {len(prompt)} + {len(completion)} tokens does not fit {bucket}; plan buckets with it"
-            )
-        batch.tokens[row, :length] = [*prompt, *completion]
-        batch.prompt_length[row], batch.length[row] = len(prompt), length
-    return batch
+    most = bucket.length if bucket.prompt is None else bucket.prompt
+    assert all(len(prompt) <= most and len(answer) <= bucket.completion for prompt, answer in examples), bucket
+    tokens, lengths = right_padded([[*prompt, *completion] for prompt, completion in examples], rows, bucket.length)
+    prompt_lengths = np.ones(rows, np.int32)
+    prompt_lengths[: len(examples)] = [len(prompt) for prompt, _ in examples]
+    return Batch(tokens, prompt_lengths, lengths)
 
 
 def right_padded(sequences: Sequence[Sequence[int]], rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -152,8 +145,7 @@ def example_lengths(examples: Sequence[Example]) -> Sequence[int]:
 def assign_buckets(lengths: Sequence[int], buckets: Sequence[Bucket]) -> np.ndarray:
     """The index of the shortest bucket that holds each length."""
     index = np.searchsorted([bucket.length for bucket in buckets], lengths)
-    if len(index) and index.max() == len(buckets):
-        raise ValueError(f"an example of {max(lengths)} tokens fits none of {buckets}; plan buckets with it")
+    assert index.max(initial=0) < len(buckets), (max(lengths), buckets)
     return index
 
 

@@ -12,13 +12,10 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import date, datetime, time
-from functools import lru_cache
 from typing import Any
 
 from ..config import Variables
-from ..io.checks import one_of, printable, shorten
-from ..io.messages import warn
-from ..io.untrusted import require_unicode
+from ..io.checks import printable, shorten
 
 #: The roles that the messages of a request may have.
 ROLES = ("system", "developer", "user", "assistant")
@@ -56,7 +53,6 @@ def checked_message(name: str, message: Any) -> dict:
         elif isinstance(content, list) and content and all(map(is_text_part, content)):
             found["content"] = joined_parts(content)
         if isinstance(found.get("role"), str) and isinstance(found.get("content"), str):
-            warn_of_role(found["role"])
             return found
     raise ValueError(f'{name}: {shorten(message)} is not a message; write {{"role": text, "content": text}}')
 
@@ -70,13 +66,6 @@ def is_text_part(part: object) -> bool:
 def joined_parts(parts: list[dict]) -> str:
     """The texts of a content's parts, as lines."""
     return "\n".join(part["text"] for part in parts)
-
-
-@lru_cache(64)
-def warn_of_role(role: str) -> None:
-    """Warns of a role that no request to the server may have."""
-    if role not in ROLES:
-        warn(f"a message has the role {shorten(role)}; requests can have only {one_of(ROLES)}")
 
 
 def without_system(messages: list[dict]) -> list[dict]:
@@ -105,11 +94,9 @@ def render(tokenizer, messages: list[dict], /, **options: Any) -> str:
     if "developer" not in template:  # it would leave such a message out; OpenAI's models treat the two roles alike
         messages = [m | {"role": "system"} if m.get("role") == "developer" else m for m in messages]
     try:
-        text = render_template(template, messages, **{**tokenizer.special_tokens_map, **options})
+        return render_template(template, messages, **{**tokenizer.special_tokens_map, **options})
     except TemplateError as error:
         raise TemplateError(f"the tokenizer's chat template fails on {shorten(messages)}: {error}") from None
-    require_unicode("the tokenizer's chat template", text)
-    return text
 
 
 def render_template(template: str, messages: list[dict], /, **variables: Any) -> str:

@@ -74,9 +74,6 @@ def encode_examples(tokenizer, pairs: Sequence[tuple[Prompt, str]]) -> list[Exam
 
 def prompt_and_answer(tokenizer, prompt: Prompt, completion: str) -> tuple[str, str]:
     """The text of a prompt, and that of the completion as it follows."""
-    for name, value in (("prompt", prompt), ("completion", completion)):
-        require_filled(name, value)
-        require_unicode(name, value)
     if isinstance(prompt, str):
         bare = completion.rstrip()
         has_eos = tokenizer.eos_token and bare.endswith(tokenizer.eos_token)
@@ -84,7 +81,7 @@ def prompt_and_answer(tokenizer, prompt: Prompt, completion: str) -> tuple[str, 
     answer = without_end(tokenizer, completion)
     if not answer.strip():
         raise ValueError(f"completion {shorten(completion)} is only an end token; leave the row out")
-    return answered(tokenizer, without_ends(tokenizer, checked_messages("prompt", prompt)), answer)
+    return answered(tokenizer, without_ends(tokenizer, prompt), answer)
 
 
 def joined_completion(prompt: str, completion: str) -> str:
@@ -99,7 +96,6 @@ def encode_prompt(
     most: int | None = None,
     variables: Variables | None = None,
     may_be_blank: bool = False,
-    generation_prompt: bool = True,
 ) -> list[int]:
     """The prompt's ids. Text follows the tokenizer's BOS rules, and never begins with two; messages are rendered by its
     chat template, up to the answer.
@@ -110,10 +106,9 @@ def encode_prompt(
         variables: of the chat template; those of `load_tokenizer` hold for others.
         may_be_blank: whether the prompt may be white space alone, as that of a request may. A prompt without tokens
             raises ValueError all the same.
-        generation_prompt: whether messages end with what begins the answer. False: more messages may follow.
     """
-    if not may_be_blank:
-        require_filled("prompt", prompt)
+    if not may_be_blank and (not prompt or (isinstance(prompt, str) and not prompt.strip())):
+        raise ValueError("prompt is missing or empty; pass text or messages")
     is_chat = not isinstance(prompt, str)
     if is_chat:
         prompt = without_ends(tokenizer, checked_messages("prompt", prompt))
@@ -121,17 +116,12 @@ def encode_prompt(
     require_unicode("prompt", prompt)
     text = prompt
     if not isinstance(prompt, str):
-        text = render(tokenizer, prompt, **{**(variables or {}), "add_generation_prompt": generation_prompt})
+        text = render(tokenizer, prompt, **{**(variables or {}), "add_generation_prompt": True})
         require_short(text, most)
     ids = encode_prompts(tokenizer, [str(text)], [is_chat])[0]
     if not ids:
         raise ValueError(f"prompt {shorten(prompt)} becomes no tokens")
     return ids
-
-
-def require_filled(name: str, value: object) -> None:
-    if not value or (isinstance(value, str) and not value.strip()):
-        raise ValueError(f"{name} is missing or empty; pass text{' or messages' if name == 'prompt' else ''}")
 
 
 def require_short(prompt: Prompt, most: int | None) -> None:

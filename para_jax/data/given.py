@@ -11,8 +11,6 @@ from functools import partial
 from typing import Any
 
 from ..config import DataSection
-from ..io.checks import one_of
-from ..io.untrusted import safe_names
 from .hf import dataset_rows
 from .rows import Split, batch_rows, plain, warn_of_hidden, without_nulls
 
@@ -67,17 +65,16 @@ def given_split(section: DataSection, split: str) -> Split | None:
 def splits_of(label: str, data: Any) -> dict[str, Split]:
     """The splits of one run's data. Rows alone are training data. Splits with hidden labels are left out."""
     if not isinstance(data, Mapping):
-        return {"train": rows_split(label, "train", data)}
-    if "train" not in data or (others := [str(key) for key in data if key not in SPLITS]):
-        rename = f"Rename {safe_names(others)}" if "train" in data else "Give rows as a list of dicts, one for each row"
+        return {"train": rows_split(label, data)}
+    if "train" not in data or not set(data) <= set(SPLITS):
         raise ValueError(
-            f"{label} has the keys {safe_names(map(str, data)) or 'none'}; a dict of splits has train, and perhaps "
-            f"validation and test. {rename}"
+            f"{label} has the keys {', '.join(map(str, data)) or 'none'}; give a list of dicts, one for each row, or a "
+            "dict of train and perhaps validation and test"
         )
     found = {}
     for name in SPLITS:
         if data.get(name) is not None:
-            split = rows_split(f'{label}["{name}"]', name, data[name])
+            split = rows_split(f'{label}["{name}"]', data[name])
             if name != "train" and is_dataset(data[name]) and split.hides_labels():
                 warn_of_hidden(split.label)
             else:
@@ -85,9 +82,9 @@ def splits_of(label: str, data: Any) -> dict[str, Split]:
     return found
 
 
-def rows_split(label: str, name: str, data: Any) -> Split:
+def rows_split(label: str, data: Any) -> Split:
     rows = rows_of(label, data)
-    return Split(label, name, f"{label} row ", lambda: enumerate(rows()))
+    return Split(label, f"{label} row ", lambda: enumerate(rows()))
 
 
 def rows_of(label: str, data: Any) -> Callable[[], Iterable[Any]]:
@@ -104,9 +101,8 @@ def rows_of(label: str, data: Any) -> Callable[[], Iterable[Any]]:
         return lambda: (without_nulls(plain(row)) for row in data.to_dict("records"))
     if isinstance(data, list | tuple):
         return partial(iter, data)
-    kinds = ("a list of dicts", "a DataFrame", "a datasets.Dataset", "a dict of these by split")
-    name = "an iterator, which can be read once" if hasattr(data, "__next__") else type(data).__name__
-    raise ValueError(f"{label} must be {one_of(kinds)}; got {name}")
+    kinds = "a list of dicts, a DataFrame, a datasets.Dataset or a dict of these by split"
+    raise ValueError(f"{label} must be {kinds}; got {type(data).__name__}")
 
 
 def is_dataset(data: Any) -> bool:

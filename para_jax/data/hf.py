@@ -17,13 +17,13 @@ from typing import Any
 from ..io.checks import expanded, nearest, printable, shorten
 from ..io.hub import HUB_ID, inside_folder, is_inside_folder
 from ..io.storage.bucket import Place
-from .rows import READ_AT_ONCE, DataSet, Split, batch_rows
+from .rows import READ_AT_ONCE, DataSet, Split, batch_rows, no_split
 
 SCHEME = "hf:"
 FORMATS = ("json", "parquet")
 SOURCE = re.compile(r"hf:(?P<name>[^:]+)(:(?P<config>[^:]*)(:(?P<split>.+))?)?")
 #: The file in which `save_to_disk` lists the splits.
-SPLITS = "dataset_dict.json"
+SAVED_SPLITS = "dataset_dict.json"
 
 
 def is_hf(source: str | None) -> bool:
@@ -91,26 +91,19 @@ def datasets_library(source: str) -> Any:
 
 def load_failure(error: Exception) -> str:
     """One line on why `datasets` failed. The cause says more than the error that wraps it."""
-    text = printable(" ".join(str(error.__cause__ or error).split()), 300) or type(error).__name__
-    if text.startswith("BuilderConfig"):  # the user may have meant a split
-        return f"{text}. A split is written after the config: hf:NAME:CONFIG:SPLIT, or hf:NAME::SPLIT"
-    return text
+    return printable(" ".join(str(error.__cause__ or error).split()), 300) or type(error).__name__
 
 
 def read_split(builder: Any, name: str, config: str | None, split: str) -> Split:
     try:
         dataset = builder.as_dataset(split=split)
     except ValueError:
-        raise ValueError(
-            f"{SCHEME}{name}: no split {shorten(split)}, or no rows in it; choose one of "
-            f"{', '.join(builder.info.splits)}, or a part of one, such as train[:90%]"
-        ) from None
-    return split_of(f"{SCHEME}{name}:{config or ''}:{split}", split, dataset)
+        raise no_split(f"{SCHEME}{name}", split, builder.info.splits) from None
+    return split_of(f"{SCHEME}{name}:{config or ''}:{split}", dataset)
 
 
-def split_of(label: str, name: str, dataset: Any) -> Split:
-    files = [Path(file["filename"]) for file in dataset.cache_files]
-    return Split(label, name, f"{label}[", lambda: enumerate(dataset_rows(dataset)), files)
+def split_of(label: str, dataset: Any) -> Split:
+    return Split(label, f"{label}[", lambda: enumerate(dataset_rows(dataset)))
 
 
 def dataset_rows(dataset: Any) -> Iterator[dict]:
@@ -124,12 +117,12 @@ def dataset_rows(dataset: Any) -> Iterator[dict]:
 
 def is_saved(folder: Place) -> bool:
     """Whether `save_to_disk` wrote the folder: a data set, or one with splits."""
-    return isinstance(folder, Path) and any((folder / name).is_file() for name in (SPLITS, "state.json"))
+    return isinstance(folder, Path) and any((folder / name).is_file() for name in (SAVED_SPLITS, "state.json"))
 
 
 def splits_of_saved(folder: Path) -> list[str]:
     """The splits of a folder that `save_to_disk` wrote; none where it is one data set."""
-    return sorted(file.parent.name for file in folder.glob("*/state.json")) if (folder / SPLITS).is_file() else []
+    return sorted(file.parent.name for file in folder.glob("*/state.json")) if (folder / SAVED_SPLITS).is_file() else []
 
 
 def saved_data_set(folder: Path, named: str | None = None) -> DataSet:
@@ -141,12 +134,9 @@ def open_saved(folder: Path, split: str) -> Split:
     """A split of a folder that `save_to_disk` wrote. A data set without splits is the one that it is named for."""
     splits = splits_of_saved(folder)
     if "[" in split or (splits and split not in splits):
-        raise ValueError(
-            f"{folder}: no split {shorten(split)}; it has {', '.join(splits) or 'none'}; choose one with "
-            f"hf:{folder}::SPLIT"
-        )
+        raise ValueError(f"{folder}: no split {shorten(split)}; it has {', '.join(splits) or 'none'}")
     own = folder / split if splits else folder
     try:
-        return split_of(str(own), split, datasets_library(str(folder)).load_from_disk(str(own)))
+        return split_of(str(own), datasets_library(str(folder)).load_from_disk(str(own)))
     except Exception as error:  # of many kinds
         raise ValueError(f"{own}: {load_failure(error)}") from None

@@ -84,8 +84,6 @@ def plan_packing(examples: Sequence[Example], *, length: int, rows: int, seed: i
 
     Raises ValueError for an example that is longer.
     """
-    if not examples:
-        raise ValueError("no examples to pack: the data set is empty")
     longest = max(example_lengths(examples))
     if longest > length:
         raise ValueError(f"an example of {longest} tokens does not fit a row of {length}; raise data.max_seq_length")
@@ -117,7 +115,15 @@ def first_fit(indices: np.ndarray, lengths: np.ndarray, row_length: int) -> list
 def collate_packed(packed: Sequence[Sequence[Example]], shape: RowShape, rows: int) -> Packed:
     """Rows of examples as one batch, filled up to `rows` rows."""
     assert len(packed) <= rows, (len(packed), rows)
-    batch = empty(shape, rows)
+    ones = lambda: np.ones((rows, shape.segments), np.int32)  # noqa: E731
+    batch = Packed(
+        tokens=np.zeros((rows, shape.length), np.int32),
+        segment=np.full((rows, shape.length), -1, np.int32),
+        start=np.zeros((rows, shape.segments), np.int32),
+        prompt_length=ones(),
+        length=ones(),
+        predicted=np.zeros((rows, shape.completion), np.int32),
+    )
     for row, examples in enumerate(packed):
         at, predicted = 0, []
         for i, (prompt, completion) in enumerate(examples):
@@ -129,15 +135,3 @@ def collate_packed(packed: Sequence[Sequence[Example]], shape: RowShape, rows: i
             at += length
         batch.predicted[row, : len(predicted)] = predicted
     return batch
-
-
-def empty(shape: RowShape, rows: int) -> Packed:
-    ones = lambda: np.ones((rows, shape.segments), np.int32)  # noqa: E731
-    return Packed(
-        tokens=np.zeros((rows, shape.length), np.int32),
-        segment=np.full((rows, shape.length), -1, np.int32),
-        start=np.zeros((rows, shape.segments), np.int32),
-        prompt_length=ones(),
-        length=ones(),
-        predicted=np.zeros((rows, shape.completion), np.int32),
-    )

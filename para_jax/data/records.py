@@ -54,14 +54,6 @@ class Form(NamedTuple):
     task: str | None = None
 
 
-class MissingColumn(ValueError):
-    """A row lacks the column `prompt` or `completion`, and no template makes it from the others."""
-
-    def __init__(self, said: str, advice: str):
-        super().__init__(f"{said}; {advice}")
-        self.said, self.advice = said, advice
-
-
 def load_records(section: DataSection, split: str) -> list[Record] | None:
     """The records of a split. None if the run has no such data, also because there are too few training rows to hold
     any out (data.validation_split); training data is required."""
@@ -120,8 +112,6 @@ def records_of(split: Split, form: Form) -> Iterator[Record]:
             check_template("completion", form.completion or "", row)
         try:
             records = record_of(row, form, place)
-        except MissingColumn as error:
-            raise MissingColumn(f"{place}: {error.said}", error.advice) from None
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from None
         yield from records
@@ -208,10 +198,9 @@ def label_of(row: dict) -> str | None:
 def column(row: dict, name: str) -> Prompt:
     """The column `prompt` or `completion`: text or messages."""
     if name not in row:
-        raise MissingColumn(
-            f"no field {name!r}, or it is null",
-            f"set data.{name} to a template over the fields {names_of(row)}, or rename a field to {name!r}"
-            + SHAREGPT * ("conversations" in row),
+        raise ValueError(
+            f"no field {name!r}, or it is null; set data.{name} to a template over the fields {names_of(row)}, or "
+            f"rename a field to {name!r}" + SHAREGPT * ("conversations" in row)
         )
     value: Any = field(row, name)
     if isinstance(value, int | float):
@@ -234,29 +223,24 @@ def references(row: dict, completion: str) -> tuple[str, ...]:
 def fill(template: str, row: dict) -> str:
     """The template with each {column} replaced by the row's text, number or date. {{ and }} give braces."""
     text = ""
-    for literal, name, _, _ in string.Formatter().parse(template):
+    for literal, name, spec, _ in string.Formatter().parse(template):
         value: Any = "" if name is None else field(row, name)
         if isinstance(value, list | dict | datetime):
             raise ValueError(
                 f"{name} is a {type(value).__name__}; make it text: a template takes texts, numbers and dates"
             )
-        text += literal + str(value)
+        text += literal + format(value, spec or "")
     return text
 
 
 def check_template(name: str, template: str, row: dict) -> None:
-    """Raises ValueError for a template that names no plain columns, or that is a column's name without braces or in two
-    pairs of them, as in other libraries: every row would have this text."""
+    """Raises ValueError for a template that is a column's name without braces or in two pairs of them, as in other
+    libraries: every row would have this text."""
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
         raise ValueError(f"data.{name}: {shorten(template)}: {error}; write {{{{ or }}}} for a brace") from None
     columns = [part[1] for part in parts if part[1] is not None]
-    if not all(columns) or any(spec or conversion or set(c or "") & set(".[]") for _, c, spec, conversion in parts):
-        raise ValueError(
-            f"data.{name}: {shorten(template)} has a field that is not a plain {{column}}; write {{{{ and }}}} "
-            "for braces"
-        )
     text = "".join(literal for literal, *_ in parts).strip()
     bare = text.replace("{ ", "{").replace(" }", "}")
     if text and not columns and (text == "null" or text in row or any(f"{{{other}}}" in bare for other in row)):

@@ -10,7 +10,7 @@ from functools import cache
 from itertools import islice
 from typing import Any, NamedTuple
 
-from ..io.checks import printable, without_repeats
+from ..io.checks import printable, shorten, without_repeats
 from ..io.messages import warn
 from ..io.storage.bucket import Place
 
@@ -28,19 +28,15 @@ class Split(NamedTuple):
 
     label: str
     """what errors call it: a file, tfds:NAME:SPLIT, or data["train"]"""
-    name: str
-    """as its source calls it, such as train or train[:90%]"""
     prefix: str
     """what a row's place begins with, before its number, such as `file:` or `file[`"""
     read: Callable[[], Iterator[tuple[int, Any]]]
     """gives each row with its number: the line of a file, or an index from 0"""
-    files: Sequence[Place] = ()
-    """those that hold the rows"""
 
     def rows(self) -> Iterator[tuple[str, dict]]:
         """Each row's place and columns. A null or NaN counts as a missing column."""
         for number, row in self.read():
-            place = place_of(self.prefix, number)
+            place = f"{self.prefix}{number}" + "]" * self.prefix.endswith("[")
             if not isinstance(row, Mapping):
                 raise ValueError(f'{place}: the row is a {type(row).__name__}; write an object, {{"prompt": ..., ...}}')
             columns = {str(name): plain(value) for name, value in row.items()}
@@ -83,13 +79,16 @@ class DataSet(NamedTuple):
         return None
 
 
+def no_split(label: str, split: str, splits: Sequence[str]) -> ValueError:
+    part = "or a part of one, such as train[:90%]"
+    return ValueError(
+        f"{label}: no split {shorten(split)}, or no rows in it; choose one of {', '.join(splits)}, {part}"
+    )
+
+
 @cache  # a run looks for its data several times
 def warn_of_hidden(label: str) -> None:
     warn(f"{label}: its labels are hidden (-1), so it is left out")
-
-
-def place_of(prefix: str, number: int) -> str:
-    return f"{prefix}{number}" + "]" * prefix.endswith("[")
 
 
 def plain(value: Any) -> Any:
@@ -114,17 +113,17 @@ def is_missing(value: Any) -> bool:
 # --------------------------------------------------------------------------------------------------------------- files
 
 
-def open_file(path: Place, split: str = "train") -> Split:
+def open_file(path: Place) -> Split:
     """The rows of a data file, by its ending: .csv, .tsv, .parquet, else JSON lines or a JSON array."""
     if not path.is_file():
         problem = "is a folder" if path.is_dir() else "does not exist"
         raise ValueError(f"{path} {problem}; name a .jsonl, .csv or .parquet file")
     tables = {".csv": csv_rows, ".tsv": csv_rows, ".parquet": parquet_rows}
     if rows := tables.get(path.suffix.lower()):
-        return Split(str(path), split, f"{path}[", lambda: enumerate(named_rows(path, rows)), (path,))
+        return Split(str(path), f"{path}[", lambda: enumerate(named_rows(path, rows)))
     if starts_array(path):
-        return Split(str(path), split, f"{path}[", lambda: array_rows(path), (path,))
-    return Split(str(path), split, f"{path}:", lambda: line_rows(path), (path,))
+        return Split(str(path), f"{path}[", lambda: array_rows(path))
+    return Split(str(path), f"{path}:", lambda: line_rows(path))
 
 
 def split_file(folder: Place, split: str) -> Place | None:

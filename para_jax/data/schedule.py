@@ -121,16 +121,12 @@ class Schedule:
         bucket = self.buckets[max(self.orders[turn.tenant].plan.batch_indices(turn.step)[0] for turn in chosen)]
         rows = self.rows * self.passes
         made = [self.orders[turn.tenant].batch(turn.step, bucket, rows) for turn in chosen]
-        parts = [batch for batch, _ in made] + [filling(bucket, rows)] * (self.groups - len(made))
+        filling = collate([], bucket, rows) if isinstance(bucket, Bucket) else collate_packed([], bucket, rows)
+        parts = [batch for batch, _ in made] + [filling] * (self.groups - len(made))
         by_pass = [[a.reshape(self.passes, self.rows, *a.shape[1:]) for a in part] for part in parts]
         batch = type(parts[0])(*(np.concatenate(arrays, axis=1) for arrays in zip(*by_pass, strict=True)))
         slots = np.array([turn.slot for turn in chosen] + [-1] * (self.groups - len(chosen)), np.int32)
         return StepBatch(chosen, bucket, batch, np.tile(slots, (self.passes, 1)), sum(tokens for _, tokens in made))
-
-
-def filling(bucket: Bucket | RowShape, rows: int) -> Batch | Packed:
-    """Rows without an example."""
-    return collate([], bucket, rows) if isinstance(bucket, Bucket) else collate_packed([], bucket, rows)
 
 
 def turns(

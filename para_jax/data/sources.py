@@ -16,12 +16,10 @@ from ..io.checks import expanded, nearest
 from ..io.storage.bucket import Place
 from . import hf, tfds
 from .given import given_split, is_given
-from .rows import ENDINGS, DataSet, Split, open_file, split_file
+from .rows import DataSet, Split, open_file, split_file
 from .tasks import TFDS_TASKS
 
 FORMS = "a .jsonl, .csv or .parquet file, a folder with {split}.jsonl (or .csv, .parquet), tfds:NAME or hf:NAME"
-#: What others call the validation data. It is not read by these names.
-OTHER_NAMES = ("valid", "val", "dev", "eval")
 
 Row = TypeVar("Row")
 
@@ -51,12 +49,12 @@ def whole_split(section: DataSection, split: str) -> Split | None:
         return found.sibling(split) if source is None else found.of_field(split)
     file = split_file(found, split) if found.is_dir() else found
     if source is None:
-        return open_file(file, split) if file and file != found else None
+        return open_file(file) if file and file != found else None
     if file is None or not file.is_file():
         missing = file or found / f"{split}.jsonl"
         advice = (nearest(missing) or f" in {Path.cwd()}") if isinstance(missing, Path) else ""
         raise ValueError(f"data.{split}: {missing} does not exist{advice}\nname {FORMS.format(split=split)}")
-    return open_file(file, split)
+    return open_file(file)
 
 
 def data_set_of(section: DataSection, source: str) -> DataSet | Place:
@@ -115,38 +113,3 @@ def validation_rows(share: Fraction) -> Iterator[int]:
         start, end = ceil(block / share), ceil((block + 1) / share)
         drawn = int.from_bytes(hashlib.sha256(str(block).encode()).digest()[:8], "big")
         yield start + drawn % (end - start) if block else end - 1
-
-
-# ----------------------------------------------------------------------------------------------------- files left out
-
-
-def unread(section: DataSection, split: str) -> Path | None:
-    """A file next to the training data, or another split that `save_to_disk` wrote, that was probably meant as this
-    split, such as dev.jsonl, but is not read: it is named otherwise, or data.train is a file. None if the config names
-    data of this split, or that file."""
-    train = local_place(section.train)
-    if getattr(section, split) is not None or not (train and (train.is_dir() or train.stem == "train")):
-        return None
-    folder = train if train.is_dir() else train.parent
-    there = hf.splits_of_saved(folder)
-    if split in there or (train.is_dir() and split_file(folder, split) is not None):
-        return None
-    names = (split, *OTHER_NAMES) if split == "validation" else (split,)
-    meant = {*(set(names) & set(there)), *(f"{name}{ending}" for name in names for ending in ENDINGS)}
-    named = [local_place(source) for source in (section.validation, section.test)]
-    files = (file for file in sorted(folder.iterdir()) if file.name.lower() in meant and file not in named)
-    return next((file for file in files if file.is_file() or hf.is_saved(file)), None)
-
-
-def local_place(source: str | None) -> Path | None:
-    """The file or folder that a field names on this machine; None for other data."""
-    if source is None or is_given(source) or is_tfds(source) or hf.is_hf(source):
-        return None
-    place = expanded(source)
-    return place if isinstance(place, Path) else None
-
-
-def is_folder(train: str | None) -> bool:
-    """Whether data.train is a folder on this machine."""
-    place = local_place(train)
-    return place is not None and place.is_dir()

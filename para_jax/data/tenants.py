@@ -13,10 +13,9 @@ from ..config.fields import typed_fields
 from ..config.file import read_yaml, replaced
 from ..io.checks import expanded, near_name, printable
 from ..io.storage.bucket import Place
-from .given import PYTHON, is_given
-from .hf import SPLITS, is_saved, splits_of_saved
+from .given import PYTHON, SPLITS, is_given
+from .hf import SAVED_SPLITS, is_saved
 from .rows import ENDINGS, split_file
-from .sources import OTHER_NAMES
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 #: Names that a run's folder uses itself, and the name of the base model.
@@ -57,10 +56,7 @@ def tenant_sections(folder: str | Path, section: DataSection) -> dict[str, DataS
         return given_tenants(section)
     root = expanded(folder)
     if not root.is_dir():
-        problem = "is a file" if root.exists() else "does not exist"
-        advice = "; name a folder with a subfolder or .jsonl file per tenant"
-        advice += f"; or data.tenants=null, to train on data.train={section.train}" if section.train else ""
-        raise ValueError(f"data.tenants: {folder} {problem}{advice}")
+        raise ValueError(f"data.tenants: {folder} is no folder; name one with a subfolder or .jsonl file per tenant")
     if (splits := files_of_one(root)) is not None:
         raise ValueError(
             f"data.tenants: {folder} has {splits}, which is the data of one tenant\nuse data.tenants=null "
@@ -70,9 +66,6 @@ def tenant_sections(folder: str | Path, section: DataSection) -> dict[str, DataS
     for path in data_in(root):
         name = path.name if path.is_dir() else path.stem
         require_name(path, name, found)
-        for file in path.iterdir() if path.is_dir() else ():
-            if file.name.lower() in (OWN_FILE, "tenant.yml") and file.name != OWN_FILE:
-                raise ValueError(f"data.tenants: {file} would not be read; rename it to {OWN_FILE}")
         if path.is_dir() and not is_saved(path) and split_file(path, "train") is None:
             raise ValueError(f"data.tenants: {path} has no train.jsonl; add it, or remove the folder")
         found[name] = replace(section, train=str(path), validation=None, test=None, tenants=None)
@@ -82,21 +75,16 @@ def tenant_sections(folder: str | Path, section: DataSection) -> dict[str, DataS
 
 
 def files_of_one(root: Place) -> str | None:
-    """The names of the data files of a folder, or of the parts that `save_to_disk` wrote, if it has the splits of one
-    data set and nothing else; else None. Read as tenants, the test data would be trained on."""
-    data = data_in(root)
-    splits = {path.stem for path in data}
-    one = "train" in splits and splits <= {"train", "validation", "test", *OTHER_NAMES} and len(splits) > 1
-    if is_saved(root):
-        one = one or not splits_of_saved(root)
-    else:
-        one = one and all(path.is_file() for path in data)
-    return ", ".join(path.name for path in data) if one else None
+    """The names of the data files of a folder, or of the parts that `save_to_disk` wrote, if they are the splits of one
+    data set; else None. Read as tenants, the test data would be trained on."""
+    names = [path.name for path in data_in(root)]
+    splits = {path.stem for path in data_in(root) if path.is_file() or is_saved(root)}
+    return ", ".join(names) if "train" in splits and len(splits) == len(names) > 1 and splits <= set(SPLITS) else None
 
 
 def data_in(root: Place) -> list[Place]:
     """The subfolders and data files of a folder, sorted, without hidden ones."""
-    shown = (path for path in root.iterdir() if path.name != SPLITS and not path.name.startswith("."))
+    shown = (path for path in root.iterdir() if path.name != SAVED_SPLITS and not path.name.startswith("."))
     return sorted(path for path in shown if path.is_dir() or path.suffix.lower() in ENDINGS)
 
 

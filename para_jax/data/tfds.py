@@ -17,7 +17,7 @@ from typing import Any
 from ..config import TFDS as SCHEME
 from ..config import is_tfds as is_tfds
 from ..io.checks import expanded, printable, shorten
-from .rows import READ_AT_ONCE, DataSet, Split
+from .rows import READ_AT_ONCE, DataSet, Split, no_split
 
 
 class NotPrepared(ValueError):
@@ -44,12 +44,9 @@ def open_prepared(name: str, folder: Path, split: str) -> Split:
     try:
         builder.as_data_source(split=split)
     except ValueError:
-        raise ValueError(
-            f"{SCHEME}{name}: no split {shorten(split)}, or no rows in it; choose one of "
-            f"{', '.join(builder.info.splits)}, or a part of one, such as train[:90%]"
-        ) from None
-    label, files = f"{SCHEME}{name}:{split}", sorted(file for file in folder.iterdir() if file.is_file())
-    return Split(label, split, f"{label}[", partial(examples, folder, split), files)
+        raise no_split(f"{SCHEME}{name}", split, builder.info.splits) from None
+    label = f"{SCHEME}{name}:{split}"
+    return Split(label, f"{label}[", partial(examples, folder, split))
 
 
 def examples(folder: Path, split: str) -> Iterator[tuple[int, dict]]:
@@ -79,21 +76,11 @@ def prepare(source: str, data_dir: str | None = None) -> Path:
             builder = tfds.builder(name, data_dir=data_dir and str(expanded(data_dir)))
             builder.download_and_prepare(file_format="array_record")
     except Exception as error:  # builders raise errors of any kind
-        raise ValueError(f"{SCHEME}{name}: cannot prepare it: {prepare_failure(error)}") from None
+        said = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{SCHEME}{name}: cannot prepare it: {printable(said, 200)}") from None
     folder = Path(builder.data_path)
     require_array_record(name, folder)
     return folder
-
-
-def prepare_failure(error: BaseException) -> str:
-    """One line on why `prepare` failed: the package that is missing, or what the error says first."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ImportError) and cause.name:
-            package = cause.name.partition(".")[0]
-            return f"it needs the package {package}: pip install {package}"
-        cause = cause.__cause__
-    return printable((str(error).strip().splitlines() or [type(error).__name__])[0], 200)
 
 
 def describe_splits(folder: Path) -> str:

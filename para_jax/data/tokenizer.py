@@ -4,7 +4,6 @@ metadata. Either way a transformers tokenizer comes out, and torch is not needed
 from __future__ import annotations
 
 import re
-from importlib.util import find_spec
 from pathlib import Path
 
 from ..backbone.gguf.file import GgufFile
@@ -119,16 +118,12 @@ def with_own_ends(tokenizer, folder: Path):
 
 
 def require_readable(source: str, folder: Path) -> None:
-    """Raises ValueError for files that transformers would read wrongly, or refuse without saying what to do."""
-    has = {name for name in ("tokenizer.json", "tokenizer.model", "vocab.json") if (folder / name).is_file()}
-    if not has:
-        only = ", only a tekken.json, which is not read" if (folder / "tekken.json").is_file() else ""
+    """Raises ValueError for a folder without a tokenizer, in which transformers would make an empty one."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ValueError(
-            f"{source}: no tokenizer.json, tokenizer.model or vocab.json{only}; put the tokenizer's files next to the "
+            f"{source}: no tokenizer.json, tokenizer.model or vocab.json; put the tokenizer's files next to the "
             "weights, for example those of the model that it was tuned from"
         )
-    if has == {"tokenizer.model"} and find_spec("sentencepiece") is None:
-        raise ValueError(f"{source}: to read tokenizer.model, run: pip install sentencepiece")
 
 
 def require_small_files(folder: Path) -> None:

@@ -51,7 +51,8 @@ def find_adapters(adapters: Any, config: ModelConfig) -> Adapters:
             raise ValueError(f"adapters is a {kind}; give an adapter, an AdapterBank, {{name: adapter}}, or folders")
         adapters = named_adapters(list(map(str, places)))
     if isinstance(adapters, Mapping) and any(isinstance(one, Adapter) for one in adapters.values()):
-        adapters = AdapterBank.holding({name: in_memory(one, config) for name, one in adapters.items()}, config)
+        held = {k: one if isinstance(one, Adapter) else load_adapter(one, config) for k, one in adapters.items()}
+        adapters = AdapterBank.holding(held, config)
     if isinstance(adapters, AdapterBank):
         if adapters.model_config != config:
             raise ValueError("adapters: the AdapterBank is made for another backbone; make it with model.config")
@@ -59,10 +60,6 @@ def find_adapters(adapters: Any, config: ModelConfig) -> Adapters:
     sources = {name: str(one) for name, one in adapters.items()}
     found = dict(zip(sources, previews(sources.values(), config), strict=True))
     return Adapters(dict(sources), {name: one.digest for name, one in found.items()}, found, None)
-
-
-def in_memory(adapter: Any, config: ModelConfig) -> Adapter:
-    return adapter if isinstance(adapter, Adapter) else load_adapter(adapter, config)
 
 
 def bank_and_passes(
@@ -79,26 +76,11 @@ def bank_and_passes(
         return adapters.bank, (tuple(names) for _ in range(1))
     found = adapters.previews
     bank = AdapterBank.fitting([one.config for one in found.values()], model.config, capacity=2 * len(found))
-    largest = max(one.nbytes for one in found.values())
-    most = adapters_at_once(largest, memory)
-    say(who + described_passes(bank, names, len(found), most, largest))
+    # two passes are in memory: one that is answered, and one that is loaded
+    most = max(1, memory // (2 * max(one.nbytes for one in found.values())))
+    count = f"{len(names)} of {len(found)} adapters, {most} at once"
+    say(f"{who}{count}; {bank.carried}" if bank.carried else f"{who}{count}")
     return bank, in_passes(bank, names, lambda name: load_previewed(found[name], model.config, model=model), most)
-
-
-def adapters_at_once(largest: int, memory: int) -> int:
-    """How many adapters of at most `largest` bytes a pass may have if a bank may take `memory` bytes. It holds those of
-    two passes: one that is answered, and one that is loaded."""
-    return max(1, memory // (2 * max(1, largest)))
-
-
-def described_passes(bank: AdapterBank, names: Sequence[str], of: int, most: int, largest: int) -> str:
-    """How many adapters there are here, of how many altogether, in how many passes, for a message."""
-    passes = -(-len(names) // most)
-    held = min(len(names), 2 * most) * largest
-    text = (str(of) if len(names) == of else f"{len(names)} of {of}") + (" adapter" if of == 1 else " adapters")
-    text += f" in {passes} passes" if passes > 1 else ""
-    text += f", {held / 1e6:.1f} MB of host memory"
-    return f"{text}; {bank.carried}" if bank.carried else text
 
 
 def in_passes(

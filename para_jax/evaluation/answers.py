@@ -7,7 +7,7 @@ is not asked again.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Hashable, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -27,7 +27,7 @@ from .journal import AnswerJournal
 from .likelihood import likelihoods
 from .questions import Answer, Generation, Likelihood, Pending, Question, Scored, Written, key
 from .shapes import OpenShapes, PlannedShapes, batch_rows
-from .writing import EngineWriter, describe_tenant, known_answer, write_in_batches
+from .writing import describe_tenant, known_answer, write_by_engine, write_in_batches
 
 #: Questions with their answers, and the tokens that were computed for each.
 Answers = Generator[tuple[Pending, Answer, int]]
@@ -71,15 +71,11 @@ class Answerer:
         each token written"""
         self.seconds = 0.0
         """the time that took"""
-        self.asked: set[Hashable] = set()
-        """the keys of all questions, with a journal on disk"""
         self.entries: dict[Any, Any] = {}
         """the adapter of each tenant in the last call"""
         self._planned = shapes is not None
-        self._compiled: set[str] | None = None if self._planned and journal is None else set()  # a run says nothing
         self._warned: set[Any] = set()
         """the tenants with a warning that their logits are not finite"""
-        self._writer = EngineWriter(engine) if engine is not None else None
         ends = stop_token_ids(tokenizer, model.config.eos_token_ids)
         self.stop_ids = engine.stop_ids if engine is not None else ends
         self._writing: str | None = None
@@ -101,8 +97,6 @@ class Answerer:
         self.entries = entries
         asked = [self._pending(tenant, entries[tenant], question, journal) for tenant, question in questions]
         distinct = {one.key: one for one in asked}
-        if journal.file is not None:
-            self.asked |= distinct.keys()
         left = [one for one in distinct.values() if one.key not in journal]
         for one in left:
             require_invocation(one.entry and one.entry.config, one.question.context, "context")
@@ -161,7 +155,7 @@ class Answerer:
         seen: set[tuple] = set()
         asked = [(one.entry, one.question) for one in pending]
         rows = batch_rows(self.rows)
-        for i, scored in likelihoods(self.model, self.bank, asked, rows, self.shapes, self._compiled):
+        for i, scored in likelihoods(self.model, self.bank, asked, rows, self.shapes):
             one = pending[i]
             new = 0 if context_of(one) in seen else len(one.question.context)
             seen.add(context_of(one))
@@ -175,9 +169,8 @@ class Answerer:
 
     def _by_engine(self, pending: list[Pending], distinct: list[Pending]) -> Answers:
         asked = [one.question for one in distinct if isinstance(one.question, Generation)]
-        # An engine of our own has the same shapes after a resume.
-        writer = self._writer or EngineWriter(self._own_engine(asked))
-        with closing(writer.write(pending)) as answers:
+        engine = self.engine or self._own_engine(asked)  # one of our own has the same shapes after a resume
+        with closing(write_by_engine(engine, pending)) as answers:
             for one, written in answers:
                 yield one, written, len(one.question.context) + written.tokens
 
@@ -188,11 +181,7 @@ class Answerer:
         return Engine(self.model, self.bank, self.tokenizer, **sizes)  # pyright: ignore
 
     def _entry(self, tenant: Any) -> Any:
-        if tenant is None:
-            return None
-        if self.bank is None:
-            raise ValueError(f"tenant {tenant!r}: there is no bank; only None, the base model, can be asked")
-        return self.bank.entry(tenant)
+        return None if tenant is None or self.bank is None else self.bank.entry(tenant)
 
     def _pending(self, tenant: Any, entry: Any, question: Question, journal: AnswerJournal) -> Pending:
         question = question if entry else question._replace(reads=None)  # the base model makes no factors

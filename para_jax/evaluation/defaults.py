@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from ..backbone.load import load_model_config
 from ..config import DataSection, ModelConfig, RunConfig
 from ..data.batches import rounded_up
 from ..data.examples import encode_completion
-from ..data.given import described
-from ..data.records import Record, load_records, split_records
+from ..data.records import Record, split_records
 from ..data.sources import open_split, task_of
 from ..data.tasks import TASKS
 from ..io.checks import shorten
-from ..io.messages import warn
 from ..io.progress import Progress
-from .metrics import LABEL_METRICS, single_spaced
+from .metrics import single_spaced
 
 #: Labels are ranked by their likelihoods if there are at most this many; otherwise the answer is written.
 RANKED = 20
@@ -35,8 +33,6 @@ REPEATED = 4
 FREE_WORDS, FREE_SHARE = 10, 0.9
 #: Completions, from the start of the data, that are kept to see how many are different.
 COMPARED = 10_000
-#: The largest share of validation or test answers that the training data may lack if they are ranked.
-UNSEEN = 0.1
 #: How many of the longest completions, by bytes, are tokenised to find the longest by tokens.
 COUNTED = 32
 #: Tokens of a written answer where nothing is known about it, and the fewest and the most that the data can ask for.
@@ -47,8 +43,8 @@ class Completions(NamedTuple):
     """The completions of the training data."""
 
     count: int
-    different: tuple[str, ...] | None
-    """None: more than RANKED"""
+    different: tuple[str, ...]
+    """empty: more than RANKED"""
     longest: list[Record]
     """by bytes"""
     free_text: bool
@@ -61,19 +57,13 @@ class ScoringRule(NamedTuple):
     also: tuple[str, ...]
     choices: tuple[str, ...]
     max_new_tokens: int
-    unseen: tuple[str, ...] = ()
-    """choices that only the validation or test data has"""
     from_data: bool = False
     """whether the metric was chosen from the data"""
-    guessed: bool = False
-    """whether the metric or the length should follow from training data that is not here"""
 
     def describe(self) -> str:
         """ "accuracy over the 6 different completions of the training data (eval.metric)"."""
         if self.metric == "accuracy":
-            count = len(self.choices) - len(self.unseen)
-            more = f" and {len(self.unseen)} more of the validation and test data" if self.unseen else ""
-            return f"accuracy over the {count} different completions of the training data{more} (eval.metric)"
+            return f"accuracy over the {len(self.choices)} different completions of the training data (eval.metric)"
         written = f"of written answers of up to {self.max_new_tokens} tokens (eval.metric, eval.max_new_tokens)"
         if self.metric == "loss" and self.from_data:
             reported = " and ".join(self.also)
@@ -94,9 +84,9 @@ def scoring_rule(config: RunConfig, tokenizer, *, model: ModelConfig | None = No
     writes = bool(also) if metric == "loss" else metric != "accuracy"
     needed = metric is None or (new is None and writes)
     held = completions_of(config.data) if needed else None
-    choices, unseen, from_data = given.choices, (), metric is None
+    choices, from_data = given.choices, metric is None
     if metric is None:
-        choices, unseen = labels_of(config.data, held)
+        choices = held.different if held and 2 <= len(held.different) <= held.count / REPEATED else ()
         metric = "accuracy" if choices else "loss" if held and held.free_text else "exact_match"
         also = also or (() if choices else ("f1",))
     if new is None:
@@ -104,22 +94,7 @@ def scoring_rule(config: RunConfig, tokenizer, *, model: ModelConfig | None = No
         if held and held.longest and metric != "accuracy":
             model = model or load_model_config(config.backbone.source)
             new = answer_length(longest_completion(held.longest, tokenizer), model)
-    ranks = metric in LABEL_METRICS and bool(choices)
-    guessed = needed and not ranks and config.data.train is not None and not is_there(config.data)
-    return ScoringRule(metric, also, choices, new, unseen, from_data, guessed)
-
-
-def warn_of_guesses(rules: Sequence[tuple[RunConfig, ScoringRule]]) -> None:
-    """Warns, in one line for all, of runs or tenants that are scored without their training data."""
-    guessed = [(config.data.train, rule) for config, rule in rules if rule.guessed]
-    if guessed:
-        train, rule = guessed[0]
-        more = f", and that of {len(guessed) - 1} more," if len(guessed) > 1 else ""
-        warn(
-            f"the training data ({described(train)}){more} is not here, and how a run scores its answers follows from "
-            f"it. Here it is {rule.describe()}. If the run printed something else, set that: eval.metric and "
-            "eval.max_new_tokens, or eval.metric=accuracy and eval.choices"
-        )
+    return ScoringRule(metric, also, choices, new, from_data)
 
 
 def completions_of(section: DataSection) -> Completions:
@@ -129,25 +104,23 @@ def completions_of(section: DataSection) -> Completions:
 
 def completions_in(records: Iterable[Record]) -> Completions:
     count, words, compared, different, often = 0, 0, 0, set[str](), Counter[str]()
-
-    def counted() -> Iterator[Record]:
-        nonlocal count, words, compared
-        with Progress("reading the completions", unit="example") as bar:
-            for record in records:
-                count += 1
-                words += len(record.completion.split())
-                if len(different) < COMPARED:
-                    compared = count
-                    different.add(single_spaced(record.completion))
-                if len(different) <= RANKED:
-                    often[record.completion] += 1
-                bar.advance()
-                yield record
-
-    longest = heapq.nlargest(COUNTED, counted(), key=size_of)
-    few = different_answers(often) if len(different) <= RANKED else None
+    longest: list[tuple[int, int, Record]] = []  # a heap; the number tells records of one length apart
+    with Progress("reading the completions", unit="example") as bar:
+        for record in records:
+            count += 1
+            words += len(record.completion.split())
+            if len(different) < COMPARED:
+                compared = count
+                different.add(single_spaced(record.completion))
+            if len(different) <= RANKED:
+                often[record.completion] += 1
+            heapq.heappush(longest, (size_of(record), count, record))
+            if len(longest) > COUNTED:
+                heapq.heappop(longest)
+            bar.advance()
+    few = different_answers(often) if len(different) <= RANKED else ()
     free_text = words > FREE_WORDS * count and len(different) >= FREE_SHARE * compared
-    return Completions(count, few, longest, free_text)
+    return Completions(count, few, [record for *_, record in longest], free_text)
 
 
 def different_answers(texts: Iterable[str]) -> tuple[str, ...]:
@@ -179,34 +152,6 @@ def is_there(section: DataSection) -> bool:
         return open_split(section, "train") is not None
     except ValueError:
         return False
-
-
-def labels_of(section: DataSection, held: Completions | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The choices to rank, and those of them that only the validation or test data has. None where the completions are
-    no labels.
-
-    An answer that training never saw would count as wrong whatever the model says, so it is a choice too. If more than
-    UNSEEN of a split are such answers, they are no labels.
-    """
-    if held is None or held.different is None or not 2 <= len(held.different) <= held.count / REPEATED:
-        return (), ()
-    labels, unseen = set(map(single_spaced, held.different)), list[str]()
-    for split in ("validation", "test"):
-        records = load_records(section, split) or []
-        lacking = without_answer(records, held.different)
-        if not lacking:
-            continue
-        first = f"{shorten(lacking[0].completion)} ({lacking[0].place})"
-        which = f"{split}: {len(lacking)} of {len(records)} answers are not in the training data"
-        if len(lacking) > UNSEEN * len(records):
-            warn(f"{which}, the first is {first}; so answers are written, not ranked (eval.metric)")
-            return (), ()
-        warn(f"{which}, the first is {first}; they are choices too (eval.choices)")
-        unseen += [record.completion for record in lacking if single_spaced(record.completion) not in labels]
-    more = different_answers(unseen)
-    if len(labels) + len(more) > RANKED:
-        return (), ()
-    return tuple(sorted((*held.different, *more))), more
 
 
 def longest_completion(records: Sequence[Record], tokenizer) -> int:

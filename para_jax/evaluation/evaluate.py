@@ -197,7 +197,7 @@ def run_evaluation(
         if folder is not None:
             write_results(folder, records, files, text)
         if part is not None:
-            held = {"files": files, "samples": written, "answers": len(answerer.asked)}
+            held = {"files": files, "samples": written}
             if part.shard.index == 0:  # once is enough: the same for all shards
                 tasks_in_order = [name for one in tasks for name in one.names]
                 held |= {"names": names, "tasks": tasks_in_order, "own": owners(tasks)}

@@ -38,9 +38,7 @@ class AnswerJournal:
     def add(self, key: Hashable, answer: Answer) -> None:
         """Keeps an answer, on disk as `Journal.add` does."""
         if self._lines is not None:
-            fields = answer._asdict()
-            written = {name: value for name, value in fields.items() if (name, value) != ("finite", True)}
-            self._lines.add({"key": key, **written})
+            self._lines.add({"key": key, **answer._asdict()})
         self._answers[key] = answer
 
     def sync(self) -> None:

@@ -8,7 +8,6 @@ teacher-forced pass over both. Adapters of scope `response` share their contexts
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -21,7 +20,6 @@ from ..data.batches import assign_buckets, collate, example_lengths, right_padde
 from ..data.examples import Example
 from ..model.adapted import continue_rows, prefill, prefill_after
 from ..model.tail import PromptStates
-from ..runtime import devices
 from ..runtime.processes import full_arrays
 from ..training.loss import of_logits, token_scores
 from ..training.step import eval_nll
@@ -40,16 +38,15 @@ def likelihoods(
     asked: Sequence[tuple[Any, Likelihood]],
     rows: int,
     shapes: Shapes,
-    compiled: set[str] | None,
 ) -> Iterator[tuple[int, Scored]]:
     """(A question's index, its answer), in the order in which batches end, shortest contexts first.
 
     Args:
         asked: questions, each with an entry of the bank; None is the base model.
         rows: contexts per batch.
-        compiled: the programs that have been announced, to which this adds; None: no program is announced.
     """
     planned = isinstance(shapes, PlannedShapes)
+    # with open shapes always: an answer's bits must not depend on who else is asked
     sharing = not planned or repeated(asked)
     alike: dict[tuple[bool, bool], list[int]] = {}
     for i, (entry, question) in enumerate(asked):
@@ -61,7 +58,7 @@ def likelihoods(
         if planned and not shapes.of_prompts:
             found = in_whole_rows(model, bank, members, rows, shapes, shared)
         else:
-            found = after_contexts(model, bank, members, rows, shapes, compiled, shared)
+            found = after_contexts(model, bank, members, rows, shapes, shared)
         for i, scored in found:
             yield chosen[i], scored
 
@@ -103,7 +100,6 @@ def after_contexts(
     asked: Sequence[tuple[Any, Likelihood]],
     rows: int,
     shapes: Shapes,
-    compiled: set[str] | None,
     shared: bool,
 ) -> Iterator[tuple[int, Scored]]:
     """As `likelihoods`: a row of a batch is a context with all its continuations.
@@ -127,7 +123,7 @@ def after_contexts(
             order = [i for members in batch for i in members]
             continuations = [(row, asked[i][1].continuation) for row, members in enumerate(batch) for i in members]
             prompts = [question.context for _, question in firsts]
-            given = prompts, continuations, length, rows, shapes, compiled, states
+            given = prompts, continuations, length, rows, shapes, states
             for j, scored in of_contexts(model, adapters, *given):
                 yield order[j], scored
 
@@ -140,7 +136,6 @@ def of_contexts(
     length: int,
     rows: int,
     shapes: Shapes,
-    compiled: set[str] | None,
     states: PromptStates | None,
 ) -> Iterator[tuple[int, Scored]]:
     """(A continuation's index, its answer) for one batch of contexts.
@@ -151,26 +146,15 @@ def of_contexts(
         states: of the contexts, for adapters that share them.
     """
     begin = prefill if states is None else partial(prefill_after, states=states)
-    cache = shapes.context_cache(length)
     tokens, lengths = right_padded(contexts, rows, length)
     leaves, treedef = jax.tree.flatten(model)
-    with announced(f"{rows} contexts of {length} tokens", compiled):
-        logits, state = begin(model, adapters, tokens, lengths, max_length=cache)
+    logits, state = begin(model, adapters, tokens, lengths, max_length=shapes.context_cache(length))
     for size, chunk in continuation_batches(continuations, rows, shapes):
         row, tokens, lengths = collated([continuations[i] for i in chunk], size, rows)
-        with announced(f"{len(row)} continuations of {size} tokens after {cache}", compiled):
-            found = continuation_scores(treedef, leaves, logits, state, row, tokens, lengths)
+        found = continuation_scores(treedef, leaves, logits, state, row, tokens, lengths)
         nats, greedy = full_arrays(found)
         for i, total, likeliest in zip(chunk, nats, greedy, strict=False):
             yield i, Scored(float(total), bool(likeliest))
-
-
-def announced(what: str, compiled: set[str] | None) -> AbstractContextManager[None]:
-    """devices.compiling at a shape's first call, which has to compile; later nothing."""
-    if compiled is None or what in compiled:
-        return nullcontext()
-    compiled.add(what)
-    return devices.compiling(what)
 
 
 def continuation_batches(

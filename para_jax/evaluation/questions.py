@@ -81,9 +81,7 @@ class Pending(NamedTuple):
 def key(question: Question, entry: Entry | None, backbone: str, writing: str, dtype: str = "float32") -> str:
     """A hash of everything that an answer depends on: the question, the adapter's content (never its name) and the
     dtype of its bank, the backbone's content and ANSWERS_VERSION; for a Generation also `writing_content`."""
-    # What is usual is left out, so that older journals still count.
-    asked = list(question) if question.reads is not None else list(question)[:-1]
-    adapter = entry and (entry.content if dtype == "float32" else f"{entry.content} {dtype}")
-    parts = [ANSWERS_VERSION, type(question).__name__, asked, adapter, backbone]
+    adapter = entry and f"{entry.content} {dtype}"
+    parts = [ANSWERS_VERSION, type(question).__name__, question, adapter, backbone]
     parts += [writing] if isinstance(question, Generation) else []
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

@@ -9,6 +9,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ from .tasks import EncodedTask
 #: In an output folder: every answer, as it came.
 ANSWERS_FILE = "answers.jsonl"
 #: Of table.csv and of a DataFrame.
-COLUMNS = ("adapter", "task", "metric", "value", "stderr", "examples")
+COLUMNS: tuple[str, ...] = ("adapter", "task", "metric", "value", "stderr", "examples")
 
 
 class Results(NamedTuple):
@@ -230,10 +231,9 @@ def counts(by_tenant: Mapping[str, dict]) -> str:
 def csv_table(by_tenant: Mapping[str, dict]) -> str:
     """All scores as CSV, a row for each adapter, task and metric."""
     text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(COLUMNS)
-    for row in score_rows(by_tenant):
-        rows.writerow([on_one_line(row["adapter"]), on_one_line(row["task"]), *list(row.values())[2:]])
+    rows = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    rows.writeheader()
+    rows.writerows(score_rows(by_tenant))
     return text.getvalue()
 
 
@@ -300,15 +300,10 @@ def check_results(folder: Place, files: Iterable[str], content: str) -> None:
     results of this backbone."""
     check_results_folder(folder)
     for file in (folder / name for name in files):
-        if not file.exists():
-            continue
-        try:
-            backbone = json.loads(file.read_bytes())["config"]["backbone_content"]
-        except (ValueError, KeyError, TypeError, OSError):
-            backbone = None
-        if backbone != content:
-            said = "results of another backbone" if backbone else "no results of an evaluation"
-            raise ValueError(f"--output: {file} holds {said}; choose another --output, or remove the file")
+        with suppress(ValueError, KeyError, TypeError):  # another program's file
+            if not file.exists() or json.loads(file.read_bytes())["config"]["backbone_content"] == content:
+                continue
+        raise ValueError(f"--output: {file} holds no results of this backbone; choose another --output")
 
 
 def write_results(folder: Place, records: Mapping[str, dict], files: Mapping[str, str], text: str) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+import numpy as np
 
 from ..io import atomic
 from ..io.storage.bucket import Place
@@ -61,14 +62,12 @@ def write_samples(file: Place, adapter: str, task: str, samples: Iterable[dict])
 
 
 def json_line(value: dict) -> bytes:
-    """A line of JSON in UTF-8. What is not printable is escaped: it could act on a terminal, or end a line."""
-    text = json.dumps(value, ensure_ascii=False, default=plain)
-    return re.sub("[^ -~]", lambda c: c[0] if c[0].isprintable() else json.dumps(c[0])[1:-1], text).encode() + b"\n"
+    """A line of JSON in UTF-8."""
+    return json.dumps(value, ensure_ascii=False, default=plain).encode("utf-8", "backslashreplace") + b"\n"
 
 
 def plain(value: Any) -> Any:
     """What JSON lacks, as in lm-eval's files: numpy's numbers as numbers, sets as lists, other values as text."""
     if isinstance(value, set | frozenset):
         return list(value)
-    item = getattr(value, "item", None)
-    return item() if callable(item) and getattr(value, "shape", None) == () else str(value)
+    return value.item() if isinstance(value, np.generic) else str(value)

@@ -133,15 +133,8 @@ def say_evaluation(parts: Mapping[str, Sequence[EncodedTask]], batch_size: int) 
     Args:
         parts: the tasks of each split.
     """
-    if not parts:
-        return
-    mesh, rows = jax.sharding.get_abstract_mesh(), batch_rows(batch_size)
-    devices = 1 if mesh.empty else mesh.size
-    counts = {name: sum(len(one.examples) for one in tasks) for name, tasks in parts.items()}
-    given = f"{rows} rows" + (f", all {devices} devices together" if devices > 1 else "")
-    if rows != batch_size:
-        given += f" (eval.batch_size {batch_size}, rounded up to what mesh.data x mesh.fsdp divides)"
-    each = " and ".join(f"{count} {name} examples" for name, count in counts.items())
-    new = max(one.task.max_new_tokens if one.task.writes else 0 for tasks in parts.values() for one in tasks)
+    each = [f"{sum(len(one.examples) for one in tasks)} {split} examples" for split, tasks in parts.items()]
+    new = max((one.task.max_new_tokens for tasks in parts.values() for one in tasks if one.task.writes), default=0)
     writes = f", with answers of up to {new} tokens; eval.limit and eval.test_limit score fewer" if new else ""
-    say(f"evaluation: {each}, in batches of {given}{writes}")
+    if parts:
+        say(f"evaluation: {' and '.join(each)}, in batches of {batch_rows(batch_size)} rows{writes}")

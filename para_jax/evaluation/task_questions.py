@@ -15,7 +15,6 @@ from ..data.rows import split_file
 from ..data.tenants import OWN_FILE, with_own_fields
 from ..io.checks import shorten
 from .adapter_passes import PLACES
-from .defaults import scoring_rule, warn_of_guesses
 from .metrics import LABEL_METRICS
 from .options import EvalOptions
 from .questions import Answer, Question
@@ -26,11 +25,9 @@ from .task_file import INSTALL, no_data, task_parts
 from .tasks import (
     EncodedTask,
     EvalTask,
-    FileTask,
     check_room,
     encode_task,
     file_task,
-    renamed,
     rows_task,
     say_long,
     task_of_run,
@@ -63,31 +60,29 @@ def read_tasks(tasks: Any, tokenizer, config: ModelConfig, options: EvalOptions)
 
     Several metrics of one file are separate tasks, named TASK:METRIC.
     """
-    files, names, questions = list[FileTask](), list[str](), list[TaskQuestions]()
+    own, names = list[EvalTask](), list[str]()
     for name, task in named_tasks(tasks):
         if isinstance(task, RunConfig):
             task = run_task(task, options.split, tokenizer, config)
+        elif isinstance(task, PLACES):
+            task = file_task(str(task), tokenizer, config, split=options.split, limit=options.limit) or str(task)
+        elif not isinstance(task, EvalTask):
+            task, name = rows_task(name or "rows", task, tokenizer, config, limit=options.limit), None
         if isinstance(task, EvalTask):
-            task = task._replace(name=name or task.name)
-            questions.append(questions_of_run(task, tokenizer, config, options))
-        elif not isinstance(task, PLACES):
-            files.append(rows_task(name or "rows", task, tokenizer, config, limit=options.limit))
-        elif found := file_task(str(task), tokenizer, config, split=options.split, limit=options.limit):
-            files.append(renamed(found, name) if name else found)
+            own.append(task._replace(name=name or task.name))
         elif name:
             raise ValueError(f"tasks[{name!r}]: {task} is no file or folder; lm-eval's tasks keep their names")
         else:
-            names.append(str(task))
-    files = with_metrics_in_names(files)
-    questions += [questions_of(one.encoded, one.original, options) for one in files]
-    own_names = [name for one in questions for name in one.names]
-    require_distinct([*names, *own_names])
-    if not names:
-        return questions
-    loaded = questions_of_harness(names, tokenizer, config, options)
-    theirs = dict.fromkeys([*names, *(name for one in loaded for name in one.names)])
-    require_distinct([*theirs, *own_names])
-    return [*questions, *loaded]
+            names.append(task)
+    questions = [questions_of(task, tokenizer, config, options) for task in with_metrics_in_names(own)]
+    questions += questions_of_harness(names, tokenizer, config, options) if names else []
+    times = Counter(name for one in questions for name in one.names)
+    if twice := [name for name in times if times[name] > 1]:
+        raise ValueError(
+            f"--tasks: {', '.join(twice)} is given more than once, and its scores have one name\nscore them in two "
+            "calls, each with its own --output"
+        )
+    return questions
 
 
 def named_tasks(tasks: Any) -> list[tuple[str | None, Any]]:
@@ -157,42 +152,26 @@ def read_own_tasks(
             f"--own: {folder} has no {options.split}.jsonl for {', '.join(missing[:5])}\nadd it, or name "
             "adapters by their data: --adapters NAME=DIR"
         )
-    tasks, of_runs, rules = [], [], []
+    tasks, of_runs = [], []
     for tenant in tenants:
-        own, task = configs.get(tenant), None
-        if own is not None:
-            rule = scoring_rule(own, tokenizer, model=config)
+        task = None
+        if own := configs.get(tenant):
             labels = metric in LABEL_METRICS  # few are ranked, as by TASKS:METRIC without --own
-            task = task_of_run(own, options.split, tokenizer, rule, model=config, rank_labels=labels)
-        if task is not None:
+            task = task_of_run(own, options.split, tokenizer, model=config, rank_labels=labels)
             of_runs.append(task)
-            if task.writes:
-                rules.append((own, rule))
-            asked = questions_of_run(task._replace(name=tenant), tokenizer, config, options)
-            tasks.append(asked._replace(owner=tenant))
-            continue
-        own = (f"{name}=" if name else "") + str(folder / tenant) + (f":{metric}" if metric else "")
-        found = file_task(own, tokenizer, config, split=options.split, limit=options.limit)
-        if found is not None:
-            tasks.append(questions_of(renamed(found, tenant).encoded, found.original, options)._replace(owner=tenant))
-    warn_of_guesses(rules)
+        if task is None:
+            text = (f"{name}=" if name else "") + str(folder / tenant) + (f":{metric}" if metric else "")
+            task = file_task(text, tokenizer, config, split=options.split, limit=options.limit)
+            assert task is not None, "the file is there"
+        tasks.append(questions_of(task._replace(name=tenant), tokenizer, config, options)._replace(owner=tenant))
     say_long(options.split, of_runs)
     return tasks
 
 
-def questions_of_run(task: EvalTask, tokenizer, config: ModelConfig, options: EvalOptions) -> TaskQuestions:
-    """A run's task as questions."""
-    encoded = encode_task(task, tokenizer, options.limit)
+def questions_of(task: EvalTask, tokenizer, config: ModelConfig, options: EvalOptions) -> TaskQuestions:
+    """One of our own tasks as questions."""
+    encoded, original = encode_task(task, tokenizer, options.limit), len(task.records) + task.skipped
     check_room(config, encoded)
-    return questions_of(encoded, len(task.records) + task.skipped, options)
-
-
-def questions_of(encoded: EncodedTask, original: int, options: EvalOptions) -> TaskQuestions:
-    """One of our own tasks as questions.
-
-    Args:
-        original: how many examples its file has.
-    """
     questions = encoded.questions(other_prompts(encoded, options.seed if options.shuffle_prompts else None))
 
     def results(answer: Lookup) -> dict:
@@ -215,29 +194,10 @@ def questions_of_harness(names: list[str], tokenizer, config: ModelConfig, optio
 
     folder = Path(options.include_path).expanduser() if options.include_path else None
     loaded = load_tasks(names, folder, limit=options.limit, fewshot=options.num_fewshot, chat=options.chat)
-    asked, held = [], dict[str, tuple[str, str]]()
+    asked = []
     for task in loaded:
         given = task, tokenizer, config.max_positions
         questions = record(*given, sampling_seed=options.seed)
-        settings = task.settings()
-        for name, text in settings.items():
-            other, before = held.setdefault(name, (task.name, text))
-            if text != before:
-                raise ValueError(
-                    f"--tasks: {other} and {task.name} hold lm-eval's task {name} with different settings, and its "
-                    "scores have one name\nscore them in two calls, each with its own --output"
-                )
         results = partial(replay, *given, sampling_seed=options.seed, samples=options.log_samples)
-        asked.append(TaskQuestions(task.result_names, questions, results, scored_by=repr(settings)))
+        asked.append(TaskQuestions(task.result_names, questions, results, scored_by=task.settings()))
     return asked
-
-
-def require_distinct(names: Sequence[str]) -> None:
-    """Raises ValueError for tasks with one name. A file gives its task its own name, and a folder gives it the
-    folder's."""
-    twice = [name for name, times in Counter(names).items() if times > 1]
-    if twice:
-        raise ValueError(
-            f"--tasks: {', '.join(twice)} is given more than once\nscore two files with one name in two calls, each "
-            "with its own --output"
-        )

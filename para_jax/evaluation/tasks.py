@@ -7,21 +7,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from shlex import quote
 from typing import Any, NamedTuple
 
 from ..backbone.load import load_model_config
 from ..config import DataSection, ModelConfig, RunConfig
 from ..data.examples import Example, answer_opening, encode_completion, encode_example
 from ..data.given import rows_split
-from ..data.records import Form, MissingColumn, Record, load_records, read_records, records_of, split_records
+from ..data.records import Form, Record, load_records, read_records, records_of, split_records
 from ..data.rows import split_file
 from ..data.sources import task_of
 from ..data.tasks import TASKS, Task
 from ..data.training_data import encode_records, report
-from ..io.checks import shorten
 from ..io.messages import say, warn
-from .accepted_answers import as_learnt, as_ranked, shown_alike
+from .accepted_answers import with_learnt_forms
 from .defaults import (
     RANKED,
     ScoringRule,
@@ -32,7 +30,6 @@ from .defaults import (
     longest_completion,
     missing_answer,
     scoring_rule,
-    warn_of_guesses,
     without_answer,
 )
 from .metrics import LABEL_METRICS, METRICS, single_spaced
@@ -57,7 +54,7 @@ class EvalTask(NamedTuple):
     cut: int = 0
     """how many of the examples were too long and lost the start of their prompts"""
     skipped: int = 0
-    """how many more examples there were, which are too long"""
+    """how many more examples the data has, which are too long or beyond a limit"""
 
     @property
     def ranks(self) -> bool:
@@ -76,7 +73,7 @@ class EncodedTask(NamedTuple):
     task: EvalTask
     examples: list[Example]
     ranked: list[Example]
-    """each prompt with each choice, if choices are ranked"""
+    """each prompt with each choice as its whole completion, end token included, if choices are ranked"""
     openings: Sequence[str] = ()
     """what is written before the answer to each example, if answers are written"""
 
@@ -107,32 +104,15 @@ def encode_task(task: EvalTask, tokenizer, limit: int | None = None) -> EncodedT
     records = task.records[:limit]
     examples = task.examples or [encode_example(tokenizer, record.prompt, record.completion) for record in records]
     examples = examples[:limit]
-    ranked = ranked_examples(examples, records, task, tokenizer)
-    if ranked:
-        each = [ranked[i : i + len(task.choices)] for i in range(0, len(ranked), len(task.choices))]
-        records = [as_ranked(tokenizer, task.choices, *one) for one in zip(records, examples, each, strict=True)]
-    openings = [answer_opening(tokenizer, record.prompt) for record in records] if task.writes else []
-    if task.writes:
-        same = shown_alike(tokenizer, records)
-        if same:
-            why = "differ in special tokens alone, which no text shows; they count as wrong"
-            warn(f"{task.name}: answers such as {shorten(same[0])} {why}")
-        records = [as_learnt(tokenizer, *one, same) for one in zip(records, examples, openings, strict=True)]
-    return EncodedTask(task._replace(records=records), examples, ranked, openings)
-
-
-def ranked_examples(examples: Sequence[Example], records: Sequence[Record], task: EvalTask, tokenizer) -> list[Example]:
-    """Each prompt with each choice as its whole completion, end token included; none if the task's answers are
-    written."""
-    if not task.ranks:
-        return []
-    if len(task.choices) < 2:
-        raise ValueError(f"{task.name}: choices {task.choices}: {task.metric} needs at least 2 answers to rank")
-    return [
+    ranked = [
         Example(example.prompt_ids, encode_completion(tokenizer, record.prompt, choice))
         for example, record in zip(examples, records, strict=True)
-        for choice in task.choices
+        for choice in (task.choices if task.ranks else ())
     ]
+    openings = [answer_opening(tokenizer, record.prompt) for record in records] if task.writes else []
+    if task.writes:
+        records = with_learnt_forms(tokenizer, records, examples, openings)
+    return EncodedTask(task._replace(records=records), examples, ranked, openings)
 
 
 def check_room(model: ModelConfig, encoded: EncodedTask) -> None:
@@ -187,7 +167,6 @@ def task_of_run(
     known = TASKS.get(task_of(config.data) or "")
     if by is None:
         by = scoring_rule(config, tokenizer, model=model)
-        warn_of_guesses([(config, by)])
     metric, also, choices, new, *_ = by
     if known and not choices and has_only_choices_of(known, records):
         choices = known.choices  # rows with a prompt of their own may have other answers
@@ -257,15 +236,7 @@ def warn_of_unreachable(split: str, records: list[Record], choices: tuple[str, .
 # ------------------------------------------------------------------------------------------------ of a file or a folder
 
 
-class FileTask(NamedTuple):
-    """A task of a file, as token ids."""
-
-    encoded: EncodedTask
-    original: int
-    """how many examples the file has"""
-
-
-def file_task(text: str, tokenizer, config: ModelConfig, *, split: str, limit: int | None) -> FileTask | None:
+def file_task(text: str, tokenizer, config: ModelConfig, *, split: str, limit: int | None) -> EvalTask | None:
     """The task that [TASK=]FILE_OR_FOLDER[:METRIC] names; None if there is no such file or folder.
 
     TASK is a name of data/tasks.py; its columns, metric and choices then apply. Without TASK and METRIC, rows that all
@@ -276,19 +247,12 @@ def file_task(text: str, tokenizer, config: ModelConfig, *, split: str, limit: i
     if named is None:
         return None
     name, path, file, metric = named
-    try:
-        records, known = read_records(file, task=name), TASKS[name] if name else None
-    except MissingColumn as error:  # no template goes with --tasks
-        raise ValueError(
-            f"{error.said}, and --tasks takes no templates\nscore the file with those of a run: para-jax evaluate "
-            f"RUN/config.yaml data.{split}={quote(str(file))}"
-        ) from None
+    records, known = read_records(file, task=name), TASKS[name] if name else None
     title = name or (path.stem if path.is_file() else path.resolve().name)
-    task = task_of_records(f"task {text}", title, records, metric, known, file, tokenizer, config, limit)
-    return FileTask(task, len(records))
+    return task_of_records(f"task {text}", title, records, metric, known, file, tokenizer, config, limit)
 
 
-def rows_task(name: str, rows: Any, tokenizer, config: ModelConfig, *, limit: int | None) -> FileTask:
+def rows_task(name: str, rows: Any, tokenizer, config: ModelConfig, *, limit: int | None) -> EvalTask:
     """The task of rows that a program gives: a list of dicts, a DataFrame or the like. It is scored as a file of them.
 
     Args:
@@ -298,9 +262,8 @@ def rows_task(name: str, rows: Any, tokenizer, config: ModelConfig, *, limit: in
     if name.rpartition(":")[2] in ("loss", *METRICS, *LABEL_METRICS):
         title, _, metric = name.rpartition(":")
     label = f"tasks[{name!r}]"
-    records = list(records_of(rows_split(label, "test", rows), Form()))
-    task = task_of_records(label, title, records, metric, None, None, tokenizer, config, limit)
-    return FileTask(task, len(records))
+    records = list(records_of(rows_split(label, rows), Form()))
+    return task_of_records(label, title, records, metric, None, None, tokenizer, config, limit)
 
 
 def task_of_records(
@@ -313,7 +276,7 @@ def task_of_records(
     tokenizer,
     config: ModelConfig,
     limit: int | None,
-) -> EncodedTask:
+) -> EvalTask:
     """The task of a file's or a program's records, whose metric follows from them if none is named.
 
     Args:
@@ -354,18 +317,13 @@ def task_of_records(
             f"{where}: {kept.cut} of {len(kept.records)} prompts lost their start, to fit the model's "
             f"{config.max_positions} positions with their answers"
         )
-    return encode_task(task._replace(examples=kept.examples), tokenizer)
+    return task._replace(examples=kept.examples, skipped=len(records) - len(kept.examples))
 
 
-def with_metrics_in_names(tasks: Sequence[FileTask]) -> list[FileTask]:
+def with_metrics_in_names(tasks: Sequence[EvalTask]) -> list[EvalTask]:
     """The tasks; those that share a name are named TASK:METRIC."""
-    times = Counter(one.encoded.task.name for one in tasks)
-    named = ((one, one.encoded.task) for one in tasks)
-    return [renamed(one, f"{task.name}:{task.metric}") if times[task.name] > 1 else one for one, task in named]
-
-
-def renamed(task: FileTask, name: str) -> FileTask:
-    return task._replace(encoded=task.encoded._replace(task=task.encoded.task._replace(name=name)))
+    times = Counter(task.name for task in tasks)
+    return [task._replace(name=f"{task.name}:{task.metric}") if times[task.name] > 1 else task for task in tasks]
 
 
 def answer_room(task: EvalTask, tokenizer) -> int:

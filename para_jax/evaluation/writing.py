@@ -16,7 +16,7 @@ from ..inference.sampling import Sampling
 from ..io.checks import shorten
 from ..model.adapted import prefill_after
 from ..serving.engine import Engine
-from ..serving.request import Completion, Request
+from ..serving.request import Request
 from .batch_adapters import Bank, adapters_of
 from .questions import Generation, Pending, Written
 from .shapes import PlannedShapes, Shapes
@@ -33,23 +33,17 @@ def write_in_batches(
     stop_ids: Sequence[int],
 ) -> Iterator[tuple[int, Written]]:
     """(A question's index, its answer) by greedy decoding, shortest contexts first. This works in both layouts and on
-    several hosts, and takes questions that name the tokens to read.
+    several hosts, and takes questions that name the tokens to read. It does not sample, and knows no stop texts.
 
     Args:
         rows: of a batch; the last batch is padded with repeated questions.
         stop_ids: tokens that end every answer, in addition to its own.
-
-    Raises ValueError for questions that are sampled or have stop texts, which need an Engine.
     """
     planned = isinstance(shapes, PlannedShapes)
+    # with open shapes always: an answer's bits must not depend on who else is asked
     sharing = not planned or repeated(asked)
     alike: dict[tuple, list[int]] = {}
     for i, (entry, question) in enumerate(asked):
-        if question.temperature > 0 or question.stop:
-            raise ValueError(
-                f"temperature {question.temperature}, stop {question.stop}: only an engine can sample answers or end "
-                "them at a text"
-            )
         other = question.reads is not None
         length = shapes.prompt(len(question.context)) if planned else 0  # of few: no row is padded as its batch is
         key = other, sharing and not other and shares_prompts(entry), length, question.stop_ids
@@ -92,52 +86,31 @@ def known_answer(tokenizer, question: Generation, greedy: Sequence[int], stop_id
     return Written(text_of(tokenizer, kept), len(kept))
 
 
-class EngineWriter:
-    """Has an Engine write answers. Whatever ends that, even Ctrl-C, the engine then holds none of our requests."""
-
-    def __init__(self, engine: Engine):
-        self.engine = engine
-        self._submitted: dict[Hashable, Pending] = {}  # and not answered yet
-
-    def write(self, pending: Sequence[Pending]) -> Generator[tuple[Pending, Written]]:
-        """The questions with their answers. The engine must have no other requests, neither now nor meanwhile."""
-        self.withdraw()  # in case this was interrupted last time
-        if self.engine.open:
-            raise ValueError(f"engine: it has {self.engine.open} open requests; take their answers first with run()")
-        ordered = sorted(pending, key=lambda one: (len(one.question.context), one.question.context))
-        limits = [one for one in (self.engine.queue_limit, self.engine.queue_limit_per_tenant) if one is not None]
-        at_once = min(limits, default=len(ordered))
-        try:
-            for start in range(0, len(ordered), at_once):
-                for one in ordered[start : start + at_once]:
-                    self._submitted[one.key] = one
-                    self.engine.submit(as_request(one.key, one.tenant, one.question), entry=one.entry)
-                for completion in self.engine.run():
-                    yield self._taken(completion)
-        finally:
-            self.withdraw()
-
-    def withdraw(self) -> None:
-        """Cancels the requests without an answer. If this is interrupted too, the next call of `write` does it."""
-        for key in self._submitted:
-            self.engine.cancel(key)
-        if self._submitted:
-            for _ in self.engine.run():
-                pass
-        self._submitted = {}
-
-    def _taken(self, completion: Completion) -> tuple[Pending, Written]:
-        pending = self._submitted.pop(completion.id, None)
-        if pending is None:
-            raise ValueError(
-                f"engine: someone else submitted request {shorten(completion.id)} during an evaluation, and its answer "
-                "is lost. Give the evaluation an engine of its own"
-            )
-        if completion.error == NO_TOKEN_MESSAGE:  # this tenant's answer is wrong, and the others' stay
-            return pending, Written("", len(completion.tokens), finite=False)
-        if completion.error is not None:
-            raise ValueError(f"a question to {describe_tenant(pending.tenant)} was not answered: {completion.error}")
-        return pending, Written(completion.text, len(completion.tokens))
+def write_by_engine(engine: Engine, pending: Sequence[Pending]) -> Generator[tuple[Pending, Written]]:
+    """The questions with their answers. The engine must have no other requests, neither now nor meanwhile. Whatever
+    ends this, even Ctrl-C, the engine then holds none of ours."""
+    if engine.open:
+        raise ValueError(f"engine: it has {engine.open} open requests; take their answers first with run()")
+    ordered = sorted(pending, key=lambda one: (len(one.question.context), one.question.context))
+    limits = [one for one in (engine.queue_limit, engine.queue_limit_per_tenant) if one is not None]
+    at_once = min(limits, default=len(ordered))
+    waiting: dict[Hashable, Pending] = {}
+    try:
+        for start in range(0, len(ordered), at_once):
+            for one in ordered[start : start + at_once]:
+                waiting[one.key] = one
+                engine.submit(as_request(one.key, one.tenant, one.question), entry=one.entry)
+            for completion in engine.run():
+                one = waiting.pop(completion.id)
+                overflows = completion.error == NO_TOKEN_MESSAGE  # this tenant's answer is wrong, and the others' stay
+                if completion.error is not None and not overflows:
+                    raise ValueError(f"a question to {describe_tenant(one.tenant)}: {completion.error}")
+                yield one, Written("" if overflows else completion.text, len(completion.tokens), not overflows)
+    finally:
+        for key in waiting:
+            engine.cancel(key)
+        if waiting:
+            list(engine.run())
 
 
 def describe_tenant(tenant: Any) -> str:

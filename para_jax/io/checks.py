@@ -74,23 +74,14 @@ def require_location(name: str, path: str | None) -> None:
         raise ValueError(f"{name}: {error}") from None
 
 
-#: The maximum length of a path, in characters.
-MAX_PATH = 2000
-
-
 def expanded(path: str | Path | BucketPath) -> Any:
     """The path with ~ and ~user replaced; a BucketPath for gs://bucket/folder.
 
-    Raises ValueError for what is no path, for an unknown user, for another kind of address, and for a text that no file
-    system accepts as a path: longer than MAX_PATH characters, or with NUL or half a surrogate pair.
+    Raises ValueError for what is no path, for an unknown user, and for another kind of address.
     """
     if not isinstance(path, str | os.PathLike | BucketPath):
         raise ValueError(f"a path must be a text or a Path; got {type(path).__name__}")
     text = str(path)
-    if len(text) > MAX_PATH:
-        raise ValueError(f"{shorten(text)} has {len(text)} characters; a path has at most {MAX_PATH}")
-    if "\0" in text or not text.isascii() and any("\ud800" <= c <= "\udbff" for c in text):
-        raise ValueError(f"{shorten(text)} has characters that no path can have; remove NUL and half surrogate pairs")
     if (found := bucket_path(path)) is not None:
         return found
     try:

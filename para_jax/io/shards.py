@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from . import atomic
 from .checks import shorten
 from .storage.bucket import Place
+from .untrusted import safe_names
 
 #: In the output folder of an evaluation. A job's output FILE has FILE.shard.json next to it.
 SHARD_FILE = "shard.json"
-#: A shard file has at most this many bytes.
-MAX_BYTES = 2**28
 #: Shards of one output.
 MAX_SHARDS = 1_000_000
 ADVICE = (
@@ -80,17 +79,11 @@ def read_part(file: Place, output: Place) -> ShardOutput | None:
     """What a shard file says; None if there is none. Raises ValueError for a file that is none."""
     if not file.is_file():
         return None
-    with file.open("rb") as stream:
-        data = stream.read(MAX_BYTES + 1)
-    try:
-        found = json.loads(data)
-        part = ShardOutput(output, parse_shard(found["shard"]), found["settings"], found["ended"], found["content"])
-        valid = isinstance(part.settings, dict) and isinstance(part.ended, bool) and isinstance(part.content, dict)
-    except (ValueError, KeyError, TypeError, RecursionError):
-        valid = False
-    if not valid or len(data) > MAX_BYTES:
-        raise ValueError(f"{file} does not describe a shard; remove it, and run the shard's command again")
-    return part
+    advice = "Remove it, and run the shard's command again"
+    found = atomic.read_json(file, advice)
+    if not {"shard", "settings", "ended", "content"} <= set(found):
+        raise ValueError(f"{file} does not describe a shard. {advice}")
+    return ShardOutput(output, parse_shard(found["shard"]), found["settings"], found["ended"], found["content"])
 
 
 def begin_part(file: Place, output: Place, shard: Shard | None) -> None:
@@ -122,9 +115,7 @@ def in_order(parts: Sequence[ShardOutput]) -> list[ShardOutput]:
     missing = [Shard(index, first.shard.count) for index in range(first.shard.count)]
     missing = [shard for shard in missing if shard not in found]
     if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        named = ", ".join(map(str, missing[:5])) + more
-        raise ValueError(f"shards without an output: {named}; give their outputs too")
+        raise ValueError(f"shards without an output: {safe_names(map(str, missing))}; give their outputs too")
     return [found[shard] for shard in sorted(found)]
 
 
@@ -132,21 +123,7 @@ def require_same_settings(one: ShardOutput, other: ShardOutput) -> None:
     for name in {**one.settings, **other.settings}:
         here, there = one.settings.get(name), other.settings.get(name)
         if here != there:
-            values = " and ".join(map(shown, differing(here, there)))
             raise ValueError(
-                f"{one.output} and {other.output} differ in {name}: {values}. Run one of the shards again with the "
-                "settings of the other"
+                f"{one.output} and {other.output} differ in {name}: {shorten(here, 200)} and {shorten(there, 200)}. "
+                "Run one of the shards again with the settings of the other"
             )
-
-
-def differing(one: Any, other: Any) -> tuple[Any, Any]:
-    """Two values of a setting; of mappings only the entries that differ."""
-    if not (isinstance(one, Mapping) and isinstance(other, Mapping)):
-        return one, other
-    names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
-    return {name: one.get(name) for name in names}, {name: other.get(name) for name in names}
-
-
-def shown(value: Any) -> str:
-    """A setting as an error shows it."""
-    return shorten(value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{32,64}", value) else value, 200)

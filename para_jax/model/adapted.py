@@ -147,7 +147,8 @@ def vectors(
     tokens, prompt_length, _ = checked(model, adapters, tokens, prompt_length, None)
     adjustments = _adjustments(model, adapters, tokens, prompt_length)
     if not isinstance(adjustments[0], Factors):
-        raise ValueError("vectors: only adapters of PARA and (IA)^3 have factors")
+        kind = type(adjustments[0]).__name__
+        raise ValueError(f"vectors: {kind} adjustments have no factors; give an adapter of PARA or (IA)^3")
     sites = [site for site in SITES if site in adjustments[0].distance]
     return {site: 1 + jnp.stack([a.distance[site] for a in adjustments]) for site in sites}
 

@@ -25,7 +25,7 @@ from ..io.hub import resolve_backbone
 from ..io.messages import say
 from ..io.record_file import write_record
 from ..reports.inspect import results
-from ..runs.folder import claim_folder, locked_folder
+from ..runs.folder import claim_folder
 from ..runs.train import train_tenants
 from ..runtime import devices
 from .examples import JOBS, business_examples
@@ -35,13 +35,11 @@ NEW_TOKENS = 28
 #: Written at the end of a quickstart.
 RESULTS = "results.json"
 LEAST_GAIN = 0.3
+#: Next to what configs/quickstart.yaml has.
 DEFAULTS = (
-    "backbone.dtype=float32",
-    "train.max_steps=48",
+    "data.train=null",
     "train.per_device_batch_size=24",
     "train.rows_per_tenant=8",
-    "eval.every=1000",
-    "eval.metric=exact_match",
     f"eval.batch_size={SCORED_EXAMPLES}",
     f"eval.max_new_tokens={NEW_TOKENS}",
     "mesh.data=1",
@@ -57,7 +55,7 @@ def quickstart(overrides: Sequence[str] = ()) -> bool:
         overrides: of the run config, such as "train.max_steps=20" or "output_dir=runs/mine".
     """
     begun = time.monotonic()
-    given = load_config(None, [f"output_dir={own_folder(overrides)}", *overrides]).output_dir
+    given = load_config(None, [f"output_dir={own_folder()}", *overrides]).output_dir
     require("://" not in given, "output_dir", given, "a folder on this host; `para-jax train` writes into a bucket")
     folder, run = Path(given), Path(given) / "tenants"
     config = config_in(folder, overrides)
@@ -94,14 +92,8 @@ def quickstart(overrides: Sequence[str] = ()) -> bool:
 
 def config_in(folder: Path, overrides: Sequence[str]) -> RunConfig:
     """The config of the tenants' run in a quickstart's folder."""
-    own = f"data.tenants={folder / 'data'}", f"output_dir={folder / 'tenants'}", "eval.test=true"
-    return load_config(None, [*defaults_for(overrides), *overrides, *own])
-
-
-def defaults_for(overrides: Sequence[str]) -> list[str]:
-    """DEFAULTS, without the steps where an override gives epochs: they would win over it."""
-    epochs = any(text.startswith("train.num_epochs=") for text in overrides)
-    return [text for text in DEFAULTS if not (epochs and text.startswith("train.max_steps="))]
+    own = f"data.tenants={folder / 'data'}", f"output_dir={folder / 'tenants'}"
+    return load_config("quickstart", [*DEFAULTS, *overrides, *own])
 
 
 def write_examples(folder: Path, seed: int) -> None:
@@ -123,25 +115,12 @@ def show_mixed_batch(model, tokenizer, adapters, asked: list[Record]) -> None:
         print(f"  base model: {texts[i + count][:80]!r}")
 
 
-def own_folder(overrides: Sequence[str]) -> Path:
-    """runs/quickstart-<n>: the newest if the same quickstart was stopped there, else the first that does not exist."""
-    taken = (
-        int(p.name.removeprefix("quickstart-")) for p in Path("runs").glob("quickstart-*") if p.name[11:].isdigit()
-    )
-    newest = max(taken, default=0)
+def own_folder() -> Path:
+    """runs/quickstart-<n>: the newest if that quickstart has not ended, else the first that does not exist."""
+    numbers = [int(path.name[11:]) for path in Path("runs").glob("quickstart-*") if path.name[11:].isdigit()]
+    newest = max(numbers, default=0)
     last = Path(f"runs/quickstart-{newest}")
-    return last if was_stopped(last, overrides) else Path(f"runs/quickstart-{newest + 1}")
-
-
-def was_stopped(folder: Path, overrides: Sequence[str]) -> bool:
-    """Whether the quickstart with these overrides was stopped in a folder before its end, and is not running now."""
-    if (folder / RESULTS).exists() or not (folder / "tenants" / "config.yaml").is_file():
-        return False
-    try:
-        with locked_folder(config_in(folder, overrides)):
-            return True
-    except ValueError:  # it holds another run, or a process writes there
-        return False
+    return last if last.is_dir() and not (last / RESULTS).exists() else Path(f"runs/quickstart-{newest + 1}")
 
 
 @contextmanager

@@ -20,7 +20,7 @@ FUNCTIONS = {"generate": "generate_on_ray", "serve": "serve_app"}
 #: update of an adapter would reach one replica.
 NOT_HERE = {
     "generate": ("help", "prompt", "chat", "shard", "output"),
-    "serve": "help host port allow_adapter_updates adapter_root allow_hub methods sites max_r capacity".split(),
+    "serve": "help host port adapter_root allow_hub methods sites max_r capacity".split(),
 }
 
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 import asyncio
 from argparse import Namespace
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..cli import serve as command
+from ..config import BASE
 from ..io.checks import expanded
+from ..server.config import ServerConfig
 from .command import arguments, parsed
 
 #: What chooses a replica by the header x-session-id.
@@ -27,8 +30,7 @@ class Served(NamedTuple):
     """those of `para-jax serve`"""
     sources: dict[str, str]
     """the tenants: {name: folder or hub id}"""
-    base: str
-    """the base model's name"""
+    config: ServerConfig
     any_host: bool
 
 
@@ -88,10 +90,10 @@ def serve_app(
 def served_by(options: Mapping[str, Any], any_host: bool) -> Served:
     """What replicas serve with these options. Paths become absolute, because replicas work in another folder."""
     given = parsed(arguments("serve", options))
-    sources, base = command.checked(given)
+    sources, config = command.checked(given)
     given.backbone = absolute(given.backbone)
-    given.api_key_file = given.api_key_file and absolute(given.api_key_file)
-    return Served(given, {name: absolute(source) for name, source in sources.items()}, base, any_host)
+    config = replace(config, api_key_file=config.api_key_file and absolute(config.api_key_file))
+    return Served(given, {name: absolute(source) for name, source in sources.items()}, config, any_host)
 
 
 def absolute(source: str) -> str:
@@ -124,16 +126,13 @@ class Replica:
 def built_app(served: Served):
     """The Starlette application around an engine with everything loaded."""
     from ..io.messages import log_to_stderr
-    from ..server.api_keys import read_keys, warn_of_missing
+    from ..server.api_keys import read_keys
     from ..server.app import create_app
     from ..server.models import Models
 
     log_to_stderr()
-    options = served.options
-    keys = read_keys(options.api_key_file) if options.api_key_file else None
-    engine = command.engine_of(options, served.sources)
-    models = Models(engine.bank, served.base, served.sources)
-    if keys is not None:
-        warn_of_missing(keys, models.all_names)
-    local = keys is None and not served.any_host
-    return create_app(engine, models=models, keys=keys, limits=command.limits_of(options), local=local)
+    config = served.config
+    keys = read_keys(config.api_key_file) if config.api_key_file else None
+    engine = command.engine_of(served.options, served.sources)
+    models = Models(engine.bank, config.served_model_name or BASE, served.sources)
+    return create_app(engine, models=models, keys=keys, config=config, local=keys is None and not served.any_host)

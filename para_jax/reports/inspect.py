@@ -15,25 +15,23 @@ from humanize import naturalsize
 
 from ..adapters.adapter import count_parameters
 from ..adapters.card import scope_outline
-from ..adapters.files import CONFIG, Described, read_adapter_config
+from ..adapters.files import Described, read_adapter_config
 from ..backbone.load import abstract_backbone, load_model_config
 from ..backbone.weights import parameter_shapes
-from ..config import ModelConfig, RunConfig, adapter_method, config_dict, given_fields, is_tfds, load_config
+from ..config import RunConfig, adapter_method, config_dict, given_fields, is_tfds, load_config
 from ..data.given import SPLITS, described, is_given
 from ..data.hf import is_hf
 from ..data.records import load_records
 from ..data.show_example import show_example
-from ..data.tasks import TASKS
 from ..data.tenants import tenant_sections
 from ..data.tfds import NotPrepared
 from ..data.training_data import TrainingData
 from ..estimate.memory import abstract_mesh, tree_size
 from ..estimate.topology import topology_report
-from ..io.checks import expanded, one_of, printable
+from ..io.checks import expanded, printable
 from ..model.adapted import init_adapter
 from ..runs.compare import TABLE, method_configs
 from ..runs.data_table import data_lines, tenant_lines
-from ..runs.initial import check_initial
 from ..runs.plan import SharedResources, planned
 from ..runs.rates import FIRST, as_trials, is_auto
 from ..runs.report import sample_lines, score_table, tenants_table
@@ -42,9 +40,11 @@ from ..runs.train import say_doubt
 from ..runtime import devices
 from ..training.metrics_file import is_log, read_metrics
 from ..training.passes import lay_out
-from ..training.scores_file import read_scores
+from ..training.scores_file import read_entries, read_scores, warning_lines
 from ..training.step import state_of_one
-from ..training.tenants_file import read_entries, warning_lines
+
+#: Tenants that a dry run assumes if they can't be counted yet: they fill a step.
+MANY = 1_000_000
 
 
 def dry_run(config: RunConfig, topology: str | None = None) -> str:
@@ -76,7 +76,7 @@ def dry_run(config: RunConfig, topology: str | None = None) -> str:
         f"optimiser {size(tree_size(state.optimizer))}" + " of each tenant" * config.many,
         *(topology_lines(config, own, topology) if topology else [step_line(config)]),
     ]
-    return "\n".join(lines + source_lines(config, own) + start_lines(config, own, model))
+    return "\n".join(lines + source_lines(config, own))
 
 
 def configs_here(config: RunConfig) -> list[RunConfig]:
@@ -118,40 +118,33 @@ def tenants_are_here(config: RunConfig) -> bool:
 
 
 def step_line(config: RunConfig) -> str:
-    rows, longest = step_rows(config), config.data.assumed_length
-    needed, here = math.prod(mesh_here(config).values()), jax.device_count()
+    sizes, tenants = mesh_here(config), MANY
+    with suppress(ValueError):
+        tenants = tenants_of(config)
+    needed, here = math.prod(sizes.values()), jax.device_count()
     other = f"; for {needed} devices, and this machine has {here}" if needed > here else ""
-    if (config.train.batch_size or 0) % (over := rows_over(config)):
+    rows, over = config.train.batch_size or 0, sizes["data"] * sizes["fsdp"]
+    if rows % over:  # a run may be meant for fewer devices
         other += f"; {over} devices can't split them evenly"
+    else:
+        layout = lay_out(config, abstract_mesh(sizes), tenants)
+        rows = layout.passes * layout.pass_rows
+    longest = config.data.assumed_length
     most = f"at most {rows * longest:,} tokens{config.data.assumed}"
     return f"a step     {rows} rows of at most {longest} tokens: {most}{other}"
 
 
-def step_rows(config: RunConfig) -> int:
-    """The rows of a step, over all tenants of a run of many. If the tenants can't be counted yet, there are assumed to
-    be enough to fill a step."""
-    train = config.train
-    if config.many:
-        with suppress(ValueError):  # the tenants can't be counted, or the rows can't be split
-            layout = lay_out(config, abstract_mesh(mesh_here(config)), tenants_of(config))
-            return layout.passes * layout.pass_rows
-    return train.batch_size or rows_over(config) * train.per_device_batch_size * train.gradient_accumulation_steps
-
-
 def source_lines(config: RunConfig, own: list[RunConfig]) -> list[str]:
     """The data, as far as it is known without a tokenizer. Files that do not exist yet are named; they are no error."""
-    if config.data.task is not None and config.data.task not in TASKS:
-        raise ValueError(f"data.task {config.data.task!r} is not a task; use {one_of(TASKS)}")
     if config.data.tenants is not None:
         return many_lines(config, own)
-    if config.data.train is None:
+    source = config.data.train
+    if source is None:
         return ["data       data.train is not set"]
-    if is_given(config.data.train):
-        return ["data       from Python"]
-    if is_hf(config.data.train):
-        return [f"data       {config.data.train}: loaded from the hub's cache when the run starts"]
-    if not is_tfds(config.data.train) and not expanded(config.data.train).exists():
-        return [f"data       {config.data.train}: not there yet"]
+    if is_given(source) or is_hf(source):
+        return [f"data       {described(source)}: read when the run starts"]
+    if not is_tfds(source) and not expanded(source).exists():
+        return [f"data       {source}: not there yet"]
     try:
         found = {split: load_records(config.data, split) for split in SPLITS}
     except NotPrepared as error:
@@ -161,24 +154,10 @@ def source_lines(config: RunConfig, own: list[RunConfig]) -> list[str]:
 
 def many_lines(config: RunConfig, own: list[RunConfig]) -> list[str]:
     folder = config.data.tenants
-    if is_given(folder):
-        return ["data       of many tenants, from Python"]
-    if not expanded(str(folder)).exists():
-        return [f"data       {folder}: not there yet"]
+    if is_given(folder) or not expanded(str(folder)).exists():
+        return [f"data       {described(folder)}: not there yet"]
     counts = [len(load_records(one.data, "train") or []) for one in own]
     return [f"data       {len(counts)} tenants with {min(counts)} to {max(counts)} records, {sum(counts)} in all"]
-
-
-def start_lines(config: RunConfig, own: list[RunConfig], model: ModelConfig) -> list[str]:
-    """The adapters of train.init_from that are here. Raises ValueError for one that the run would refuse."""
-    source = config.train.init_from
-    if not source or not tenants_are_here(config):
-        return []
-    starts = {one.train.init_from: one for one in own}  # one adapter, or each tenant's
-    here = [one for place, one in starts.items() if (expanded(str(place)) / CONFIG).is_file()]
-    check_initial(here, model)
-    others = f"; {len(starts) - len(here)} not checked: no folder here has them" * (len(here) < len(starts))
-    return [f"start      {source}: {len(here)} of {len(starts)} adapters can be read{others}"]
 
 
 def mesh_here(config: RunConfig) -> dict[str, int]:
@@ -186,12 +165,6 @@ def mesh_here(config: RunConfig) -> dict[str, int]:
     asked = vars(config.mesh) | {"fsdp": config.mesh.fsdp or 1}
     known = math.prod(size for size in asked.values() if size > 0)
     return {name: size if size > 0 else max(1, jax.device_count() // known) for name, size in asked.items()}
-
-
-def rows_over(config: RunConfig) -> int:
-    """The devices that rows are spread over."""
-    sizes = mesh_here(config)
-    return sizes["data"] * sizes["fsdp"]
 
 
 def data_report(config: RunConfig) -> str:
@@ -219,10 +192,6 @@ def folder_report(folder: Path) -> str:
     to)."""
     if (folder / "adapter_config.json").is_file():
         return adapter_report(folder)
-    if not (folder / "config.yaml").is_file():
-        raise ValueError(
-            f"{folder} holds neither an adapter (adapter_config.json) nor a run (config.yaml); choose another folder"
-        )
     config = load_config(folder / "config.yaml")
     if config.sweep.method:
         return methods_report(folder, config)

@@ -60,8 +60,7 @@ def curves_plot(folders: str | Place | Sequence[str | Place]) -> Figure:
     explain(
         figure,
         "A loss that falls is good; a validation loss that rises while training falls is overfitting. Bars are one "
-        "standard error over the examples; shades span the lowest to the highest tenant. Diamonds are the test data: "
-        "hollow for the base model, filled for the adapter that was kept.",
+        "standard error over the examples; shades span the lowest to the highest tenant.",
     )
     return figure
 
@@ -85,7 +84,6 @@ def draw_losses(axes, name: str, tenants: list[list[dict]], colour: str) -> None
     axes.plot(*series(rows, "loss"), color=colour, alpha=0.2, linewidth=0.8)
     axes.plot(*smoothed_series(rows), color=colour, label=escaped(shorten_name(name, 60)))
     axes.plot(*series(rows, "validation_loss"), color=colour, marker="o", markersize=4, linestyle="--")
-    draw_tested(axes, "loss", rows, colour)
 
 
 def draw_scores(axes, metric: str, tenants: list[list[dict]], colour: str) -> None:
@@ -97,15 +95,6 @@ def draw_scores(axes, metric: str, tenants: list[list[dict]], colour: str) -> No
     held = dict(zip(*series(rows, f"validation_{metric}_stderr"), strict=True))
     errors = [held.get(step, np.nan) for step in steps]
     axes.errorbar(steps, scores, errors, color=colour, marker="o", markersize=4, capsize=2)
-    draw_tested(axes, metric, rows, colour)
-
-
-def draw_tested(axes, metric: str, rows: list[dict], colour: str) -> None:
-    """The test scores of the base model, hollow, and of the adapter that was kept, filled."""
-    for when, fill in (("before", "white"), ("after", colour)):
-        steps, values = series(rows, f"test_{when}_{metric}")
-        look = dict(markersize=5, linestyle="", markeredgecolor=colour, markerfacecolor=fill)
-        axes.plot(steps[-1:], values[-1:], marker="D", **look)
 
 
 def draw_range(axes, curves: Sequence[tuple[list, Sequence[float] | np.ndarray]], colour: str, **look) -> None:
@@ -218,10 +207,13 @@ def factors_plot(
         factors: a prompt's name to its factors l, {site: [layers, site width]}.
         notes: by site, a line under its name.
 
-    Raises ValueError for factors of another form or shape, such as `vectors` gives for a batch, and for prompts with
-    different sites.
+    Raises ValueError for factors of a whole batch, as `vectors` gives them.
     """
-    check_factors(factors)
+    for name, values in ((name, values) for name, sites in factors.items() for values in sites.values()):
+        if np.ndim(values) != 2:
+            raise ValueError(
+                f"{name}: factors of shape {np.shape(values)}; give [layers, width], of a batch values[:, row]"
+            )
     maps = {name: {site: values - 1 for site, values in sites.items()} for name, sites in factors.items()}
     if len(maps) == 2:
         (a, first), (b, second) = maps.items()
@@ -259,21 +251,6 @@ def factors_plot(
         said += " If the last row is as strong as the others, the factors depend on the prompt."
     explain(figure, said)
     return figure
-
-
-def check_factors(factors: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """Raises ValueError as `factors_plot` says."""
-    if not isinstance(factors, Mapping) or not factors or not all(isinstance(one, Mapping) for one in factors.values()):
-        raise ValueError("factors_plot takes {prompt: {site: factors}}; give {'a name': {site: values[:, row], ...}}")
-    for name, sites in factors.items():
-        if not sites:
-            raise ValueError(f"{name} has no factors; give {{site: values}}")
-        if sites.keys() != next(iter(factors.values())).keys():
-            raise ValueError(f"{name} has the sites {', '.join(map(str, sites))}; give the same ones for every prompt")
-        for site, values in sites.items():
-            if np.ndim(values) != 2:
-                shape = np.shape(values)
-                raise ValueError(f"{name}: {site} of shape {shape}; give [layers, width], of a batch values[:, row]")
 
 
 def with_note(site: str, notes: Mapping[str, str] | None) -> str:

@@ -29,16 +29,15 @@ from ..io.table import table
 from ..model.adapted import init_adapter
 from ..runtime.processes import on_first_process
 from ..training.scores_file import Records
-from ..training.tenants_file import COMPARISON_FILE
-from .folder import claim_folder, locked_folder, with_decided
+from .folder import claim_folder, locked_folder
 from .plan import SharedResources
 from .report import choice_lines
 from .scoring import NotFinite
 from .standing import Standing
 from .train import require_config, start, trained
 
-#: The table of a comparison, in its output_dir.
-TABLE = "comparison.md"
+#: The table of a comparison, in its output_dir, and the same as JSON.
+TABLE, COMPARISON_FILE = "comparison.md", "comparison.json"
 
 
 class MethodScore(NamedTuple):
@@ -142,14 +141,11 @@ def compare_methods(config: RunConfig, data: Any = None) -> MethodsResult:
 
     on_first_process(claim)
     result = MethodsResult([], folder)
-    shared, batch_size = SharedResources(), None
+    shared = SharedResources()
     for number, (method, own) in enumerate(method_configs(config).items(), 1):
         say(f"{method}: method {number} of {len(config.sweep.method)}, in {own.output_dir}")
-        if not config.train.rows_per_tenant:
-            own = with_decided(own, {"train.batch_size": batch_size})  # on other devices the others keep the first's
         standing = train_method(own, shared)
         rows = on_first_process(partial(method_scores, own, parameters_of(own, shared), standing))
-        batch_size = on_first_process(partial(batch_size_of, own))
         result = compared([*result.all, *(MethodScore(*row) for row in rows)], folder)
         on_first_process(partial(write_comparison, result))
     return result
@@ -194,10 +190,6 @@ def method_configs(config: RunConfig) -> dict[str, RunConfig]:
         )
         for method in config.sweep.method
     }
-
-
-def batch_size_of(config: RunConfig) -> int | None:
-    return load_config(expanded(config.output_dir) / "config.yaml").train.batch_size
 
 
 def method_scores(config: RunConfig, parameters: int, standing: Standing | None) -> list[MethodScore]:

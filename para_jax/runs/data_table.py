@@ -21,8 +21,6 @@ def data_lines(plan: Plan) -> list[str]:
     batches = f"{tenant.order.plan.batches_per_epoch} batches of {plan.layout.tenant_rows} rows per epoch"
     held = [f"{count} {split}" for split, count in zip(("validation", "test"), held_out(tenant), strict=True) if count]
     also = f"; also {' and '.join(held)} examples" if held else ""
-    if config.data.validation_split and not tenant.validation:
-        also = f"; data.validation_split={config.data.validation_split} holds out none of so few rows{also}"
     metric = " and ".join([config.eval.metric or "loss", *config.eval.also])
     return [
         f"metric: {metric}" + f" over {len(config.eval.choices)} choices" * bool(config.eval.choices),

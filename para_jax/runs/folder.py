@@ -10,21 +10,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..config import RunConfig, config_dict, load_config, save_config
 from ..config.file import replaced
 from ..data.tenants import AT_ONCE
-from ..io import atomic
 from ..io.checks import expanded, shorten
 from ..io.record_file import lock_output
 from ..io.storage.bucket import BucketPath, Place
-from ..training.metrics_file import Reached, is_log, read_metrics, write_metrics
 
 if TYPE_CHECKING:  # `check_folder` is asked before JAX is loaded
-    from .standing import Standing
     from .tenants import Tenant
 
 Item = TypeVar("Item")
 #: Sections and fields that say where, how fast and how long a run computes. Its results don't depend on them but for
 #: rounding, and a longer run is the same run.
 FREE = frozenset(
-    "output_dir checkpoint logging profiler runtime mesh backbone.attention data.cache eval.base eval.batch_size "
+    "output_dir checkpoint logging profiler runtime mesh backbone.attention eval.base eval.batch_size "
     "train.cache_prompts train.max_steps train.num_epochs train.remat".split()
 )
 #: With train.batch_size, these say only how a step is cut into passes.
@@ -37,10 +34,6 @@ DECIDED = (
 OPEN = (None, "auto", [])
 #: The file that the writing process keeps locked. It stays when that process ends.
 LOCK = ".lock"
-#: Files that `atomic` replaces in a run's folder or in a tenant's.
-REPLACED = ("config.yaml", "metrics.jsonl", "tenants.json", "scores.json")
-#: Differences that an error lists, one per line.
-LISTED = 15
 
 
 # ---------------------------------------------------------------------------------------------------- which run it is
@@ -70,12 +63,11 @@ def decided(config: RunConfig) -> dict[str, Any]:
     found = [name for name in there | here if there.get(name) != here.get(name)]
     if found:
         lines = [f"  {name} ({shorten(there.get(name))} there, {shorten(here.get(name))} here)" for name in found]
-        more = [f"  and {len(lines) - LISTED} more"] if len(lines) > LISTED else []
         advice = (
             f"choose another output_dir, or the same config to resume; if files have only moved, write their new paths "
             f"into {file}:"
         )
-        raise ValueError("\n".join([f"output_dir {folder} holds another run", advice, *lines[:LISTED], *more]))
+        raise ValueError("\n".join([f"output_dir {folder} holds another run", advice, *lines]))
     return values
 
 
@@ -97,8 +89,8 @@ def check_folder(config: RunConfig) -> None:
     folder = expanded(config.output_dir)
     if decided(config) or not folder.exists():
         return
-    unfinished = {LOCK, *(path.name for path in atomic.files_left(folder / "config.yaml"))}
-    if not folder.is_dir() or {path.name for path in folder.iterdir()} - unfinished:
+    # the lock, and what is left of a config that a kill broke off
+    if not folder.is_dir() or not all(path.name.startswith(".") for path in folder.iterdir()):
         raise ValueError(f"output_dir {folder} is not a run folder; choose another")
 
 
@@ -125,7 +117,7 @@ def check_tenants(config: RunConfig, names: Iterable[str]) -> None:
 @contextmanager
 def locked_folder(config: RunConfig) -> Iterator[None]:
     """Keeps every other process out of the output folder, and makes it if it is missing. A killed process leaves no
-    lock. Deletes what killed writes left. A bucket has no lock: the launcher sees to it that a run has one writer.
+    lock. A bucket has no lock: the launcher sees to it that a run has one writer.
 
     Raises ValueError for a folder that another process is writing. Also, before anything is written, for one that holds
     another run or other files, or a tenant of a run of many.
@@ -135,7 +127,6 @@ def locked_folder(config: RunConfig) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         require_own_run(config, folder)
-        delete_leftovers(folder)
         yield
 
 
@@ -164,14 +155,6 @@ def locked(folder: Place) -> Iterator[None]:
         yield
 
 
-def delete_leftovers(folder: Place) -> None:
-    """Deletes the temporary files that killed writes left."""
-    from ..training.last_state import last_states_left
-
-    for file in [*(left for name in REPLACED for left in atomic.files_left(folder / name)), *last_states_left(folder)]:
-        file.unlink(missing_ok=True)
-
-
 def claim_folder(config: RunConfig) -> None:
     """Makes the output folder and writes the config into it; a folder that holds another run is refused."""
     check_folder(config)
@@ -191,7 +174,6 @@ def claim_folders(config: RunConfig, tenants: Sequence[Tenant]) -> None:
 
 def claim_tenant(tenant: Tenant) -> None:
     tenant.folder.mkdir(exist_ok=True)
-    delete_leftovers(tenant.folder)
     save_config(tenant.config, tenant.folder / "config.yaml")
 
 
@@ -199,30 +181,3 @@ def at_once(do: Callable[[Item], Any], items: Iterable[Item]) -> list[Any]:
     """Does something for each tenant, several at once: in a bucket each file takes a request."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
         return list(pool.map(do, items))
-
-
-# ------------------------------------------------------------------------------------------------------------- resuming
-
-
-def mend_folders(config: RunConfig, standing: Standing, tenants: Sequence[Tenant], *, resumed: bool) -> None:
-    """Puts the logs of the tenants into the state of the checkpoint that they resume from. The run's own log is ready
-    already."""
-    from ..adapters.files import require_replaceable
-    from ..training.log import drop_rows
-
-    def mend(i: int) -> None:
-        require_replaceable(tenants[i].folder / "adapter")  # the next save would refuse it, perhaps hours later
-        if config.many:
-            one = standing.tenants[i]
-            reached = Reached(one.steps, one.evaluated) if resumed else None
-            drop_rows(tenants[i].folder / "metrics.jsonl", reached, ended=one.ended is not None)
-
-    at_once(mend, range(len(tenants)))
-    file, again = (
-        expanded(config.output_dir) / "metrics.jsonl",
-        {o.name for o in standing.tenants if o.evaluated < o.steps},
-    )
-    if config.many and again and is_log(file):  # scores of the last step that will be measured again
-        rows = read_metrics(file)
-        kept = [r for r in rows if r["step"] < standing.step or not any(k.rpartition("/")[0] in again for k in r)]
-        write_metrics(file, kept)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
-import shlex
 import time
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +14,6 @@ import numpy as np
 
 from ..adapters.adapter import Adapter
 from ..data.batches import Batch, Bucket
-from ..data.given import is_given
 from ..data.packing import Packed
 from ..data.schedule import Schedule, StepBatch, Turn, admitted, batch_shares, prefetch
 from ..evaluation.shapes import say_evaluation
@@ -27,19 +24,17 @@ from ..model.tail import PromptStates
 from ..runtime import devices
 from ..runtime.processes import full_arrays, on_first_process
 from ..runtime.sharding import shard_rows
-from ..training.checkpoint import finish_saving, open_checkpoints, require_saved, save_checkpoint
-from ..training.last_state import read_last_state, write_last_state
+from ..training.checkpoint import finish_saving, open_checkpoints, save_checkpoint
 from ..training.log import Done
 from ..training.optimizer import LearningRates, learning_rates
 from ..training.passes import Layout
 from ..training.prompt_cache import PromptCache
 from ..training.statistics import standardise, statistics_batches
-from ..training.step import TrainState, put_state, put_tenant, tenant_of, train_step
+from ..training.step import TrainState, put_tenant, train_step
 from ..training.stop import Interrupted, stop_signals
 from . import scoring
 from .initial import initial_adapter
 from .plan import run_digests
-from .rates import TRIALS
 from .run import Dispatched, TrainingRun
 from .scoring import REMEDY, NotFinite, read_everywhere
 from .standing import Standing
@@ -68,6 +63,9 @@ def fit(
             train(run, prompts)
         finally:
             run.close()
+        if stop.received is not None:  # after the last step; a program with several runs would go on with the next one
+            say("stopped, and saved; the same command resumes")
+            stop.end()
         return run.state, run.standing
 
 
@@ -125,14 +123,7 @@ def end_stopped_run(run: TrainingRun) -> NoReturn:
     if run.many:
         where = f"step {run.standing.step}, with {sum(run.standing.over)} of {len(run.tenants)} tenants ended"
     on_first_process(lambda: finish_saving(run.checkpoints))
-    file = run.plan.folder / "config.yaml"
-    if is_given(run.config.data.train) or is_given(run.config.data.tenants):
-        advice = "the same call resumes"
-    elif str(run.plan.folder).endswith(TRIALS):
-        advice = "the same command resumes"
-    else:
-        advice = f"the same command resumes, or `para-jax train {shlex.quote(str(file))}`"
-    say(f"stopped after {where}, and saved; {advice}")
+    say(f"stopped after {where}, and saved; the same command resumes")
     run.stop.end()
 
 
@@ -168,6 +159,9 @@ def save(run: TrainingRun, *, stopping: bool) -> None:
     run.flush()
     for one, health in zip(standing.tenants, run.health, strict=True):
         one.health = {} if run.many and one.ended else health.to_json()
+    standing.rows = run.log.rows.count
+    for one, rows in zip(standing.tenants, run.rows, strict=False):
+        one.rows = rows.count
     save_checkpoint(run.checkpoints, run.state, standing.step, standing.to_json())
     if ended != [one.ended for one in standing.tenants]:
         scoring.write_ended(run)
@@ -175,21 +169,11 @@ def save(run: TrainingRun, *, stopping: bool) -> None:
 
 
 def admit(run: TrainingRun) -> None:
-    """Gives free slots to the tenants that wait. If a run was made longer, a tenant that had ended continues from
-    its last state."""
+    """Gives free slots to the tenants that wait."""
     standing = run.standing
     slots = admitted(standing.slots, standing.over)
     for slot, (held, tenant) in enumerate(zip(standing.slots, slots, strict=True)):
-        if held == tenant:
-            continue
-        if held >= 0 and standing.tenants[held].ended == "done":
-            last = tenant_of(run.state, jnp.int32(slot))
-            write_last_state(run.tenants[held].folder, standing.tenants[held].steps, last)
-        if steps := standing.tenants[tenant].steps:
-            like = jax.eval_shape(tenant_of, run.state, jnp.int32(slot))
-            last = read_last_state(run.tenants[tenant].folder, steps, like)
-            run.state = put_state(run.state, jnp.int32(slot), last)
-        else:
+        if held != tenant:
             fresh = fresh_adapter(run, run.tenants[tenant])
             run.state = put_tenant(run.state, jnp.int32(slot), fresh, config=run.config.train)
     standing.slots = slots
@@ -225,7 +209,6 @@ def step(run: TrainingRun) -> None:
         run.standing.tenants[turn.tenant].steps = turn.step + 1
     run.standing.step = number
     run.pending = Dispatched(Done(number, values, coming.tokens, begun, waited), coming.turns)
-    require_saved(run.checkpoints)
 
 
 def make_batches(run: TrainingRun):
@@ -310,7 +293,7 @@ def fail(run: TrainingRun, step: int, turn: Turn, values: dict[str, float]) -> N
     """Says that a tenant's step was not finite, and on which examples; raises it in a run of one adapter."""
     tenant = run.tenants[turn.tenant]
     _, chosen = tenant.order.plan.batch_indices(turn.step)
-    examples = places([tenant.data.places[i] for i in chosen])
+    examples = "; ".join(sorted(tenant.data.places[i] for i in chosen))
     wrong = [f"the {name} is {value}" for name, value in values.items() if not math.isfinite(value)]
     what = wrong[0] if wrong else "the new weights are not finite"
     if not run.many:
@@ -350,8 +333,6 @@ def leaving(run: TrainingRun) -> list[tuple[int, str]]:
 
 #: A step's values that are logged for each tenant.
 VALUES = ("loss", "grad_norm", "learning_rate", "tokens")
-#: The place of an example, in what comes before its number, and the number.
-PLACE = re.compile(r"(.*\D)(\d+)\]?", re.DOTALL)
 
 
 def in_passes(coming: StepBatch, layout: Layout) -> tuple[Batch | Packed, np.ndarray]:
@@ -365,14 +346,3 @@ def in_passes(coming: StepBatch, layout: Layout) -> tuple[Batch | Packed, np.nda
 def shard_states(states: PromptStates) -> PromptStates:
     """Host arrays [passes, layers, rows, ...] on the devices of the current mesh."""
     return PromptStates(*(shard_rows(a, (None, None, "batch", "kv_heads")) for a in states[:2]))
-
-
-def places(each: list[str]) -> str:
-    """Examples' places, with each source named once: "train.jsonl:7, 12; hf:NAME::train[0, 3]"."""
-    found: dict[str, list[int]] = {}
-    for text in each:
-        match = PLACE.fullmatch(text)
-        assert match, text
-        found.setdefault(match[1], []).append(int(match[2]))
-    joined = {source: ", ".join(map(str, sorted(numbers))) for source, numbers in found.items()}
-    return "; ".join(f"{source}{numbers}{']' if source.endswith('[') else ''}" for source, numbers in joined.items())

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ..config import RunConfig
-from ..data.sources import is_folder, is_held_out, unread
+from ..data.sources import is_held_out
 from ..data.training_data import describe_lengths
 from ..evaluation.defaults import missing_answer
 from ..evaluation.tasks import say_long
@@ -34,22 +34,15 @@ def say_data(config: RunConfig, own: Mapping[str, RunConfig], data: Mapping[str,
     distinct = {id(one): one for one in data.values()}  # the combinations of a sweep share theirs
     if config.data.max_seq_length is None:
         lengths = np.concatenate([one.train.examples.lengths for one in distinct.values()])
-        for line in describe_lengths(lengths, config.data.packing).splitlines():
-            say(line)
-    say_left_out(config, own, data)
+        say(describe_lengths(lengths, config.data.packing))
+    say_held_out(own, data)
     say_long("validation", [one.validation for one in distinct.values()])
     say_long("test", [one.test for one in distinct.values()])
     say_scoring(data)
 
 
-def say_left_out(config: RunConfig, own: Mapping[str, RunConfig], data: Mapping[str, TenantData]) -> None:
-    """Names a file that was probably meant as validation data, and says how many rows are held out."""
-    # files next to a tenant's file are other tenants
-    sections = {one.data for one in own.values() if not config.data.tenants or is_folder(one.data.train)}
-    files = sorted(filter(None, (unread(section, "validation") for section in sections)))
-    if files:
-        more = f", and neither are {len(files) - 1} more" if len(files) > 1 else ""
-        warn(f"{files[0]} is not read{more}; name it validation{files[0].suffix.lower()}, or set data.validation")
+def say_held_out(own: Mapping[str, RunConfig], data: Mapping[str, TenantData]) -> None:
+    """Says how many rows are held out."""
     held_out = {id(data[name]): data[name].validation for name, one in own.items() if is_held_out(one.data)}
     counts = [len(task.records) for task in held_out.values() if task]
     if counts:

@@ -80,13 +80,17 @@ def plan_run(config: RunConfig, shared: SharedResources | None = None) -> Plan:
         values = on_first_process(lambda: at_once(decided, own.values()))
         own = {name: with_decided(own[name], held) for name, held in zip(own, values, strict=True)}
     plan = on_every_process(lambda: planned(config, own, layout, mesh, shared or SharedResources()))
-    parts = [(tenant.name, (tenant.data, tenant.validation, tenant.test)) for tenant in plan.tenants]
-    require_same("the data", lambda: [(n, *(p and examples_digest(p.examples or []) for p in of)) for n, of in parts])
+    require_same("the data", lambda: run_digests({}, plan.tenants))
     require_same("a tenant's tenant.yaml", lambda: [own_values(tenant.config) for tenant in plan.tenants])
-    if not (plan.folder / "checkpoints").is_dir():
-        starting = [tenant.config for tenant in plan.tenants]
-        on_first_process(lambda: check_initial(starting, load_model_config(config.backbone.source)))
+    on_first_process(lambda: check_start(plan))
     return plan
+
+
+def check_start(plan: Plan) -> None:
+    """Raises ValueError, before the first step of a run, for adapters of train.init_from that don't fit it."""
+    if not (plan.folder / "checkpoints").is_dir():  # only the first process has the folder
+        starting = [tenant.config for tenant in plan.tenants]
+        check_initial(starting, load_model_config(plan.config.backbone.source))
 
 
 def mesh_of_run(config: RunConfig, own: dict[str, RunConfig]):
@@ -132,7 +136,7 @@ def planned(config: RunConfig, own: dict[str, RunConfig], layout: Layout, mesh, 
     for name, one in own.items():
         data = held[name]
         require_prompt_ends(one.adapter, name, data)
-        order = TenantOrder(data.train.examples, plans[name], steps_of(one, plans[name].batches_per_epoch, name))
+        order = TenantOrder(data.train.examples, plans[name], steps_of(one, plans[name].batches_per_epoch))
         values = decisions(one, data, model)
         one = with_decided(one, values)
         tenants.append(Tenant(name, one, data.train, order, data.validation, data.test if one.eval.test else None))
@@ -196,10 +200,10 @@ def require_validation(config: RunConfig, validation: Iterable[EvalTask | None])
     """Raises ValueError for eval.patience without validation data: no score could ever end the run early."""
     if config.eval.patience is None or any(validation):
         return
-    missing = "validation data (data.validation, data.validation_split, or validation.jsonl in the folder of the data)"
-    if share := config.data.validation_split:
-        missing = f"validation data (data.validation_split={share} holds out none of so few rows)"
-    raise ValueError(f"eval.patience ({config.eval.patience}) needs {missing}; or set eval.patience=null")
+    raise ValueError(
+        f"eval.patience ({config.eval.patience}) needs validation data (data.validation, or data.validation_split with "
+        "enough rows); or set eval.patience=null"
+    )
 
 
 def require_room(model: ModelConfig, data: TrainingData) -> None:

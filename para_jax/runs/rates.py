@@ -20,7 +20,6 @@ from ..io.storage.bucket import Place
 from ..io.table import table
 from ..runtime.processes import on_first_process
 from ..training.passes import lay_out
-from ..training.stop import end_if_told
 from .folder import claim_folders
 from .standing import Standing, TenantStanding
 from .tenants import Plan, Tenant
@@ -63,7 +62,6 @@ def with_chosen_rates(plan: Plan, fit: Callable[[Plan], tuple[Any, Standing]]) -
         say(f"train.learning_rate=auto: {len(trials.tenants)} trials of up to {steps} steps, at the rates {rates}")
         on_first_process(lambda: claim_folders(trials.config, trials.tenants))
         found = {one.name: one for one in fit(trials)[1].tenants}
-        end_if_told()
     tenants = [one._replace(config=with_rate(one.config, choice(one, found))) if is_auto(one.config) else one
                for one in plan.tenants]  # fmt: skip
     config = with_rate(plan.config, tenants[0].config.train.peak_learning_rate) if not plan.config.many else plan.config

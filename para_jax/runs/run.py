@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from ..adapters.files import require_replaceable
 from ..backbone.kernel_choice import describe_attention
 from ..config import RunConfig
 from ..data.schedule import Turn
-from ..data.tenants import AT_ONCE
 from ..estimate.roofline import peak_rate
 from ..evaluation.score import Score
 from ..evaluation.scoring import Tasks, share_shapes
@@ -20,16 +19,16 @@ from ..io.messages import say
 from ..io.progress import Progress
 from ..io.storage.bucket import BucketPath
 from ..model.adapted import init_adapter
-from ..runtime.processes import is_first, on_first_process, require_same
-from ..runtime.sharding import even_tenants, replicated_lines, tenant_axes, tenants_shardings
+from ..runtime.processes import is_first, on_first_process
+from ..runtime.sharding import replicated_lines, tenants_shardings
 from ..training.checkpoint import restore_checkpoint
 from ..training.log import Done, Log
-from ..training.metrics_file import MetricsWriter, Reached
+from ..training.metrics_file import MetricsWriter, keep_rows
 from ..training.profiler import Profiler
 from ..training.prompt_cache import PromptCache
 from ..training.step import TrainState, init_state
 from ..training.stop import StopSignal
-from .folder import mend_folders
+from .folder import at_once
 from .health import Health
 from .standing import Standing, fresh_standing, reopen
 from .tenants import Plan, Tenant
@@ -77,16 +76,16 @@ class TrainingRun:
         plan, tenants = self.plan, self.tenants
         for line in replicated_lines(self.model, plan.mesh, self.model.config):
             say(line)
-        lengths = [bucket.length for bucket in plan.buckets]
-        say_attention(self.model, lengths, plan.mesh, packed=self.config.data.packing)
-        require_same("the data", lambda: run)  # also what the ids don't show, such as references
+        lengths, platform = [bucket.length for bucket in plan.buckets], plan.mesh.devices.flat[0].platform
+        of = self.model.config, self.model.dtype, platform, self.model.attention, lengths
+        say(describe_attention(*of, packed=self.config.data.packing))
         self.state = empty_state(self.config, self.model, self.layout.slots, plan.mesh)
         restored = restore_checkpoint(self.checkpoints, self.state, run)
         self.standing = fresh_standing(tenants, self.layout, run)
         if restored:
             self.state, self.standing = restored[0], Standing.from_json(restored[1])
         self.resumed = restored is not None
-        reopen(self.standing, tenants, self.layout)
+        reopen(self.standing, tenants)
         if self.resumed:
             say(self.describe_position())
         self.health = [Health(t.name, t.config, o.health) for t, o in zip(tenants, self.standing.tenants, strict=True)]
@@ -96,18 +95,22 @@ class TrainingRun:
 
     def open_logs(self) -> None:
         """Opens the logs without the rows that a run resumed from here writes again."""
-        standing, config = self.standing, self.config
-        reached, ended = None, False
-        if self.resumed:
-            evaluated = standing.step if self.many else standing.tenants[0].evaluated
-            reached, ended = Reached(standing.step, evaluated), all(standing.over)
+        standing, config, over = self.standing, self.config, self.standing.over
         cached = config.train.cache_prompts != "off"  # then a step doesn't compute its prompts' tokens
         peak = None if cached else peak_rate(self.model.config, self.plan.mesh.devices.flatten())
-        self.log = Log(config, self.plan.folder, reached, ended=ended, peak_rate=peak)
-        on_first_process(lambda: mend_folders(config, standing, self.tenants, resumed=self.resumed))
-        files = [tenant.folder / "metrics.jsonl" for tenant in self.tenants] if self.many else []
+        self.log = Log(config, self.plan.folder, standing.step, standing.rows, ended=all(over), peak_rate=peak)
+        folders = [tenant.folder for tenant in self.tenants]
+        # the next save would refuse it, perhaps hours later
+        on_first_process(lambda: at_once(lambda folder: require_replaceable(folder / "adapter"), folders))
+        files = [folder / "metrics.jsonl" for folder in folders] if self.many else []
+
+        def rows_kept() -> list[int]:
+            return at_once(lambda i: keep_rows(files[i], standing.tenants[i].rows, ended=over[i]), range(len(files)))
+
         # in a bucket only with each checkpoint: there each write takes a while
-        self.rows = [MetricsWriter(file, math.inf if isinstance(file, BucketPath) else None) for file in files]
+        slow = math.inf if isinstance(self.plan.folder, BucketPath) else None
+        counts = on_first_process(rows_kept)
+        self.rows = [MetricsWriter(file, count, slow) for file, count in zip(files, counts, strict=True)]
 
     def close(self) -> None:
         self.profiler.close()
@@ -138,8 +141,7 @@ class TrainingRun:
         """Writes the rows that the logs keep back; see `Log.flush`."""
         self.log.flush()
         if is_first():
-            with self.log.errors_named(), ThreadPoolExecutor(AT_ONCE) as pool:
-                list(pool.map(MetricsWriter.flush, self.rows))
+            at_once(MetricsWriter.flush, self.rows)
 
 
 def tasks_of(model, tokenizer, tenants: list[Tenant]) -> tuple[Tasks, Tasks]:
@@ -161,19 +163,6 @@ def empty_state(config: RunConfig, model, slots: int, mesh) -> TrainState:
         stack = jax.tree.map(lambda leaf: jnp.zeros((slots, *leaf.shape), leaf.dtype), shapes)
         return init_state(stack, config.train)
 
-    used = math.prod(mesh.shape[axis] for axis in tenant_axes(slots, mesh.shape))
-    if used < mesh.size and slots > 1:
-        where = f"are spread over {used} of the" if used > 1 else "are complete on each of the"
-        say(
-            f"the weights of {slots} tenants {where} {mesh.size} devices, which do not divide them"
-            f"{even_tenants(slots, mesh.size)}"
-        )
     shardings = tenants_shardings(jax.eval_shape(fresh), mesh, model.config)
     # A constraint, not out_shardings: then a restored state has the very layouts that a step gives, and one program.
     return jax.jit(lambda: jax.lax.with_sharding_constraint(fresh(), shardings))()
-
-
-def say_attention(model, lengths: list[int], mesh, *, packed: bool) -> None:
-    """Names the kernels of training, evaluation and decoding, and why they are used."""
-    platform = mesh.devices.flat[0].platform
-    say(describe_attention(model.config, model.dtype, platform, model.attention, lengths, packed=packed))

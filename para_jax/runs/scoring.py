@@ -26,8 +26,8 @@ from ..io.storage.bucket import Place
 from ..model.adapted import init_adapter
 from ..runtime.processes import broadcast_arrays, full_arrays, is_first, on_first_process
 from ..runtime.sharding import place_tenants
+from ..training.scores_file import write_entries
 from ..training.step import put_adapter, tenant_of
-from ..training.tenants_file import write_entries
 from .report import record_of
 from .run import TrainingRun
 from .tenants import Tenant
@@ -98,7 +98,10 @@ def check_best(run: TrainingRun) -> None:
     like = jax.eval_shape(tenant_of, run.state.adapters, jnp.int32(0))
     for tenant in run.standing.running:
         one, folder = run.standing.tenants[tenant], run.tenants[tenant].folder
-        if one.best_score is not None and not is_kept(folder, run.model, like, one.kept):
+        if one.best_score is None:
+            continue
+        there = on_first_process((folder / "adapter").exists)
+        if not there or weights_hash(kept_adapter(folder, run.model, like)) != one.kept:
             place = folder / "adapter"
             say(f"{place} is not the best adapter so far, that of step {one.best_step}; the search begins again")
             one.forget_best()
@@ -141,8 +144,7 @@ def finish(run: TrainingRun, tenant: int, why: str) -> None:
     ended = f"{sum(run.standing.over)} of {len(run.tenants)} tenants have ended"
     say(f"{one.name}: {steps} steps{said} ({why}; {ended})")
     if is_first():
-        with run.log.errors_named():
-            run.rows[tenant].flush()
+        run.rows[tenant].flush()
 
 
 def tested(run: TrainingRun, tenant: int) -> float | None:
@@ -223,12 +225,6 @@ def read_everywhere(read: Callable[[], Adapter], like: Adapter) -> Adapter:
     on_first_process(lambda: found.append(read()))
     empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
     return broadcast_arrays(found[0] if is_first() else empty)
-
-
-def is_kept(folder: Place, model, like: Adapter, known: str) -> bool:
-    """Whether a run keeps the adapter with this hash in a folder."""
-    there = on_first_process((folder / "adapter").exists)
-    return there and weights_hash(kept_adapter(folder, model, like)) == known
 
 
 def card_lines(tenant: Tenant, steps: int, found: Score | None, base: float | None) -> list[str]:

@@ -40,6 +40,8 @@ class TenantStanding:
     """when it ended, as tenants.json says it but for the scores"""
     health: dict[str, Any] = field(default_factory=dict)
     """what runs/health.py keeps of the steps so far"""
+    rows: int = 0
+    """of its log, in a run of many"""
 
     def entry(self) -> dict[str, Any]:
         """What tenants.json says of a tenant that has ended."""
@@ -68,11 +70,13 @@ class Standing:
     run: dict[str, str]
     """digests of what the run is made of, by name: "backbone", what digests_of_run adds, and the parts of the data
     ("training data", ...; "training data of NAME"), which also say their number of examples"""
+    rows: int = 0
+    """of the run's log"""
 
     @classmethod
     def from_json(cls, held: dict[str, Any]) -> Standing:
-        tenants = [TenantStanding(**one) for one in held["tenants"]]
-        return cls(held["step"], held["slots"], tenants, held["run"])
+        tenants: Any = [TenantStanding(**one) for one in held["tenants"]]
+        return cls(**held | {"tenants": tenants})
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -99,23 +103,22 @@ def fresh_standing(tenants: Sequence[Tenant], layout: Layout, run: dict[str, str
     return Standing(0, [-1] * layout.slots, [TenantStanding(tenant.name) for tenant in tenants], run)
 
 
-def reopen(standing: Standing, tenants: Sequence[Tenant], layout: Layout) -> None:
+def reopen(standing: Standing, tenants: Sequence[Tenant]) -> None:
     """Lets tenants that had done all their steps go on in a run that was made longer. Raises ValueError for a
     checkpoint of other tenants, or of a run with more steps than this one."""
-    names, held = [tenant.name for tenant in tenants], [one.name for one in standing.tenants]
-    if held != names or len(standing.slots) != layout.slots:
-        raise ValueError(
-            f"the run began with the tenants {held}, {len(standing.slots)} at once, and now has {names}, "
-            f"{layout.slots} at once; give the same, or choose another output_dir"
-        )
     for tenant, one in zip(tenants, standing.tenants, strict=True):
         total = tenant.order.total_steps
+        name = "train.num_epochs" if tenant.config.train.max_steps is None else "train.max_steps"
         if one.steps > total:
             of = f" of {tenant.name}" if tenant.name else ""
-            name = "train.num_epochs" if tenant.config.train.max_steps is None else "train.max_steps"
             raise ValueError(
                 f"{name}: it gives {total} steps{of}, but the run has done {one.steps} already; give at least these, "
                 "or choose another output_dir"
             )
         if one.ended == "done" and one.steps < total:
+            if standing.tenants.index(one) not in standing.slots:
+                raise ValueError(
+                    f"{name}: {tenant.name} gave its place to another tenant (train.tenants_at_once) after {one.steps} "
+                    "steps, so it can't go on; train it further in another output_dir, with train.init_from"
+                )
             one.ended = None

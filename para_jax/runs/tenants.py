@@ -29,7 +29,7 @@ from ..data.tenants import AT_ONCE, tenant_sections, with_own_fields
 from ..data.training_data import TrainingData, chosen_length
 from ..evaluation.defaults import ScoringRule
 from ..evaluation.tasks import EvalTask
-from ..io.checks import expanded, require
+from ..io.checks import expanded
 from ..io.messages import say
 from ..io.storage.bucket import Place
 from ..training.passes import Layout
@@ -83,14 +83,10 @@ class TenantData(NamedTuple):
     rule: ScoringRule
 
 
-def steps_of(own: RunConfig, batches_per_epoch: int, tenant: str = "") -> int:
-    """The optimiser steps of a tenant with this config; an error names the tenant."""
+def steps_of(own: RunConfig, batches_per_epoch: int) -> int:
+    """The optimiser steps of a tenant with this config."""
     epochs, given = own.train.num_epochs, own.train.max_steps
-    steps = given or max(1, math.ceil(round(epochs * batches_per_epoch, 6)))  # 0.07 * 100 is a little more than 7
-    name, value = ("train.max_steps", given) if given else ("train.num_epochs", epochs)
-    name = f"{tenant}: {name}" if tenant else name
-    require(steps < 2**31, name, value, f"less: fewer than {2**31} steps, and not {steps}")
-    return steps
+    return given or max(1, math.ceil(round(epochs * batches_per_epoch, 6)))  # 0.07 * 100 is a little more than 7
 
 
 def plan_batches(
@@ -111,7 +107,7 @@ def plan_batches(
     count = config.data.buckets
     own_buckets = {which: plan_buckets_of_sizes(sizes, count) for which, sizes in distinct.items()}
     sizes = np.concatenate([*distinct.values()])
-    steps = [steps_of(own, -(-len(examples[name]) // rows), name) for name, own in configs.items()]
+    steps = [steps_of(own, -(-len(examples[name]) // rows)) for name, own in configs.items()]
     compiled = lengths_worth_compiling(sizes.sum(axis=1), count, max(steps) if config.sweep else sum(steps))
     shapes = plan_buckets_of_sizes(sizes, compiled)
     if len(configs) > 1 or compiled < count:

@@ -35,14 +35,13 @@ from ..training.passes import batch_devices
 from ..training.prompt_cache import PromptCache, cached_prompts
 from ..training.scores_file import Records, write_scores
 from ..training.step import TrainState, tenant_of
-from ..training.stop import end_if_told
 from .folder import claim_folders, locked_folder
 from .loop import fit
 from .notices import say_unscored
 from .plan import SharedResources, plan_run
 from .rates import is_auto, with_chosen_rates
 from .report import sample_lines, score_table, tenants_table
-from .scoring import is_kept, kept_adapter
+from .scoring import kept_adapter
 from .standing import Standing
 from .tenants import Plan
 
@@ -131,11 +130,6 @@ def train(config: RunConfig, data: Any = None) -> TrainResult:
     one, folder, validation = standing.tenants[0], plan.folder, plan.tenants[0].validation
     with jax.set_mesh(plan.mesh):
         best = tenant_of(state.adapters, jnp.int32(0))
-        if not is_kept(folder, model, best, one.kept):
-            raise ValueError(
-                f"{folder / 'adapter'} is not the adapter of step {one.best_step} that this run kept; restore it from "
-                "a copy, or train into another output_dir"
-            )
         if one.best_step != standing.step:
             best = place(kept_adapter(folder, model, best), plan.mesh, model.config)
     metric, warning = validation.metric if validation else None, one.about.get("warning")
@@ -206,7 +200,6 @@ def trained(config: RunConfig, shared: SharedResources | None = None) -> Ended:
         state, standing = fit(plan, model, prompts, shared.digests)
         if not config.many:
             on_first_process(lambda: write_scores(plan.folder, standing.tenants[0].scores))
-        end_if_told()
         return Ended(plan, model, state, standing)
 
 

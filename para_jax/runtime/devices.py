@@ -5,9 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import time
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -40,18 +39,8 @@ PEAK_FLOPS = {
     "NVIDIA GB200": 2500e12,
 }
 
-#: The packages that let JAX use an accelerator, by extra, and why it may not start although one is there.
-BACKENDS = {"tpu": ("libtpu",), "cuda": ("jax-cuda13-plugin", "jax-cuda12-plugin")}
-NOT_STARTED = {
-    "tpu": "perhaps another process uses the TPU",
-    "cuda": "perhaps the driver is too old for it: CUDA 13 needs 580 or newer, and older ones jax[cuda12]",
-}
-
 #: XLA's flag for runtime.deterministic.
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
-
-#: The first bytes of a file that zstandard packed.
-ZSTANDARD = b"\x28\xb5\x2f\xfd"
 
 #: How long a process that ends waits for the others of its run. After an error on one process, they never come.
 SHUTDOWN_SECONDS = 30
@@ -70,59 +59,18 @@ def start(runtime: RuntimeSection) -> None:
     join(runtime)
     wanted = runtime.compilation_cache and runtime.distributed != "given"
     if wanted and not jax.config.values["jax_compilation_cache_dir"]:  # JAX_COMPILATION_CACHE_DIR wins
-        remove_broken(cache_folder() / "compiled")
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     say(f"devices: {describe_devices()}")
     unused = unused_accelerator()
     if unused and not runtime.allow_cpu:
         kind, extra = unused
-        use_cpu = "set runtime.allow_cpu=true (--allow-cpu for a command without a config) to use the CPU"
-        if package := installed_backend(extra):
-            raise ValueError(
-                f"the {kind} of this machine is not used: JAX could not start it, although {package} is installed; "
-                f"{NOT_STARTED[extra]}. JAX's warnings say more (JAX_PLATFORMS={extra} shows the error). Or {use_cpu}"
-            )
         raise ValueError(
-            f"the {kind} of this machine is not used: the installed JAX runs on the CPU only; run "
-            f"`pip install 'para_jax[{extra}]'`, or {use_cpu}"
+            f"the {kind} of this machine is not used: JAX found no driver for it, or could not start it. Run `pip "
+            f"install 'para_jax[{extra}]'`. If that is there, another process may use the {kind}, or its driver may be "
+            f"too old (JAX_PLATFORMS={extra} shows the error). Or set runtime.allow_cpu=true (--allow-cpu for a "
+            "command without a config) to use the CPU"
         )
-
-
-def remove_broken(folder: Path) -> None:
-    """Removes compiled programs that a kill or a full disk left in part: JAX warns of them at every start, and never
-    writes them again. Reads only those that were written since the last look."""
-    looked = folder / "looked"
-    with suppress(OSError):  # there is no folder yet, or another user's
-        before = looked.stat().st_mtime if looked.exists() else 0.0
-        looked.touch()
-        for file in folder.glob("*-cache"):
-            with suppress(FileNotFoundError):  # another process removed it
-                if file.stat().st_mtime >= before and not is_whole(file):
-                    file.unlink()
-
-
-def is_whole(file: Path) -> bool:
-    """Whether a compiled program's zlib stream has its end. JAX uses zstandard instead where that is installed; such a
-    file counts as whole unless it is empty."""
-    unpacked = zlib.decompressobj()
-    with file.open("rb") as stream, suppress(zlib.error):
-        if stream.read(len(ZSTANDARD)) == ZSTANDARD:
-            return True
-        stream.seek(0)
-        while piece := stream.read(2**18):
-            unpacked.decompress(piece)
-    return unpacked.eof
-
-
-def installed_backend(extra: str) -> str | None:
-    """The installed package with which JAX uses the accelerator of an extra; None if it is missing."""
-    for package in BACKENDS[extra]:
-        try:
-            return f"{package} {importlib.metadata.version(package)}"
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
 
 
 def make_deterministic() -> None:

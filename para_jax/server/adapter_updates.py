@@ -16,14 +16,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from ..config import BASE
-from ..io.checks import expanded, printable, shorten
+from ..io.checks import printable, shorten
 from ..io.hub import HUB_ID, is_inside_folder
 from ..io.messages import say
 from .api_keys import require_unlimited
-from .body import ClientLeft, json_object, read_body
+from .body import ClientLeft, read_body
 from .errors import ApiError, wrong_field
-from .fields import Fields, only, read_fields
 from .models import Models
+from .protocol import Fields, only, read
 
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 #: Bytes of a request, the seconds in which it must come, and characters of a name and of a path, at most.
@@ -54,7 +54,7 @@ def routes(models: Models, root: str | Path, *, allow_hub: bool = False) -> list
         root: the folder with all adapters that may be loaded.
         allow_hub: whether a path may also be a hub id, user/name or user/name@revision.
 
-    Raises ValueError for a root that is not a folder.
+    Raises OSError for a root that is not there.
     """
     updates = AdapterUpdates(models, root, allow_hub=allow_hub)
     return [Route(LOAD, updates.load, methods=["POST"]), Route(UNLOAD, updates.unload, methods=["POST"])]
@@ -62,10 +62,7 @@ def routes(models: Models, root: str | Path, *, allow_hub: bool = False) -> list
 
 class AdapterUpdates:
     def __init__(self, models: Models, root: str | Path, *, allow_hub: bool = False):
-        place = expanded(root)
-        if not isinstance(place, Path) or not place.is_dir():
-            raise ValueError(f"--adapter-root {root} is not a folder of this machine\ngive the folder of the adapters")
-        self.models, self.root, self.allow_hub = models, place.resolve(), allow_hub
+        self.models, self.root, self.allow_hub = models, Path(root).expanduser().resolve(strict=True), allow_hub
         self._alone = asyncio.Lock()
 
     async def load(self, request: Request) -> Response:
@@ -154,7 +151,6 @@ async def body_of(request: Request, model: type[T]) -> T:
     """The body of an update, for a client that may make it."""
     require_unlimited(request.state.access)
     try:
-        body = await read_body(request.scope, request.receive, most=MAX_BODY, seconds=BODY_SECONDS)
+        return read(model, await read_body(request.scope, request.receive, most=MAX_BODY, seconds=BODY_SECONDS))
     except ClientLeft:
         raise ApiError(400, "the client left", code="client_left") from None
-    return read_fields(model, json_object(body))

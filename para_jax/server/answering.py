@@ -7,43 +7,31 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import NamedTuple, TypeVar
+from functools import partial
 
 from ..io.checks import printable
-from .answer import Answer
 from .api_keys import Access
-from .body import ClientLeft, json_object, read_body
+from .body import ClientLeft, read_body
 from .choices import Choice, choices_of
-from .engine_loop import EngineLoop
+from .config import ServerConfig
+from .engine_loop import Answer, EngineLoop
 from .engine_requests import MAX_LOGPROBS, engine_requests, logprobs_of, refused, require_few
 from .errors import ApiError, retry_later
 from .metrics import Metrics
 from .models import Models
-from .outcome import Outcome
-from .protocol import Asked
-from .responses import DONE, Shape, Usage, Writer, error_event
+from .protocol import Body, read
+from .responses import DONE, Shape, encoded, event, usage
 from .token_text import TokenTexts
-
-T = TypeVar("T")
+from .traffic import Outcome
 
 #: Seconds in which a client must take the last words of a stream that has passed its deadline.
 LAST_SECONDS = 1.0
+#: Seconds within which a body must have come.
+BODY_SECONDS = 30
 #: Log-probabilities that all open requests may ask for together, alternatives included.
 OPEN_LOGPROBS = 2 * MAX_LOGPROBS
 #: Characters of a prompt in the log, if prompts are logged.
 LOGGED = 2000
-
-
-class Limits(NamedTuple):
-    """Bounds of a request."""
-
-    max_body: int = 8 * 2**20
-    """bytes"""
-    body_seconds: float = 30
-    """within which the body must have come"""
-    timeout: float = 600
-    """seconds from the body to the end of the answer"""
-    log_prompts: bool = False
 
 
 class Answering:
@@ -51,32 +39,30 @@ class Answering:
 
     def __init__(
         self,
-        read: Callable[[dict], Asked],
+        fields: type[Body],
         shape: Shape,
         loop: EngineLoop,
         models: Models,
-        limits: Limits,
+        config: ServerConfig,
         metrics: Metrics,
         logprobs: dict[Answer, int],
         loading: ThreadPoolExecutor,
-        threads: ThreadPoolExecutor,
     ):
         """
         Args:
             logprobs: how many each open request of all endpoints asks for.
             loading: where adapters are loaded that the bank does not hold, so that other requests find a thread.
-            threads: where bodies are parsed and prompts become tokens.
         """
-        self.read, self.shape, self.loop, self.models, self.limits = read, shape, loop, models, limits
-        self.metrics, self.logprobs = metrics, logprobs
-        self.threads, self.loading, self.tokens = threads, loading, TokenTexts(loop.engine.tokenizer)
+        self.fields, self.shape, self.loop, self.models, self.config = fields, shape, loop, models, config
+        self.metrics, self.logprobs, self.loading = metrics, logprobs, loading
+        self.tokens = TokenTexts(loop.engine.tokenizer)
 
     async def __call__(self, scope, receive, send) -> None:
         outcome: Outcome = scope["state"]["outcome"]
         work, watch = None, None
         try:
             self.loop.require_ready()
-            body = await read_body(scope, receive, most=self.limits.max_body, seconds=self.limits.body_seconds)
+            body = await read_body(scope, receive, most=self.config.max_body, seconds=BODY_SECONDS)
             work = asyncio.create_task(self._answer(body, scope["state"]["access"], outcome, send))
             watch = asyncio.create_task(left(receive))
             await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
@@ -89,114 +75,103 @@ class Answering:
             await end(work)
             await end(watch)
 
-    async def _answer(self, body: bytes, access: Access, outcome: Outcome, send) -> None:
+    async def _answer(self, data: bytes, access: Access, outcome: Outcome, send) -> None:
         answer, began = Answer(), asyncio.get_running_loop().time()
         try:
-            self.loop.accept(answer)
-            async with asyncio.timeout_at(began + self.limits.timeout) as deadline:
-                asked = await self._in_thread(self.threads, answer, self._read, body)
-                if asked.timeout is not None:
-                    deadline.reschedule(began + min(asked.timeout, self.limits.timeout))
-                self._reserve_logprobs(asked, answer)
-                found = None
-                if self.models.must_load(asked.model, access):
-                    found = await self._in_thread(self.loading, answer, self.models.resolve, asked.model, access)
-                await self._in_thread(self.threads, answer, self._open, asked, found, access, answer, outcome)
-                outcome.served = True
-                self.metrics.begin(outcome)
-                choices = choices_of(asked, answer.streams, self.loop.engine, self.tokens)
-                writer = Writer(self.shape, asked.model, outcome.request_id, include_usage=asked.include_usage)
-                give = self._stream if asked.stream else self._whole
-                await give(asked, answer, choices, writer, outcome, send)
+            async with asyncio.timeout_at(began + self.config.timeout) as deadline:
+                body = await asyncio.to_thread(self._read, data)
+                if body.timeout is not None:
+                    deadline.reschedule(began + min(body.timeout, self.config.timeout))
+                self._reserve_logprobs(body, answer)
+                tenant = None
+                if self.models.must_load(body.model, access):
+                    resolve = asyncio.get_running_loop().run_in_executor
+                    tenant = await resolve(self.loading, self.models.resolve, body.model, access)
+                await asyncio.to_thread(self._open, body, tenant, access, answer, outcome)
+                self.metrics.traffic.begin(outcome)
+                choices = choices_of(body, answer.streams, self.loop.engine, self.tokens)
+                give = self._stream if body.stream else self._whole
+                await give(body, answer, choices, outcome, send)
         except TimeoutError:
             late = ApiError(504, "the request has passed its deadline and was cancelled", code="timeout")
             await self._fail(late, outcome, send)
         except ApiError as error:
             await self._fail(error, outcome, send)
         finally:
-            note_times(answer, outcome)
+            outcome.note_times(answer.streams)
             self.loop.close(answer)
             self.logprobs.pop(answer, None)
             deadline = None  # noqa: F841  # it refers to the task of this frame, and the circle would keep the adapter
 
-    async def _in_thread(self, threads: ThreadPoolExecutor, answer: Answer, call: Callable[..., T], *arguments) -> T:
-        """What a call gives. If the request is given up meanwhile, the streams that the call opens are closed at its
-        end; one that still waits for a thread never gets one."""
-        job = threads.submit(call, *arguments)
-        try:
-            return await asyncio.wrap_future(job)
-        except asyncio.CancelledError:  # which has cancelled the job too, unless it runs
-            job.add_done_callback(lambda job: self.loop.close(answer))
-            raise
+    def _read(self, data: bytes) -> Body:
+        require_few(data, self.loop.engine.max_length)
+        return read(self.fields, data)
 
-    def _read(self, body: bytes) -> Asked:
-        require_few(body, self.loop.engine.max_length)
-        return self.read(json_object(body))
-
-    def _reserve_logprobs(self, asked: Asked, answer: Answer) -> None:
+    def _reserve_logprobs(self, body: Body, answer: Answer) -> None:
         """Raises ApiError 503 if these have no room next to the log-probabilities of other open requests."""
-        count = logprobs_of(asked, self.loop.engine.max_length)
+        count = logprobs_of(body, self.loop.engine.max_length)
         if count and self.logprobs and sum(self.logprobs.values()) + count > OPEN_LOGPROBS:
             message = "open requests ask for as many log-probabilities as the memory has room for; try again"
             raise retry_later(503, 1, message, "overloaded")
         if count:
             self.logprobs[answer] = count
 
-    def _open(self, asked: Asked, found: tuple | None, access: Access, answer: Answer, outcome: Outcome) -> None:
+    def _open(self, body: Body, tenant: tuple | None, access: Access, answer: Answer, outcome: Outcome) -> None:
         """Opens the streams of a request.
 
         Args:
-            found: the tenant and its adapter, if they are known.
+            tenant: with its adapter, if they are known.
         """
-        tenant, entry = found or self.models.resolve(asked.model, access)
+        name, entry = tenant or self.models.resolve(body.model, access)
         try:
-            requests = engine_requests(asked, tenant, self.loop.engine, access.salt)
+            requests = engine_requests(body, name, self.loop.engine, access.salt)
             self.loop.open([(request, entry) for request in requests], answer)
         except ValueError as error:
-            raise refused(error, asked, self.loop.engine.max_length) from None
-        outcome.tenant = tenant
+            raise refused(error, body, self.loop.engine.max_length) from None
+        outcome.served, outcome.tenant, outcome.choices = True, name, len(requests) * body.n
         outcome.prompt_tokens = sum(len(stream.prompt_ids) for stream in answer.streams)
-        outcome.choices = len(requests) * asked.n
-        if self.limits.log_prompts:
-            outcome.prompt = printable(repr(asked.prompts), LOGGED)
+        if self.config.log_prompts:
+            outcome.prompt = printable(repr(body.prompts), LOGGED)
 
-    async def _whole(self, asked: Asked, answer: Answer, choices: dict, writer: Writer, outcome: Outcome, send) -> None:
+    async def _whole(self, body: Body, answer: Answer, choices: dict, outcome: Outcome, send) -> None:
         while any(choice.finish_reason is None for choice in choices.values()):
-            take_news(await answer.news(), choices, outcome)
-            note_times(answer, outcome)
+            await take_news(answer, choices, outcome)
 
-        def body() -> bytes:
-            made = [self.shape.choice(choice, part) for choice in choices.values() if (part := choice.take())]
-            return writer.whole(made, usage(answer, outcome))
+        def write() -> bytes:
+            parts = [self.shape.choice(choice, part) for choice in choices.values() if (part := choice.take())]
+            head = self.shape.head(body.model, outcome.request_id) | {"object": self.shape.whole}
+            return encoded(head | {"choices": parts, "usage": usage_of(answer, outcome, outcome.new_tokens)})
 
-        written = await written_for(asked, body)
-        await send(start(200, b"application/json", (b"content-length", str(len(written)).encode())))
-        await send({"type": "http.response.body", "body": written})
+        data = await written_for(body, write)
+        await send(start(200, b"application/json", (b"content-length", str(len(data)).encode())))
+        await send({"type": "http.response.body", "body": data})
 
-    async def _stream(
-        self, asked: Asked, answer: Answer, choices: dict, writer: Writer, outcome: Outcome, send
-    ) -> None:
+    async def _stream(self, body: Body, answer: Answer, choices: dict, outcome: Outcome, send) -> None:
         # x-accel-buffering: nginx would keep the events until it has a page of them
         quick = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
         await send(start(200, b"text/event-stream; charset=utf-8", *quick))
-        told = 0  # new tokens of the events so far: the engine may be ahead of them
+        head = self.shape.head(body.model, outcome.request_id) | {"object": self.shape.chunk}
+        options, told = body.stream_options, 0  # new tokens of the events so far: the engine may be ahead of them
+
+        def chunk(choices: list[dict], usage: dict | None) -> bytes:
+            return event(encoded(head | {"choices": choices} | ({"usage": usage} if options.include_usage else {})))
+
+        def write(changed: list[Choice]) -> bytes:
+            nonlocal told
+            events = []
+            for choice in changed:
+                if part := choice.take():
+                    told += part.new_tokens
+                    now = usage_of(answer, outcome, told) if options.continuous_usage_stats else None
+                    events += (chunk([delta], now) for delta in self.shape.deltas(choice, part))
+            return b"".join(events)
+
         while any(choice.finish_reason is None for choice in choices.values()):
-            changed = take_news(await answer.news(), choices, outcome)
-            note_times(answer, outcome)
-
-            def events(changed: list[Choice] = changed) -> bytes:
-                nonlocal told
-                written = []
-                for choice in changed:
-                    if part := choice.take():
-                        told += part.new_tokens
-                        now = usage(answer, outcome)._replace(new=told) if asked.continuous_usage else None
-                        written += (writer.event(delta, now) for delta in self.shape.deltas(choice, part))
-                return b"".join(written)
-
-            if written := await written_for(asked, events):
-                await send({"type": "http.response.body", "body": written, "more_body": True})
-        await send({"type": "http.response.body", "body": writer.usage_event(usage(answer, outcome)) + DONE})
+            changed = await take_news(answer, choices, outcome)
+            if events := await written_for(body, partial(write, changed)):
+                await send({"type": "http.response.body", "body": events, "more_body": True})
+        last = chunk([], usage_of(answer, outcome, outcome.new_tokens)) if options.include_usage else b""
+        await send({"type": "http.response.body", "body": last + DONE})
 
     async def _fail(self, error: ApiError, outcome: Outcome, send) -> None:
         """Raises the error, or makes it the end of a stream that has begun."""
@@ -205,18 +180,20 @@ class Answering:
         outcome.error = error.code or "invalid_request"
         with suppress(TimeoutError):
             async with asyncio.timeout(LAST_SECONDS):
-                await send({"type": "http.response.body", "body": error_event(error.body) + DONE})
+                await send({"type": "http.response.body", "body": event(error.body) + DONE})
 
 
-async def written_for(asked: Asked, write: Callable[[], bytes]) -> bytes:
+async def written_for(body: Body, write: Callable[[], bytes]) -> bytes:
     """What `write` gives. Log-probabilities are written in a thread: those of a long prompt with many others take
     seconds, and asyncio must not wait."""
-    return write() if asked.logprobs is None else await asyncio.to_thread(write)
+    return write() if body.alternatives is None else await asyncio.to_thread(write)
 
 
-def take_news(news: list, choices: dict[tuple[int, int], Choice], outcome: Outcome) -> list[Choice]:
-    """Gives the pieces to their choices, and returns these. Raises ApiError for a piece that is an error."""
+async def take_news(answer: Answer, choices: dict[tuple[int, int], Choice], outcome: Outcome) -> list[Choice]:
+    """Gives the next pieces to their choices, and returns these. Raises ApiError for a piece that is an error."""
     changed: dict[Choice, None] = {}
+    news = await answer.news()
+    outcome.note_times(answer.streams)
     for at, number, piece in news:
         if piece.finish_reason == "error":
             outcome.finish_reasons.append("error")
@@ -228,16 +205,9 @@ def take_news(news: list, choices: dict[tuple[int, int], Choice], outcome: Outco
     return list(changed)
 
 
-def usage(answer: Answer, outcome: Outcome) -> Usage:
+def usage_of(answer: Answer, outcome: Outcome, new: int) -> dict:
     outcome.cached_tokens = sum(stream.cached_tokens for stream in answer.streams)
-    return Usage(outcome.prompt_tokens, outcome.cached_tokens, outcome.new_tokens)
-
-
-def note_times(answer: Answer, outcome: Outcome) -> None:
-    """Notes the earliest times of a request's streams."""
-    for name in ("queued", "started", "first_token"):
-        times = [time for stream in answer.streams if (time := getattr(stream.times, name)) is not None]
-        setattr(outcome, name, min(times, default=None))
+    return usage(outcome.prompt_tokens, outcome.cached_tokens, new)
 
 
 def start(status: int, content_type: bytes, *headers: tuple[bytes, bytes]) -> dict:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from ..io.checks import expanded, shorten
+from ..io.checks import shorten
 from ..io.messages import warn
 from .errors import ApiError
-
-#: Bytes of a file of keys, at most.
-MAX_FILE = 2**20
 
 
 class Access(NamedTuple):
@@ -99,30 +97,21 @@ def warn_of_missing(keys: ApiKeys, names: Iterable[str]) -> None:
 def read_keys(file: str | Path) -> ApiKeys:
     """The keys of a file: one per line, perhaps with tenants. Lines that begin with # are left out.
 
-    Raises ValueError for a file that cannot be read or has no key. Warns of one that every user of the machine can
-    read.
+    Raises ValueError for a file that has no key or can't be read. Warns of one that every user of the machine can read.
     """
-    path = expanded(file)
-    if not isinstance(path, Path):
-        raise ValueError(f"--api-key-file {file}: keys are read from this machine only\ngive the path of a file")
+    path = Path(file).expanduser()
     try:
-        with path.open("rb") as stream:
-            data = stream.read(MAX_FILE + 1)
-        mode = path.stat().st_mode
-    except OSError as error:
-        raise ValueError(f"--api-key-file {file}: {error.strerror}\ngive a file with one key per line") from None
-    if len(data) > MAX_FILE:
-        raise ValueError(f"--api-key-file {file}: it is larger than {MAX_FILE} bytes\ngive one key per line")
-    try:
-        lines = [line.strip() for line in data.decode("utf-8-sig").splitlines()]
-    except UnicodeDecodeError:
-        raise ValueError(f"--api-key-file {file}: it is not UTF-8\ngive one key per line") from None
-    keys = [line for line in lines if line and not line.startswith("#")]
+        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
+        keys = ApiKeys([line for line in lines if line and not line.startswith("#")])
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--api-key-file {file}: {error}\ngive a file with one key per line") from None
     if not keys:
         raise ValueError(f"--api-key-file {file}: it has no key\nwrite one key per line")
-    if mode & 0o004:
-        warn(f"--api-key-file {shorten(str(file))} can be read by every user of this machine; run chmod 600")
-    try:
-        return ApiKeys(keys)
-    except ValueError as error:
-        raise ValueError(f"--api-key-file {file}: {error}") from None
+    if path.stat().st_mode & 0o004:
+        warn_of_readers(str(file))
+    return keys
+
+
+@lru_cache(16)  # a server reads its keys before it loads anything, and once more when it starts
+def warn_of_readers(file: str) -> None:
+    warn(f"--api-key-file {shorten(file)} can be read by every user of this machine; run chmod 600")

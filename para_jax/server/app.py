@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from functools import partial
 
 from starlette.applications import Starlette
@@ -12,73 +11,68 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import Route
 
 from .. import __version__
-from ..data.examples import turn_stop_ids
 from ..serving.engine import Engine
-from .answering import Answering, Limits
-from .api_keys import ApiKeys, require_unlimited
+from . import adapter_updates, page
+from .answering import Answering
+from .api_keys import ApiKeys, require_unlimited, warn_of_missing
+from .config import ServerConfig
 from .engine_loop import EngineLoop
 from .errors import ApiError
 from .gate import Gate
 from .metrics import Metrics
 from .models import Models
-from .protocol import read_chat, read_completion
+from .protocol import ChatBody, CompletionBody
 from .responses import CHAT, TEXT
-
-#: Threads that parse bodies and turn prompts into tokens. Chats have as many of their own: their template may take
-#: seconds, and renders one at a time.
-THREADS = 4
 
 
 def create_app(
     engine: Engine,
     *,
     models: Models,
+    config: ServerConfig | None = None,
     keys: ApiKeys | None = None,
-    limits: Limits | None = None,
-    metrics: Metrics | None = None,
-    routes: Sequence[BaseRoute] = (),
     local: bool = False,
 ) -> Starlette:
     """The application. Its lifespan starts the thread that warms the engine up and drives it.
 
     Args:
-        metrics: what /metrics shows.
-        routes: further ones. In their endpoints, `request.state.access` says what the client may use.
         local: whether only requests to a name of this machine are taken.
 
     `app.state.loop` is its EngineLoop.
     """
-    keys, limits = keys or ApiKeys([]), limits or Limits()
-    metrics = metrics or Metrics(engine, models)
-    loop = EngineLoop(engine, metrics.count_engine_failure, limits.timeout)
-    chats, texts = (ThreadPoolExecutor(THREADS, f"para-jax-{name}") for name in ("chats", "server"))
+    keys, config = keys or ApiKeys([]), config or ServerConfig()
+    if not config.adapter_root:
+        warn_of_missing(keys, models.all_names)
+    metrics = Metrics(engine, models)
+    loop = EngineLoop(engine, metrics.engine_failures.inc, config.timeout)
     loading = ThreadPoolExecutor(1, "para-jax-loading")
-    given = (loop, models, limits, metrics, {}, loading)
+    shared = (loop, models, config, metrics, {}, loading)
 
     @asynccontextmanager
     async def lifespan(app):
         loop.start()
-        chats.submit(render_a_chat, engine.tokenizer)
         yield
         await loop.stop()
-        for pool in (chats, texts, loading):
-            pool.shutdown(wait=False, cancel_futures=True)
+        loading.shutdown(wait=False, cancel_futures=True)
 
-    own = [
-        Route("/v1/chat/completions", Answering(read_chat, CHAT, *given, chats), methods=["POST"]),
-        Route("/v1/completions", Answering(read_completion, TEXT, *given, texts), methods=["POST"]),
+    routes = [
+        Route("/v1/chat/completions", Answering(ChatBody, CHAT, *shared), methods=["POST"]),
+        Route("/v1/completions", Answering(CompletionBody, TEXT, *shared), methods=["POST"]),
         Route("/v1/models", partial(list_models, models)),
         Route("/v1/models/{name:path}", partial(show_model, models)),
         Route("/health", partial(health, loop)),
         Route("/ready", partial(ready, loop)),
         Route("/version", version),
         Route("/metrics", partial(show_metrics, metrics)),
+        *page.routes(engine, models, metrics.traffic),
     ]
+    if config.adapter_root:
+        routes += adapter_updates.routes(models, config.adapter_root, allow_hub=config.allow_hub)
     app = Starlette(
-        routes=[*own, *routes],
+        routes=routes,
         middleware=[Middleware(Gate, keys=keys, metrics=metrics, local=local)],
         exception_handlers={HTTPException: http_error},  # pyright: ignore[reportArgumentType]
         lifespan=lifespan,
@@ -86,13 +80,6 @@ def create_app(
     app.router.redirect_slashes = False
     app.state.loop = loop
     return app
-
-
-def render_a_chat(tokenizer) -> None:
-    """Starts the process that renders chats, which takes seconds, so that the first chat need not wait for it."""
-    if getattr(tokenizer, "chat_template", None) is not None:
-        with suppress(ValueError, OSError):  # a chat will have this error
-            turn_stop_ids(tokenizer, [{"role": "user", "content": "a"}])
 
 
 # Those without `async` run in threads of Starlette's, because they take long where there are many tenants.
@@ -107,23 +94,18 @@ def show_model(models: Models, request: Request) -> Response:
 
 
 async def health(loop: EngineLoop, request: Request) -> Response:
-    """Whether the engine works: 503 after several rounds that failed, and in a round that does not end."""
-    require_healthy(loop)
-    return JSONResponse({"status": "ok"})
-
-
-async def ready(loop: EngineLoop, request: Request) -> Response:
-    """Whether requests are taken: 503 before the engine is warm, and while the server stops."""
-    loop.require_ready()
-    require_healthy(loop)
-    return JSONResponse({"status": "ready"})
-
-
-def require_healthy(loop: EngineLoop) -> None:
+    """Whether the engine works: 503 once it has failed, and in a round that does not end."""
     if loop.hangs:
         raise ApiError(503, "a round of the engine does not end; its device may hang", code="engine_hangs")
     if not loop.healthy:
         raise ApiError(503, "the engine fails; see the log", code="engine_failed")
+    return JSONResponse({"status": "ok"})
+
+
+async def ready(loop: EngineLoop, request: Request) -> Response:
+    """Whether requests are taken: 503 also before the engine is warm."""
+    loop.require_ready()
+    return await health(loop, request)
 
 
 async def version(request: Request) -> Response:
@@ -131,7 +113,6 @@ async def version(request: Request) -> Response:
 
 
 def show_metrics(metrics: Metrics, request: Request) -> Response:
-    """Runs in a thread of Starlette's: with a thousand tenants it takes 10 ms."""
     require_unlimited(request.state.access)
     body, content_type = metrics.render()
     return Response(body, media_type=None, headers={"content-type": content_type})
@@ -144,5 +125,5 @@ async def http_error(request: Request, error: HTTPException) -> Response:
         404: "there is nothing at this path; models are at /v1/models, /v1/completions and /v1/chat/completions",
         405: f"this path takes another method: {headers.get('Allow', 'see the documentation')}",
     }
-    given = ApiError(error.status_code, message.get(error.status_code, str(error.detail)))
-    return Response(given.body, error.status_code, {**headers, "content-type": "application/json"})
+    ours = ApiError(error.status_code, message.get(error.status_code, str(error.detail)))
+    return Response(ours.body, error.status_code, {**headers, "content-type": "application/json"})

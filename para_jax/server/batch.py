@@ -50,14 +50,14 @@ def batch_request(line: dict, engine: Engine) -> Request:
     require_packages("OpenAI's batch format")
     from .engine_requests import engine_requests
     from .errors import ApiError
-    from .protocol import read_chat, read_completion
+    from .protocol import ChatBody, CompletionBody, validated
 
     if line.get("method") != "POST" or line.get("url") not in URLS:
         raise ValueError(f"url: give POST and {' or '.join(URLS)}; got {line.get('method')} {line.get('url')}")
     try:
-        asked = (read_chat if line["url"] == URLS[0] else read_completion)(line["body"])
-        if len(asked.prompts) > 1 or asked.stream or asked.echo or asked.logprobs is not None:
+        body = validated(ChatBody if line["url"] == URLS[0] else CompletionBody, line["body"])
+        if len(body.prompts) > 1 or body.stream or body.echo or body.alternatives is not None:
             raise ValueError("body: a job takes one prompt per line, without stream, echo and logprobs")
-        return engine_requests(asked, None if asked.model == BASE else asked.model, engine, None)[0]
+        return engine_requests(body, None if body.model == BASE else body.model, engine, None)[0]
     except ApiError as error:
         raise ValueError(error.message) from None

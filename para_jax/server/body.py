@@ -1,14 +1,10 @@
-"""The body of a request: read within bounds, and parsed as one JSON object."""
+"""The body of a request, read within bounds."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import sys
 
-from ..data.rows import json_problem
-from ..io.checks import shorten, without_repeats
-from ..io.untrusted import MAX_DEPTH, bounded_int, require_flat
+from ..io.checks import shorten
 from .errors import ApiError
 
 
@@ -48,38 +44,3 @@ async def read_body(scope, receive, *, most: int, seconds: float) -> bytes:
         close = {"connection": "close"}
         raise ApiError(408, f"the body was not there after {seconds:g} s", code="body_late", headers=close) from None
     return bytes(body)
-
-
-def json_object(body: bytes) -> dict:
-    """The object in a body. Raises ApiError 400 for anything else, for more than MAX_DEPTH levels, for a repeated name,
-    because readers differ in which of its values they use, and for NaN and Infinity, which JSON lacks."""
-    try:
-        found = json.loads(
-            str(body, "utf-8"),
-            object_pairs_hook=without_repeats,
-            parse_int=None if digits_are_limited() else bounded_int,
-            parse_constant=refuse_constant,
-        )
-        require_flat(found)
-    except RecursionError:
-        raise ApiError(400, f"the body nests deeper than {MAX_DEPTH} levels", code="invalid_json") from None
-    except UnicodeDecodeError:
-        raise ApiError(400, "the body is not UTF-8", code="invalid_json") from None
-    except json.JSONDecodeError as error:
-        raise ApiError(400, f"the body is not JSON: {json_problem(error)}", code="invalid_json") from None
-    except ValueError as error:
-        problem = str(error).partition("; use sys.")[0]  # Python's advice on too many digits is none for a client
-        raise ApiError(400, f"the body: {problem}", code="invalid_json") from None
-    if not isinstance(found, dict):
-        raise ApiError(400, f"the body is {shorten(found)}; send a JSON object", code="invalid_json")
-    return found
-
-
-def digits_are_limited() -> bool:
-    """Whether Python itself refuses numbers of more than 4300 digits, as it does unless it was told otherwise. A
-    function of our own takes a second where a body has millions of numbers."""
-    return 0 < sys.get_int_max_str_digits() <= sys.int_info.default_max_str_digits
-
-
-def refuse_constant(text: str) -> float:
-    raise ValueError(f"{text} is not a number of JSON")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ..data.examples import Ids, Prompt
 from ..inference.answer_text import AnswerText, special_ids, text_of, word_tokens
 from ..inference.logprobs import TokenLogprob
 from ..serving.engine import Engine
 from ..serving.request import Piece
 from .engine_requests import one_token_is_scored
-from .protocol import Asked
+from .protocol import Body
 from .token_text import TokenTexts
 
 
@@ -34,19 +35,17 @@ class ChoicePart(NamedTuple):
 class Choice:
     """One choice. `take` gives what is new since the last time."""
 
-    def __init__(self, index: int, asked: Asked, number: int, stream, engine: Engine, tokens: TokenTexts):
+    def __init__(self, index: int, body: Body, prompt: Prompt | Ids, stream, engine: Engine, tokens: TokenTexts):
         """
         Args:
-            number: of its prompt.
             stream: the engine's, of this prompt.
         """
         self.index, self.tokens, self.finish_reason = index, tokens, None
-        self._asked, self._number, self._stream, self._engine = asked, number, stream, engine
+        self._body, self._prompt, self._stream, self._engine = body, prompt, stream, engine
         self._text, self._ids, self._logprobs = "", [], []
         self._begun = False
-        prompt = asked.prompts[number] if asked.echo else None
-        after = () if asked.echo else word_tokens(engine.tokenizer)
-        self._offsets = Offsets(engine.tokenizer, after, prompt if isinstance(prompt, str) else "")
+        after = () if body.echo else word_tokens(engine.tokenizer)
+        self._offsets = Offsets(engine.tokenizer, after, prompt if body.echo and isinstance(prompt, str) else "")
 
     def put(self, piece: Piece) -> None:
         """Adds the next piece of its sample."""
@@ -54,28 +53,24 @@ class Choice:
         self._ids += piece.tokens
         self._logprobs += piece.logprobs or []
         self.finish_reason = piece.finish_reason
-        if piece.finish_reason == "length" and one_token_is_scored(self._asked):
+        if piece.finish_reason == "length" and one_token_is_scored(self._body):
             self.finish_reason = "stop" if piece.tokens[-1:] and piece.tokens[-1] in self._engine.stop_ids else "length"
 
     def take(self) -> ChoicePart | None:
         """What is new; None for nothing that a client could see."""
-        asked, first = self._asked, not self._begun
-        if not (self._text or self.finish_reason or (asked.logprobs is not None and self._ids)):
+        scored, first = self._body.alternatives is not None, not self._begun
+        if not (self._text or self.finish_reason or (scored and self._ids)):
             return None
         self._begun = True
-        text, ids, logprobs = self._text, self._ids, list(self._logprobs)
-        self._text, self._ids, self._logprobs, new = "", [], [], len(self._ids)
-        if first and asked.echo:
-            before = list(self._stream.prompt_ids)
-            prompt = asked.prompts[self._number]
+        text, ids, logprobs, new = self._text, self._ids, self._logprobs, len(self._ids)
+        self._text, self._ids, self._logprobs = "", [], []
+        if first and self._body.echo:
+            before, prompt = list(self._stream.prompt_ids), self._prompt
             text = (prompt if isinstance(prompt, str) else text_of(self._engine.tokenizer, before)) + text
-            if asked.logprobs is not None:
+            if scored:
                 ids, logprobs = before + ids, list(self._stream.prompt_logprobs) + logprobs
-        if asked.logprobs is None:
-            return ChoicePart(text, None, None, ids, new, self.finish_reason, first)
-        return ChoicePart(
-            text, logprobs, [self._offsets.next(token) for token in ids], ids, new, self.finish_reason, first
-        )
+        offsets = [self._offsets.next(token) for token in ids] if scored else None
+        return ChoicePart(text, logprobs if scored else None, offsets, ids, new, self.finish_reason, first)
 
 
 class Offsets:
@@ -101,10 +96,10 @@ class Offsets:
         return start
 
 
-def choices_of(asked: Asked, streams: list, engine: Engine, tokens: TokenTexts) -> dict[tuple[int, int], Choice]:
+def choices_of(body: Body, streams: list, engine: Engine, tokens: TokenTexts) -> dict[tuple[int, int], Choice]:
     """The choices of a request, by the numbers of prompt and sample: the first prompt's samples come first."""
     return {
-        (number, sample): Choice(number * asked.n + sample, asked, number, stream, engine, tokens)
-        for number, stream in enumerate(streams)
-        for sample in range(asked.n)
+        (number, sample): Choice(number * body.n + sample, body, prompt, stream, engine, tokens)
+        for number, (prompt, stream) in enumerate(zip(body.prompts, streams, strict=True))
+        for sample in range(body.n)
     }

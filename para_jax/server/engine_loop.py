@@ -8,26 +8,70 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from typing import NamedTuple
 
 from ..adapters.bank import Entry
 from ..io.checks import printable
 from ..io.messages import say, warn
 from ..serving.engine import Engine
 from ..serving.open_requests import QueueFull
-from ..serving.request import Request
-from .answer import Answer, News, close, put_all
+from ..serving.request import Piece, Request
+from ..serving.stream import Stream
 from .errors import ApiError, retry_later
 
 #: Rounds that fail one after the other before all open requests are given up.
 MOST_FAILURES = 3
-#: Seconds between the trials of an engine that failed and has no requests.
-TRIAL_SECONDS = 5
 #: Seconds that the thread waits for a request before it looks whether it should stop.
 IDLE_SECONDS = 0.2
 #: Seconds that any round may take. It may have to compile, and a compilation must not look like a device that hangs.
 LONG_ROUND_SECONDS = 900
 #: Seconds that the last round may take when the server stops.
 LAST_ROUND_SECONDS = 10
+
+
+class News(NamedTuple):
+    """A piece of an answer."""
+
+    at: float
+    """when it was there, in seconds of time.monotonic()"""
+    number: int
+    """of its prompt"""
+    piece: Piece
+
+
+class Answer:
+    """The engine's streams for one HTTP request, one per prompt, and what they have given since the last look.
+
+    The driving thread writes the streams. What they give is read in asyncio.
+    """
+
+    def __init__(self):
+        self.streams: list[Stream] = []
+        self.closed = False
+        self._news: list[News] = []
+        self._failure: ApiError | None = None
+        self._event = asyncio.Event()
+
+    async def news(self) -> list[News]:
+        """Waits for the next pieces of the answer. A reader that comes late gets all of them. Raises ApiError if there
+        will be no more."""
+        await self._event.wait()
+        self._event.clear()
+        if self._failure is not None:
+            raise self._failure
+        news, self._news = self._news, []
+        return news
+
+    def put(self, news: list[News], failure: ApiError | None = None) -> None:
+        self._news += news
+        self._failure = failure
+        self._event.set()
+
+    def close(self) -> None:
+        """Cancels the streams that are still open."""
+        self.closed = True
+        for stream in self.streams:
+            stream.close()
 
 
 class EngineLoop:
@@ -43,17 +87,10 @@ class EngineLoop:
         self.engine, self._on_failure, self._timeout = engine, on_failure, timeout
         self.warm = False
         """whether everything is compiled"""
-        self.draining = False
-        """whether new requests are refused, because the server is about to stop"""
         self.fatal: BaseException | None = None
         """why nothing can be served at all"""
-        self.failures = 0
-        """rounds that failed since the last one that did not"""
-        self._next_trial = 0.0
         self._round_began: float | None = None
         """None between two rounds"""
-        self._accepted: set[Answer] = set()
-        """of requests that are not open yet, although their bodies are there"""
         self._open: dict[Answer, None] = {}
         self._delivering = threading.Lock()
         """held while streams are read and their pieces handed over, which keeps the pieces in order"""
@@ -68,10 +105,7 @@ class EngineLoop:
     async def stop(self) -> None:
         """Ends the thread after its round. Open requests fail. Does not wait long for a round that does not end: the
         thread ends with the process."""
-        if self._stopping.is_set():
-            return
         self._stopping.set()
-        self._accepted.clear()
         self.fail_all(shutting_down)
         until = time.monotonic() + LAST_ROUND_SECONDS
         while self._thread.is_alive() and time.monotonic() < until:
@@ -87,26 +121,7 @@ class EngineLoop:
 
     @property
     def healthy(self) -> bool:
-        return self.fatal is None and self.failures < MOST_FAILURES and not self.hangs
-
-    @property
-    def open_answers(self) -> int:
-        """How many HTTP requests wait for their answers."""
-        return len(self._accepted) + len(self._open)
-
-    async def drain(self, seconds: float) -> None:
-        """Refuses new requests and waits until the open ones have ended. After `seconds` those that are left fail."""
-        self.draining = True
-        until = time.monotonic() + seconds
-        while self.open_answers and time.monotonic() < until:
-            await asyncio.sleep(0.02)
-        self._accepted.clear()
-        self.fail_all(shutting_down)
-
-    def accept(self, answer: Answer) -> None:
-        """Counts a request as open, now that its body is there. Raises as require_ready does."""
-        self.require_ready()
-        self._accepted.add(answer)
+        return self.fatal is None and not self.hangs
 
     # ---------------------------------------------------------------------------------------- calls from any thread
 
@@ -114,44 +129,42 @@ class EngineLoop:
         """Raises ApiError 503 while no request is taken, and 500 if none will ever be."""
         if self.fatal is not None:
             raise engine_failed()
-        if self.draining or self._stopping.is_set():
+        if self._stopping.is_set():
             raise shutting_down()
         if not self.warm:
             raise retry_later(503, 5, "the server is starting", "starting")
 
     def open(self, requests: Iterable[tuple[Request, Entry | None]], answer: Answer) -> None:
-        """Opens a stream for each request in `answer`, which was accepted, or none.
+        """Opens a stream for each request in `answer`, or none.
 
-        Raises ApiError 429 if the queue has no room and 503 if the server has stopped meanwhile, and ValueError for a
-        request that cannot be served.
+        Raises ApiError 429 if the queue has no room, as require_ready does if the server has stopped meanwhile, and
+        ValueError for a request that cannot be served.
         """
         try:
             for request, entry in requests:
                 answer.streams.append(self.engine.open_stream(request, entry=entry))
+            with self._delivering:
+                self._open[answer] = None
+            self.require_ready()  # or it came too late for `fail_all`
         except BaseException as error:
-            close(answer)
+            self.close(answer)
             if isinstance(error, QueueFull):
                 raise queue_full(error) from None
             raise
-        with self._delivering:
-            self._open[answer] = None
-        if self.fatal is not None or answer not in self._accepted:  # it came too late for `fail_all`
+        if answer.closed:  # the client left meanwhile
             self.close(answer)
-            raise shutting_down() if self.draining or self._stopping.is_set() else engine_failed()
-        self._accepted.discard(answer)
         self._deliver([answer])
 
     def close(self, answer: Answer) -> None:
-        """Cancels the streams that are still open."""
-        self._accepted.discard(answer)
+        """Cancels the streams that are still open, or about to be."""
         self._open.pop(answer, None)
-        close(answer)
+        answer.close()
 
     def fail_all(self, error: Callable[[], ApiError]) -> None:
         """Ends all open requests, each with an error of its own: a request that has ended empties its error's frames,
         and with a shared error those of requests that have not (error_frames.forget_frames)."""
         for answer in list(self._open):
-            self._call(answer.fail, error())  # first, so that the pieces of a cancelled stream come too late
+            self._call(answer.put, [], error())  # first, so that the pieces of a cancelled stream come too late
             self.close(answer)
 
     # ------------------------------------------------------------------------------------------------- the thread
@@ -166,33 +179,30 @@ class EngineLoop:
             self.fail_all(engine_failed)
 
     def _make_rounds(self) -> None:
+        failures = 0
         while not self._stopping.is_set():
-            has_work = self.engine.wait(IDLE_SECONDS)
-            if not has_work and (self.healthy or time.monotonic() < self._next_trial):
+            if not self.engine.wait(IDLE_SECONDS):
                 continue
             self._round_began = time.monotonic()
             try:
-                if has_work:
-                    self.engine.step()
-                else:  # an engine that failed tries itself, because no client asks a server that is not ready
-                    self.engine.warm_up()
-                self.failures = 0
-            except BaseException as error:  # an engine can go on after whatever a round raises
-                if has_work or not self.engine.open:  # a request that has just come keeps warm_up from its work
-                    self._note_failure(error)
+                self.engine.step()
+                failures = 0
+            except Exception as error:  # an engine can go on after whatever a round raises
+                failures += 1
+                self._note_failure(error, failures)
+                if failures >= MOST_FAILURES:
+                    self.fail_all(engine_failed)
+                    if not self.engine.open:  # if no request was the reason, this raises and ends the server
+                        self.engine.warm_up()
+                        failures = 0
             self._round_began = None
             self._deliver(list(self._open))
 
-    def _note_failure(self, error: BaseException) -> None:
-        self.failures += 1
+    def _note_failure(self, error: Exception, failures: int) -> None:
         self._on_failure()
-        lines = "".join(traceback.format_exception(error)).strip().splitlines()
-        warn(f"engine: a round failed ({self.failures} in a row): {printable(str(error), 500)}")
-        say("\n".join(printable(line, 500) for line in lines))
-        if self.failures >= MOST_FAILURES:
-            self.fail_all(engine_failed)
-        self._next_trial = time.monotonic() + TRIAL_SECONDS
-        self._stopping.wait(min(0.1 * self.failures, 1))
+        warn(f"engine: a round failed ({failures} in a row): {printable(str(error), 500)}")
+        say("\n".join(printable(line, 500) for line in "".join(traceback.format_exception(error)).strip().splitlines()))
+        self._stopping.wait(0.1 * failures)
 
     def _deliver(self, answers: list[Answer]) -> None:
         """Hands over what the streams have given since the last time."""
@@ -210,6 +220,11 @@ class EngineLoop:
     def _call(self, function, *arguments) -> None:
         with suppress(RuntimeError):  # asyncio's loop has ended, and with it all clients
             self._asyncio.call_soon_threadsafe(function, *arguments)
+
+
+def put_all(batch: list[tuple[Answer, list[News]]]) -> None:
+    for answer, news in batch:
+        answer.put(news)
 
 
 def shutting_down() -> ApiError:

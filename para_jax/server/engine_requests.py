@@ -13,7 +13,7 @@ from ..io.checks import shorten
 from ..serving.engine import Engine
 from ..serving.request import MAX_SAMPLES, Request
 from .errors import ApiError, wrong_field
-from .protocol import Asked, ChatBody, CompletionBody
+from .protocol import Body, ChatBody, CompletionBody
 
 #: Log-probabilities that a request may ask for, alternatives included. Each takes up to 0.3 kB until it is answered.
 MAX_LOGPROBS = 2**21
@@ -21,7 +21,7 @@ MAX_LOGPROBS = 2**21
 SPARE_VALUES = 10_000
 
 
-def engine_requests(asked: Asked, tenant: str | None, engine: Engine, salt: str | None) -> list[Request]:
+def engine_requests(body: Body, tenant: str | None, engine: Engine, salt: str | None) -> list[Request]:
     """The engine's requests, one per prompt. Answer i of all is drawn with seed + i.
 
     Args:
@@ -29,35 +29,46 @@ def engine_requests(asked: Asked, tenant: str | None, engine: Engine, salt: str 
 
     Raises ValueError for a prompt that is none.
     """
-    require_room(asked, engine)
-    salt, made = "\0".join(filter(None, (salt, asked.cache_salt))) or None, []
-    for i, prompt in enumerate(asked.prompts):
-        sampling = dict(asked.sampling, max_new_tokens=asked.max_tokens, cache_salt=salt)
-        if asked.only_echoes and isinstance(prompt, str):
+    require_room(body, engine)
+    salt, requests = "\0".join(filter(None, (salt, body.cache_salt))) or None, []
+    contexts = body.context_lengths if isinstance(body, CompletionBody) else [None]
+    variables = body.variables if isinstance(body, ChatBody) else {}
+    for i, (prompt, context) in enumerate(zip(body.prompts, contexts, strict=True)):
+        stops, new = tuple(body.stop_token_ids), body.new_tokens
+        if body.only_echoes:  # no score is shown, so all of the prompt is the adapter's
             prompt = prompt_ids(prompt, engine)
-        if asked.max_tokens is None or asked.variables:
-            assert not isinstance(prompt, tuple), "only chats have no max_tokens, or variables"
-            stops = () if sampling["ignore_eos"] else turn_stop_ids(engine.tokenizer, prompt)
-            prompt = prompt_ids(prompt, engine, asked.variables)
-            sampling["stop_token_ids"] += stops
-        if asked.max_tokens is None:
-            sampling["max_new_tokens"] = max(1, engine.max_length - len(prompt))
-        if one_token_is_scored(asked):
-            sampling["ignore_eos"] = True
-        seed = None if asked.seed is None else (asked.seed + i * asked.n) % 2**32
-        made.append(Request(prompt, tenant, seed=seed, n=asked.n, strip=False, **scores(asked, i, prompt), **sampling))
-    return made
+            context = len(prompt)
+        if body.chat and (new is None or variables):
+            stops += () if body.ignore_eos else turn_stop_ids(engine.tokenizer, prompt)
+            prompt = prompt_ids(prompt, engine, variables)
+        requests.append(
+            Request(
+                prompt,
+                tenant,
+                max_new_tokens=max(1, engine.max_length - len(prompt)) if new is None else new,
+                temperature=body.temperature,
+                top_p=body.top_p,
+                top_k=max(0, body.top_k),
+                stop=body.stop,
+                stop_token_ids=stops,
+                ignore_eos=body.ignore_eos or one_token_is_scored(body),
+                seed=None if body.seed is None else (body.seed + i * body.n) % 2**32,
+                n=body.n,
+                strip=False,
+                logprobs=body.alternatives,
+                prompt_logprobs=(0 if body.only_echoes else body.alternatives) if body.echo else None,
+                context_length=context,
+                cache_salt=salt,
+            )
+        )
+    return requests
 
 
 def require_few(body: bytes, max_length: int) -> None:
     """Raises ApiError 400 for a body with more values than a request can use. It isn't parsed then: that would make an
     object of each value in one call, during which no other thread runs."""
     most = MAX_SAMPLES * max_length + SPARE_VALUES
-    values = lambda text: sum(map(text.count, (b"[", b"{", b",")))  # noqa: E731
-    if values(body) <= most:
-        return
-    bare = body.replace(b"\\\\", b"").replace(b'\\"', b"")  # now each quote begins or ends a text
-    if bare.count(b'"') > 4 * most or values(b"".join(bare.split(b'"')[::2])) > most:
+    if sum(map(body.count, (b"[", b"{", b","))) > most:
         message = f"the body has more than {most} values; send fewer prompts, messages or token ids"
         raise ApiError(400, message + known_words(max_length), code="context_length_exceeded")
 
@@ -67,61 +78,40 @@ def known_words(max_length: int) -> str:
     return f"; this model's maximum context length is {max_length} tokens"
 
 
-def prompt_ids(prompt: Prompt, engine: Engine, variables: Variables | None = None) -> Ids:
+def prompt_ids(prompt: Prompt | Ids, engine: Engine, variables: Variables | None = None) -> Ids:
+    if isinstance(prompt, tuple):
+        return prompt
     most = longest_prompt(engine.tokenizer, engine.max_length)
     return tuple(encode_prompt(engine.tokenizer, prompt, most=most, variables=variables, may_be_blank=True))
 
 
-def scores(asked: Asked, number: int, prompt: Prompt | Ids) -> dict[str, int | None]:
-    """The log-probabilities that a prompt asks for, as arguments of the engine's Request. Where none are shown, all of
-    the prompt is the adapter's."""
-    context_length = asked.context_lengths[number] if asked.context_lengths else None
-    if asked.only_echoes:
-        context_length = len(prompt)
-    return {"logprobs": asked.logprobs, "prompt_logprobs": prompt_logprobs(asked), "context_length": context_length}
-
-
-def one_token_is_scored(asked: Asked) -> bool:
+def one_token_is_scored(body: Body) -> bool:
     """Whether the one new token is in the answer even if it ends it. Clients that score a prompt by echo ask for one
     new token and leave the last one out (lm-eval's local-completions), so there must be one."""
-    ends = asked.sampling["stop"] or asked.sampling["stop_token_ids"]
-    return asked.echo and asked.logprobs is not None and asked.max_tokens == 1 and not ends
+    ends = body.stop or body.stop_token_ids
+    return body.echo and body.alternatives is not None and body.max_tokens == 1 and not ends
 
 
-def prompt_logprobs(asked: Asked) -> int | None:
-    """Alternatives per token of the prompt. Without new tokens, the pass over the prompt is what the engine does."""
-    if not asked.echo:
-        return None
-    return 0 if asked.only_echoes else asked.logprobs
-
-
-def require_room(asked: Asked, engine: Engine) -> None:
+def require_room(body: Body, engine: Engine) -> None:
     """Raises ApiError 400 for more answers than the queue can ever take at once, and for too many log-probabilities."""
-    count = len(asked.prompts) * asked.n
-    limits = [one for one in (engine.queue_limit, engine.queue_limit_per_tenant) if one is not None]
-    if limits and count > min(limits):
-        raise wrong_field("n", f"the request asks for {count} answers, and the queue takes {min(limits)}; ask for less")
-    if asked.logprobs is None:
-        return
-    tokens = scored_tokens(asked, engine.max_length)
-    most = max(MAX_LOGPROBS // (asked.logprobs + 1), engine.max_length)  # one answer may have them in any case
-    if tokens > most:
-        name = "top_logprobs" if asked.chat else "logprobs"
-        message = f"{name} is {asked.logprobs}, for up to {tokens} tokens; ask for them for at most {most} tokens"
+    count = len(body.prompts) * body.n
+    most = min(limit or math.inf for limit in (engine.queue_limit, engine.queue_limit_per_tenant))
+    if count > most:
+        raise wrong_field("n", f"the request asks for {count} answers, and the queue takes {most}; ask for less")
+    if logprobs_of(body, engine.max_length) > max(MAX_LOGPROBS, engine.max_length * ((body.alternatives or 0) + 1)):
+        name = "top_logprobs" if body.chat else "logprobs"
+        message = f"{name} is {body.alternatives}, for too many tokens; ask for fewer answers, or in several requests"
         raise wrong_field(name, message)
 
 
-def logprobs_of(asked: Asked, max_length: int) -> int:
-    """How many log-probabilities a request asks for, alternatives included, at most."""
-    return 0 if asked.logprobs is None else scored_tokens(asked, max_length) * (asked.logprobs + 1)
-
-
-def scored_tokens(asked: Asked, max_length: int) -> int:
-    """Tokens of a request's answers, and of its prompts if they are echoed, at most: a character has up to four bytes,
-    and each may be a token."""
-    most, new = asked.n * max_length, math.inf if asked.max_tokens is None else asked.n * asked.max_tokens
-    echoed = [len(prompt) * (4 if isinstance(prompt, str) else 1) * asked.echo for prompt in asked.prompts]
-    return sum(int(min(most, new + count)) for count in echoed)
+def logprobs_of(body: Body, max_length: int) -> int:
+    """How many log-probabilities a request asks for, of answers and echoed prompts, alternatives included, at most: a
+    character has up to four bytes, and each may be a token."""
+    if body.alternatives is None:
+        return 0
+    most, new = body.n * max_length, math.inf if body.new_tokens is None else body.n * body.new_tokens
+    echoed = [len(prompt) * (4 if isinstance(prompt, str) else 1) * body.echo for prompt in body.prompts]
+    return sum(int(min(most, new + count)) for count in echoed) * (body.alternatives + 1)
 
 
 @lru_cache(8)
@@ -130,22 +120,17 @@ def longest_prompt(tokenizer, max_length: int) -> int:
     return most_characters(tokenizer, max_length)
 
 
-#: The engine's names of fields, and what clients call them.
-NAMES = {"prompt_logprobs": "logprobs", "max_new_tokens": "max_tokens"}
-
-
-def refused(error: ValueError, asked: Asked, max_length: int) -> ApiError:
+def refused(error: ValueError, body: Body, max_length: int) -> ApiError:
     """The engine's refusal as an error that names the client's field."""
-    names = NAMES | {"max_new_tokens": asked.max_tokens_field}
-    if asked.chat and asked.logprobs:
-        names["logprobs"] = "top_logprobs"
-    message = re.sub(rf"\b({'|'.join(names)})\b", lambda found: names[found[0]], str(error))
+    tokens = "max_completion_tokens" if "max_completion_tokens" in body.model_fields_set else "max_tokens"
+    scores = "top_logprobs" if body.chat and body.alternatives else "logprobs"
+    message = re.sub(r"\b(prompt_)?logprobs\b", scores, str(error).replace("max_new_tokens", tokens))
     param = message.split(":")[0].split(" ")[0]
-    long = "max_length" in message or "maximum number of tokens" in message
-    code = "context_length_exceeded" if long else None
-    if param not in {*ChatBody.model_fields, *CompletionBody.model_fields}:
+    if param not in type(body).model_fields:
         param = "prompt"  # what the tokenizer or its chat template says of it
-    message += known_words(max_length) * long
-    if isinstance(error, TemplateError) and asked.variables:
-        message += f"; chat_template_kwargs is {shorten(asked.variables)}"
-    return wrong_field("messages" if asked.chat and param == "prompt" else param, message, code)
+    code = None
+    if "max_length" in message or "maximum number of tokens" in message:
+        code, message = "context_length_exceeded", message + known_words(max_length)
+    if isinstance(error, TemplateError) and isinstance(body, ChatBody) and body.variables:
+        message += f"; chat_template_kwargs is {shorten(body.variables)}"
+    return wrong_field("messages" if body.chat and param == "prompt" else param, message, code)

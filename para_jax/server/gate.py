@@ -15,10 +15,10 @@ from .address import names_this_machine
 from .api_keys import ApiKeys
 from .errors import ApiError
 from .metrics import Metrics
-from .outcome import Outcome
+from .traffic import Outcome
 
 #: Paths that need no key.
-OPEN_PATHS = ("/", "/health", "/ready", "/version")
+OPEN_PATHS = ("/", "/page.css", "/page.js", "/health", "/ready", "/version")
 #: Paths that are asked all the time; the log has no line for them while all is well.
 QUIET_PATHS = ("/health", "/ready", "/metrics", "/page/state")
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")

@@ -17,8 +17,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from ..serving.engine import Engine
 from .models import Models
-from .outcome import Outcome
-from .traffic import Traffic
+from .traffic import Outcome, Traffic
 
 FIRST_TOKEN_SECONDS = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
@@ -41,7 +40,6 @@ ABORTS = ("client_left", "timeout", "shutting_down")
 class Metrics:
     """What is counted and measured. Any thread may use it.
 
-    metrics.begin(outcome)     when the engine has taken a request
     metrics.observe(outcome)   when a request has ended, also one that was refused
     metrics.render()           the text for Prometheus
     """
@@ -86,10 +84,6 @@ class Metrics:
         text = "Rounds of the engine that raised an error."
         self.engine_failures = Counter("para_jax_engine_failures", text, registry=registry)
 
-    def begin(self, outcome: Outcome) -> None:
-        """Counts the tokens of a request while they come. Call it when the engine has taken the request."""
-        self.traffic.begin(outcome)
-
     def observe(self, outcome: Outcome) -> None:
         """Counts a request that has ended."""
         self.responses.labels("none" if outcome.status is None else str(outcome.status)).inc()
@@ -114,10 +108,6 @@ class Metrics:
         if outcome.ended is not None:
             self.request.observe(outcome.ended - outcome.received)
 
-    def count_engine_failure(self) -> None:
-        """Counts a round of the engine that raised."""
-        self.engine_failures.inc()
-
     def render(self) -> tuple[bytes, str]:
         """The metrics as text, and its content type."""
         return generate_latest(self._registry), CONTENT_TYPE_PLAIN_0_0_4
@@ -127,12 +117,12 @@ class Metrics:
     def collect(self) -> Iterator[Metric]:
         """What others count, and labels that change."""
         engine, base, labels = self._engine, self._models.base, ["model_name"]
-        cache, summed, counts = engine.prefix_cache, self.traffic.total(), self.traffic.by_tenant()
+        cache, total, counts = engine.prefix_cache, self.traffic.total, self.traffic.by_tenant()
         counters = {
             "prefix_cache_queries": ("Prompt tokens that were looked for in the prefix cache.", cache.queries),
             "prefix_cache_hits": ("Prompt tokens that were found in the prefix cache.", cache.hits),
-            "prompt_tokens": ("Tokens of prompts, with those from the prefix cache.", summed.prompt_tokens),
-            "generation_tokens": ("Tokens of answers.", summed.new_tokens),
+            "prompt_tokens": ("Tokens of prompts, with those from the prefix cache.", total.prompt_tokens),
+            "generation_tokens": ("Tokens of answers.", total.new_tokens),
         }
         for name, (text, value) in counters.items():
             family = CounterMetricFamily(f"vllm:{name}", text, labels=labels)
@@ -150,7 +140,7 @@ class Metrics:
         new = CounterMetricFamily("para_jax_tenant_generation_tokens", "Tokens of answers.", labels=["tenant"])
         for tenant, of_tenant in counts.items():
             label = base if tenant is None else tenant
-            for outcome, count in of_tenant.requests.items():
+            for outcome, count in dict(of_tenant.requests).items():  # a copy: asyncio adds to it meanwhile
                 requests.add_metric([label, outcome], count)
             prompt.add_metric([label], of_tenant.prompt_tokens)
             new.add_metric([label], of_tenant.new_tokens)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 
 from ..adapters.bank import AdapterBank, Entry
 from ..adapters.loading_bank import LoadingBank
@@ -20,7 +20,7 @@ class Models:
     """Names to adapters. Any thread may use it. Tenants that come and go in the bank need no other notice; `sources`
     says where the adapters of the names came from."""
 
-    def __init__(self, bank: AdapterBank | None, base: str = BASE, sources: dict[str, str] | None = None):
+    def __init__(self, bank: AdapterBank | None, base: str = BASE, sources: Mapping[str, str] | None = None):
         """
         Args:
             base: the base model's name; BASE works too.
@@ -33,8 +33,6 @@ class Models:
         self._created = int(time.time())
         self._times: dict[str, int] = {}
         """when a tenant was added, if that was later"""
-        self.on_forget: Callable[[str], object] = lambda name: None
-        """called with the name of a tenant that was removed"""
         for name in self.names:
             require_unicode(f"the tenant {shorten(name)}", name)  # JSON can't name it
             self.require_free(name)
@@ -62,14 +60,17 @@ class Models:
         """Forgets a tenant that was removed."""
         self.sources.pop(name, None)
         self._times.pop(name, None)
-        self.on_forget(name)
+
+    def has(self, name: str) -> bool:
+        """Whether this is a tenant now."""
+        return self.bank is not None and name in self.bank
 
     def tenant(self, name: str, access: Access) -> str | None:
         """The tenant of a name; None for the base model. Raises ApiError 404 for a name that is unknown, or that this
         client may not use: both look the same."""
         if name in (self.base, BASE):
             return None
-        if self.bank is None or name not in self.bank or not access.may_use(name):
+        if not self.has(name) or not access.may_use(name):
             raise ApiError(404, self._unknown(name, access), param="model", code="model_not_found")
         return name
 

@@ -1,19 +1,16 @@
-"""The page at /: one file that shows the tenants' traffic and sends a prompt to several of them. It asks this server
-alone, and its Content-Security-Policy lets the browser run the script in the file and no other."""
+"""The page at /, which shows the tenants' traffic and sends a prompt to several of them, and what it asks this server.
+Its Content-Security-Policy lets the browser ask this server alone, and run no script but page.js."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import re
 import time
 from functools import partial
 from heapq import nsmallest
-from importlib.resources import files
+from pathlib import Path
 
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
-from starlette.routing import BaseRoute, Route
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from ..serving.engine import Engine
 from .api_keys import Access
@@ -22,30 +19,23 @@ from .traffic import OTHER, Counts, Traffic
 
 #: Tenants that the page shows at once.
 ROWS = 50
+STATIC = Path(__file__).parent / "static"
+TYPES = {"page.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
+HEADERS = {
+    "content-security-policy": "default-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+    "cache-control": "no-cache",
+}
 
 
-def routes(engine: Engine, models: Models, traffic: Traffic) -> list[BaseRoute]:
+def routes(engine: Engine, models: Models, traffic: Traffic) -> list[Route]:
     """The page, and what it asks every two seconds."""
-    html = files("para_jax.server").joinpath("page.html").read_text()
-    headers = {
-        "content-security-policy": policy(html),
-        "referrer-policy": "no-referrer",
-        "x-content-type-options": "nosniff",
-        "cache-control": "no-cache",
-    }
-    page = HTMLResponse(html, headers=headers)
-    return [Route("/", page, methods=["GET"]), Route("/page/state", partial(show_state, engine, models, traffic))]
-
-
-def policy(html: str) -> str:
-    """Allows the script and the style of the page by their hashes, requests to this server, and nothing else."""
-
-    def hashed(tag: str) -> str:
-        (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
-        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-    own = f"script-src {hashed('script')}; style-src {hashed('style')}; connect-src 'self'; img-src data:"
-    return f"default-src 'none'; {own}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    files = {name: Response((STATIC / name).read_bytes(), 200, HEADERS, kind) for name, kind in TYPES.items()}
+    at = {"/" if name == "page.html" else f"/{name}": file for name, file in files.items()}
+    state = Route("/page/state", partial(show_state, engine, models, traffic))
+    return [*(Route(path, file, methods=["GET"]) for path, file in at.items()), state]
 
 
 def show_state(engine: Engine, models: Models, traffic: Traffic, request: Request) -> Response:
@@ -86,7 +76,7 @@ def state(engine: Engine, models: Models, traffic: Traffic, access: Access, sear
     rows = [row(None), *map(row, most_active)]
     found = {"time": time.monotonic(), "base": models.base, "found": len(visible), "rows": rows, "engine": None}
     if access.tenants is None:
-        everything, cache = traffic.total(), engine.prefix_cache
+        everything, cache = traffic.total, engine.prefix_cache
         found["engine"] = {
             "running": sum(running.values()),
             "waiting": sum(waiting.values()),

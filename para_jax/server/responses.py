@@ -1,19 +1,22 @@
-"""The answers of both endpoints as OpenAI's API writes them: whole, and as server-sent events."""
+"""The answers of both endpoints as OpenAI's API writes them: whole, and as server-sent events. They are plain
+dictionaries: the classes of openai.types would need that package, and a check of each token's event."""
 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from ..inference.logprobs import TokenLogprob
 from .choices import Choice, ChoicePart
-from .logprobs import chat_logprobs, text_logprobs
+from .errors import ApiError
+from .token_text import TokenTexts
 
 DONE = b"data: [DONE]\n\n"
-#: Characters that JSON leaves as they are, and that end a line to clients that read an event line by line with Python's
-#: splitlines, such as httpx.
-LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
+#: JSON has no minus infinity; OpenAI writes this for a token that is very unlikely.
+LEAST = -9999.0
 
 
 class Shape(NamedTuple):
@@ -30,83 +33,66 @@ class Shape(NamedTuple):
     deltas: Callable[[Choice, ChoicePart], list[dict]]
     """what a stream says of a choice when more of it is known"""
 
-
-class Usage(NamedTuple):
-    """Tokens of all prompts and answers of a request."""
-
-    prompt: int
-    cached: int
-    """of the prompt, those that were in the prefix cache"""
-    new: int
-
-    def json(self) -> dict:
-        return {
-            "prompt_tokens": self.prompt,
-            "completion_tokens": self.new,
-            "total_tokens": self.prompt + self.new,
-            "prompt_tokens_details": {"cached_tokens": self.cached},
-        }
+    def head(self, model: str, request_id: str) -> dict:
+        """What each part of an answer begins with."""
+        return {"id": self.id + request_id, "created": int(time.time()), "model": model}
 
 
-class Writer:
-    """Writes the answer to one request."""
-
-    def __init__(self, shape: Shape, model: str, request_id: str, *, include_usage: bool = False):
-        """
-        Args:
-            model: the name that the client asked for.
-            include_usage: whether a stream ends with the usage.
-        """
-        self._shape, self._include_usage = shape, include_usage
-        self._head = {"id": shape.id + request_id, "created": int(time.time()), "model": model}
-
-    def whole(self, choices: list[dict], usage: Usage) -> bytes:
-        return encoded({**self._head, "object": self._shape.whole, "choices": choices, "usage": usage.json()})
-
-    def event(self, delta: dict, usage: Usage | None = None) -> bytes:
-        """One server-sent event with what is new of one choice, perhaps with the usage so far."""
-        return self._event([delta], usage and usage.json())
-
-    def usage_event(self, usage: Usage) -> bytes:
-        """The last event of a stream with usage; nothing if it was not asked for."""
-        return self._event([], usage.json()) if self._include_usage else b""
-
-    def _event(self, choices: list[dict], usage: dict | None) -> bytes:
-        chunk = {**self._head, "object": self._shape.chunk, "choices": choices}
-        if self._include_usage:
-            chunk["usage"] = usage
-        return b"data: " + encoded(chunk) + b"\n\n"
-
-
-def error_event(body: bytes) -> bytes:
-    """An error in a stream that has begun."""
-    return b"data: " + body + b"\n\n"
+def usage(prompt: int, cached: int, new: int) -> dict:
+    """Tokens of all prompts and answers of a request; `cached` of its prompts' were in the prefix cache."""
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": new,
+        "total_tokens": prompt + new,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
 
 
 def encoded(value: object) -> bytes:
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.translate(LINE_ENDS).encode()
+    """The JSON, in ASCII: some clients take other characters for the end of a line, and so of an event."""
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
+
+
+def event(data: bytes) -> bytes:
+    """A server-sent event."""
+    return b"data: " + data + b"\n\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------- chat
 
 
 def chat_choice(choice: Choice, part: ChoicePart) -> dict:
-    return {
-        "index": choice.index,
-        "message": {"role": "assistant", "content": part.text},
-        "logprobs": None if part.logprobs is None else chat_logprobs(choice.tokens, part.logprobs),
-        "finish_reason": part.finish_reason,
-    }
+    message = {"role": "assistant", "content": part.text}
+    return {"index": choice.index, "message": message, "logprobs": chat_logprobs(choice.tokens, part)} | ended(part)
 
 
 def chat_deltas(choice: Choice, part: ChoicePart) -> list[dict]:
     """The first piece of a choice comes after one that names the role."""
-    logprobs = chat_logprobs(choice.tokens, part.logprobs) if part.logprobs else None
+    logprobs = chat_logprobs(choice.tokens, part) if part.logprobs else None
     content = {"content": part.text} if part.text or logprobs else {}
-    delta = {"index": choice.index, "delta": content, "logprobs": logprobs, "finish_reason": part.finish_reason}
+    delta = {"index": choice.index, "delta": content, "logprobs": logprobs} | ended(part)
     first = {"index": choice.index, "delta": {"role": "assistant", "content": ""}, "logprobs": None}
     return [first | {"finish_reason": None}, delta] if part.first else [delta]
+
+
+def ended(part: ChoicePart) -> dict:
+    return {"finish_reason": part.finish_reason}
+
+
+def chat_logprobs(tokens: TokenTexts, part: ChoicePart) -> dict | None:
+    if part.logprobs is None:
+        return None
+
+    def fields(token: int, logprob: float) -> dict:
+        return {"token": tokens.text(token), "logprob": finite(logprob), "bytes": list(tokens.bytes(token))}
+
+    scored = [one for one in part.logprobs if one is not None]
+    tops = ([fields(*top) for top in one.top] for one in scored)
+    return {
+        "content": [
+            fields(one.token, one.logprob) | {"top_logprobs": top} for one, top in zip(scored, tops, strict=True)
+        ]
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------- text
@@ -114,11 +100,38 @@ def chat_deltas(choice: Choice, part: ChoicePart) -> list[dict]:
 
 def text_choice(choice: Choice, part: ChoicePart) -> dict:
     logprobs = None if part.logprobs is None else text_logprobs(choice, part)
-    return {"index": choice.index, "text": part.text, "logprobs": logprobs, "finish_reason": part.finish_reason}
+    return {"index": choice.index, "text": part.text, "logprobs": logprobs} | ended(part)
 
 
 def text_deltas(choice: Choice, part: ChoicePart) -> list[dict]:
     return [text_choice(choice, part)]
+
+
+def text_logprobs(choice: Choice, part: ChoicePart) -> dict:
+    """Four parallel lists. The first token of an echoed prompt has null."""
+    logprobs, tokens = part.logprobs or [], choice.tokens
+    return {
+        "tokens": [tokens.key(id) for id in part.ids],
+        "token_logprobs": [None if one is None else finite(one.logprob) for one in logprobs],
+        "top_logprobs": [None if one is None else alternatives(tokens, one) for one in logprobs],
+        "text_offset": part.offsets,
+    }
+
+
+def alternatives(tokens: TokenTexts, one: TokenLogprob) -> dict[str, float]:
+    """The likeliest tokens, and the token itself. Of tokens with one text, the likeliest counts."""
+    logprobs: dict[str, float] = {}
+    for token, logprob in [*one.top, (one.token, one.logprob)]:
+        logprobs.setdefault(tokens.key(token), finite(logprob))
+    return logprobs
+
+
+def finite(logprob: float) -> float:
+    """The number as JSON has it. Raises ApiError for NaN: the adapter or the backbone overflows."""
+    if math.isnan(logprob):
+        message = "the model's log-probabilities are not numbers (NaN): its adapter or its precision overflows"
+        raise ApiError(500, message, code="engine_error")
+    return max(logprob, LEAST)
 
 
 CHAT = Shape("chatcmpl-", "chat.completion", "chat.completion.chunk", chat_choice, chat_deltas)

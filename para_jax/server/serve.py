@@ -6,22 +6,20 @@ import asyncio
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 import uvicorn
 
 from ..config import BASE
 from ..io.messages import say, warn
 from ..serving.engine import Engine
-from . import adapter_updates, page
 from .address import bound, is_loopback, url_of
-from .answering import Limits
-from .api_keys import ApiKeys, read_keys, warn_of_missing
+from .api_keys import read_keys
 from .app import create_app
-from .engine_loop import EngineLoop
-from .metrics import Metrics
+from .config import ServerConfig
+from .engine_loop import EngineLoop, shutting_down
 from .models import Models
 
 #: Seconds between two looks at whether the server should stop.
@@ -39,16 +37,9 @@ LONG_QUEUE = 1024
 
 def serve(
     engine: Engine,
+    config: ServerConfig | None = None,
     *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    model_name: str = BASE,
-    sources: dict[str, str] | None = None,
-    api_keys: ApiKeys | str | Path | None = None,
-    adapter_root: str | Path | None = None,
-    allow_hub: bool = False,
-    limits: Limits | None = None,
-    drain_seconds: float = 30,
+    sources: Mapping[str, str] | None = None,
     stop: threading.Event | None = None,
     on_ready: Callable[[str], None] | None = None,
     taken: socket.socket | None = None,
@@ -60,17 +51,10 @@ def serve(
     signal, or one before it is ready, ends the process at once. Outside the main thread, only `stop` does.
 
     Args:
-        port: 0: a free one.
-        model_name: the base model's name; "base" works too.
         sources: the folder or hub id of each tenant, as /v1/models shows them.
-        api_keys: the keys, or their file. None: every client may use everything.
-        adapter_root: the folder from which clients may load adapters while the server runs. None: they may not.
-        allow_hub: whether they may load them from the hub too.
-        limits: of each request, such as its bytes and seconds.
-        drain_seconds: what open requests may take when it stops.
         stop: set it from any thread to stop the server.
         on_ready: called with the URL when requests are taken.
-        taken: a socket that is bound, in place of host and port.
+        taken: a socket that is bound, in place of the config's host and port.
 
     Raises ValueError in a thread that runs an event loop, for an address that is in use, and for wrong keys and
     folders, and what warming up the engine raised.
@@ -82,21 +66,16 @@ def serve(
             "threading.Thread(target=serve, args=(engine,), kwargs={'stop': stop}, daemon=True).start(), where stop is "
             "a threading.Event that ends it"
         )
-    stop = stop or threading.Event()
-    models = Models(engine.bank, model_name, sources)
-    api_keys = read_keys(api_keys) if isinstance(api_keys, (str, Path)) else api_keys
-    routes = [] if adapter_root is None else adapter_updates.routes(models, adapter_root, allow_hub=allow_hub)
-    if api_keys and adapter_root is None:
-        warn_of_missing(api_keys, models.all_names)
-    own = taken or bound(host, port)
-    if not api_keys and not is_loopback(own):
+    config = config or ServerConfig()
+    keys = read_keys(config.api_key_file) if config.api_key_file else None
+    models = Models(engine.bank, config.served_model_name or BASE, sources)
+    own = taken or bound(config.host, config.port)
+    local = not keys and is_loopback(own)
+    if not keys and not local:
         warn("the server has no API keys, and other machines can reach it; give --api-key-file, or a loopback --host")
-    metrics = Metrics(engine, models)
-    routes += page.routes(engine, models, metrics.traffic)
-    local = not api_keys and is_loopback(own)
-    app = create_app(engine, models=models, keys=api_keys, limits=limits, metrics=metrics, routes=routes, local=local)
+    app = create_app(engine, models=models, keys=keys, config=config, local=local)
     loop: EngineLoop = app.state.loop
-    config = uvicorn.Config(
+    options = uvicorn.Config(
         app,
         http="httptools",  # h11 needs a second for a body in a million pieces, and serves no one else meanwhile
         limit_concurrency=most_connections(engine),
@@ -107,10 +86,11 @@ def serve(
         log_level="critical",
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=LAST_BYTES_SECONDS,
+        timeout_graceful_shutdown=int(config.drain_seconds) + LAST_BYTES_SECONDS,
     )
-    with own, signals(stop, lambda: loop.warm), asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        runner.run(run(Server(config), own, loop, stop, drain_seconds, on_ready or (lambda url: None)))
+    server = Server(options, loop)
+    with own, asyncio.Runner(loop_factory=options.get_loop_factory()) as runner:
+        runner.run(run(server, own, config.drain_seconds, stop or threading.Event(), on_ready or (lambda url: None)))
     if loop.fatal is not None:
         raise loop.fatal
 
@@ -121,57 +101,37 @@ def most_connections(engine: Engine) -> int:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which leaves signals to us."""
+    """uvicorn's server. A signal that has ended it is not raised again, as uvicorn does."""
 
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
+    def __init__(self, options: uvicorn.Config, loop: EngineLoop):
+        super().__init__(options)
+        self.loop = loop
+
+    def handle_exit(self, sig, frame) -> None:
+        if self.should_exit or not self.loop.warm:  # as if no one had handled it
+            signal.signal(sig, signal.SIG_DFL)
+            signal.raise_signal(sig)
+        self.should_exit = True
 
 
 async def run(
     server: Server,
     own: socket.socket,
-    loop: EngineLoop,
-    stop: threading.Event,
     drain_seconds: float,
+    stop: threading.Event,
     on_ready: Callable[[str], None],
 ) -> None:
-    """Runs the server, and ends it once `stop` is set and the open requests have ended."""
-    serving = asyncio.create_task(server.serve(sockets=[own]))
-    told = False
-    while not (stop.is_set() or serving.done() or loop.fatal):
+    """Runs the server. Once it should end, open requests have `drain_seconds`."""
+    serving, loop, told, until = asyncio.create_task(server.serve(sockets=[own])), server.loop, False, 0.0
+    while not serving.done():
         await asyncio.sleep(LOOK_SECONDS)
         if loop.warm and server.started and not told:
             told = True
             on_ready(url_of(own))
-    if not serving.done():
-        left = f"; {loop.open_answers} open requests have {drain_seconds:g} s to end" if loop.open_answers else ""
-        say(f"the server stops{left}")
-        await loop.drain(drain_seconds)
-        server.should_exit = True
-    try:
-        await serving
-    finally:
-        await loop.stop()  # its lifespan has done so, unless the server did not start
-
-
-@contextmanager
-def signals(stop: threading.Event, ready: Callable[[], bool]) -> Iterator[None]:
-    """Lets SIGTERM and Ctrl-C set `stop`. A second one, or one before the server is ready, ends the process as if no
-    one had handled it. Does nothing outside the main thread, where Python allows no handlers."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def handle(number, frame):
-        if stop.is_set() or not ready():
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        stop.set()
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        server.should_exit |= stop.is_set() or loop.fatal is not None
+        if server.should_exit and not until:
+            say(f"the server stops; open requests have {drain_seconds:g} s to end")
+            until = time.monotonic() + drain_seconds
+        if until and time.monotonic() > until:
+            loop.fail_all(shutting_down)
+    await serving

@@ -1,13 +1,16 @@
-"""Traffic: what each tenant has asked for and got, for the metrics and the page."""
+"""Traffic: what each tenant has asked for and got, for the log, the metrics and the page."""
 
 from __future__ import annotations
 
-import threading
+import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ..config import BASE
+from ..io.checks import printable
+from ..serving.stream import Stream
 from .models import Models
-from .outcome import Outcome
 
 #: The name of all tenants without counts of their own.
 OTHER = "other"
@@ -15,88 +18,127 @@ OTHER = "other"
 
 @dataclass
 class Counts:
-    """Of one tenant, since the server started or the tenant was loaded."""
+    """Of one tenant, or of all."""
 
     requests: Counter[str] = field(default_factory=Counter)
     """requests that have ended, by how: completed, or the code of an error"""
     prompt_tokens: int = 0
     new_tokens: int = 0
 
-    def add_tokens(self, outcome: Outcome) -> None:
-        """Adds the tokens of a request, so far."""
-        if outcome.started is not None:
-            self.prompt_tokens += outcome.prompt_tokens
-        self.new_tokens += outcome.new_tokens
 
-    def add(self, other: Counts) -> None:
-        self.requests += other.requests
-        self.prompt_tokens += other.prompt_tokens
-        self.new_tokens += other.new_tokens
+@dataclass
+class Outcome:
+    """What is known of one HTTP request. Times are seconds of time.monotonic(), and None for what has not happened."""
 
-    def copy(self) -> Counts:
-        return Counts(self.requests.copy(), self.prompt_tokens, self.new_tokens)
+    method: str
+    path: str
+    request_id: str
+    received: float = field(default_factory=time.monotonic)
+    """when its headers were there"""
+    status: int | None = None
+    """None: the client left before there was an answer"""
+    error: str | None = None
+    """the code of what ended it early, which a stream that has begun cannot say by its status: client_left, timeout,
+    shutting_down, engine_failed, ..."""
+    ended: float | None = None
+
+    # ------------------------------------------------------------------ of a request that the engine has taken
+    served: bool = False
+    """whether the engine has taken it; the fields below are only then of use"""
+    tenant: str | None = None
+    """None: the base model"""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    new_tokens: int = 0
+    choices: int = 1
+    """how many it asks for"""
+    finish_reasons: list[str] = field(default_factory=list)
+    """one per choice that has ended: stop | length | error"""
+    queued: float | None = None
+    """when the engine took it"""
+    started: float | None = None
+    """when its first prompt left the queue"""
+    first_token: float | None = None
+    gaps: list[tuple[float, int]] = field(default_factory=list)
+    """for each piece of an answer but its choice's first: the seconds since the piece before, and its tokens"""
+    prompt: str | None = None
+    """the beginning of the prompt, only if prompts are logged"""
+    counts: tuple[Counts, ...] = ()
+    """its tenant's and those of all, to which its tokens are added as they come"""
+    _last: dict[int, float] = field(default_factory=dict)
+    """when the last piece of each choice came"""
+
+    def note_times(self, streams: Sequence[Stream]) -> None:
+        """Notes the earliest times of a request's streams."""
+        waited = self.started is None
+        for name in ("queued", "started", "first_token"):
+            times = [time for stream in streams if (time := getattr(stream.times, name)) is not None]
+            setattr(self, name, min(times, default=None))
+        for counts in self.counts if waited and self.started is not None else ():
+            counts.prompt_tokens += self.prompt_tokens
+
+    def note_piece(self, choice: int, at: float, tokens: int, finish_reason: str | None) -> None:
+        """Notes a piece of an answer that came at a time."""
+        self.new_tokens += tokens
+        for counts in self.counts:
+            counts.new_tokens += tokens
+        if tokens:
+            if choice in self._last:
+                self.gaps.append((at - self._last[choice], tokens))
+            self._last[choice] = at
+        if finish_reason is not None:
+            self.finish_reasons.append(finish_reason)
+
+    def line(self) -> str:
+        """The log line."""
+        ended = time.monotonic() if self.ended is None else self.ended
+        parts = [self.method, self.path, "-" if self.status is None else str(self.status)]
+        if self.served:
+            name = BASE if self.tenant is None else printable(self.tenant, 100)
+            parts += ["model=" + name.replace(" ", "\\x20")]  # else a name could write fields
+            parts += [f"prompt={self.prompt_tokens}", f"cached={self.cached_tokens}", f"new={self.new_tokens}"]
+            if self.first_token is not None:
+                parts.append(f"ttft={1000 * (self.first_token - self.received):.0f}ms")
+        parts.append(f"total={1000 * (ended - self.received):.0f}ms")
+        parts += [f"error={self.error}"] if self.error else []
+        parts.append(f"id={self.request_id}")
+        return " ".join(parts) + (f" text={self.prompt}" if self.prompt is not None else "")
 
 
 class Traffic:
-    """Counts by tenant. Any thread may use it.
+    """Counts by tenant. asyncio's thread writes them, and any thread may read them.
 
     At most `limit` tenants have counts of their own, and the others share those of OTHER. A tenant that has left the
-    bank loses its counts at once. If it comes back, they begin at zero.
+    bank is not shown.
     """
 
     def __init__(self, models: Models, limit: int = 1000):
         self._models, self._limit = models, limit
         self._counts: dict[str | None, Counts] = {None: Counts()}
         """None: the base model"""
-        self._other, self._all = Counts(), Counts()
-        self._open: dict[int, tuple[Outcome, Counts]] = {}
-        """what goes on, and whose counts it will be added to"""
-        self._lock = threading.Lock()
-        models.on_forget = self.forget
+        self.total, self._other = Counts(), Counts()
 
     def begin(self, outcome: Outcome) -> None:
-        """Counts the tokens of a request, which the engine has taken, while they come."""
-        with self._lock:
-            self._open[id(outcome)] = outcome, self._of(outcome.tenant)
+        """Lets a request that the engine has taken count its tokens as they come."""
+        outcome.counts = self._of(outcome.tenant), self.total
 
     def end(self, outcome: Outcome) -> None:
         """Counts a request that has ended."""
-        with self._lock:
-            _, counts = self._open.pop(id(outcome), None) or (outcome, self._of(outcome.tenant))
-            if self._counts.get(outcome.tenant) is not counts:  # unloaded meanwhile
-                counts = self._other
-            for one in (counts, self._all):
-                one.requests[outcome.error or "completed"] += 1
-                one.add_tokens(outcome)
-
-    def forget(self, name: str) -> None:
-        """Drops the counts of a tenant that was removed."""
-        with self._lock:
-            self._counts.pop(name, None)
+        for counts in outcome.counts:
+            counts.requests[outcome.error or "completed"] += 1
 
     def by_tenant(self) -> dict[str | None, Counts]:
         """Of the base model (None), and of each tenant that has sent a request. The last are those of OTHER, if there
         are any."""
-        with self._lock:
-            for name in set(self._counts) - set(self._models.names) - {None}:
-                del self._counts[name]
-            found = {name: counts.copy() for name, counts in self._counts.items()}
-            other = found.pop(OTHER, Counts())
-            other.add(self._other)
-            for outcome, counts in self._open.values():
-                known = self._counts.get(outcome.tenant) is counts and outcome.tenant != OTHER
-                (found[outcome.tenant] if known else other).add_tokens(outcome)
-        return found if other == Counts() else found | {OTHER: other}
-
-    def total(self) -> Counts:
-        """Of all, also of tenants that were unloaded."""
-        with self._lock:
-            summed = self._all.copy()
-            for outcome, _ in self._open.values():
-                summed.add_tokens(outcome)
-        return summed
+        counts = {name: counts for name, counts in list(self._counts.items()) if self._is_there(name)}
+        return counts | ({OTHER: self._other} if self._other != Counts() else {})
 
     def _of(self, tenant: str | None) -> Counts:
-        if tenant not in self._counts and len(self._counts) <= self._limit and tenant in self._models.names:
-            self._counts[tenant] = Counts()
-        return self._counts.get(tenant, self._other)
+        if tenant not in self._counts and len(self._counts) > self._limit:
+            self._counts = {name: counts for name, counts in self._counts.items() if self._is_there(name)}
+        if tenant not in self._counts and (len(self._counts) > self._limit or tenant == OTHER):
+            return self._other
+        return self._counts.setdefault(tenant, Counts())
+
+    def _is_there(self, name: str | None) -> bool:
+        return name is None or self._models.has(name)

@@ -49,7 +49,7 @@ class Admission:
             entry = self._entry(request.tenant)
         elif self.bank is None or not self.bank.takes(entry):
             raise ValueError(f"entry: {shorten(entry)} does not fit the engine's bank; give bank.entry(name)")
-        ids = self.ids(request.prompt)
+        ids = self._ids(request.prompt)
         self._check_logprobs(request, ids, entry)
         require_invocation(entry and entry.config, ids[: request.context_length], "prompt")
         if len(ids) + int(request.max_new_tokens) > self.max_length:  # an int8 of NumPy would overflow
@@ -95,22 +95,11 @@ class Admission:
             raise ValueError(f"tenant: {shorten(tenant)} is unknown, because the engine has no bank; give None")
         return self.bank.entry(tenant)
 
-    def ids(self, prompt: Prompt | Ids, *, generation_prompt: bool = True) -> list[int]:
-        """The token ids of a prompt. Raises ValueError for anything that is not a prompt.
-
-        Args:
-            generation_prompt: False: the ids of messages end with the last of them, so that more may follow.
-        """
+    def _ids(self, prompt: Prompt | Ids) -> list[int]:
         if isinstance(prompt, tuple):
             ids = list(prompt)
         else:
-            ids = encode_prompt(
-                self.tokenizer,
-                prompt,
-                most=self.most_characters,
-                may_be_blank=True,
-                generation_prompt=generation_prompt,
-            )
+            ids = encode_prompt(self.tokenizer, prompt, most=self.most_characters, may_be_blank=True)
         if max(ids) >= self.vocab_size:
             raise ValueError(
                 f"prompt: token id {max(ids)} is not below {self.vocab_size}, the size of the model's "

@@ -1,25 +1,23 @@
 """Engine: continuous batching. Requests of many tenants share a fixed number of slots. A row that ends leaves its slot,
 and the next request takes it while the other rows continue.
 
-Any thread may submit, cancel and stream. One thread at a time drives: it makes rounds. In each, free slots are filled,
-prompts advance by a chunk, and all rows decode a few tokens. Ctrl-C waits for the end of the round. After an exception
+Any thread may submit, cancel and stream. One thread at a time makes a round, in which free slots are filled, prompts
+advance by a chunk, and all rows decode a few tokens. Ctrl-C waits for the end of the round. After an exception
 the next round starts again from the open requests: unfinished answers are decoded once more from their prompts, to the
 same tokens.
 """
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
 
 import jax
 
 from ..adapters.bank import AdapterBank, Entry
 from ..backbone.transformer import Transformer
 from ..config import ModelConfig
-from ..data.examples import Ids, Prompt, require_tokenizer, stop_token_ids
+from ..data.examples import require_tokenizer, stop_token_ids
 from ..inference.sampling import is_whole
 from ..io.checks import printable, shorten
 from ..io.messages import say
@@ -29,10 +27,9 @@ from .admission import Admission
 from .capacity import capacity
 from .decoder import Decoder
 from .open_requests import OpenRequests
-from .pins import Pins
 from .prefills import token_bytes
 from .prefix_cache import PrefixCacheStats
-from .request import Completion, Piece, Request, check_request
+from .request import Completion, Piece, Request
 from .rounds import Rounds
 from .stream import Stream
 from .ticket import Sample, Ticket, is_request_error
@@ -46,10 +43,9 @@ PREFILL_TOKENS, CPU_PREFILL_TOKENS = 4096, 1024
 class Engine:
     """Serves requests of a bank's tenants, on the devices that the model was loaded over (load_backbone's `mesh`).
 
-    `submit`, `cancel` and `stream` may be called from any thread at any time. One thread at a time drives, by `run` or
-    `step`; a second one gets a RuntimeError. A stream drives by itself while no thread does, and while the caller of
-    `run` handles an answer. Whatever a round raises, the engine can continue: run() then gives all answers that are
-    missing.
+    `submit`, `cancel` and `stream` may be called from any thread at any time. `run` and `step` drive; two threads that
+    do would share the answers. A stream drives by itself while no thread makes a round. Whatever a round raises, the
+    engine can continue: run() then gives all answers that are missing.
     """
 
     def __init__(
@@ -108,7 +104,7 @@ class Engine:
         check_sizes(model.config, max_length, counts, sizes | {"max_prefill_tokens": max_prefill_tokens})
         ends = stop_token_ids(tokenizer, model.config.eos_token_ids) if stop_ids is None else tuple(stop_ids)
         if bank is not None:
-            bank.model = model
+            bank.fingerprint = model.fingerprint
         self.model, self.bank, self.tokenizer, self.slots, self.max_length = model, bank, tokenizer, slots, max_length
         self.queue_limit, self.queue_limit_per_tenant = queue_limit, queue_limit_per_tenant
         self.max_logprobs = max_logprobs
@@ -134,12 +130,7 @@ class Engine:
             say(capacity(bank, self._decoder.row, slots, max_length, **sizes))
 
         self._requests = OpenRequests(tokenizer, seed, queue_limit, queue_limit_per_tenant)
-        self._pins = Pins(self._prefills.cache, self._prefills.cached)
-        self._rounds = Rounds(self._decoder, self._requests, self._pins, frozenset(ends), prefill_tokens)
-        self._driver: threading.Thread | None = None
-        """the thread of run() or step()"""
-        self._paused = False
-        """whether the driver's run() has given an answer and waits for its caller; streams then drive by themselves"""
+        self._rounds = Rounds(self._decoder, self._requests, frozenset(ends), prefill_tokens)
 
     def warm_up(self) -> None:
         """Compiles everything. Afterwards nothing is compiled, unless an adapter joins whose config differs from all
@@ -176,7 +167,7 @@ class Engine:
     def prefix_cache(self) -> PrefixCacheStats:
         """The statistics of the prefix cache since the engine was made."""
         cache, each = self._prefills.cache, self._prefills.size * token_bytes(self._decoder.row)
-        return PrefixCacheStats(cache.queries, cache.hits, cache.known * each, cache.pinned_blocks * each)
+        return PrefixCacheStats(cache.queries, cache.hits, cache.known * each)
 
     # ------------------------------------------------------------------------------------------- calls from any thread
 
@@ -225,79 +216,36 @@ class Engine:
         with self._requests.news:
             return self._requests.news.wait_for(lambda: self.open > 0 or self._rounds.keeps_ended, timeout)
 
-    def pin(self, prefix: Prompt | Ids) -> int:
-        """Keeps the beginning of prompts in the prefix cache, whatever else comes; messages up to the end of the last.
-        The next rounds prefill it. Returns how many of its tokens are kept: those in complete blocks.
-
-        Raises ValueError for a prefix that is too short or too long, and if the cache has no room for it next to what
-        is pinned already.
-        """
-        check_request(Request(prefix))
-        ids = self._admission.ids(prefix, generation_prompt=False)
-        if len(ids) > self.max_length:
-            raise ValueError(f"pin: {len(ids)} tokens are more than the engine's max_length {self.max_length}")
-        with self._requests.lock:
-            return self._pins.add(ids)
-
-    def unpin(self, prefix: Prompt | Ids) -> None:
-        """Lets the cache drop a pinned prefix when it needs the room. Raises ValueError for one that isn't pinned."""
-        check_request(Request(prefix))
-        ids = self._admission.ids(prefix, generation_prompt=False)
-        with self._requests.lock:
-            self._pins.remove(ids, prefix)
-
     # ----------------------------------------------------------------------------------------------- the driver's calls
 
     def run(self) -> Iterator[Completion]:
-        """Answers as they end, until every request is answered. More may be submitted meanwhile. Raises RuntimeError if
-        another thread drives."""
+        """Answers as they end, until every request is answered. More may be submitted meanwhile."""
         done = self._requests.done
-        with self._claimed():
-            while done or self._requests.tickets:
-                if not done:
-                    self._rounds.make()
-                while done:
-                    with self._requests.lock:
-                        number, self._paused = next(iter(done), -1), True
-                    try:
-                        completion = done[number]
-                        del done[number]  # no call from here to the yield, so no interrupt can lose the answer
-                    except KeyError:  # a stream has taken it
-                        continue
-                    yield completion
-                    self._driver = threading.current_thread()  # a generator may continue in another one
-                self._paused = False
+        while done or self._requests.tickets:
+            if not done:
+                self._rounds.make()
+            while done:
+                with self._requests.lock:
+                    number = next(iter(done), -1)
+                try:
+                    completion = done[number]
+                    del done[number]  # no call from here to the yield, so no interrupt can lose the answer
+                except KeyError:  # another thread has taken it
+                    continue
+                yield completion
 
     def step(self) -> list[Completion]:
-        """Makes one round and returns the answers that have ended. Raises RuntimeError if another thread drives."""
-        with self._claimed():
-            self._rounds.make()
-            with self._requests.lock:
-                return [self._requests.done.pop(number) for number in list(self._requests.done)]
-
-    @contextmanager
-    def _claimed(self) -> Iterator[None]:
+        """Makes one round and returns the answers that have ended."""
+        self._rounds.make()
         with self._requests.lock:
-            before, paused, me = self._driver, self._paused, threading.current_thread()
-            if before is not None and before is not me and before.is_alive():
-                raise RuntimeError(f"the thread {before.name} drives the engine; only one may, by run() or step()")
-            self._driver, self._paused = me, False
-        try:
-            yield
-        finally:
-            with self._requests.lock:
-                self._driver, self._paused = before, paused
-                self._requests.news.notify_all()
+            return [self._requests.done.pop(number) for number in list(self._requests.done)]
 
     def _advance(self, ready: Callable[[], bool]) -> None:
         """Returns once `ready` gives True, or a round has ended: another thread's, or else one of our own."""
-        with self._requests.news:
-            driver = None if self._paused else self._driver
-            if driver is not None and driver is not threading.current_thread() and driver.is_alive():
+        if not self._rounds.make(wait=False):
+            with self._requests.news:
                 if not ready():
-                    self._requests.news.wait(timeout=1.0)  # bounded, in case an interrupt lost the notification
-                return
-        self._rounds.make()
+                    self._requests.news.wait(timeout=0.1)  # bounded: that round may have ended just before
 
     # ------------------------------------------------------------------------------------------------------ submission
 

@@ -69,7 +69,7 @@ class OpenRequests:
         self.news = threading.Condition(self.lock)
         """notified when a round has ended, and when requests come or are cancelled"""
         self.tickets: OrderedDict[Hashable, Ticket] = OrderedDict()
-        self.queue = empty_queue()
+        self.queue: FairQueue[Sample] = FairQueue()
         self.done: OrderedDict[int, Completion] = OrderedDict()
         """answers that run() has yet to give, by the sample's number"""
         self.dropped: SimpleQueue[Ticket] = SimpleQueue()
@@ -154,12 +154,6 @@ class OpenRequests:
             while True:
                 self.cancel(self.dropped.get_nowait())
 
-    def unstream(self, ticket: Ticket) -> None:
-        """Lets run() give the answers of a request that had a stream."""
-        with self.lock:
-            ticket.streamed = False
-            self.done |= {s.number: s.completion for s in ticket.samples if s.completion is not None}
-
     @property
     def running(self) -> list[Sample]:
         """The samples that have left the queue and have no answer."""
@@ -177,7 +171,7 @@ class OpenRequests:
     def requeue(self) -> None:
         """Queues all samples without an answer again, in the order they came. They start from their prompts; sampling
         depends on seed and position only, so their tokens will be the same."""
-        self.queue = empty_queue()
+        self.queue = FairQueue()
         for ticket in self.tickets.values():
             for sample in ticket.samples:
                 if sample.completion is None:
@@ -200,8 +194,3 @@ class OpenRequests:
         if self.limit_per_tenant is not None and own + new > self.limit_per_tenant:
             message = f"the queue holds {own} of {self.limit_per_tenant} samples of tenant {shorten(tenant)}; "
             raise QueueFull(message + "take answers first", tenant_full=True)
-
-
-def empty_queue() -> FairQueue[Sample]:
-    """A queue that counts the samples that need a slot, and those that need none."""
-    return FairQueue(lambda sample: sample.decodes)

@@ -51,8 +51,6 @@ class Prefills:
         self._longest = longest
         self.cache = PrefixCache(ROWS * longest + cached, size, model.fingerprint or "", enabled=cached > 0)
         self.table = PromptTable(self.cache, longest, lanes)
-        self.pins: dict[tuple[int, ...], list[bytes]] = {}
-        """the keys of pinned prompts, by their ids"""
         self.reset()
 
     def reset(self) -> None:
@@ -60,7 +58,6 @@ class Prefills:
         self.pool = None
         self.table.clear()
         self.cache.clear()
-        self.cache.pin(key for keys in self.pins.values() for key in keys)
         self._nothing = zeros_of(self.row.adjustments, 1)
         self.pool = jax.tree.map(self._empty, self.row.cache)
 
@@ -99,13 +96,6 @@ class Prefills:
         table = np.zeros(self._longest, np.int32)
         table[: len(prompt.blocks)] = prompt.blocks
         return table
-
-    def pin(self, pins: dict[tuple[int, ...], list[bytes]]) -> None:
-        """Keeps the blocks of these prompts, and of no others: their ids, and the keys of their complete blocks."""
-        if pins is self.pins:
-            return
-        self.pins = pins
-        self.cache.pin(key for keys in self.pins.values() for key in keys)
 
     def warm_up(self) -> ChunkedPrompt:
         """Compiles the programs. Returns a finished prompt."""

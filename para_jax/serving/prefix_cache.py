@@ -2,14 +2,14 @@
 
 A block is identified by a hash of the backbone, of all tokens before it and of its own tokens, so it is found only if
 the whole prompt up to its end is the same. Prompts at work refer to their blocks. A block that no prompt refers to
-stays until its room is needed; the least recently used is dropped first. Pinned blocks are never dropped.
+stays until its room is needed; the least recently used is dropped first.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,8 +25,6 @@ class PrefixCacheStats(NamedTuple):
     """tokens of them that were found"""
     bytes: int
     """of the blocks that are known"""
-    pinned_bytes: int
-    """of those that are pinned"""
 
 
 def prompt_key(adapter: str | None, ids: Sequence[int], salt: str | None = None) -> tuple:
@@ -52,18 +50,17 @@ class PrefixCache:
         """
         self.blocks, self.size, self.enabled = blocks, size, enabled
         self.queries = self.hits = 0
-        self.pinned: frozenset[bytes] = frozenset()
         self._root = hashlib.sha256(content.encode()).digest()
         self.clear()
 
     def clear(self) -> None:
-        """Forgets all blocks. Pins and counts stay."""
+        """Forgets all blocks. The counts stay."""
         self._free = list(range(self.blocks))[::-1]
         self._of_key: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
         self._references = [0] * self.blocks
         self._idle: OrderedDict[int, None] = OrderedDict()
-        """known blocks that no prompt refers to and no pin keeps, the least recently used first"""
+        """known blocks that no prompt refers to, the least recently used first"""
 
     def blocks_of(self, ids: Sequence[int]) -> int:
         """How many blocks a prompt takes, with the last, incomplete one."""
@@ -71,16 +68,16 @@ class PrefixCache:
 
     def keys(self, ids: Sequence[int], salt: str | None = None) -> list[bytes]:
         """The keys of a prompt's complete blocks: each hashes the key before it and its own tokens. With a salt, they
-        are the same only for prompts of that salt; pinned blocks have the same keys for all."""
-        plain = self._chain(self._root, ids)
-        if salt is None:
-            return plain
-        text = salt.encode("utf-8", "surrogatepass")
-        own = self._chain(hashlib.sha256(b"salt" + self._root + text).digest(), ids)  # no block's key begins like this
-        return [key if key in self.pinned else salted for key, salted in zip(plain, own, strict=True)]
-
-    def knows(self, key: bytes) -> bool:
-        return key in self._of_key
+        are the same only for prompts of that salt."""
+        key = self._root
+        if salt is not None:  # no block's key begins like this
+            key = hashlib.sha256(b"salt" + self._root + salt.encode("utf-8", "surrogatepass")).digest()
+        keys = []
+        for start in range(0, len(ids) - self.size + 1, self.size):
+            tokens = np.array(ids[start : start + self.size], np.int32)
+            key = hashlib.sha256(key + tokens.tobytes()).digest()
+            keys.append(key)
+        return keys
 
     def find(self, key: bytes) -> int | None:
         """The block of a key, with one more reference; None if it is not known."""
@@ -109,40 +106,14 @@ class PrefixCache:
         """Gives up a prompt's references to its blocks, which are in the order of its tokens."""
         for block in reversed(blocks):  # a later one is of use only with those before it, so it goes first
             self._references[block] -= 1
-            if not self._references[block]:
-                self._rest(block)
-
-    def pin(self, keys: Iterable[bytes]) -> None:
-        """Keeps the blocks of these keys, and of no others, whenever they are known."""
-        before, self.pinned = self.pinned, frozenset(keys)
-        for key in before ^ self.pinned:
-            block = self._of_key.get(key)
-            if block is not None and not self._references[block]:
-                self._rest(block)
+            if self._references[block]:
+                continue
+            if block in self._key_of:
+                self._idle[block] = None
+            else:
+                self._free.append(block)
 
     @property
     def known(self) -> int:
         """How many blocks can be found."""
         return len(self._of_key)
-
-    @property
-    def pinned_blocks(self) -> int:
-        """How many of them are pinned."""
-        return sum(key in self._of_key for key in self.pinned)
-
-    def _chain(self, key: bytes, ids: Sequence[int]) -> list[bytes]:
-        keys = []
-        for start in range(0, len(ids) - self.size + 1, self.size):
-            tokens = np.array(ids[start : start + self.size], np.int32)
-            key = hashlib.sha256(key + tokens.tobytes()).digest()
-            keys.append(key)
-        return keys
-
-    def _rest(self, block: int) -> None:
-        """Puts a block without references where it belongs."""
-        key = self._key_of.get(block)
-        self._idle.pop(block, None)
-        if key is None:
-            self._free.append(block)
-        elif key not in self.pinned:
-            self._idle[block] = None

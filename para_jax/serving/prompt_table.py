@@ -12,7 +12,7 @@ import jax
 from ..adapters.bank import Entry
 from ..adapters.scope import scope_of
 from ..model.adapted import DecodeState
-from .prefix_cache import PrefixCache, prompt_key
+from .prefix_cache import PrefixCache
 
 #: Prompts of the longest length that the pool has blocks for, and how many prompts are kept for the next request of the
 #: same one. If a chunk has blocks for more prompts, that many may be at work. Adapters act on ROWS at a time.
@@ -24,7 +24,7 @@ class PromptFailed(Exception):
 
     def __init__(self, prompt: ChunkedPrompt, error: Exception):
         super().__init__(str(error))
-        self.key, self.ids = prompt.key, prompt.ids
+        self.key = prompt.key
 
 
 class WholePrompt(NamedTuple):
@@ -111,19 +111,11 @@ class PromptTable:
         prompt.block_keys = self.cache.keys(ids[: prompt.plain], key[-1])
         self.cache.queries += len(ids)
 
-    def keep(self, wanted: Collection[tuple], pins: dict[tuple[int, ...], list[bytes]]) -> None:
-        """Drops prompts at work, unless they have one of these keys or are pinned. Starts pinned ones that lack a
-        block."""
-        pinned = {prompt_key(None, ids): ids for ids in pins}
+    def keep(self, wanted: Collection[tuple]) -> None:
+        """Drops prompts at work, unless they have one of these keys."""
         for prompt in list(self.working.values()):
-            if prompt.key not in wanted and prompt.key not in pinned:
+            if prompt.key not in wanted:
                 self._drop(prompt)
-        for key, ids in pinned.items():
-            if not all(map(self.cache.knows, pins[ids])) and self._fits(ids, self.working.values()):
-                held = self.kept.get(key)
-                if isinstance(held, ChunkedPrompt):  # finished before it was pinned, and its blocks were given up since
-                    self._drop(held)
-                self.start(key, ids, None)
 
     def turn(self) -> list[ChunkedPrompt]:
         """The prompts of the next program: all at work, but a suspect runs alone, so that an error says whose it is."""

@@ -2,41 +2,36 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from itertools import islice
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
+#: Tenants among which an item that fits is looked for, at most: a look costs the same however many wait.
+LOOKED_AT = 32
+
 
 class FairQueue(Generic[T]):
     """A queue per tenant, served in turn: however long one queue is, the first item of another waits for at most one
-    item of every other tenant. Every operation takes constant time, but `head` looks at the first items of some tenants
-    until one fits."""
+    item of every other tenant. Every operation takes constant time, but `head` looks at the first items of at most
+    LOOKED_AT tenants."""
 
-    def __init__(self, kind: Callable[[T], Hashable] = lambda item: None):
-        """
-        Args:
-            kind: of an item, by which `count` counts. It never changes.
-        """
+    def __init__(self):
         self._lines: OrderedDict[Hashable, OrderedDict[int, T]] = OrderedDict()
-        self._kind = kind
-        self._counts: Counter[Hashable] = Counter()
+        self._count = 0
 
     def put(self, tenant: Hashable, number: int, item: T) -> None:
         """Adds an item to the end of its tenant's queue. `number` identifies it."""
         line = self._lines.setdefault(tenant, OrderedDict())
-        self._counts[self._kind(item)] += number not in line
+        self._count += number not in line
         line[number] = item
 
-    def head(self, fits: Callable[[T], bool] = lambda item: True, among: int | None = None) -> T | None:
-        """The first item of the tenant whose turn it is, or of the next one whose first item fits; None if none does.
-
-        Args:
-            among: tenants whose first items are looked at, at most; None: all.
-        """
-        lines = islice(self._lines.values(), among)
+    def head(self, fits: Callable[[T], bool] = lambda item: True) -> T | None:
+        """The first item of the tenant whose turn it is, or of the next one whose first item fits; None if none of the
+        first LOOKED_AT does."""
+        lines = islice(self._lines.values(), LOOKED_AT)
         return next((item for line in lines if fits(item := next(iter(line.values())))), None)
 
     def take(self, tenant: Hashable) -> T:
@@ -46,14 +41,15 @@ class FairQueue(Generic[T]):
         self._lines.move_to_end(tenant)
         if not line:
             del self._lines[tenant]
-        self._counts[self._kind(item)] -= 1
+        self._count -= 1
         return item
 
     def remove(self, tenant: Hashable, number: int) -> None:
         """Removes an item from anywhere in the queue; does nothing if it is not there."""
         line = self._lines.get(tenant)
         if line is not None and number in line:
-            self._counts[self._kind(line.pop(number))] -= 1
+            del line[number]
+            self._count -= 1
             if not line:
                 del self._lines[tenant]
 
@@ -61,12 +57,8 @@ class FairQueue(Generic[T]):
         """The number of a tenant's items."""
         return len(self._lines.get(tenant, ()))
 
-    def count(self, kind: Hashable) -> int:
-        """The number of items of a kind."""
-        return self._counts[kind]
-
     def __len__(self) -> int:
-        return self._counts.total()
+        return self._count
 
     def __iter__(self) -> Iterator[T]:
         return (item for line in self._lines.values() for item in line.values())

@@ -63,7 +63,7 @@ class Request:
     its completion, and at most one more token of it is drawn. Adapters whose result depends on where the prompt ends
     need it: those that read the prompt, and all scopes but `all`"""
     cache_salt: str | None = None
-    """The prompt shares its beginning only with prompts of the same salt, and with pinned ones. So no one without the
+    """The prompt shares its beginning only with prompts of the same salt. So no one without the
     salt can learn from times or cached_tokens what others have sent"""
 
     @property

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -17,23 +17,16 @@ from ..inference.draw import NO_TOKEN, NO_TOKEN_MESSAGE
 from ..inference.logprobs import Logprobs, TokenLogprob
 from ..inference.sampling import Sampling
 from ..io.checks import shorten
-from ..io.messages import warn
 from ..runtime.sharding import using
 from .decoder import Decoder
 from .open_requests import OpenRequests, interrupts_held_back
-from .pins import Pins
-from .prefix_cache import prompt_key
 from .prompt_table import ChunkedPrompt, PromptFailed, WholePrompt
 from .scoring import ScoredPrompt
 from .ticket import Sample, is_request_error
 
-#: Prompts in blocks that may start before one for which there is no room yet, at most.
-OVERTAKING = 32
-#: The share of max_prefill_tokens that a round may compute for each slot that does not decode, and for each sample that
-#: needs none. So one long prompt does not hold up all others for as long as many short ones may.
-PER_SAMPLE = 0.25
-#: Tenants among which a sample that can start is looked for, at most. A look costs the same however many wait.
-LOOKED_AT = 32
+#: The share of max_prefill_tokens that a round may compute for each slot that does not decode. So one long prompt does
+#: not hold up all others for as long as many short ones may.
+PER_SLOT = 0.25
 
 
 @dataclass
@@ -52,8 +45,8 @@ class Started:
     first: dict[int, tuple] = field(default_factory=dict)
     """by slot: the first token [1] of its row and its log-probabilities"""
     scored: list[tuple[Sample, ScoredPrompt]] = field(default_factory=list)
-    failed: dict[Sample, Exception] = field(default_factory=dict)
-    """samples with whole prompts that raised for the first time"""
+    failed: list[Exception] = field(default_factory=list)
+    """of prompts that were prefilled whole or scored"""
 
     def has_room(self, tokens: int) -> bool:
         return self.tokens + tokens <= self.limit
@@ -62,7 +55,7 @@ class Started:
 class Rounds:
     """What the rounds of one engine share. One thread at a time makes a round."""
 
-    def __init__(self, decoder: Decoder, requests: OpenRequests, pins: Pins, stops: frozenset[int], limit: int):
+    def __init__(self, decoder: Decoder, requests: OpenRequests, stops: frozenset[int], limit: int):
         """
         Args:
             stops: token ids that end every answer.
@@ -70,7 +63,7 @@ class Rounds:
         """
         self._decoder, self._prefills, self._requests = decoder, decoder.prefills, requests
         self._prompts = decoder.prefills.table
-        self._pins, self._stops, self._limit = pins, stops, limit
+        self._stops, self._limit = stops, limit
         self.decoding = 0
         """rows that decoded in the last round"""
         self._driving = threading.Lock()
@@ -78,10 +71,6 @@ class Rounds:
         self._rows: list[Sample | None] = [None] * decoder.slots
         self._waiting: dict[int, Sample] = {}
         """by slot: samples that will decode there once their prompts are prefilled"""
-        self._late = -1
-        """the arrival number of the sample that is next but can't start yet"""
-        self._overtaken = 0
-        """how many prompts in blocks have started before it"""
 
     def warm_up(self) -> None:
         """Compiles everything. Raises ValueError while requests are open."""
@@ -96,18 +85,19 @@ class Rounds:
         of their adapters."""
         return any(sample and sample.completion for sample in (*self._rows, *self._waiting.values()))
 
-    def make(self) -> None:
-        """Fills free slots, decodes a few tokens, and adds them to the answers. Raises the error of a prompt that is to
-        be tried again only if nothing else could be computed: one tenant's prompt stops no others."""
-        with self._round():
+    def make(self, wait: bool = True) -> bool:
+        """Fills free slots, decodes a few tokens, and adds them to the answers. Returns False, without `wait`, if
+        another thread is making a round. Raises the error of a prompt only if nothing else could be computed, because
+        the device may be lost: one tenant's prompt stops no others."""
+        with self._round(wait) as begun:
+            if not begun:
+                return False
             self._requests.cancel_dropped()
-            self._prefills.pin(self._pins.kept)
             empty = [slot for slot, sample in enumerate(self._rows) if sample is None or sample.completion]
-            most = len(empty) + self._requests.queue.count(kind=False)
-            started, self.decoding = Started(int(self._limit * min(PER_SAMPLE * most, 1))), 0
+            started, self.decoding = Started(int(self._limit * min(PER_SLOT * max(len(empty), 1), 1))), 0
             if not self._fill(started, empty):
                 self._start_again()
-                return
+                return True
             active = [(slot, sample) for slot, sample in enumerate(self._rows) if sample and not sample.completion]
             decoded, scored = self._decode(active) if active else None, started.scored
             self.decoding = len(active)
@@ -122,18 +112,25 @@ class Rounds:
                 self._rows = [sample if sample and not sample.completion else None for sample in self._rows]
                 self._requests.news.notify_all()
         if started.failed and not (active or scored or self._waiting):
-            raise next(iter(started.failed.values()))
+            raise started.failed[0]
+        return True
 
     @contextmanager
-    def _round(self) -> Iterator[None]:
-        """A round of this thread: the body. If it raises, the next round starts again from the open requests."""
-        with self._driving, using(self._decoder.mesh), interrupts_held_back():
+    def _round(self, wait: bool = True) -> Iterator[bool]:
+        """A round of this thread: the body. If it raises, the next round starts again from the open requests. Gives
+        False, without `wait`, if another thread is making one."""
+        with interrupts_held_back(), using(self._decoder.mesh):
+            if not self._driving.acquire(blocking=wait):
+                yield False
+                return
             try:
                 self._decoder.reset()
-                yield
+                yield True
             except BaseException:
                 self._start_again()
                 raise
+            finally:
+                self._driving.release()
 
     @interrupts_held_back()
     def _start_again(self) -> None:
@@ -152,7 +149,7 @@ class Rounds:
             empty: slots that do not decode.
         """
         self._waiting = {slot: sample for slot, sample in self._waiting.items() if not sample.completion}
-        self._prompts.keep({sample.key for sample in self._waiting.values()}, self._prefills.pins)
+        self._prompts.keep({sample.key for sample in self._waiting.values()})
         started.free = [slot for slot in empty if slot not in self._waiting]
         while True:  # whole prompts and chunks take turns, so that neither uses up the tokens of the other
             before = started.tokens
@@ -161,7 +158,6 @@ class Rounds:
                 return False
             if started.tokens == before:
                 break
-        self._put_back(started.failed)
         return True
 
     def _start_samples(self, started: Started) -> None:
@@ -191,50 +187,21 @@ class Rounds:
                     continue
                 prefilled = self._decoder.prefilled(sample)
             except Exception as error:
-                sample.failures += 1
-                if sample.failures == 2:
-                    self._fail(sample, error)
-                elif in_chunks:  # the prompts may be in disorder
+                if in_chunks:  # the prompts may be in disorder
                     raise
-                else:  # nothing that others use has changed
-                    started.failed[sample] = error
+                started.failed.append(error)  # nothing that others use has changed
+                self._fail(sample, error)
                 continue
             self._insert(started.free.pop(0), sample, prefilled, started)
 
     def _next(self, started: Started) -> Sample | None:
-        """The queued sample that starts next: the one whose turn it is or, if that one can't start yet, the first that
-        can. A long prompt waits for room, but not for ever: at most OVERTAKING others in blocks start before it. While
-        no slot is free, a queue of samples that need one is not looked through."""
-
-        def in_blocks(sample: Sample) -> bool:
-            return sample.decodes and self._prefills.takes(sample.entry)
-
-        def can_start(sample: Sample) -> bool:
-            if sample.decodes and not started.free:
-                return False
-            if in_blocks(sample) and not self._prompts.has_room(sample.key, sample.ids):
-                return False
-            return not started.wholes or started.has_room(self._decoder.whole_tokens(sample))
-
-        queue = self._requests.queue
-        if not started.free and not queue.count(kind=False):
+        """The sample that starts next: the one whose turn it is, or None if it can't start yet. While no slot is free,
+        the first that needs none."""
+        sample = self._requests.queue.head(lambda sample: bool(started.free) or not sample.decodes)
+        if sample is None or (started.wholes and not started.has_room(self._decoder.whole_tokens(sample))):
             return None
-        head = queue.head()
-        if head is None or can_start(head):
-            return head
-        if head.number != self._late:
-            self._late, self._overtaken = head.number, 0
-        closed = in_blocks(head) and self._overtaken >= OVERTAKING
-        other = queue.head(lambda sample: can_start(sample) and not (closed and in_blocks(sample)), LOOKED_AT)
-        self._overtaken += other is not None and in_blocks(other)
-        return other
-
-    def _put_back(self, samples: Iterable[Sample]) -> None:
-        """Queues samples again, for a second try in the next round."""
-        with self._requests.lock:
-            for sample in samples:
-                if sample.completion is None:
-                    self._requests.queue.put(sample.request.tenant, sample.number, sample)
+        in_blocks = sample.decodes and self._prefills.takes(sample.entry)
+        return sample if not in_blocks or self._prompts.has_room(sample.key, sample.ids) else None
 
     def _advance_prompts(self, started: Started) -> bool:
         """Computes a chunk of the prompts that samples wait for, if the round may. Samples with a complete one move
@@ -247,10 +214,7 @@ class Rounds:
             for sample in [sample for sample in self._waiting.values() if sample.key == failed.key]:
                 self._fail(sample, failed)
             with self._requests.lock:
-                dropped = failed.key == prompt_key(None, failed.ids) and self._pins.drop(tuple(failed.ids))
                 self._requests.news.notify_all()
-            if dropped:  # said without the lock: a stream that is collected while logging closes itself under it
-                warn(f"engine: a pinned prefix could not be prefilled, and is no longer pinned: {failed}")
             return False
         started.tokens += computed
         started.chunks += computed > 0

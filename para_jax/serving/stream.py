@@ -69,8 +69,8 @@ class Stream:
         return found
 
     def __iter__(self) -> Iterator[Piece]:
-        """The pieces as they come. Closing the iterator cancels the request. If a round of ours raises, run() will give
-        the answer."""
+        """The pieces as they come. Closing the iterator cancels the request, and so does an exception in a round of
+        ours."""
         pieces = self._as_they_come()
         next(pieces)  # a generator that has not begun would not see that it is closed
         return pieces
@@ -84,11 +84,8 @@ class Stream:
                 yield from found
                 if not found:
                     self._advance(lambda: bool(self._pieces()))
-        except GeneratorExit:
-            self._requests.give_up(self._ticket)
-            raise
         except BaseException:
-            self._requests.unstream(self._ticket)
+            self._requests.give_up(self._ticket)
             raise
 
     def close(self) -> None:

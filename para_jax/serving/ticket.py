@@ -70,8 +70,6 @@ class Sample:
         """of the prompt, once it is scored"""
         self.text: AnswerText | None = None
         """the text of the tokens so far, kept only where it is needed before the end: for stop texts and streams"""
-        self.failures = 0
-        """prefills that raised"""
         self.completion: Completion | None = None
 
     @property

@@ -17,13 +17,12 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from ..io import atomic
-from ..io.checks import expanded, printable, shorten
+from ..io.checks import expanded, printable
 from ..io.messages import warn
 from ..io.progress import Progress
 from ..io.storage.bucket import BucketPath, Place
 from ..io.storage.service import file_system
 from ..runtime.processes import broadcast_arrays, full_arrays, is_first, on_first_process
-from .quiet_orbax import quiet_orbax
 
 
 @contextmanager
@@ -48,16 +47,15 @@ def open_checkpoints(folder: Place, *, keep: int = 2) -> Iterator[Any]:
     directory = epath.Path(str(folder.absolute()))
     if isinstance(folder, BucketPath):
         file_system()  # raises where gcsfs is not installed, and sets up orbax's
-    with quiet_orbax():
-        checkpoints = ocp.CheckpointManager(directory, options=options)
-        # Only the loop may ask the preemption service, step by step: asked about an older step, it forgets the newest.
-        checkpoints.reached_preemption = lambda step: False
-        try:
-            yield checkpoints
-            finish_saving(checkpoints)
-        finally:
-            with suppress(Exception):
-                checkpoints.close()
+    checkpoints = ocp.CheckpointManager(directory, options=options)
+    # Only the loop may ask the preemption service, step by step: asked about an older step, it forgets the newest.
+    checkpoints.reached_preemption = lambda step: False
+    try:
+        yield checkpoints
+        finish_saving(checkpoints)
+    finally:
+        with suppress(Exception):
+            checkpoints.close()
 
 
 # -------------------------------------------------------------------------------------------------------------- saving
@@ -66,7 +64,7 @@ def open_checkpoints(folder: Place, *, keep: int = 2) -> Iterator[Any]:
 def save_checkpoint(checkpoints, state: Any, step: int, progress: dict[str, Any]) -> None:
     """Copies the state to host memory and writes it from there while the caller continues. Every process calls this.
 
-    Where there is a checkpoint of this step, of the same state, its progress alone is replaced.
+    Where there is a checkpoint of this step, which is of the same state, its progress alone is replaced.
 
     Args:
         state: a TrainState.
@@ -90,34 +88,19 @@ def start_saving(checkpoints, arrays: dict[str, Any], step: int, progress: dict[
     arrays = {name: np.array(array) for name, array in arrays.items()}  # copies: the next step reuses this memory
     if not all(np.isfinite(array).all() for array in arrays.values()):
         raise ValueError(f"step {step}: the state is not finite, and is not saved; lower train.learning_rate")
-    about = progress | {"sha256": checkpoint_digest(arrays, progress)}
+    about = progress | {"sha256": digest_of(arrays)}
     saved = ocp.args.Composite(state=ocp.args.StandardSave(arrays), progress=ocp.args.JsonSave(about))
     with errors_in_one_line(checkpoints):
         if step in steps_in(folder):
-            replace_progress(folder / str(step) / "progress" / "metadata", arrays, about)
+            atomic.write_text(progress_file(folder, step), json.dumps(about))
         else:
             checkpoints.save(step, args=saved, force=True)
-
-
-def replace_progress(file: Place, arrays: dict[str, np.ndarray], about: dict[str, Any]) -> None:
-    """Replaces what a checkpoint says, if it is one of these arrays. A kill leaves the old text or the new."""
-    held = json.loads(file.read_bytes())
-    if held.pop("sha256", None) == checkpoint_digest(arrays, held):
-        atomic.write_text(file, json.dumps(about))
 
 
 def finish_saving(checkpoints) -> None:
     """Waits until everything is written. Raises ValueError for what could not be written."""
     if checkpoints is not None:
         with errors_in_one_line(checkpoints), Progress("saving the checkpoint"):
-            checkpoints.wait_until_finished()
-
-
-def require_saved(checkpoints) -> None:
-    """Raises ValueError if the last save has failed already, without waiting for one that is under way. (With several
-    processes the next save raises it, so that all hear it at once.)"""
-    if jax.process_count() == 1 and not checkpoints.is_saving_in_progress():
-        with errors_in_one_line(checkpoints):
             checkpoints.wait_until_finished()
 
 
@@ -160,11 +143,13 @@ def newest_whole(
     folder, problems = expanded(str(checkpoints.directory)), {}
     for step in steps_in(folder):
         try:
-            found = read_twice(checkpoints, step, wanted)
+            progress = json.loads(progress_file(folder, step).read_bytes())
+            other = differences(progress["run"], run)
+            arrays = {} if other else read_arrays(checkpoints, step, wanted, progress.pop("sha256"))
         except Exception as error:  # the readers below orbax raise anything for damaged files
             problems[step] = reason(error)
             continue
-        if other := differences(found[1]["run"], run):
+        if other:
             raise ValueError(
                 f"{folder / str(step)}: it is of another run: {other}; put that back, or choose another output_dir "
                 "(train.init_from starts from an adapter)"
@@ -175,7 +160,7 @@ def newest_whole(
                 f"{set_aside(folder / str(damaged)).name}, and the run resumes from step {step}"
             )
         checkpoints.reload()
-        return found
+        return arrays, progress
     if problems:
         step, said = next(iter(problems.items()))
         raise ValueError(
@@ -201,41 +186,22 @@ def differences(held: dict[str, str], run: dict[str, str]) -> str:
     return ", ".join(said[:3]) + (f" and {len(said) - 3} more" if len(said) > 3 else "")
 
 
-def read_twice(checkpoints, step: int, wanted: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """`read_checkpoint`, a second time if the first one fails: a disk or a bucket may fail once, and a checkpoint that
-    can't be read is given up."""
-    try:
-        return read_checkpoint(checkpoints, step, wanted)
-    except Exception:  # the readers below orbax raise anything
-        return read_checkpoint(checkpoints, step, wanted)
-
-
-def read_checkpoint(
-    checkpoints, step: int, wanted: dict[str, np.ndarray]
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The arrays and the progress of one checkpoint, checked to be the bytes that were saved."""
+def read_arrays(checkpoints, step: int, wanted: dict[str, np.ndarray], digest: str) -> dict[str, np.ndarray]:
+    """The arrays of one checkpoint, in the shapes of `wanted`. Raises ValueError for bytes with another digest: orbax
+    notices no flipped bit."""
     import orbax.checkpoint as ocp
 
-    handler: Any = ocp.StandardCheckpointHandler()
-    stored = handler.metadata(checkpoints.directory / str(step) / "state")
-    check_shapes({name: tuple(leaf.shape) for name, leaf in stored.items()}, wanted)
-    read = ocp.args.Composite(state=ocp.args.StandardRestore(wanted), progress=ocp.args.JsonRestore())
-    restored = checkpoints.restore(step, args=read)
-    arrays, about = {name: np.asarray(restored.state[name]) for name in wanted}, restored.progress
-    if not isinstance(about, dict) or about.pop("sha256", None) != checkpoint_digest(arrays, about):
+    read = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
+    restored = checkpoints.restore(step, args=read).state
+    arrays = {name: np.asarray(restored[name]) for name in wanted}
+    if digest_of(arrays) != digest:
         raise ValueError("its bytes have changed since they were written")
-    return arrays, about
+    return arrays
 
 
-def check_shapes(stored: dict[str, tuple[int, ...]], wanted: dict[str, np.ndarray]) -> None:
-    """Raises ValueError, naming the first difference, for arrays with other names or shapes than the run's."""
-    other = [name for name in sorted(stored.keys() | wanted.keys()) if name not in stored or name not in wanted]
-    if other:
-        has = "has" if other[0] in stored else "lacks"
-        raise ValueError(f"it is of another run: it {has} {shorten(other[0])}, one of {len(other)} such arrays")
-    for name, array in wanted.items():
-        if stored[name] != array.shape:
-            raise ValueError(f"it is of another run: {name} has the shape {stored[name]} there, {array.shape} here")
+def progress_file(folder: Place, step: int) -> Place:
+    """What orbax's JsonSave writes, under the name `progress`."""
+    return folder / str(step) / "progress" / "metadata"
 
 
 #: What orbax writes last into a checkpoint. In a bucket it alone tells a whole one from one that a kill broke off.
@@ -278,9 +244,9 @@ def placed_like(leaf: jax.Array, array: np.ndarray) -> jax.Array:
     return jnp.asarray(array)
 
 
-def checkpoint_digest(arrays: dict[str, np.ndarray], progress: dict[str, Any]) -> str:
-    """The sha256 of the progress as JSON and of all arrays' bytes in the order of their names."""
-    found = hashlib.sha256(json.dumps(progress, sort_keys=True).encode())
+def digest_of(arrays: dict[str, np.ndarray]) -> str:
+    """The sha256 of all arrays' bytes in the order of their names."""
+    found = hashlib.sha256()
     for name in sorted(arrays):
         found.update(np.ascontiguousarray(arrays[name]).data)
     return found.hexdigest()

@@ -5,22 +5,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 from ..io import atomic
 from ..io.checks import shorten
 from ..io.storage.bucket import BucketPath, Place
 from ..io.storage.pieces import Appender, open_pieces, pieces, replace_pieces
-
-
-class Reached(NamedTuple):
-    """How far a run got."""
-
-    step: int
-    evaluated: int
-    """the last step whose adapter was scored"""
-
 
 HEAD = b'{"step": '
 #: Seconds between two writes of rows, in a bucket (True) and elsewhere.
@@ -64,19 +55,21 @@ def write_metrics(file: Place, rows: Iterable[dict[str, float]]) -> None:
 class MetricsWriter:
     """Adds rows to a log, several per write. A kill loses the rows since the last `flush`."""
 
-    def __init__(self, file: Place, seconds: float | None = None):
+    def __init__(self, file: Place, count: int = 0, seconds: float | None = None):
         """
         Args:
+            count: the rows that the log has.
             seconds: the longest time between two writes while rows arrive; default: FLUSH_SECONDS.
         """
         bucket = isinstance(file, BucketPath)
-        self.file, self.waiting = file, ""
+        self.file, self.waiting, self.count = file, "", count
         self.seconds = FLUSH_SECONDS[bucket] if seconds is None else seconds
         self.pieces: Appender | None = None
         self.flushed = time.perf_counter()
 
     def add(self, step: int, values: dict[str, float]) -> None:
         self.waiting += json.dumps({"step": step} | values) + "\n"
+        self.count += 1
         if time.perf_counter() > self.flushed + self.seconds:
             self.flush()
 
@@ -89,16 +82,16 @@ class MetricsWriter:
             self.pieces = self.pieces or Appender(self.file)
             self.pieces.add(text.encode())
             return
-        with self.file.open("ab", buffering=0) as stream:
+        with atomic.errors_named(self.file), self.file.open("ab", buffering=0) as stream:
             atomic.append(stream, text.encode())
 
 
-def kept_rows(rows: Iterable[dict[str, float]], reached: Reached, *, ended: bool = False) -> list[dict[str, float]]:
-    """The rows that a resumed run keeps: those up to its step, without scores that it will measure again. It measures
-    the last test scores again, unless it has `ended`."""
-
-    def measured_again(row: dict[str, float]) -> bool:
-        tested = "test_before_loss" in row or "test_after_loss" in row
-        return (tested and not ended) or ("validation_loss" in row and row["step"] > reached.evaluated)
-
-    return [row for row in rows if row["step"] <= reached.step and not measured_again(row)]
+def keep_rows(file: Place, count: int, *, ended: bool) -> int:
+    """Removes the rows after the first `count`, which a run resumed from a checkpoint writes again. So it does with
+    the last test scores, unless it has `ended`. Gives how many rows are left."""
+    if not is_log(file):
+        return 0
+    tested = lambda row: any(name.startswith("test_") for name in row)  # noqa: E731
+    rows = [row for row in islice(read_metrics(file), count) if ended or not tested(row)]
+    write_metrics(file, rows)
+    return len(rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -22,12 +22,14 @@ def make_direction(config: TrainSection) -> optax.GradientTransformation:
     chain = optax.chain(
         optax.scale_by_adam(b1=config.adam_b1, b2=config.adam_b2, eps=config.adam_eps),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
-        *faster_up(config),
     )
 
     def update(updates, state, params=None):
         direction, state = chain.update(updates, state, from_neutral(params))
-        return faster_biases(direction, config.bias_lr_ratio), state
+        # Matrices that lead out of the rank (PARA's W_up, LoRA's B) may move faster (LoRA+, arXiv:2402.12354; for PARA
+        # our choice), and so may PARA's biases (our choice).
+        direction = scaled(direction, config.up_lr_ratio, lambda variable: variable.axes[0] == "rank")
+        return scaled(direction, config.bias_lr_ratio, lambda variable: isinstance(variable, BiasParam)), state
 
     return optax.GradientTransformation(chain.init, update)
 
@@ -44,24 +46,13 @@ def clipped(gradient, norm: jax.Array, config: TrainSection):
     return jax.tree.map(lambda g: jnp.where(norm < limit, g, g / norm * limit), gradient)
 
 
-def faster_up(config: TrainSection) -> list[optax.GradientTransformation]:
-    """The matrices that lead out of the rank (PARA's W_up, LoRA's B) move up_lr_ratio times as far (LoRA+, arXiv
-    2402.12354; for PARA our choice). Empty at 1, so that the optimiser's state does not change."""
+def scaled(direction, ratio: float, chosen: Callable):
+    """The direction, `ratio` times as long for the variables that are chosen."""
 
-    def scaled(variable):
-        return variable.replace(variable[...] * config.up_lr_ratio) if variable.axes[0] == "rank" else variable
+    def of(variable):
+        return variable.replace(variable[...] * ratio) if chosen(variable) else variable
 
-    faster = optax.stateless(lambda update, _: jax.tree.map(scaled, update, is_leaf=is_variable))
-    return [faster] if config.up_lr_ratio != 1 else []
-
-
-def faster_biases(direction, ratio: float):
-    """PARA's biases move `ratio` times as far (our choice)."""
-
-    def scaled(variable):
-        return variable.replace(variable[...] * ratio) if isinstance(variable, BiasParam) else variable
-
-    return jax.tree.map(scaled, direction, is_leaf=is_variable)
+    return direction if ratio == 1 else jax.tree.map(of, direction, is_leaf=is_variable)
 
 
 class LearningRates(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from ..config import RunConfig, TrainSection
@@ -73,7 +74,7 @@ def lay_out(config: RunConfig, mesh, tenants: int = 1) -> Layout:
         for turns in divisors(groups)
         if groups // turns * (rows // parts) % over == 0
     }
-    passes = passes_allowed(train, sorted(cuts), groups * rows // over)
+    passes = fewest_passes(train, cuts, groups * rows // over)
     turns, parts = cuts[passes]
     return Layout(slots, groups // turns, rows // parts, passes, turns)
 
@@ -95,30 +96,20 @@ def step_passes(config: TrainSection, mesh) -> Passes:
     """The passes of a run of one adapter on this mesh.
 
     With train.batch_size: the fewest of equal size that have at most per_device_batch_size rows on a device.
-    Raises ValueError for a batch_size that the devices do not divide, and for gradient_accumulation_steps that are not
-    its number of passes.
+    Raises ValueError for a batch_size that the devices do not divide.
     """
     devices = batch_devices(mesh)
     if config.batch_size is None:
         return Passes(config.per_device_batch_size * devices, config.gradient_accumulation_steps)
     require_divides(config, devices)
     of_device = config.batch_size // devices
-    count = passes_allowed(config, sorted(divisors(of_device)), of_device)
+    count = fewest_passes(config, divisors(of_device), of_device)
     return Passes(config.batch_size // count, count)
 
 
-def passes_allowed(config: TrainSection, counts, of_device: int) -> int:
-    """The first of these numbers of passes (smallest first) that gives a device at most per_device_batch_size rows in
-    each. gradient_accumulation_steps overrides it."""
-    given, most = config.gradient_accumulation_steps, config.per_device_batch_size
-    possible = [count for count in counts if of_device // count <= most]
-    if given != 1 and given not in possible:
-        raise ValueError(
-            f"train.gradient_accumulation_steps is {given}, which does not cut train.batch_size ({config.batch_size}, "
-            f"{of_device} rows per device) into equal passes of at most train.per_device_batch_size ({most}) rows; "
-            f"remove it, or choose one of {', '.join(map(str, possible))}"
-        )
-    return possible[0] if given == 1 else given
+def fewest_passes(config: TrainSection, counts: Iterable[int], of_device: int) -> int:
+    """The smallest of these numbers of passes that gives a device at most per_device_batch_size of its rows in each."""
+    return min(count for count in counts if of_device // count <= config.per_device_batch_size)
 
 
 def require_divides(config: TrainSection, devices: int) -> None:

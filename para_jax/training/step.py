@@ -257,15 +257,8 @@ def tenant_of(tree: Any, slot: jax.Array) -> Any:
 @partial(jax.jit, static_argnames="config", donate_argnames="state")
 def put_tenant(state: TrainState, slot: jax.Array, adapter: Any, *, config: TrainSection) -> TrainState:
     """The state with a fresh adapter in one slot, its moments and steps at zero. The given state is donated."""
-    return put_state(
-        state, slot, TrainState(adapter, make_direction(config).init(adapter), jnp.int32(0), jnp.bool_(True))
-    )
-
-
-@partial(jax.jit, donate_argnames="state")
-def put_state(state: TrainState, slot: jax.Array, one: TrainState) -> TrainState:
-    """The state with another tenant's weights, moments and step in one slot. The given state is donated."""
-    return constrain_tenants(jax.tree.map(lambda whole, new: whole.at[slot].set(new), state, one))
+    fresh = TrainState(adapter, make_direction(config).init(adapter), jnp.int32(0), jnp.bool_(True))
+    return constrain_tenants(jax.tree.map(lambda whole, new: whole.at[slot].set(new), state, fresh))
 
 
 @partial(jax.jit, donate_argnames="state")

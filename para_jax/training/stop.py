@@ -16,7 +16,6 @@ from typing import NoReturn
 
 import jax
 
-from ..io.messages import say
 from ..runtime.processes import is_first
 
 
@@ -41,8 +40,6 @@ class StopSignal:
     about, so a run that counted from its own first step might never reach it"""
     before: int | None = None
     """this number minus the run's step"""
-    left: StopSignal | None = None
-    """of the last run of this process, if its signal came after its last step"""
 
     def __init__(self, exit_code: int = 0):
         self.exit_code = exit_code
@@ -82,14 +79,6 @@ def interruption_point() -> None:
         raise Interrupted
 
 
-def end_if_told() -> None:
-    """Ends the program if the last run received a signal when it had done its last step. A program with several runs
-    would otherwise go on with the next one."""
-    if StopSignal.left is not None:
-        say("stopped, and saved; the same command resumes")
-        StopSignal.left.end()
-
-
 @contextmanager
 def stop_signals(given: bool = False, exit_code: int = 0) -> Iterator[StopSignal]:
     """Receives SIGTERM and Ctrl-C during the body. Only the main thread can receive signals.
@@ -117,9 +106,7 @@ def stop_signals(given: bool = False, exit_code: int = 0) -> Iterator[StopSignal
 
     for number in before:
         signal.signal(number, handle)
-    StopSignal.left = None
     try:
         yield stop
-        StopSignal.left = stop if stop.received is not None else None
     finally:
         restore()

@@ -73,6 +73,7 @@ def bench_http(backbone: str, *, rows: tuple[int, ...] = (8,), requests: int = 9
 @contextmanager
 def serving(engine: Engine) -> Iterator[str]:
     """A server on a free port of this machine, and its URL."""
+    from para_jax.server.config import ServerConfig
     from para_jax.server.serve import serve as serve_http  # needs the extra [serve]
 
     stop, ready, urls = threading.Event(), threading.Event(), []
@@ -81,7 +82,8 @@ def serving(engine: Engine) -> Iterator[str]:
         urls.append(url)
         ready.set()
 
-    thread = threading.Thread(target=serve_http, args=(engine,), kwargs=dict(port=0, stop=stop, on_ready=is_ready))
+    config, notices = ServerConfig(port=0), dict(stop=stop, on_ready=is_ready)
+    thread = threading.Thread(target=serve_http, args=(engine, config), kwargs=notices)
     thread.start()
     try:
         while not ready.wait(0.1):

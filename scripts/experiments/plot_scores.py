@@ -16,11 +16,11 @@ from para_jax.evaluation.score_plots import Bar, Scores, scores_plot
 from para_jax.io.checks import expanded
 from para_jax.io.figures import run_names, save
 from para_jax.io.messages import warn
+from para_jax.runs.compare import COMPARISON_FILE
 from para_jax.training.metrics_file import is_log, read_metrics
-from para_jax.training.scores_file import Records
+from para_jax.training.scores_file import TENANTS as TENANTS_FILE
+from para_jax.training.scores_file import Records, read_entries
 from para_jax.training.scores_file import read_scores as read_records
-from para_jax.training.tenants_file import COMPARISON_FILE, read_entries
-from para_jax.training.tenants_file import FILE as TENANTS_FILE
 
 #: Panels of a picture, at most.
 MAX_PANELS = 12

@@ -219,8 +219,6 @@ def benchmarks_run():
         for kind, options in {
             "decode": dict(rows=(1, 4), context=16, rounds=2, bank=8),
             "train": dict(rounds=1),
-            "load": dict(rounds=1),
-            "sampling": dict(rounds=1),
         }.items():
             found = bench.run(kind, str(source), **options)
             assert all(value > 0 for value in found["medians"].values()), (kind, found["medians"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from para_jax.adapters.methods import METHODS, method_of
+from para_jax.adapters.methods import METHODS
 from para_jax.config import ADAPTER_CONFIGS
 
 ROOT = Path(__file__).parents[2]
@@ -62,16 +62,5 @@ def test_the_documented_method_works_after_a_config_a_file_and_two_entries(tmp_p
     assert "7 passed" in run.stdout
 
 
-def test_names_classes_and_peft_types_are_all_different():
-    for field in ("name", "label", "peft_type", "config", "adapter"):
-        values = [getattr(method, field) for method in METHODS]
-        assert len(set(values)) == len(values), field
-
-
 def test_a_run_may_name_every_method():
     assert {method.name: method.config for method in METHODS} == ADAPTER_CONFIGS
-
-
-def test_what_is_no_adapter_config_has_no_method():
-    with pytest.raises(ValueError, match="int .*ParaConfig, LoraConfig, Ia3Config"):
-        method_of(5)

@@ -20,9 +20,7 @@ from para_jax import (
     multi_tenant_forward,
     prefill,
     save_adapter,
-    vectors,
 )
-from para_jax.adapters import padding
 from para_jax.adapters.adapter import named_leaves
 from para_jax.config import SITES
 
@@ -151,16 +149,6 @@ def test_decode_carries_the_same_whatever_the_tenants_scopes(model, methods):
         assert carried(f"{scope}{window}") == carried(None) == empty
 
 
-def test_vectors_of_a_bank_are_those_of_each_tenant(model, tenants, bank):
-    tokens = prompts(model, 2)
-    found = vectors(model, bank.rows(["wide", "ia3"]), tokens, 8)
-    assert set(found) == {"q_proj", "v_proj", "up_proj"}
-    alone = vectors(model, tenants["wide"], tokens[:1], 8)
-    np.testing.assert_allclose(found["q_proj"][:, :1], alone["q_proj"], atol=1e-5)
-    np.testing.assert_array_equal(found["v_proj"][:, 0], 1)
-    np.testing.assert_allclose(found["q_proj"][:, 1], tenants["ia3"].scale["q_proj"][...], atol=1e-6)
-
-
 @pytest.mark.long
 def test_no_compilation_while_tenants_come_go_and_mix(model, tenants, bank, compiled):
     """Counted by JAX's own events, once each method had each number of distinct tenants; the count rises on a batch of
@@ -272,9 +260,8 @@ def test_what_does_not_fit_is_refused_by_name_and_nothing_changes(model, tenants
         with pytest.raises(ValueError, match=message):
             bank.add(name, adapter)
         assert bank.names == ("para",)
-    for wrong, message in (({"methods": ("dora",)}, "methods .*para"), ({"max_r": 0}, "max_r")):
-        with pytest.raises(ValueError, match=message):
-            AdapterBank(config, **wrong)
+    with pytest.raises(ValueError, match="methods .*para"):
+        AdapterBank(config, methods=("dora",))
 
 
 def test_unknown_names_are_refused_with_the_nearest_known_ones(model, tenants):
@@ -284,8 +271,6 @@ def test_unknown_names_are_refused_with_the_nearest_known_ones(model, tenants):
             call(["wider"])
     with pytest.raises(ValueError, match="'zzz'.*para, wide, ia3 ..."):
         bank.rows(["para", "zzz"])
-    with pytest.raises(ValueError, match="names"):
-        bank.rows([])
 
 
 def test_a_full_bank_says_so_and_keeps_what_it_holds(model, tenants):
@@ -400,23 +385,3 @@ def test_an_adapter_takes_its_own_rank_and_sites_in_memory_and_the_banks_in_rows
     mixed = forward(model, large.rows(adapters), tokens, 8)
     for i, adapter in enumerate(adapters.values()):
         np.testing.assert_allclose(mixed[i], forward(model, adapter, tokens[i : i + 1], 8)[0], atol=1e-4)
-
-
-def test_parts_of_an_array_are_written_back_as_they_were():
-    rng = np.random.default_rng(0)
-    for axis in (1, 2):
-        leaf = rng.standard_normal((5, 4, 4)).astype(np.float32)
-        for layer, rank in enumerate((0, 2, 2, 4, 1)):
-            np.moveaxis(leaf, axis, 1)[layer, rank:] = 0
-        np.moveaxis(leaf, axis, 1)[3, 1] = 0  # zeros inside are kept
-        parts = padding.without_zeros(leaf, axis)
-        assert [len(part) for part in parts] == [1, 2, 1, 1]
-        assert sum(part.size for part in parts) == 4 * (0 + 2 + 2 + 4 + 1)
-        held = padding.Held((5, 6, 6), np.dtype("float32"), tuple(parts))
-        np.testing.assert_array_equal(
-            held.whole(np.full((5, 6, 6), 7, np.float32)), np.pad(leaf, ((0, 0), (0, 2), (0, 2)))
-        )
-    whole = padding.Held(leaf.shape, leaf.dtype, (leaf,))
-    assert whole.whole() is leaf  # nothing to fill up, so nothing is copied
-    np.testing.assert_array_equal(whole.whole(np.empty_like(leaf)), leaf)
-    assert (padding.Held((2, 3), np.dtype("float32"), fill=1.0).whole() == 1).all()

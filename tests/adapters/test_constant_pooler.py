@@ -1,20 +1,14 @@
 """The control: with the pooler `constant` PARA is the same generator, but no longer knows its prompt."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_models import backbone, prompts, strong
 from long_cases import quick
-from one_adapter import fresh_state, only, trained_step
-from tiny_run import TRAIN
 
-from para_jax import ParaConfig, forward, hidden_states, init_adapter, load_adapter, save_adapter, vectors
+from para_jax import ParaConfig, forward, hidden_states, init_adapter, vectors
 from para_jax.adapters.adapter import count_parameters
 from para_jax.adapters.ia3 import from_factors
 from para_jax.config import allowed_values
-from para_jax.data.batches import Bucket, collate
-from para_jax.data.examples import Example
 
 SUMMARIES = pytest.mark.parametrize("summary", quick(allowed_values(ParaConfig, "summary"), "standardised"))
 
@@ -62,23 +56,6 @@ def test_it_has_one_vector_a_layer_more_to_train_and_starts_it_from_a_normal_dra
     assert drawn.shape == (config.num_layers, config.width)
     assert abs(drawn.mean()) < 0.2 and 0.85 < drawn.std() < 1.15
     assert len({row.tobytes() for row in drawn}) == config.num_layers
-
-
-def test_a_step_trains_the_constant_and_it_is_saved_and_loaded(tmp_path):
-    model = backbone("llama", "stacked")
-    examples = [Example([20 + i, 30, 40], [9, 10, 2]) for i in range(4)]
-    batch = jax.tree.map(lambda a: jnp.asarray(a)[None], collate(examples, Bucket(8, 3), 4))
-    before = np.asarray(control().constant[...])
-    state = fresh_state(control(), TRAIN)
-    for _ in range(2):  # the warm-up's first rate is zero
-        state, _ = trained_step(state, model, batch, completion=3, config=TRAIN, total_steps=6)
-    adapter = only(state.adapters)
-    changed = abs(np.asarray(adapter.constant[...]) - before)
-    assert (changed.max(axis=1) > 1e-6).all()
-    save_adapter(adapter, tmp_path / "adapter")
-    loaded = load_adapter(tmp_path / "adapter", model.config)
-    assert loaded.config == adapter.config
-    np.testing.assert_array_equal(loaded.constant[...], adapter.constant[...])
 
 
 @pytest.mark.parametrize("up_bias", [False, True])

@@ -6,7 +6,7 @@ import pytest
 from golden_models import FIXTURES, prompts, strong
 from tiny_run import tokenizer
 
-from para_jax import AdapterBank, ParaConfig, forward, init_adapter, load_adapter, load_backbone, save_adapter
+from para_jax import ParaConfig, forward, init_adapter, load_adapter, load_backbone, save_adapter
 from para_jax.adapters.preview import previews
 from para_jax.cli.names import adapters_of
 from para_jax.evaluation.harness import lm as para_lm
@@ -47,7 +47,3 @@ def test_an_adapter_of_lm_eval_answers_as_it_does_alone(model, folder, alone, mo
     options = {"dtype": "bfloat16", "batch_size": 1, "max_length": 32, "allow_cpu": True}
     asked = para_lm.ParaLM.from_source(LLAMA, str(folder), **options)
     assert apart(model, asked.engine.bank, alone) < 0.05
-
-
-def test_a_bank_holds_float32_unless_it_is_told_otherwise(model):
-    assert AdapterBank(model.config).dtype == "float32"

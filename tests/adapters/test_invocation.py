@@ -1,12 +1,10 @@
 """An adapter with invocation tokens answers prompts that end with them, and no others: the rest is refused by name."""
 
-import json
 from dataclasses import replace
 
 import pytest
 from golden_models import backbone, strong
 from tiny_run import rows_of_text, run_config, run_folder, tokenizer, words, write_rows
-from tiny_scores import score
 
 from para_jax import (
     AdapterBank,
@@ -15,8 +13,6 @@ from para_jax import (
     Request,
     generate,
     init_adapter,
-    load_adapter,
-    load_backbone,
     pick,
     stack_adapters,
     train,
@@ -25,7 +21,6 @@ from para_jax.adapters.scope import require_invocation
 from para_jax.evaluation.answers import Answerer
 from para_jax.evaluation.batch_adapters import StackBank
 from para_jax.evaluation.questions import Generation, Likelihood
-from para_jax.evaluation.tasks import task_of_run
 
 TOKENS = (7, 9)
 CONFIG = LoraConfig(r=2, scope="response", scope_window=2, alora_invocation_tokens=TOKENS)
@@ -117,20 +112,3 @@ def test_a_run_refuses_data_with_other_prompts_and_names_the_first(tmp_path, spl
     with pytest.raises(ValueError, match=rf"{split}.jsonl:3: the prompt {REFUSED}"):
         train(config)
     assert not (folder / "run").exists()
-
-
-@pytest.mark.long
-def test_a_run_whose_prompts_end_with_the_tokens_leaves_a_folder_of_pefts(tmp_path):
-    folder = run_folder(tmp_path)
-    for seed, name in enumerate(("train", "validation", "test")):
-        rows = [{**row, "prompt": row["prompt"] + " w7 w9"} for row in rows_of_text(20, seed)]
-        write_rows(folder / "data" / f"{name}.jsonl", rows)
-    config = replace(run_config(folder), adapter=CONFIG)
-    result = train(config)
-    said = json.loads((folder / "run" / "adapter" / "adapter_config.json").read_text())
-    assert (said["peft_type"], said["alora_invocation_tokens"]) == ("LORA", [7, 9])
-    model = load_backbone(config.backbone.source)
-    loaded = load_adapter(folder / "run" / "adapter", model.config)
-    assert loaded.config == result.adapter.config
-    found = score(model, loaded, task_of_run(config, "validation", tokenizer()), tokenizer())
-    assert found.loss == pytest.approx(result.best_score * -1, rel=1e-5)

@@ -66,20 +66,6 @@ def test_a_small_bank_is_an_ordinary_one(found, config):
     assert bank.identities()[-1] == ("b", bank.entry("b").content)
 
 
-def test_small_adapters_stay_where_a_large_one_must_leave(config, tmp_path):
-    ranks = {"large": 32, "a": 1, "b": 1, "c": 1}
-    for name, r in ranks.items():
-        save_adapter(strong(init_adapter(ParaConfig(r=r), config), 0, 0.3), tmp_path / name)
-    found = dict(zip(ranks, previews([str(tmp_path / name) for name in ranks], config), strict=True))
-    assert found["large"].nbytes == 32 * found["a"].nbytes
-    bank = LoadingBank.of(found, config, lambda name: load_adapter(tmp_path / name, config), found["large"].nbytes)
-    for name in ("large", "a", "b", "c", "a"):
-        bank.entry(name)
-    assert list(bank._entries) == ["b", "c", "a"] and bank.nbytes == 3 * found["a"].nbytes
-    bank.entry("large")
-    assert list(bank._entries) == ["large"]
-
-
 @pytest.mark.parametrize("most", [1, 2, 3])
 def test_an_adapter_is_loaded_when_it_is_asked_for_and_the_least_recently_used_leave(alike, config, most):
     bank, loads = loading(alike, config, most)

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_models import FIXTURES, backbone, prompts, strong
-from safetensors.numpy import load_file
 
 from para_jax import (
     AdapterBank,
@@ -14,10 +13,7 @@ from para_jax import (
     forward,
     init_adapter,
     load_adapter,
-    multi_tenant_forward,
-    pick,
     prefill,
-    stack_adapters,
 )
 from para_jax.adapters.adapter import Shared
 from para_jax.config import SITES
@@ -108,13 +104,6 @@ def test_a_mixed_batch_computes_what_peft_computes(model, expected):
     np.testing.assert_array_equal(written, expected["mixed.greedy_tokens"])
 
 
-def test_the_matrices_alone_would_be_told_from_their_transposes(expected):
-    tensors = load_file(PEFT / "lora_qv" / "adapter_model.safetensors")
-    adapter = golden_adapter("lora_qv")
-    np.testing.assert_array_equal(adapter.a["v_proj"][1], tensors[f"{LAYER}1.self_attn.v_proj.lora_A.weight"].T)
-    np.testing.assert_array_equal(adapter.b["v_proj"][1], tensors[f"{LAYER}1.self_attn.v_proj.lora_B.weight"].T)
-
-
 # ----------------------------------------------------------------------------------------------------------------- laws
 
 
@@ -136,39 +125,8 @@ def test_decoding_with_one_lora_for_all_rows_equals_the_teacher_forced_pass(mode
         logits, state = decode(model, state, tokens[:, t])
 
 
-@pytest.mark.long
-def test_a_mixed_batch_equals_each_lora_alone(model):
-    tokens, tenants = prompts(model), [strong_lora(model, seed) for seed in (1, 2)]
-    rows = pick(stack_adapters(tenants), [1, -1, 0])
-    mixed, alone = forward(model, rows, tokens, 7), [forward(model, a, tokens, 7) for a in (*tenants, None)]
-    for row, choice in enumerate((1, 2, 0)):
-        np.testing.assert_allclose(mixed[row], alone[choice][row], atol=2e-5)
-    assert abs(alone[0] - alone[1]).max() > 0.1 and abs(alone[0] - alone[2]).max() > 0.1
-    np.testing.assert_allclose(mixed, multi_tenant_forward(model, rows, tokens, 7), atol=2e-5)
-    written = greedy(model, rows, tokens, 7)
-    for row, adapter in enumerate((tenants[1], None, tenants[0])):
-        np.testing.assert_array_equal(written[row], greedy(model, adapter, tokens, 7)[row])
-
-
 def test_the_normal_form_computes_the_same_at_scale_one(model):
     tokens, adapter = prompts(model), strong_lora(model, use_rslora=True)
     normal = adapter.normal(model.config)
     assert normal.config.scale == 1 and adapter.config.scale == 4
     np.testing.assert_allclose(forward(model, normal, tokens, 7), forward(model, adapter, tokens, 7), atol=2e-5)
-
-
-@pytest.mark.long
-def test_gradients_come_back_a_tenant(model):
-    tokens = prompts(model)
-    stack = stack_adapters([strong_lora(model, seed) for seed in (1, 2, 3)])
-
-    def loss(stack, index):
-        return jnp.square(forward(model, pick(stack, index), tokens, 7)).mean(axis=(1, 2)).sum()
-
-    together = jax.grad(loss)(stack, jnp.array([2, -1, 0]))
-    for name in ("a", "b"):
-        of_site = getattr(together.adapters, name)["q_proj"][...]
-        assert abs(of_site[0]).max() > 1e-4 and abs(of_site[2]).max() > 1e-4
-        np.testing.assert_array_equal(of_site[1], 0)
-    alone = jax.grad(loss)(stack, jnp.array([-1, -1, 0]))
-    np.testing.assert_allclose(together.adapters.a["q_proj"][0], alone.adapters.a["q_proj"][0], rtol=1e-4, atol=1e-6)

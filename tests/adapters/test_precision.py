@@ -166,6 +166,7 @@ def test_on_a_tpu_the_generators_weights_are_never_rounded(tpu_text):
     assert not re.search(rf"bf16\[(\d+,)*{RANK}(,\d+)*\]", tpu_text)
 
 
+@pytest.mark.long
 def test_on_a_tpu_pooling_is_no_loop_over_the_rows(tpu_text):
     """The loops of the step: over the layers forwards and backwards; and the loss's own gradient of its positions,
     which lies outside of them. A scatter of the pooled rows would be one more in the layers' body."""

@@ -20,7 +20,7 @@ from para_jax import (
     save_adapter,
 )
 from para_jax.adapters.files import copy_for_peft, read_adapter_config
-from para_jax.adapters.methods import METHODS, method_of
+from para_jax.adapters.methods import METHODS
 from para_jax.config import SITES
 from para_jax.reports.inspect import folder_report
 
@@ -55,15 +55,6 @@ def test_a_loaded_adapter_is_the_saved_one_bit_for_bit(tmp_path, config):
     assert_same(load(tmp_path / "adapter", family), adapter)
 
 
-@pytest.mark.parametrize("config", [ParaConfig(r=2), LoraConfig(r=2), Ia3Config()], ids=str)
-def test_a_folder_of_scope_all_says_nothing_of_scopes(tmp_path, config):
-    save_adapter(made(config), tmp_path / "adapter")
-    said = saved_config(tmp_path / "adapter")
-    assert said["peft_type"] == method_of(config).peft_type
-    assert not {"scope", "scope_window", "alora_invocation_tokens"} & set(said)
-    assert load(tmp_path / "adapter").config.scope == "all"
-
-
 def test_no_tensor_of_our_own_format_has_a_name_of_pefts(tmp_path):
     """Servers that ignore peft_type then refuse the folder, instead of applying it everywhere."""
     for scoped, plain in ((LoraConfig(scope="prompt"), LoraConfig()), (Ia3Config(scope="prompt"), Ia3Config())):
@@ -78,8 +69,6 @@ def test_no_tensor_of_our_own_format_has_a_name_of_pefts(tmp_path):
     ("fields", "message"),
     [
         ({"scope": "all"}, "alora_invocation_tokens .*scope response.*7, 9"),
-        ({"scope": "prompt"}, "alora_invocation_tokens .*7, 9"),
-        ({"scope": "response"}, "alora_invocation_tokens .*7, 9"),
         ({"scope": "response", "scope_window": 3}, "alora_invocation_tokens .*scope_window.*7, 9"),
     ],
 )
@@ -132,13 +121,6 @@ def test_the_card_and_inspect_say_where_it_acts(tmp_path, config):
         assert f"last {config.scope_window} tokens of the prompt" in card
         assert f"scope_window {config.scope_window}" in report
     assert ("tokens 7, 9, 7" in card) == (config == ALORA)
-    save_adapter(made(replace(config, scope="all", scope_window=1, **without_invocation(config))), tmp_path / "adapter")
-    assert "Scope" not in (tmp_path / "adapter" / "README.md").read_text()
-    assert "scope" not in folder_report(tmp_path / "adapter")
-
-
-def without_invocation(config):
-    return {"alora_invocation_tokens": None} if isinstance(config, LoraConfig) else {}
 
 
 @pytest.mark.parametrize("config", [LoraConfig(r=2), Ia3Config(), Ia3Config(target_modules=("up_proj", "down_proj"))])

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from para_jax.backbone.cache import attend_cached, padded, with_token, write_by_head, write_by_row
-from para_jax.backbone.kernels import plain
+from para_jax.backbone.cache import attend_cached, with_token, write_by_head, write_by_row
 
 LENGTHS = np.array([5, 0, 8, 7, 12], np.int32)  # of 8: the third row is full, the last one beyond it
 
@@ -32,14 +31,6 @@ def test_a_token_is_written_at_its_row_length_unless_full(write):
     for row in (0, 1, 3):
         expected[row, :, LENGTHS[row]] = new[row]
     np.testing.assert_array_equal(write(held, new, jnp.asarray(LENGTHS)), expected)
-
-
-def test_attention_of_one_more_token_equals_the_whole_sequence():
-    q, k, v = (drawn(3, 9, heads, 16) for heads in (4, 2, 2))
-    whole, kept = plain(9, 4, None)(q, k, v, 0.5, None)
-    cache = padded((kept[0][:, :, :8], kept[1][:, :, :8]), 12)
-    last, _ = attend(cache, jnp.full(3, 8), q[:, 8:], k[:, 8:], v[:, 8:], window=4)
-    np.testing.assert_allclose(last[:, 0], whole[:, 8], atol=2e-6)
 
 
 def test_attention_of_a_row_never_depends_on_other_rows():

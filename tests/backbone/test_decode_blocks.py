@@ -127,15 +127,3 @@ def test_a_row_decodes_to_the_same_bits_next_to_longer_rows(family, layout, smal
     together, alone = run(tokens, np.array([5, 46, 12])), run(tokens, np.array([5, 3, 12]))
     np.testing.assert_array_equal(together[:, [0, 2]], alone[:, [0, 2]])
     assert not np.array_equal(together[:, 1], alone[:, 1])
-
-
-@pytest.mark.long
-def test_small_blocks_decode_what_the_whole_cache_does(small_blocks, monkeypatch):
-    model = backbone("gemma2")
-    tenants = tenants_of(model)
-    tokens = np.random.default_rng(0).integers(3, 200, (2, 48)).astype(np.int32)
-    run = partial(written, model, pick(tenants, np.array([0, 1])), tokens, np.array([7, 40]))
-    blocks = run()
-    monkeypatch.undo()
-    jax.clear_caches()
-    np.testing.assert_allclose(blocks, run(), atol=2e-4)

@@ -36,26 +36,6 @@ def test_a_variant_differs_from_its_family_unless_equivalent(file):
     assert same == (file == "gemma/variants/legacy_act.json")
 
 
-def test_each_family_sets_its_own_values():
-    config = {folder: model_config(read(f"{folder}/config.json")) for folder in FOLDERS}
-    assert config["gemma"].norm_offset == config["gemma2"].norm_offset == config["gemma3_text"].norm_offset == 1.0
-    assert config["gemma"].embedding_multiplier == 8.0 and config["gemma"].activation == "gelu_tanh"
-    assert config["gemma2"].attention_scale == 20**-0.5 and config["gemma3_text"].attention_scale == 20**-0.5
-    assert (config["gemma2"].attention_softcap, config["gemma2"].final_softcap) == (3.0, 4.0)
-    assert config["gemma2"].pre_norm and config["gemma2"].post_norm and config["gemma2"].tied_embeddings
-    assert (config["olmo2"].pre_norm, config["olmo2"].post_norm, config["olmo2"].qk_norm) == (False, True, "projection")
-    assert config["qwen3"].qk_norm == config["gemma3_text"].qk_norm == "head"
-    assert (config["qwen2"].qkv_bias, config["qwen2"].output_bias) == (True, False)
-    granite = config["granite"]
-    assert (granite.attention_scale, granite.embedding_multiplier) == (0.4, 4.0)
-    assert (granite.residual_multiplier, granite.logits_divisor) == (0.35, 0.5)
-    granite4 = config["granitemoehybrid"]
-    assert (granite4.hidden_width, granite4.residual_multiplier, granite4.kinds[0].rotary.dims) == (48, 0.35, 8)
-    assert {kind.rotary.dims for kind in model_config(read("granitemoehybrid/variants/nope.json")).kinds} == {0}
-    assert config["llama"].attention_scale == 0.25 and not config["llama"].tied_embeddings
-    assert config["smollm2"].tied_embeddings and config["smollm2"].kinds[0].rotary.theta == 100000.0
-
-
 def test_windows_are_in_the_right_layers():
     def windows(name):
         return [kind.window for kind in model_config(read(name)).kinds]
@@ -146,14 +126,6 @@ def test_only_full_attention_of_olmo3_is_scaled():
     assert (full.window, full.rotary.scaling, full.rotary.theta) == (None, "yarn", 9.0)
 
 
-def test_what_transformers_does_not_read_of_two_rotary_embeddings():
-    sliding, _ = model_config(minimal("olmo3", rope_scaling=YARN, rope_local_base_freq=50.0)).kinds[2:4]
-    assert sliding.rotary.theta == 5e5
-    for family in ("olmo3", "gemma3_text"):
-        with pytest.raises(ValueError, match=f"type 'linear' and no rope_type.*{family}"):
-            model_config(minimal(family, rope_scaling={"type": "linear", "factor": 8.0}))
-
-
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
@@ -167,15 +139,11 @@ def test_the_original_length_of_llama3_is_found_where_transformers_looks(form, i
     assert model_config(minimal("llama", **keys)).kinds[0].rotary.original_max_positions == length
 
 
-def test_two_forms_of_rotary_parameters_must_agree():
-    """transformers takes rope_scaling, and drops the theta of rope_parameters."""
+def test_of_two_forms_of_rotary_parameters_rope_scaling_counts_as_in_transformers():
     scaling, theta = {"type": "linear", "factor": 2.0}, {"rope_theta": 7.0}
     same = model_config(minimal("llama", rope_theta=7.0, rope_scaling=scaling, rope_parameters=scaling | theta))
     assert same == model_config(minimal("llama", rope_parameters=scaling | theta))
     assert same == model_config(minimal("llama", rope_scaling={}, rope_parameters=scaling | theta))
-    for parameters in (theta, scaling | theta, {"rope_type": "default"}):
-        with pytest.raises(ValueError, match="rope_scaling and rope_parameters differ"):
-            model_config(minimal("llama", rope_scaling=scaling, rope_parameters=parameters))
 
 
 def test_missing_keys_have_transformers_defaults():
@@ -238,10 +206,9 @@ def test_token_ids_may_be_a_number_a_list_or_null():
     assert model_config(minimal("llama", pad_token_id=-1)).pad_token_id is None
 
 
-@pytest.mark.parametrize("key", SIZES)
-def test_a_missing_size_is_named(key):
-    with pytest.raises(ValueError, match=f"no {key}"):
-        model_config({k: v for k, v in minimal("llama").items() if k != key})
+def test_a_missing_size_is_named():
+    with pytest.raises(ValueError, match="no vocab_size"):
+        model_config({k: v for k, v in minimal("llama").items() if k != "vocab_size"})
 
 
 MINISTRAL3 = {"model_type": "ministral3", "rope_parameters": {"rope_theta": 1e4, "llama_4_scaling_beta": 0.1}}
@@ -252,27 +219,18 @@ GRANITE4 = {"model_type": "granitemoehybrid", "num_local_experts": 0, "layer_typ
     ("keys", "named"),
     [
         ({"rope_parameters": {"full_attention": {"rope_theta": 9.0}}}, "rope_parameters for full_attention"),
-        ({"rms_norm_eps": 1e-40}, "rms_norm_eps is 1e-40"),
         ({"eos_token_id": [7] * 1001}, "eos_token_id is .7, 7.*at most 1000"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000.*from 1 to 1000"),
-        ({"hidden_size": "64"}, "hidden_size is '64'"),
         ({"model_type": "mamba"}, "'mamba'.*llama"),
-        ({"model_type": "gemma3", "text_config": {}, "vision_config": {"a": 1}}, "'gemma3', with vision_config"),
-        ({"model_type": "qwen3_moe", "num_experts": 8}, "mixture of experts"),
-        (MINISTRAL3, "no original_max_position_embeddings"),
         (MINISTRAL3 | {"is_causal": False}, "is_causal false"),
         (GRANITE4 | {"num_local_experts": None}, "num_local_experts is 8.*mixture of experts"),
-        (GRANITE4 | {"layer_types": ["mamba"] * 13}, "layer_types is 'mamba'"),
+        (GRANITE4 | {"layer_types": ["mamba"] * 13}, "layer_types is .*'mamba'"),
         ({"head_dim": 2**23, "rope_scaling": YARN}, "head_dim is 8388608.*at most 4096"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "no original_max_position_embeddings"),
-        ({"rope_scaling": YARN | {"beta_slow": 64}}, "beta_slow is 64.*less than beta_fast 32"),
         ({"rope_scaling": LONGROPE | {"short_factor": [1.0] * 7}}, "short_factor is .*a list of 8 numbers"),
         ({"model_type": "smollm3", "no_rope_layers": [1] * 12}, "no_rope_layers is .*0 or 1 for each layer"),
-        ({"rope_parameters": {"rope_type": "ntk", "factor": 2.0}}, "rope_type 'ntk'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"layer_types": ["sliding_attention"] * 13}, "layer_types except full_attention"),
-        ({"hidden_act": ["silu"]}, "hidden_act"),
         ({"num_key_value_heads": 5}, "num_key_value_heads is 5"),
     ],
 )

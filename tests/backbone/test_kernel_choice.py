@@ -4,13 +4,12 @@ platform and compute capability are given, and a kernel is put in cuDNN's place.
 from dataclasses import replace
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_models import FIXTURES, backbone
 
-from para_jax import forward, load_backbone, make_mesh
+from para_jax import forward, load_backbone
 from para_jax.backbone import kernels
 from para_jax.backbone.kernel_choice import AttentionChoice, attention_kernel, choice_named, describe_attention
 from para_jax.backbone.kernel_trial import choose_attention
@@ -22,11 +21,9 @@ CONFIG = backbone("gemma3_text").config  # windows in some layers
 @pytest.mark.parametrize(("family", "length", "dtype", "on", "capability", "name", "why"), [
     ("llama", 128, "float32", "cpu", None, "plain", "on a CPU"),
     ("llama", 128, "bfloat16", "tpu", None, "splash", "on a TPU"),
-    ("gemma2", 256, "bfloat16", "tpu", None, "splash", "on a TPU"),
     ("llama", 120, "bfloat16", "tpu", None, "plain", "rows shorter than 128 tokens"),
     ("llama", 120, "bfloat16", "gpu", A100, "cudnn", "on a GPU"),
     ("llama", 120, "bfloat16", "gpu", T4, "plain", "compute capability 8.0, and this GPU has 7.5"),
-    ("llama", 120, "bfloat16", "gpu", None, "plain", "compute capability"),
     ("gemma2", 128, "bfloat16", "gpu", H100, "plain", "soft cap"),
     ("llama", 128, "float32", "gpu", H100, "plain", "float32"),
 ])  # fmt: skip
@@ -36,8 +33,7 @@ def test_auto_chooses_by_device_capability_family_and_length(family, length, dty
 
 
 @pytest.mark.parametrize(("head_dim", "capability", "name"), [
-    (128, A100, "cudnn"), (136, A100, "plain"), (256, A100, "plain"), (256, H100, "cudnn"), (264, H100, "plain"),
-    (100, H100, "plain"),
+    (128, A100, "cudnn"), (256, A100, "plain"), (256, H100, "cudnn"), (100, H100, "plain"),
 ])  # fmt: skip
 def test_cudnn_takes_the_heads_that_the_card_allows(head_dim, capability, name):
     config = replace(backbone("llama").config, head_dim=head_dim)
@@ -45,19 +41,11 @@ def test_cudnn_takes_the_heads_that_the_card_allows(head_dim, capability, name):
 
 
 @pytest.mark.parametrize(("name", "on", "capability", "says"), [
-    ("cudnn", "cpu", None, "cudnn.*CPU"), ("cudnn", "gpu", T4, "cudnn.*7.5"), ("splash", "cpu", None, "splash.*CPU"),
-    ("splash", "gpu", H100, "splash.*GPU"),
+    ("cudnn", "gpu", T4, "cudnn.*7.5"), ("splash", "cpu", None, "splash.*CPU"),
 ])  # fmt: skip
 def test_a_named_kernel_that_cannot_run_is_an_error(name, on, capability, says):
     with pytest.raises(ValueError, match=f"backbone.attention={says}.*auto or plain"):
         attention_kernel(CONFIG, 128, "bfloat16", on, choice_named(name), capability=capability)
-
-
-def test_a_named_kernel_is_used_for_any_length():
-    assert attention_kernel(CONFIG, 16, "bfloat16", "tpu", choice_named("splash"))[0] == "splash"
-    assert attention_kernel(CONFIG, 4096, "bfloat16", "tpu", choice_named("plain"))[0] == "plain"
-    with pytest.raises(ValueError, match="backbone.attention.*'flash'.*auto or plain or splash or cudnn"):
-        choice_named("flash")
 
 
 # ------------------------------------------------------------------------------------------------------------ the trial
@@ -71,48 +59,27 @@ def fails_packed(length, window, segment):
     return kernels.cudnn(length, window, segment, implementation="xla") if segment is None else fails_always(0, 0, 0)
 
 
-def fails_backward(length, window, segment):
-    @jax.custom_vjp
-    def mixed(q, k, v):
-        return kernels.plain(length, window, segment)(q, k, v, CONFIG.attention_scale, None)[0]
-
-    def backward(kept, gradient):
-        raise NotImplementedError("no backward pass for this head")
-
-    mixed.defvjp(lambda q, k, v: (mixed(q, k, v), None), backward)
-    return lambda q, k, v, scale, cap: (mixed(q, k, v), None)
-
-
 def sees_too_much(length, window, segment):
     return kernels.plain(length, None, segment)
-
-
-def not_a_number(length, window, segment):
-    attend = kernels.plain(length, window, segment)
-    return lambda *given: (attend(*given)[0] * jnp.nan, None)
 
 
 def sees_one_key_more(length, window, segment):
     return kernels.plain(length, window and window + 1, segment)
 
 
-def tried(monkeypatch, kernel, name="auto", mesh=None, config=CONFIG):
+def tried(monkeypatch, kernel, name="auto", config=CONFIG):
     monkeypatch.setitem(kernels.KERNELS, "cudnn", kernel)
-    return choose_attention(name, config, jnp.bfloat16, mesh, platform="gpu", capability=H100)
+    return choose_attention(name, config, jnp.bfloat16, None, platform="gpu", capability=H100)
 
 
-@pytest.mark.parametrize("sizes", [None, (2, 2, 2)])
-def test_a_kernel_that_passes_the_trial_stays(sizes, monkeypatch, capsys):
-    mesh = sizes and make_mesh(*sizes)
-    choice = tried(monkeypatch, partial(kernels.cudnn, implementation="xla"), mesh=mesh)
+def test_a_kernel_that_passes_the_trial_stays(monkeypatch, capsys):
+    choice = tried(monkeypatch, partial(kernels.cudnn, implementation="xla"))
     assert choice == AttentionChoice("auto") and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(("kernel", "says"), [
     (fails_always, "RuntimeError: No valid engine configs for Matmul_MUL_"),
-    (fails_backward, "NotImplementedError: no backward pass"),
     (sees_too_much, "differ from plain"),
-    (not_a_number, "differ from plain attention's by nan"),
 ])  # fmt: skip
 def test_a_failing_kernel_is_replaced_by_plain_with_a_reason(kernel, says, monkeypatch, capsys):
     choice = tried(monkeypatch, kernel)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,17 +23,6 @@ def test_parts_of_a_tensor_equal_those_of_the_full_tensor(tmp_path):
     assert source.read("a", 4, 4).shape == (0, 7) and source.read("a", 4, 4, columns=slice(2, 3)).shape == (0, 1)
 
 
-@pytest.mark.parametrize("removed", ["model.", "model.layers.0."])
-def test_a_model_that_was_saved_without_its_head_has_the_same_tensors(removed, tmp_path):
-    """Qwen3-Embedding has no `model.` before its names. A file in which only some lack it is damaged."""
-    stored = Safetensors(FIXTURES / "smollm2")
-    tensors = {name.removeprefix(removed): stored.read(name) for name in stored.shapes}
-    save_file(tensors, tmp_path / "model.safetensors")
-    found = Safetensors(tmp_path)
-    assert (found.shapes == stored.shapes) == (removed == "model.")
-    assert found.shapes.keys() == (stored.shapes if removed == "model." else tensors).keys()
-
-
 @pytest.mark.parametrize("length", [0, 5, 8, 100, 20_000, 578_311])
 def test_a_truncated_file_is_named(length, tmp_path):
     file = tmp_path / "model.safetensors"
@@ -54,43 +42,16 @@ GOOD = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
 @pytest.mark.parametrize(
     "entries",
     [
-        b"\xff\xfe",
         b"[" * 100_000,
-        [GOOD],
-        {"a": 3},
         {"a": GOOD | {"shape": [5]}},
-        {"a": GOOD | {"shape": [-4]}},
-        {"a": GOOD | {"shape": [4.0]}},
-        {"a": GOOD | {"shape": 4}},
-        {"a": GOOD | {"data_offsets": [16, 0]}},
         {"a": GOOD | {"data_offsets": [-16, 0]}},
-        {"a": GOOD | {"data_offsets": [0]}},
-        {"a": {"dtype": "F32", "shape": [4]}},
-        {"a": GOOD | {"dtype": ["F32"]}},
+        {"a": GOOD | {"shape": [2]}, "b": GOOD | {"shape": [2]}},
+        {"\x1b]0;owned\x07" * 99: GOOD | {"data_offsets": [4, 20]}},
+        {"a": GOOD | {"shape": [10**400] * 1000}},
     ],
 )
-def test_a_bad_header_is_refused(entries, tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(header(entries))
-    with pytest.raises(ValueError, match="model.safetensors"):
-        Safetensors(tmp_path)
-
-
-def tensor(begin: int, end: int) -> dict:
-    return {"dtype": "F32", "shape": [(end - begin) // 4], "data_offsets": [begin, end]}
-
-
-@pytest.mark.parametrize("entries", [
-    {"a": tensor(0, 8), "b": tensor(0, 8)},
-    {"a": tensor(0, 8), "b": tensor(4, 16)},
-    {"a": tensor(0, 8), "b": tensor(12, 16)},
-    {"a": tensor(4, 16)},
-    {"a": tensor(0, 8)},
-    {},
-    {"\x1b]0;owned\x07" * 99: tensor(4, 16)},
-    {"a": GOOD | {"shape": [2**62, 2**62]}},
-    {"a": GOOD | {"shape": [10**400] * 1000}},
-])  # fmt: skip
-def test_tensors_that_overlap_or_leave_gaps_are_refused(entries, tmp_path):
+def test_a_bad_header_is_refused_in_a_short_printable_line(entries, tmp_path):
+    """The safetensors library checks it."""
     (tmp_path / "model.safetensors").write_bytes(header(entries))
     with pytest.raises(ValueError) as error:
         Safetensors(tmp_path)
@@ -116,29 +77,14 @@ def test_a_file_that_shrinks_after_opening_is_named(tmp_path):
             source.read("a", columns=columns)
 
 
-def sharded_copy(tmp_path: Path, change) -> Path:
+@pytest.mark.parametrize("shard", ["../outside.safetensors", "a\\b.safetensors", "x.bin"])
+def test_an_index_that_points_outside_its_folder_is_refused(shard, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(FIXTURES / "gemma" / "sharded", folder)
+    shutil.copy(FIXTURES / "gemma" / "model.safetensors", tmp_path / "outside.safetensors")
     file = folder / "model.safetensors.index.json"
     index = json.loads(file.read_text())
-    change(folder, index["weight_map"])
+    index["weight_map"]["model.norm.weight"] = shard
     file.write_text(json.dumps(index))
-    return folder
-
-
-OUTSIDE = ["../outside.safetensors", "a\\b.safetensors", "x.bin"]
-
-
-@pytest.mark.parametrize("shard", OUTSIDE)
-def test_an_index_that_points_outside_its_folder_is_refused(shard, tmp_path):
-    shutil.copy(FIXTURES / "gemma" / "model.safetensors", tmp_path / "outside.safetensors")
-    folder = sharded_copy(tmp_path, lambda folder, shards: shards.update({"model.norm.weight": shard}))
     with pytest.raises(ValueError, match="model.safetensors.index.json: .*"):
-        Safetensors(folder)
-
-
-def test_a_tensor_that_its_shard_lacks_is_named(tmp_path):
-    first = "model-00001-of-00004.safetensors"
-    folder = sharded_copy(tmp_path, lambda folder, shards: shards.update({"model.norm.weight": first}))
-    with pytest.raises(ValueError, match="index.json: model.norm.weight is not in the shard"):
         Safetensors(folder)

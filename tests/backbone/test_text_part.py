@@ -12,7 +12,6 @@ from safetensors.numpy import load_file, save_file
 
 from para_jax import ParaConfig, forward, init_adapter, load_adapter, load_backbone, save_adapter
 from para_jax.backbone.families import model_config
-from para_jax.backbone.text_part import text_config, text_tensors
 from para_jax.config import Ia3Config, LoraConfig
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -132,23 +131,11 @@ def test_an_adapter_of_peft_for_both_parts_acts_on_the_text_model(tmp_path, targ
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"text_config": None}, "model_type 'gemma3', with vision_config"),
-        ({"text_config": [1]}, "model_type 'gemma3', with text_config"),
+        ({"text_config": [1]}, "model_type 'gemma3' is not supported"),
         ({"text_config": {"model_type": "t5gemma"}}, "model_type 't5gemma'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"model_type": "llava"}, "model_type 'llava', with text_config"),
     ],
 )
 def test_what_is_not_supported_is_named(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         load_backbone(whole(tmp_path / "whole", **changes))
-
-
-def test_image_parts_without_a_text_model_and_names_given_twice_are_not_touched(tmp_path):
-    assert text_config({"model_type": "llama"}) == {"model_type": "llama"}
-    for names in (["vision_tower.a", "model.b"], ["model.a", "language_model.model.a", "vision_tower.b"]):
-        assert text_tensors(dict.fromkeys(names)) == dict.fromkeys(names)
-    assert list(text_tensors(dict.fromkeys(["language_model.lm_head.weight", "audio.a"]))) == [
-        "lm_head.weight",
-        "audio.a",
-    ]

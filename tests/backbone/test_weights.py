@@ -59,42 +59,6 @@ def test_loading_fills_exactly_the_models_parameters(folder):
     assert module == parameter_shapes(config)
 
 
-def test_linear_weights_are_transposed_and_the_rest_is_kept():
-    tensors, loaded = tensors_of("qwen2"), load("qwen2")
-    for ours, theirs in (
-        ("layers.2.attention.k_proj.kernel", "model.layers.2.self_attn.k_proj.weight"),
-        ("layers.1.attention.v_proj.bias", "model.layers.1.self_attn.v_proj.bias"),
-        ("layers.0.feedforward.down_proj.kernel", "model.layers.0.mlp.down_proj.weight"),
-        ("final_norm.weight", "model.norm.weight"),
-        ("head", "lm_head.weight"),
-    ):
-        np.testing.assert_array_equal(loaded[ours], tensors[theirs].T)
-    np.testing.assert_array_equal(loaded["embedding"], tensors["model.embed_tokens.weight"])
-
-
-@pytest.mark.parametrize(
-    ("folder", "norms"),
-    [
-        ("llama", {"input": "input", "pre_feedforward": "post_attention"}),
-        ("gemma2", {name: name for name in ("input", "post_attention", "pre_feedforward", "post_feedforward")}),
-        ("olmo2", {"post_attention": "post_attention", "post_feedforward": "post_feedforward"}),
-    ],
-)
-def test_norms_are_mapped_by_family(folder, norms):
-    tensors, loaded = tensors_of(folder), load(folder)
-    for ours, theirs in norms.items():
-        expected = tensors[f"model.layers.1.{theirs}_layernorm.weight"]
-        np.testing.assert_array_equal(loaded[f"layers.1.{ours}_norm.weight"], expected)
-
-
-def test_fused_matrices_are_split_by_rows():
-    tensors, loaded = tensors_of("phi3"), load("phi3")
-    parts = [loaded[f"layers.1.attention.{name}_proj.kernel"].T for name in "qkv"]
-    np.testing.assert_array_equal(np.concatenate(parts), tensors["model.layers.1.self_attn.qkv_proj.weight"])
-    parts = [loaded[f"layers.1.feedforward.{name}_proj.kernel"].T for name in ("gate", "up")]
-    np.testing.assert_array_equal(np.concatenate(parts), tensors["model.layers.1.mlp.gate_up_proj.weight"])
-
-
 def test_tied_embeddings_are_not_doubled(tmp_path):
     embedding = tensors_of("smollm2")["model.embed_tokens.weight"]
     assert "head" not in load("smollm2")
@@ -185,42 +149,23 @@ def test_the_fingerprint_is_the_hash_of_the_stored_q_proj():
     assert len(prints) == len(FOLDERS)
 
 
+def test_stored_rotary_frequencies_are_harmless(tmp_path):
+    assert len(load_changed(tmp_path, {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)})) == 30
+
+
 # --------------------------------------------------------------------------------------------------- what does not fit
-
-
-ROTARY = "model.layers.0.self_attn.rotary_emb.inv_freq"
 
 
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
         ({Q_PROJ: None}, f"missing: {Q_PROJ}"),
-        ({"lm_head.weight": None}, "missing: lm_head.weight"),
         ({"model.layers.3.mlp.up_proj.weight": np.ones(2)}, "unknown: model.layers.3.mlp.up_proj.weight"),
         ({NORM: np.ones(65, np.float32)}, rf"misshapen: {NORM} \[65\] instead of \[64\]"),
         ({NORM: np.full(64, np.nan, np.float32)}, f"NaN or infinite values: {NORM}"),
-        ({NORM: np.full(64, 1e300)}, f"NaN or infinite values: {NORM}"),
         ({NORM: np.ones(64, np.int8)}, f"{NORM} is stored as I8"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:overflow")
 def test_a_tensor_that_does_not_fit_is_named(changes, named, tmp_path):
     with pytest.raises(ValueError, match=named):
         load_changed(tmp_path, changes)
-
-
-def test_many_bad_tensors_are_counted_and_five_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"missing: ([\w.]+, ){4}[\w.]+ \.\.\. \(28 in all\)"):
-        load_changed(tmp_path, {name: None for name in tensors_of("llama") if name.startswith("model.layers.")} | {
-            "model.layers.0.mlp.up_proj.weight": tensors_of("llama")["model.layers.0.mlp.up_proj.weight"],
-            "lm_head.weight": None, "model.norm.weight": None,
-        })  # fmt: skip
-
-
-def test_stored_rotary_frequencies_are_harmless(tmp_path):
-    assert len(load_changed(tmp_path, {ROTARY: np.ones(8, np.float32)})) == 30
-
-
-def test_another_backbones_config_does_not_fit():
-    with pytest.raises(ValueError, match="do not match the config .model_type qwen3.*missing:.*misshapen:"):
-        load_parameters(config_of("qwen3"), Safetensors(FIXTURES / "llama"), "float32")

@@ -35,9 +35,16 @@ data: {train: data}
 output_dir: runs/new
 """
 MISTAKES = [
+    ("", "required: COMMAND"),
+    ("train data.train=data/trec seed=1", "CONFIG is missing before data.train=data/trec"),
+    ("train run.yaml --topology v5e:4x4", "--topology v5e:4x4 requires --dry-run\nadd --dry-run"),
+    ("bench decode --rounds 0", "--rounds: .*at least 1; got 0"),
+    ("evaluate run.yaml --split train", "--split: .*validation, test; got 'train'"),
+    ("evaluate run.yaml --limit 0", "--limit: .*a whole number, at least 1; got 0"),
+    ("evaluate run.yaml --backbone b --tasks t", "CONFIG and --backbone"),
     ("train nowhere.yaml", "config nowhere.yaml: no such file"),
     ("train rum.yaml", r"did you mean run\.yaml\?"),
-    ("train data", "config data is data.*own-data data.train=data"),
+    ("train data", "data is a folder of data, not a config.*own-data data.train=data"),
     ("train run.yaml train.learningrate=1e-3", r"train\.learningrate.*learning_rate"),
     ("train run.yaml train.max_steps=-1", "train.max_steps.*-1"),
     ("train run.yaml backbone.source=runs/nope", r"runs/nope: no such folder; did you mean runs/mine\?"),
@@ -54,7 +61,7 @@ MISTAKES = [
     ("generate --prompt a --system b", "--system 'b' goes with --chat"),
     ("evaluate --backbone model --tasks data.test=data", r"--tasks .data\.test=data.: .* a field .*before --tasks"),
     ("evaluate --backbone model eval.limit=3", "no task.*CONFIG of a run, or --backbone with --tasks"),
-    ("serve --adapter runs/mine/adapter", r"--adapter .*did you mean --adapters\?"),
+    ("serve --adapter runs/mine/adapter", r"--adapter'.*did you mean --adapters\?"),
     (
         "generate --prompt a --backbone model --adapter runs/nope",
         r"runs/nope: no such folder; did you mean runs/mine\?",
@@ -69,8 +76,8 @@ MISTAKES = [
     ("serve --backbone model --adapters model=runs/mine/adapter", "model is the base model's name"),
     ("serve --backbone model --port 70000", "--port 70000"),
     ("serve --backbone model --api-key-file nope", "--api-key-file nope"),
-    ("serve --backbone model --slots 0", "--slots is 0"),
-    ("serve --backbone model --allow-adapter-updates --adapter-root nope", "--adapter-root nope"),
+    ("serve --backbone model --slots 0", "--slots: .*at least 1; got 0"),
+    ("serve --backbone model --adapter-root nope", "--adapter-root nope"),
     ("evaluate run.yaml --adapter runs/nope", "runs/nope: no such folder"),
     ("evaluate run.yaml", "data.test is not set"),
     ("evaluate run.yaml data.train=dota", r"data\.train: dota does not exist; did you mean data\?"),

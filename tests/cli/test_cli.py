@@ -225,9 +225,6 @@ def test_options_that_change_nothing_are_named(folder, capsys):
     assert "warning" not in capsys.readouterr().err
     command(*generate_line(folder, "--chat-template-kwargs", '{"a": 1}'))
     assert "warning: --chat-template-kwargs: not used without --chat" in capsys.readouterr().err
-    command(*generate_line(folder, "--slots", 3, "--max-length", 64))
-    said = capsys.readouterr().err
-    assert "warning: --slots 3: " in said and "warning: --max-length 64: " in said
 
 
 @pytest.mark.long
@@ -368,10 +365,8 @@ def test_generate_over_several_devices_answers_as_on_one(folder, trained, capsys
         assert command(*line) == 0
         written[devices] = capsys.readouterr().out
     assert written["1"] == written["2"]
-    for devices, said in {"9": "this host has 8 devices", "0": "at least 1", "x": "at least 1"}.items():
-        assert command(*generate_line(folder, "--tensor-parallel-size", devices)) == 2
-        shown = capsys.readouterr().err
-        assert f"{devices}: " in shown and said in shown and "Traceback" not in shown
+    for devices, said in {"9": "9: this host has 8 devices", "0": "at least 1; got 0", "x": "got 'x'"}.items():
+        assert_says(mistake(capsys, *generate_line(folder, "--tensor-parallel-size", devices)), f"--tensor.*{said}")
 
 
 @pytest.mark.parametrize(
@@ -420,7 +415,7 @@ def test_a_dry_run_prints_sizes_and_writes_nothing(folder, config, tmp_path, cap
 
 def bytes_gguf(path):
     """The llama fixture as a .gguf file with the 256 bytes as its tokens."""
-    tokens = {"tokens": sorted(ByteLevel.alphabet()), "token_type": [1] * 256, "model": "gpt2", "pre": "default"}
+    tokens = {"tokens": sorted(ByteLevel.alphabet()), "token_type": [1] * 256, "model": "gpt2", "pre": "gpt-2"}
     return write_gguf(path, change={f"tokenizer.ggml.{key}": value for key, value in tokens.items()})
 
 
@@ -453,31 +448,6 @@ def test_the_command_line_runs_where_its_script_is_not_on_the_path(module):
 # ------------------------------------------------------------------------------------------------------------ mistakes
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ([], "required: COMMAND"),
-        (["fly"], "invalid choice: 'fly'.*quickstart.*train"),
-        (["train", "run.yaml", "--fast"], "para-jax train: .*unknown argument '--fast'"),
-        (["train", "nowhere.yaml"], "config nowhere.yaml: no such file"),
-        (
-            ["train", "data.train=data/trec", "seed=1"],
-            "CONFIG is missing before data.train=data/trec",
-        ),
-        (["generate"], "--prompt TEXT, or --input FILE with --output FILE"),
-        (["bench", "decode", "--rounds", "0"], "--rounds is 0"),
-        (["train", "{config}", "--topology", "v5e:4x4"], "--topology v5e:4x4 requires --dry-run\nadd --dry-run"),
-        (["evaluate", "run.yaml", "--split", "train"], "--split: invalid choice: 'train'"),
-        (["evaluate", "run.yaml", "--limit", "0"], "--limit must be a whole number, at least 1; got 0"),
-        (["evaluate", "run.yaml", "--backbone", "b", "--tasks", "t"], "CONFIG and --backbone"),
-    ],
-)
-def test_a_wrong_command_line_is_named(capsys, config, tmp_path, monkeypatch, arguments, said):
-    monkeypatch.chdir(tmp_path)
-    assert_says(mistake(capsys, *(config if argument == "{config}" else argument for argument in arguments)), said)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_inspect_names_the_runs_in_a_folder(capsys, tmp_path):
     for name in ("frame", "q320"):
         (tmp_path / name).mkdir()
@@ -490,17 +460,10 @@ def test_inspect_names_the_runs_in_a_folder(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["train.learningrate=1"], "train.learningrate.*learning_rate"),
-        (["train.learning_rate=fast"], "train.learning_rate.*'fast'"),
-        (["adapter.r=0"], r"\br\b.* 0"),
-        (["nonsense"], "override 'nonsense'.*section.field=value"),
         (["mesh.data=9"], "'data': 9.* 8 devices"),
-        (["data.train=/nowhere"], "data.train.*/nowhere"),
-        (["data.task=songs"], "data.task.*'songs'"),
         (["data.prompt={question}"], "train.jsonl:1: .*'question'.*prompt, completion"),
         (["data.max_seq_length=7"], "train.jsonl:1: .*8 tokens.*data.max_seq_length.* 7.*20 of 20"),
         (["eval.metric=accuracy", "eval.choices=[w9]"], "eval.choices"),
-        (["backbone.source=/nowhere"], "/nowhere"),
         (["output_dir=/proc/nowhere"], "/proc/nowhere"),
     ],
 )
@@ -509,32 +472,14 @@ def test_a_wrong_run_is_refused_before_anything_is_written(capsys, config, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("- 1\n- 2\n", "bad.yaml.*mapping"),
-        ("train: {max_steps: 3\n", r"expected.*line 2"),
-        (b"\xff\xfe", "bad.yaml.*utf-8"),
-    ],
-)
-def test_a_config_file_that_is_none_is_named(capsys, tmp_path, text, said):
-    file = tmp_path / "bad.yaml"
-    file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    assert_says(mistake(capsys, "train", file, f"output_dir={tmp_path / 'run'}"), said)
-    assert [path.name for path in tmp_path.iterdir()] == ["bad.yaml"]
-
-
 GOOD = '{"prompt": "w20", "completion": "w9"}\n'
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "rows.jsonl has no rows"),
         (GOOD + '{"prompt": "w20",\n', "rows.jsonl:2: .*JSON"),
         (GOOD + '{"prompt": "w20"}', "rows.jsonl:2: .*'completion'.*prompt"),
-        (GOOD + '{"prompt": "w20", "completion": ""}', "rows.jsonl:2: .*completion.*empty"),
-        (GOOD + '{"prompt": "w20", "completion": 5}', "rows.jsonl:2: .*completion.*text"),
     ],
 )
 def test_wrong_data_is_named_by_file_and_line(capsys, config, tmp_path, text, said):
@@ -572,7 +517,7 @@ def spoil_other_backbone(adapter):
     [
         (spoil_truncated, WEIGHTS),
         (spoil_not_finite, r"layers\.1\.para_up\.weight"),
-        (spoil_pickle_only, r"adapter_model.bin.*pickle"),
+        (spoil_pickle_only, r"adapter_model.bin.*pickle.*safetensors.torch.save_file"),
         (spoil_other_backbone, "num_layers.* 4.* 3"),
         (shutil.rmtree, "adapter"),
     ],
@@ -625,7 +570,7 @@ def test_an_output_folder_that_holds_another_run_stays_as_it_is(capsys, folder, 
 
 def test_convert_refuses_a_folder_that_is_not_empty_and_a_broken_file(capsys, tmp_path):
     file = write_gguf(tmp_path / "m.gguf")
-    assert_says(mistake(capsys, "convert", file, tmp_path / "made"), "m.gguf: .*tokenizer")
+    assert_says(mistake(capsys, "convert", file, tmp_path / "made"), "m.gguf: .*no tokenizer.ggml.tokens")
     file.write_bytes(file.read_bytes()[:-40])
     assert_says(mistake(capsys, "convert", file, tmp_path / "made"), "m.gguf: .*output_norm.weight")
     file = bytes_gguf(tmp_path / "whole.gguf")
@@ -650,7 +595,7 @@ def test_a_full_disk_while_saving_keeps_the_previous_adapter(capsys, folder, con
     with monkeypatch.context() as patch:
         patch.setattr(para_jax.adapters.files, "replacing", replacing)
         said = mistake(capsys, "train", config, f"output_dir={run}", data, "eval.test=false")
-    assert_says(said, "No space left on device")
+    assert_says(said, "No space left on device: .*run/adapter")
     assert "Trained for 2 steps" in (run / "adapter" / "README.md").read_text()
     held = [".lock", "adapter", "checkpoints", "config.yaml", "metrics.jsonl"]
     assert sorted(path.name for path in run.iterdir()) == held
@@ -663,9 +608,7 @@ def test_a_full_disk_while_saving_keeps_the_previous_adapter(capsys, folder, con
     "line",
     [
         "generate --prompt a --adapter ''",
-        "evaluate --backbone '' --tasks a",
         "serve --api-key-file ''",
-        "train ''",
     ],
 )
 def test_an_empty_text_does_not_count_as_left_out(capsys, config, line):

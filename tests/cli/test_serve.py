@@ -46,7 +46,7 @@ def test_the_base_models_name_is_the_folders_or_the_hub_id(folder):
 
 def made_bank(model, sources, **options):
     given = {
-        "allow_adapter_updates": False,
+        "adapter_root": None,
         "adapter_memory": 1,
         "methods": None,
         "sites": None,
@@ -68,11 +68,11 @@ def test_the_bank_fits_its_adapters_and_with_updates_others_too(tmp_path):
     fitting = made_bank(model, sources)
     assert (fitting.names, fitting.max_r, fitting.capacity) == (("para", "lora"), 20, 2)
     assert set(fitting.methods) == {"para", "lora"} and set(fitting.sites) == {"q_proj", "o_proj"}
-    wider = made_bank(model, sources, allow_adapter_updates=True)
+    wider = made_bank(model, sources, adapter_root="adapters")
     assert (wider.names, wider.max_r, wider.capacity) == (("para", "lora"), 20, 1024)
     assert set(wider.methods) == {"para", "ia3", "lora"}
     assert set(wider.sites) == {"q_proj", "v_proj", "up_proj", "o_proj"}
-    options = {"allow_adapter_updates": True, "methods": "ia3", "sites": "k_proj,v_proj", "max_r": 1, "capacity": 3}
+    options = {"adapter_root": "adapters", "methods": "ia3", "sites": "k_proj,v_proj", "max_r": 1, "capacity": 3}
     chosen = made_bank(model, {}, **options)
     assert (chosen.methods, set(chosen.sites), chosen.max_r, chosen.capacity) == (("ia3",), {"k_proj", "v_proj"}, 1, 3)
     chosen.add("one", strong(init_adapter(Ia3Config(target_modules=("v_proj",)), model.config)))
@@ -83,7 +83,7 @@ def test_adapters_that_need_more_memory_are_loaded_when_they_are_asked_for(tmp_p
     for i, name in enumerate("ab"):
         save_adapter(strong(init_adapter(ParaConfig(r=2), model.config), i), tmp_path / name, model=model)
         sources[name] = str(tmp_path / name)
-    little, updated = (made_bank(model, sources, adapter_memory=1e-9, allow_adapter_updates=on) for on in (False, True))
+    little, updated = (made_bank(model, sources, adapter_memory=1e-9, adapter_root=root) for root in (None, "adapters"))
     whole = made_bank(model, sources)
     assert (len(little), len(updated), len(whole)) == (0, 2, 2) and little.names == whole.names
     assert little.entry("b").content == whole.entry("b").content and len(little) == 1
@@ -97,7 +97,7 @@ def test_adapters_that_leave_change_no_program(tmp_path):
     """Clients may unload all adapters of a kind, and load one again. Of a kind that a bank does not have by itself."""
     model, config = backbone("llama"), ParaConfig(r=2, scope="response")
     save_adapter(strong(init_adapter(config, model.config)), tmp_path / "para", model=model)
-    bank = made_bank(model, {"para": str(tmp_path / "para")}, allow_adapter_updates=True)
+    bank = made_bank(model, {"para": str(tmp_path / "para")}, adapter_root="adapters")
     before = jax.tree.map(lambda leaf: leaf.shape, bank.rows([None]))
     bank.remove("para")
     after = jax.tree.map(lambda leaf: leaf.shape, bank.rows([None]))

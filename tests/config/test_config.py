@@ -113,6 +113,21 @@ def test_other_overrides_are_yaml():
     assert (config.train.max_steps, config.eval.test, config.train.learning_rate) == (None, True, 1.0)
 
 
+@pytest.mark.parametrize("value", ["a # b", "'a' # b", "[a] # b", "#a"])
+def test_what_yaml_would_drop_of_an_override_is_an_error(value):
+    assert f"output_dir={value}" in error(f"output_dir={value}")
+    assert load_config(None, [f'output_dir="{value}"', "backbone.source=a#b"]).output_dir == value
+
+
+def test_an_error_names_the_file_where_the_file_alone_has_it(tmp_path):
+    file = written(tmp_path, "sweep: {seed: [-1]}\n")
+    assert error("seed=3", file=file).startswith(f"config {file}: sweep.seed [-1]: each item")
+    assert error("sweep.seed=[-2]", file=file).startswith("sweep.seed [-2]: each item")
+    assert f"config {file}: adapter must be" in error(file=written(tmp_path, "adapter: lora\n"))
+    file = written(tmp_path, "train: {batch_size: 8}\n")
+    assert error("train.gradient_accumulation_steps=3", file=file).startswith("train.gradient_accumulation_steps")
+
+
 @pytest.mark.parametrize("method", ["para", "lora", "ia3"])
 def test_a_learning_rate_that_is_not_set_is_the_methods(method, tmp_path):
     own = ADAPTER_CONFIGS[method].default_learning_rate
@@ -184,22 +199,12 @@ def test_a_wrong_name_is_answered_with_the_nearest_one(override, meant):
     assert (f"did you mean {meant}?" in said) if meant else "did you mean" not in said
 
 
-def test_a_value_in_the_place_of_a_section_names_it():
-    assert "train must" in error("train=3") and "adapter" in error("adapter=lora")
-
-
 @pytest.mark.parametrize(("override", "allowed"), [
     ("backbone.dtype=float16", "float32, bfloat16"),
     ("adapter.r=0", "1"),
-    ("adapter.r=twelve", "whole number"),
     ("adapter.target_modules=[]", "q_proj"),
-    ("adapter.target_modules=all-linear", "q_proj"),
-    ("train.learning_rate=nan", "0"),
     ("train.warmup_ratio=1", "less than 1"),
-    ("train.max_grad_norm=0", "more than 0"),
-    ("train.max_steps=1.5", "whole number"),
     ("train.max_steps=010", "whole number"),
-    ("seed=1:30", "whole number"),
     ("eval.also=[loss]", "exact_match"),
     ("eval.test=maybe", "true or false"),
     ("sweep.seed=[-1]", "0"),
@@ -245,6 +250,8 @@ def test_files_that_are_no_config_are_named(tmp_path):
     assert "nowhere.yaml: no such file" in error(file=tmp_path / "nowhere.yaml")
     assert "run.yaml" in error(file=written(tmp_path, "train: [unclosed\n"))
     assert "run.yaml" in error(file=written(tmp_path, "- a\n- b\n"))
+    (tmp_path / "run.yaml").write_bytes(b"\xff\xfe")
+    assert "utf-8" in error(file=tmp_path / "run.yaml")
     assert "run.yaml" in error(file=written(tmp_path, "train: 3\n"))
 
 
@@ -277,10 +284,6 @@ def test_data_in_place_of_a_config_is_given_to_one(tmp_path):
 def test_a_template_without_quotes_is_named(tmp_path):
     said = error(file=written(tmp_path, "data: {prompt: {question}}\n"))
     assert "data.prompt: YAML reads this as {'question': None}; put the text in quotes" in said
-
-
-def test_yaml_can_not_make_objects(tmp_path):
-    assert "run.yaml" in error(file=written(tmp_path, "output_dir: !!python/object/apply:os.getcwd []\n"))
 
 
 @pytest.mark.parametrize("override", ("eval.choices=[yes, no]", "output_dir=yes"))
@@ -318,9 +321,8 @@ def test_prompts_are_kept_with_scope_response_alone(overrides, named):
 @pytest.mark.parametrize("field", ["output_dir", "data.train", "data.tenants", "data.test", "backbone.source"])
 def test_an_address_other_than_a_buckets_is_refused(field):
     load_config(None, [f"{field}=gs://bucket/folder"])
-    for address in ("s3://bucket/folder", "http://host/folder", "gs://", "gs://bucket/a/../b", "gs://bucket/a//b"):
-        said = error(f"{field}={address}")
-        assert field in said and repr(address) in said
+    said = error(f"{field}=s3://bucket/folder")
+    assert field in said and "'s3://bucket/folder'" in said
 
 
 def test_tfds_data_is_not_read_from_a_bucket():
@@ -443,16 +445,10 @@ def test_no_way_to_write_a_reference_reaches_the_environment(written_as, text, t
 
 @pytest.mark.parametrize("overrides", [
     ("eval.choices=[{a: 1}]",),
-    ("sweep.seed=[[1]]",),
     ("adapter.target_modules=[[q_proj]]",),
-    ("adapter.method={a: 1}",),
-    ("[=1",),
     ("train={? [a] : 1}",),
     ("seed=0x" + "f" * 9000,),
-    ("seed=" + "9" * 9000,),
-    ("data.train=!!timestamp 2001-01-01",),
     ("adapter=",),
-    ("train.learning_rate={a: b}",),
 ])  # fmt: skip
 def test_values_of_any_wrong_kind_are_errors(overrides):
     assert len(error(*overrides)) < 1000

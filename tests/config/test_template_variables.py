@@ -2,8 +2,6 @@ import pytest
 
 from para_jax.config import config_dict, load_config, save_config, template_variables
 
-THOUGHTS = {"enable_thinking": False, "budget": 3, "style": 'é "x"', "tone": None, "heat": 0.5}
-
 
 def test_a_config_gives_them_as_a_mapping_or_as_json(tmp_path):
     file = tmp_path / "run.yaml"
@@ -22,7 +20,8 @@ def test_a_config_gives_them_as_a_mapping_or_as_json(tmp_path):
 
 
 def test_scalars_of_any_kind_are_taken():
-    assert template_variables("given", THOUGHTS) == THOUGHTS
+    given = {"enable_thinking": False, "budget": 3, "style": 'é "x"', "tone": None, "heat": 0.5}
+    assert template_variables("given", given) == given
     assert template_variables("given", None) == template_variables("given", "{}") == {}
 
 
@@ -30,13 +29,9 @@ def test_scalars_of_any_kind_are_taken():
     ("given", "named"),
     [
         ("enable_thinking", "'enable_thinking'"),
-        ("[1]", r"'\[1\]'"),
-        (3, "3"),
         ("{" * 9000, "{{{"),
         ({"messages": 1}, "'messages'"),
-        ({"add_generation_prompt": False}, "'add_generation_prompt'"),
         ({"a b": 1}, "'a b'"),
-        ({1: 1}, "1"),
         ({"a": [1]}, r"a is \[1\]"),
     ],
 )

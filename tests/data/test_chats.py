@@ -6,7 +6,6 @@ from datetime import date
 import pytest
 import tiny_tokenizers
 
-from para_jax.data import chats
 from para_jax.data.chats import (
     TemplateError,
     checked_messages,
@@ -16,7 +15,7 @@ from para_jax.data.chats import (
     with_variables,
     writes_date,
 )
-from para_jax.data.examples import encode_prompt, stop_token_ids, turn_stop_ids
+from para_jax.data.examples import encode_prompt, turn_stop_ids
 from para_jax.data.tokenizer import set_variables
 
 USER = {"role": "user", "content": "where is <my> parcel?"}
@@ -120,7 +119,6 @@ HOSTILE = {
     ),
     "its own refusal": ("{{ raise_exception('no system role') }}", "no system role"),
     "its own refusal with an escape": ("{{ raise_exception('\x1b]0;owned') }}", r"\\x1b\]0;owned"),
-    "half a surrogate pair": ("{{ '\ud83d' }}", "half a surrogate pair"),
     "an attribute of Python": ("{{ messages.__class__.__mro__ }}", "unsafe|is undefined|has no attribute"),
 }
 
@@ -141,16 +139,6 @@ def test_a_message_that_nests_too_deep_is_an_error():
         value = [value]
     with pytest.raises(ValueError, match="nests deeper"):
         encode_prompt(tiny_tokenizers.plain(), [USER | {"tool_calls": value}])
-
-
-def test_a_text_is_encoded_and_ended_without_the_template(monkeypatch):
-    def never(*_, **__):
-        raise AssertionError("the template was rendered")
-
-    monkeypatch.setattr(chats, "render_template", never)
-    tokenizer = tiny_tokenizers.byte_level(["</s>"], eos_token="</s>", chat_template="{{ 1 / 0 }}")
-    assert encode_prompt(tokenizer, "Answer:") and stop_token_ids(tokenizer, (7,)) == (tokenizer.eos_token_id, 7)
-    assert turn_stop_ids(tokenizer, "Answer:") == turn_stop_ids(tokenizer, (3, 4)) == ()
 
 
 def test_the_end_of_turn_follows_the_template():

@@ -4,10 +4,9 @@ from array import array
 import numpy as np
 import pytest
 
-from para_jax.data.batches import example_lengths, plan_buckets
+from para_jax.data.batches import example_lengths
 from para_jax.data.example_arrays import arrays_of, examples_digest
 from para_jax.data.examples import Example
-from para_jax.data.packing import plan_packing
 
 
 def made(count=50):
@@ -25,14 +24,6 @@ def test_arrays_are_a_sequence_of_the_same_examples():
         arrays[50]
     assert all(type(token) is int for token in arrays[0].prompt_ids)
     assert example_lengths(arrays) == example_lengths(examples)
-
-
-def test_plans_do_not_depend_on_how_examples_are_held():
-    examples = made()
-    arrays = arrays_of(examples)
-    assert plan_buckets(arrays, 3) == plan_buckets(examples, 3)
-    ours, theirs = (plan_packing(each, length=64, rows=4, seed=0) for each in (arrays, examples))
-    assert ours.packed == theirs.packed and ours.shape == theirs.shape
 
 
 @pytest.mark.parametrize("count", [0, 1, 50])

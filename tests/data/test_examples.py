@@ -43,13 +43,6 @@ def test_training_and_serving_see_the_same_prompt_ids(tokenizer, prompt, complet
     assert example.completion_ids == encode_completion(tokenizer, prompt, completion)
 
 
-def test_a_call_of_tools_without_a_content_has_an_empty_one(tokenizer):
-    call = {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}
-    empty, none = ([USER, call | {"content": content}, USER] for content in ("", None))
-    assert encode_example(tokenizer, none, "yes") == encode_example(tokenizer, empty, "yes")
-    assert encode_examples(tokenizer, [(none, "yes")]) == [encode_example(tokenizer, empty, "yes")]
-
-
 @pytest.mark.parametrize(("prompt", "completion"), [s for s in SAMPLES if isinstance(s[0], str)])
 @pytest.mark.parametrize("kind", ["plain", "with_bos"])
 def test_prompt_and_completion_decode_to_the_joined_text(kind, prompt, completion):
@@ -189,14 +182,6 @@ def test_other_tokens_stay_and_so_do_ends_that_the_template_does_not_write():
     assert tokenizer.decode(encode_prompt(tokenizer, written)).count(tokenizer.eos_token) == 1
 
 
-def test_ends_in_the_text_are_not_doubled_where_a_template_wants_a_system_message():
-    tokenizer, calls = deepcopy(tiny_tokenizers.plain()), [{"role": "system", "content": "Be brief."}, USER]
-    wanted = "{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}"
-    tokenizer.chat_template = wanted + tokenizer.chat_template
-    written = f"yes{tokenizer.eos_token}"
-    assert encode_example(tokenizer, calls, written) == encode_example(tokenizer, calls, "yes")
-
-
 def test_a_template_may_move_the_system_message_to_the_last_question():
     tokenizer, system = tiny_tokenizers.moved_system(), {"role": "system", "content": "Be brief."}
     chat, short = [system, USER, {"role": "assistant", "content": "no"}], USER | {"content": "INST"}
@@ -246,9 +231,8 @@ def test_a_template_without_an_end_token_gets_eos():
 
 @pytest.mark.parametrize("prompt", ["", " \n", [], None])
 def test_an_empty_prompt_is_an_error(prompt):
-    for call in (lambda t: encode_prompt(t, prompt), lambda t: encode_completion(t, prompt, "yes")):
-        with pytest.raises(ValueError, match="prompt is missing or empty"):
-            call(tiny_tokenizers.plain())
+    with pytest.raises(ValueError, match="prompt is missing or empty"):
+        encode_prompt(tiny_tokenizers.plain(), prompt)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -276,20 +260,6 @@ def test_the_prompt_of_a_request_may_be_white_space(kind):
 def test_a_wrong_prompt_is_an_error(prompt, said):
     with pytest.raises(ValueError, match=said):
         encode_prompt(tiny_tokenizers.plain(), prompt)
-
-
-@pytest.mark.parametrize("prompt", ["Answer:", [USER]])
-@pytest.mark.parametrize("completion", ["", " ", None])
-def test_an_empty_completion_is_an_error(prompt, completion):
-    with pytest.raises(ValueError, match="completion is missing or empty"):
-        encode_example(tiny_tokenizers.plain(), prompt, completion)
-
-
-@pytest.mark.parametrize("prompt", ["Answer:", [USER]])
-def test_half_a_surrogate_pair_in_a_completion_is_named(prompt):
-    for encode in (encode_example, lambda tokenizer, *pair: encode_examples(tokenizer, [pair])):
-        with pytest.raises(ValueError, match=r"completion: '\\ud83d' is half a surrogate pair"):
-            encode(tiny_tokenizers.plain(), prompt, "caf\ud83d")
 
 
 def test_a_tokenizer_that_cannot_encode_is_an_error():
@@ -365,29 +335,6 @@ DIGESTS = {
     "adds_eos": "aeb15cb4cef312de",
     "adds_both": "acaa4f44a85e9404",
 }
-TEXTS = [
-    ("Message: where is my parcel?\nTeam:", "shipping"),
-    ("Answer with yes or no.\n", "yes"),
-    ("Answer: ", "the lazy dog"),
-    ("Answer:", "\nyes"),
-    ("Answer:", " yes"),
-    ("Answer:", "  yes "),
-    ("Answer:\t", " yes"),
-    (" Answer:", "\u00a0yes"),
-    ("Answer:</s><eos><|im_end|>", "no </s>"),
-    ("Wo ist mein Paket? 日本", "größer ☃"),
-    ("a", "a"),
-    ("\u2581", "\u2581\u2581 yes"),
-    ("x" * 500, "0123456789" * 30),
-    ("e\u0301 \U0001f469\u200d\U0001f469", "\u200b yes"),
-]
-CHATS = [
-    ([USER], "shipping"),
-    ([USER], "  shipping \n"),
-    ([USER, BOT, USER], "no way"),
-    ([USER | {"content": ""}], "</s> <|im_end|>"),
-    ([USER], "yes\n\n"),
-]
 
 
 def tokenizer_of(kind):
@@ -404,7 +351,7 @@ def tokenizer_of(kind):
 
 
 @pytest.mark.parametrize("kind", ALL_KINDS)
-@pytest.mark.parametrize("pairs", [TEXTS, CHATS, [*CHATS, *TEXTS, *CHATS], []], ids=["texts", "chats", "both", "none"])
+@pytest.mark.parametrize("pairs", [SAMPLES, []], ids=["both", "none"])
 def test_batch_encoding_equals_encoding_one_by_one(kind, pairs):
     tokenizer = tokenizer_of(kind)
     assert encode_examples(tokenizer, pairs) == [encode_example(tokenizer, *pair) for pair in pairs]
@@ -419,21 +366,3 @@ def test_the_ids_of_random_texts_never_change_and_are_those_of_each_alone(kind):
     found = encode_examples(tokenizer, pairs)
     assert found == [encode_example(tokenizer, *pair) for pair in pairs]
     assert hashlib.sha256(repr([tuple(example) for example in found]).encode()).hexdigest()[:16] == DIGESTS[kind]
-
-
-def test_the_number_of_tokenizer_calls_is_small_and_constant():
-    class Counting:
-        def __init__(self, inner):
-            self.inner, self.calls = inner, 0
-
-        def __getattr__(self, name):
-            return getattr(self.inner, name)
-
-        def __call__(self, *args, **options):
-            self.calls += 1
-            return self.inner(*args, **options)
-
-    for kind in ALL_KINDS:
-        counting = Counting(tokenizer_of(kind))
-        encode_examples(counting, TEXTS * 20)
-        assert counting.calls <= 4, kind

@@ -79,10 +79,10 @@ def test_the_places_of_training_data_name_the_row():
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        ("rows.csv", "data must be one of a list of dicts, .*got str"),
-        (iter(ROWS), "data must be .*got an iterator, which can be read once"),
+        ("rows.csv", "data must be a list of dicts, .*got str"),
+        (iter(ROWS), "data must be .*got list_iterator"),
         ({"train": iter(ROWS)}, r'data\["train"\] must be'),
-        ({"train": ROWS, "dev": ROWS}, "keys train, dev; "),
+        ({"train": ROWS, "dev": ROWS}, "keys train, dev; .*dict of train"),
         ({"prompt": ["a"], "completion": ["b"]}, "keys prompt, completion; .*list of dicts"),
     ],
 )

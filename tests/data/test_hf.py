@@ -9,13 +9,12 @@ import tiny_tokenizers
 from tiny_run import write_rows
 
 from para_jax.config import DataSection, load_config
-from para_jax.data import token_cache
-from para_jax.data.hf import open_data_set, parse_hf
-from para_jax.data.records import load_records, read_records
+from para_jax.data.hf import open_data_set
+from para_jax.data.records import load_records
 from para_jax.data.sources import open_split
 from para_jax.data.training_data import load_training_data
 from para_jax.evaluation.tasks import warn_of_replaced
-from para_jax.reports.inspect import data_lines
+from para_jax.reports.inspect import source_lines
 
 TEXT = "Köln was founded in 38 BC,\nas “Ara Ubiorum”. "
 ROWS = [{"prompt": f"{TEXT}{i}", "completion": f"w{i}"} for i in range(7)]
@@ -37,14 +36,6 @@ def folder_of(path, **splits):
 
 def without_places(records):
     return [record[:4] for record in records]
-
-
-def test_columns_give_the_records_of_the_same_json_lines(tmp_path):
-    rows = [row | {"references": [row["completion"], "w"], "label": i} for i, row in enumerate(ROWS)]
-    source = folder_of(tmp_path / "rows", train=rows)
-    found = load_records(DataSection(train=source), "train")
-    assert without_places(found) == without_places(read_records(write_rows(tmp_path / "same.jsonl", rows)))
-    assert [record.place for record in found] == [f"{source}::train[{i}]" for i in range(7)]
 
 
 def test_the_field_gives_the_split_unless_the_source_names_one(tmp_path):
@@ -80,41 +71,20 @@ def test_a_config_of_a_data_set_is_chosen_by_name(tmp_path):
     (folder / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
     found = load_records(DataSection(train=f"hf:{folder}:b"), "train")
     assert [record.place for record in found] == [f"hf:{folder}:b:train[0]"]
-    with pytest.raises(ValueError, match=r"hf:.*rows: .*\['a', 'b'\]"):
-        load_records(DataSection(train=f"hf:{folder}"), "train")
-    with pytest.raises(ValueError, match=r"hf:.*rows:c: .*'c' not found.*\['a', 'b'\].*hf:NAME::SPLIT"):
+    with pytest.raises(ValueError, match=r"hf:.*rows:c: .*'c' not found.*\['a', 'b'\]"):
         load_records(DataSection(train=f"hf:{folder}:c"), "train")
-
-
-@pytest.mark.parametrize(
-    ("source", "parts"),
-    [
-        ("hf:squad", ("squad", None, None)),
-        ("hf:user/name@v1.0:main", ("user/name@v1.0", "main", None)),
-        ("hf:user/name::train[:90%]", ("user/name", None, "train[:90%]")),
-        ("hf:./rows:main:train", ("./rows", "main", "train")),
-    ],
-)
-def test_a_source_is_a_name_a_config_and_a_split(source, parts):
-    assert parse_hf(source) == parts
 
 
 # -------------------------------------------------------------------------------------------------------- training data
 
 
-def test_training_data_is_cached_and_named_like_other_sources(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(token_cache, "MIN_BYTES", 0)
+def test_training_data_is_named_like_other_sources(tmp_path):
     source, tokenizer = folder_of(tmp_path / "rows", train=ROWS, test=ROWS[:2]), tiny_tokenizers.plain()
     plain = load_training_data(DataSection(train=str(tmp_path / "rows" / "train.jsonl")), tokenizer)
-    before = len(list(token_cache.folder().iterdir()))
-    first, again = (load_training_data(DataSection(train=source), tokenizer) for _ in range(2))
-    assert list(first.examples) == list(again.examples) == list(plain.examples)
-    assert first.places[6] == again.places[6] == f"{source}::train[6]"
-    assert len(list(token_cache.folder().iterdir())) == before + 1
+    found = load_training_data(DataSection(train=source), tokenizer)
+    assert list(found.examples) == list(plain.examples) and found.places[6] == f"{source}::train[6]"
     part = load_training_data(DataSection(train=f"{source}::train[:5]"), tokenizer)
     assert list(part.examples) == list(plain.examples[:5])
-    assert all(file.suffix == ".arrow" for file in open_split(DataSection(train=source), "train").files)
 
 
 def test_a_changed_file_is_read_again(tmp_path):
@@ -139,7 +109,6 @@ def test_without_datasets_the_error_names_the_extra(tmp_path, monkeypatch):
     [
         ("hf:", "'hf:'.*hf:NAME"),
         ("hf:{folder}::nothing", r"rows: no split 'nothing'.*train, validation"),
-        ("hf:{folder}::train[:x]", r"no split 'train\[:x\]'"),
         ("hf:{folder}/absent", "absent: no such folder"),
         ("hf:{folder}/empty", "empty.*data files"),
     ],
@@ -185,7 +154,7 @@ def test_an_unreachable_hub_is_one_line_and_a_revision_is_passed_on(monkeypatch)
 def test_a_dry_run_downloads_nothing(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset_builder", None)
     config = load_config(None, ["data.train=hf:user/name"])
-    assert "hf:user/name" in data_lines(config, [config])[0]
+    assert "hf:user/name" in source_lines(config, [config])[0]
 
 
 def test_a_data_set_of_the_hub_is_asked_for_once(tmp_path, monkeypatch):

@@ -7,11 +7,10 @@ import pyarrow.parquet
 import pytest
 
 from para_jax.config import DataSection
-from para_jax.data.chats import warn_of_role
 from para_jax.data.given import SPLITS
 from para_jax.data.records import Record, load_records, read_records
 from para_jax.data.sources import open_split
-from para_jax.server.chat_messages import read_messages
+from para_jax.server.protocol import ChatBody, validated
 
 USER, BOT = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}
 
@@ -97,8 +96,8 @@ def test_parts_of_a_content_that_are_texts_are_one_text(tmp_path):
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "annotations": None}]
     (record,) = read_records(write(tmp_path, {"messages": [USER | {"content": parts}, BOT | {"content": parts[:1]}]}))
     assert (record.prompt, record.completion) == ([USER | {"content": "a\nb"}], "a")
-    (spoken,) = read_messages([USER | {"content": parts}])
-    assert [spoken] == record.prompt
+    chat = validated(ChatBody, {"model": "A", "messages": [USER | {"content": parts}]})
+    assert chat.prompts == [record.prompt]
     for wrong in ([], ["a"], [{"type": "image_url", "text": "a"}], [parts[0] | {"x": 1}]):
         with pytest.raises(ValueError, match="is not a message"):
             read_records(write(tmp_path, {"messages": [USER | {"content": wrong}, BOT]}))
@@ -121,13 +120,6 @@ def test_a_turn_that_is_not_learnt_may_call_tools_without_a_content(tmp_path, co
     assert read_records(write(tmp_path, {"messages": [USER, silent, USER, BOT]}))[0].prompt == [USER, silent, USER]
 
 
-def test_rows_of_two_kinds_may_have_each_others_columns_as_nulls(tmp_path):
-    chat, text = {"messages": [USER, BOT]}, {"prompt": "a", "completion": "b"}
-    nulls = dict.fromkeys((*chat, *text))
-    found = read_records(write(tmp_path, nulls | chat, nulls | text))
-    assert [record.prompt for record in found] == [[USER], "a"]
-
-
 @pytest.mark.parametrize("name", ["tools", "chat_template_kwargs"])
 def test_tools_are_refused_because_no_prompt_would_have_them(tmp_path, name):
     for row in ({"messages": [USER, BOT]}, {"prompt": [USER], "completion": [BOT]}):
@@ -143,15 +135,6 @@ def test_templates_read_any_columns(tmp_path):
     file = write(tmp_path, {"instruction": "add", "input": "{0.x} 1", "n": 2, "output": "3"})
     made = read_records(file, prompt="{{{instruction}}}\n{input} {n}", completion="{output}")
     assert (made[0].prompt, made[0].completion) == ("{add}\n{0.x} 1 2", "3")
-
-
-def test_a_role_that_servers_do_not_take_is_said_once(tmp_path, capsys):
-    """As in data that was converted from another form."""
-    file = write(tmp_path, *({"messages": [USER | {"role": role}, BOT]} for role in ("human", "tool", "human", "user")))
-    warn_of_role.cache_clear()
-    assert len(read_records(file)) == 4
-    said = capsys.readouterr().err
-    assert [said.count(f"the role '{role}'") for role in ("human", "tool", "user")] == [1, 1, 0]
 
 
 def test_a_row_with_messages_needs_no_other_column(tmp_path):
@@ -206,7 +189,7 @@ def test_a_wrong_row_is_an_error_that_names_file_and_line(tmp_path, row, message
     [
         ("{missing}", r"data.jsonl:1: .*'missing'.*a, b"),
         ("{b}", "data.jsonl:1: b .*list"),
-        ("{a.__class__}", r"not a plain \{column\}; write \{\{ and \}\}"),
+        ("{a.__class__}", r"data.jsonl:1: no field 'a.__class__'; the row has a, b"),
         ("{a", r"\{\{ or \}\}"),
         ("a", r"every prompt would be 'a'\nput the name of a column into one pair of braces"),
         ("Q: {{a}}", r"every prompt would be 'Q: \{a\}'\nput"),  # as lm-eval's templates have it

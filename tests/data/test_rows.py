@@ -5,16 +5,14 @@ import json
 from dataclasses import replace
 
 import datasets
-import numpy as np
 import pytest
 import tiny_tokenizers
 from tiny_run import write_rows
 
 from para_jax.config import DataSection
-from para_jax.data import token_cache
 from para_jax.data.given import with_data
 from para_jax.data.records import load_records, read_records
-from para_jax.data.rows import plain, warn_of_hidden
+from para_jax.data.rows import warn_of_hidden
 from para_jax.data.sources import open_split
 from para_jax.data.training_data import load_training_data
 
@@ -97,10 +95,6 @@ def test_the_cells_of_a_csv_file_are_texts_as_they_were_written(tmp_path, how):
     assert [record.place for record in found] == [f"{tmp_path}/x.csv[{i}]" for i in range(4)]
 
 
-def test_tabs_separate_in_tsv_and_commas_do_not(tmp_path):
-    assert read_records(write_csv(tmp_path / "x.tsv", [("a, b", "c")], delimiter="\t"))[0][:2] == ("a, b", "c")
-
-
 def test_a_byte_order_mark_and_columns_without_a_name_do_not_matter(tmp_path):
     """pandas writes its index into such a column, and spreadsheets write empty ones."""
     (tmp_path / "x.csv").write_bytes(b"\xef\xbb\xbf,prompt,completion,\n0,a,b,\n1,c,d,\n")
@@ -123,10 +117,8 @@ def test_columns_of_csv_work_as_in_json_lines(tmp_path):
     [
         ("prompt,completion\na,b\nc\n", "Expected 2 columns, got 1"),
         ("", "Empty CSV file"),
-        ("prompt,answer\na,b\n", r"\[0\]: no field 'completion'.*prompt, answer"),
         ("prompt,completion\na,\n", r"\[0\]: completion is empty"),
         ("prompt,references\na,[1\n", "Expecting"),
-        ("prompt,completion\n", "has no rows"),
         ("prompt,completion\na,\xff\n", "UTF8"),
     ],
 )
@@ -222,16 +214,6 @@ def test_a_column_of_json_holds_what_its_texts_say(tmp_path, kind):
     assert [{"n": None, **row} for _, row in open_split(section, "train").rows()] == rows
 
 
-def test_the_token_cache_holds_parquet_and_saved_folders(tmp_path, monkeypatch):
-    monkeypatch.setattr(token_cache, "MIN_BYTES", 0)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for kind in ("file", "dataset"):
-        source, _ = saved(tmp_path, kind)
-        first, again = (load_training_data(DataSection(train=str(source)), tiny_tokenizers.plain()) for _ in range(2))
-        assert list(first.examples) == list(again.examples) and list(first.places) == list(again.places)
-    assert len(list(token_cache.folder().iterdir())) == 2
-
-
 # -------------------------------------------------------------------------------------------------------------- splits
 
 
@@ -272,7 +254,7 @@ def test_a_source_that_names_its_split_has_no_other_splits(splits):
     section = DataSection(train=f"hf:{splits[1]}::validation", test=f"hf:{splits[1]}::train")
     assert [prompts(section, split) for split in ("train", "validation", "test")] == [["validation"], None, ["train"]]
     for wrong in ("train[:50%]", "dev"):
-        with pytest.raises(ValueError, match="no split .*; it has test, train, validation; choose one with hf:"):
+        with pytest.raises(ValueError, match="no split .*; it has test, train, validation$"):
             load_records(DataSection(train=f"hf:{splits[1]}::{wrong}"), "train")
 
 
@@ -293,13 +275,6 @@ def test_a_split_with_hidden_labels_is_no_test_data(splits, capsys):
         with_data(DataSection(), {"train": made["train"], "test": made["test"].to_iterable_dataset()})
 
 
-def test_a_label_of_minus_one_next_to_others_hides_nothing(tmp_path):
-    rows = datasets.Dataset.from_list([{"prompt": "a", "completion": "b", "label": label} for label in (-1, 1)])
-    datasets.DatasetDict(train=rows, validation=rows).save_to_disk(tmp_path / "x")
-    for section in (DataSection(train=f"{tmp_path}/x"), with_data(DataSection(), {"train": rows, "validation": rows})):
-        assert prompts(section, "validation") == ["a", "a"]
-
-
 def test_a_data_set_without_splits_is_what_it_is_named_for(splits, tmp_path):
     alone = tmp_path / "alone"
     for source in (str(alone), f"hf:{alone}"):
@@ -308,11 +283,3 @@ def test_a_data_set_without_splits_is_what_it_is_named_for(splits, tmp_path):
         assert prompts(section, "train") == ["validation"] and prompts(section, "validation") is None
     with pytest.raises(ValueError, match="no split 'train\\[:50%\\]'; it has none"):
         load_records(DataSection(train=f"hf:{alone}::train[:50%]"), "train")
-
-
-def test_a_field_is_plain_python():
-    field = {"text": [b"K\xc3\xb6ln", np.bytes_(b"b")], "start": np.array([1, 2], np.int32), "flag": np.bool_(True)}
-    found = plain(field | {"n": np.int64(3), "words": np.array([b"x"], object), 7: ("a",), "bytes": b"\xff"})
-    assert found == {"text": ["Köln", "b"], "start": [1, 2], "flag": True, "n": 3, "words": ["x"], "7": ["a"],
-                     "bytes": b"\xff"}  # fmt: skip
-    assert type(found["n"]) is int and type(found["flag"]) is bool and type(found["text"][1]) is str

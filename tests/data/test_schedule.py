@@ -219,17 +219,6 @@ def test_a_finished_tenant_leaves_its_rows_to_the_others():
     assert next_tenants([1, 1, 1], shares, [False] * 3, 2) == []
 
 
-def test_tenants_of_one_epoch_end_together():
-    examples = np.array([40, 80, 120, 160])
-    steps, batches = np.zeros(4, int), 0
-    while (steps < examples).any():
-        chosen = next_tenants(steps, batch_shares(examples, "proportional"), steps < examples, 2)
-        assert len(chosen) == 2 or (examples - steps).sum() <= 2
-        steps[chosen] += 1
-        batches += 1
-    assert batches == examples.sum() // 2
-
-
 # -------------------------------------------------------------------------------------------------------- prefetching
 
 
@@ -243,15 +232,6 @@ def wait_until(holds):
     while not holds() and time.monotonic() < end:
         time.sleep(0.005)
     assert holds()
-
-
-def test_batches_are_prepared_ahead_but_not_all_at_once():
-    made = []
-    with closing(prefetch(lambda step: made.append(step) or step, 100)) as batches:
-        for step in range(3):
-            assert next(batches) == step
-            wait_until(lambda step=step: len(made) == step + 1 + AHEAD)  # while the step runs
-            assert sorted(made) == list(range(step + 1 + AHEAD))
 
 
 @pytest.mark.parametrize("bad", [0, 5])

@@ -4,14 +4,11 @@ import json
 
 import numpy as np
 import pytest
-import tiny_tokenizers
 
 from para_jax.config import DataSection
-from para_jax.data import token_cache
 from para_jax.data.given import with_data
 from para_jax.data.records import load_records
 from para_jax.data.sources import part_of
-from para_jax.data.training_data import load_training_data
 
 
 def numbered(count):
@@ -104,25 +101,9 @@ def test_validation_data_of_its_own_comes_first(tmp_path):
     assert len(prompts(named, "train")) == 20 and prompts(named, "validation") == ["own"]
 
 
-def test_the_cache_of_token_ids_knows_what_was_held_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(token_cache, "MIN_BYTES", 0)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    file, tokenizer = written(tmp_path / "train.jsonl", [row for _, row in numbered(40)]), tiny_tokenizers.plain()
-    for _ in range(2):  # written, then read
-        for share, count in ((0.1, 36), (0.25, 30), (None, 40)):
-            assert len(load_training_data(section(file, validation_split=share), tokenizer).examples) == count
-
-
 def test_a_few_rows_are_all_trained_on(tmp_path):
     """So one tenant with little data doesn't stop a run of many."""
     few = section(written(tmp_path / "few.jsonl", [row for _, row in numbered(4)]))
     assert len(prompts(few, "train")) == 4 and load_records(few, "validation") is None
     with pytest.raises(ValueError, match="empty.jsonl has no rows"):
         prompts(section(written(tmp_path / "empty.jsonl", [])), "train")
-
-
-@pytest.mark.parametrize("share", [0, 0.6, -1, True, "a tenth"])
-def test_a_wrong_share_is_refused(share):
-    with pytest.raises(ValueError, match="data.validation_split") as error:
-        DataSection(validation_split=share)
-    assert str(share) in str(error.value)

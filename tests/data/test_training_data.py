@@ -1,14 +1,13 @@
-"""Training data read in parts, and from the cache, is what `load_records` and `encode_records` make of it."""
+"""Training data read in parts is what `load_records` and `encode_records` make of it."""
 
 import json
-import os
 
 import numpy as np
 import pytest
 import tiny_tokenizers
 
 from para_jax.config import DataSection
-from para_jax.data import token_cache, training_data
+from para_jax.data import training_data
 from para_jax.data.examples import encode_example
 from para_jax.data.records import Record, load_records
 from para_jax.data.training_data import describe_lengths, encode_records, load_training_data
@@ -18,11 +17,9 @@ KINDS = ("plain", "with_bos", "own_space")
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch, tmp_path):
-    """Small parts, and a cache of this test's own that keeps small data too."""
+def small(monkeypatch):
+    """Small parts."""
     monkeypatch.setattr(training_data, "ENCODED_AT_ONCE", 7)
-    monkeypatch.setattr(token_cache, "MIN_BYTES", 0)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def rows(count=40):
@@ -43,24 +40,11 @@ def section_of(file, **fields):
     return DataSection(train=str(file), **{"max_seq_length": 500, **fields})
 
 
-def cached():
-    return sorted(token_cache.folder().glob("*"))
-
-
-def untouchable(*args, **options):
-    raise AssertionError("tokenised")
-
-
-def same(ours, theirs):
-    assert list(ours.examples) == list(theirs.examples)
-    assert list(ours.places) == list(theirs.places) and ours.report() == theirs.report()
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "fields", [{}, dict(max_seq_length=40, truncate="skip"), dict(max_seq_length=40, truncate="left")]
 )
-def test_parts_and_the_cache_change_nothing(tmp_path, monkeypatch, kind, fields):
+def test_parts_change_nothing(tmp_path, kind, fields):
     tokenizer, section = getattr(tiny_tokenizers, kind)(), section_of(written(tmp_path), **fields)
     wanted = encode_records(load_records(section, "train"), tokenizer, section)
     made = load_training_data(section, tokenizer)
@@ -68,81 +52,6 @@ def test_parts_and_the_cache_change_nothing(tmp_path, monkeypatch, kind, fields)
     assert list(made.places) == [record.place for record in wanted.records]
     if fields:
         assert made.cut + made.skipped > 0
-    monkeypatch.setattr(training_data, "tokenised", untouchable)
-    same(load_training_data(section, tokenizer), made)
-    assert len(cached()) == 1
-
-
-def test_small_data_and_cache_false_are_not_cached(tmp_path, monkeypatch):
-    tokenizer, file = tiny_tokenizers.plain(), written(tmp_path)
-    load_training_data(section_of(file, cache=False), tokenizer)
-    monkeypatch.setattr(token_cache, "MIN_BYTES", file.stat().st_size + 1)
-    load_training_data(section_of(file), tokenizer)
-    assert not cached()
-
-
-def test_everything_that_ids_depend_on_changes_the_cache_file(tmp_path, monkeypatch):
-    def ids(section, tokenizer):
-        made, count = load_training_data(section, tokenizer), len(cached())
-        wanted = encode_records(load_records(section, "train"), tokenizer, section)
-        assert list(made.examples) == wanted.examples
-        return count
-
-    file = written(tmp_path)
-    counts = [ids(section_of(file), tiny_tokenizers.plain())]
-    counts.append(ids(section_of(file), tiny_tokenizers.with_bos()))
-    counts.append(ids(section_of(file, max_seq_length=60, truncate="left"), tiny_tokenizers.plain()))
-    counts.append(ids(section_of(file, max_seq_length=60, truncate="skip"), tiny_tokenizers.plain()))
-    special = dict(eos_token="<|im_end|>", chat_template=tiny_tokenizers.CHATML.replace("\n", " "))
-    counts.append(ids(section_of(file), tiny_tokenizers.byte_level(["<|im_start|>", "<|im_end|>"], **special)))
-    written(tmp_path, [{"prompt": "a", "completion": "b"}])
-    counts.append(ids(section_of(file), tiny_tokenizers.plain()))
-    counts.append(ids(section_of(file, prompt="{prompt}?"), tiny_tokenizers.plain()))
-    monkeypatch.setattr(token_cache, "code_digest", lambda: "another version")
-    counts.append(ids(section_of(file), tiny_tokenizers.plain()))
-    assert counts == list(range(1, 9))
-
-
-def test_a_template_that_writes_the_date_is_cached_per_day(tmp_path, monkeypatch):
-    special = dict(eos_token="<|im_end|>", chat_template="{{ strftime_now('%d %b %Y') }}" + tiny_tokenizers.CHATML)
-    dated = tiny_tokenizers.byte_level(["<|im_start|>", "<|im_end|>"], **special)
-    section = section_of(written(tmp_path))
-    for count, (tokenizer, day) in enumerate([(dated, "1"), (dated, "2"), (tiny_tokenizers.plain(), "3")], 1):
-        monkeypatch.setattr(token_cache, "today", lambda day=day: day, raising=False)
-        load_training_data(section, tokenizer)
-        assert len(cached()) == count
-    monkeypatch.setattr(training_data, "tokenised", untouchable)
-    monkeypatch.setattr(token_cache, "today", lambda: "1")
-    load_training_data(section, dated)
-    load_training_data(section, tiny_tokenizers.plain())
-
-
-def test_data_that_moved_is_found_and_named_by_its_new_place(tmp_path, monkeypatch):
-    tokenizer, file = tiny_tokenizers.plain(), written(tmp_path)
-    made = load_training_data(section_of(file), tokenizer)
-    moved = file.rename(tmp_path / "moved.jsonl")
-    monkeypatch.setattr(training_data, "tokenised", untouchable)
-    found = load_training_data(section_of(moved), tokenizer)
-    assert list(found.examples) == list(made.examples)
-    assert found.places[4] == f"{moved}:9" and made.places[4] == f"{file}:9"
-
-
-def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, capsys):
-    (tmp_path / "cache").write_text("a file")
-    made = load_training_data(section_of(written(tmp_path)), tiny_tokenizers.plain())
-    assert len(made.examples) == 41 and "data.cache" in capsys.readouterr().err
-
-
-def test_the_least_recently_used_files_make_room(tmp_path):
-    tokens = token_cache.TokenisedExamples(np.ones((10, 2), np.int32), np.arange(10), np.ones(20, np.int32), 0, 0)
-    files = [token_cache.folder() / f"{i}.npz" for i in range(4)]
-    for i, file in enumerate(files):
-        token_cache.store_tokens(file, tokens)
-        os.utime(file, (i, i))
-    (token_cache.folder() / "mine.txt").write_text("stays")
-    assert token_cache.load_tokens(files[0])  # used just now
-    token_cache.delete_oldest(files[1], 3 * files[0].stat().st_size)
-    assert cached() == [*files[:2], files[3], token_cache.folder() / "mine.txt"]
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
@@ -155,7 +64,6 @@ def test_the_least_recently_used_files_make_room(tmp_path):
         ({"prompt": "a"}, "'completion'"),
         ({"prompt": [{"role": "system", "content": "yes"}], "completion": "no"}, "no system role"),
         ({"prompt": "the quick " * 99, "completion": "no"}, r"tokens exceed data.max_seq_length 200 \(1 of 41"),
-        ({"prompt": "a", "completion": "日" * 99}, r"tokens exceed data.max_seq_length 200"),
     ],
 )
 def test_an_error_names_its_place_in_any_part(tmp_path, at, row, message):
@@ -165,7 +73,7 @@ def test_an_error_names_its_place_in_any_part(tmp_path, at, row, message):
     section = section_of(file, max_seq_length=200)
     with pytest.raises(ValueError, match=message) as error:
         load_training_data(section, tiny_tokenizers.with_bos())
-    assert str(error.value).startswith(f"{file}:{2 * at + 1}: ") and not cached()
+    assert str(error.value).startswith(f"{file}:{2 * at + 1}: ")
 
 
 def test_no_room_for_a_prompt_is_an_error(tmp_path):
@@ -174,10 +82,6 @@ def test_no_room_for_a_prompt_is_an_error(tmp_path):
         load_training_data(section_of(file, max_seq_length=2, truncate="left"), tiny_tokenizers.plain())
     with pytest.raises(ValueError, match=f"{file}:1: every example is longer than data.max_seq_length 2"):
         load_training_data(section_of(file, max_seq_length=2, truncate="skip"), tiny_tokenizers.plain())
-    with pytest.raises(ValueError, match="has no rows"):
-        load_training_data(section_of(written(tmp_path, [])), tiny_tokenizers.plain())
-    with pytest.raises(ValueError, match="data.train is not set"):
-        load_training_data(DataSection(), tiny_tokenizers.plain())
 
 
 # -------------------------------------------------------------------------------------------------------------- lengths
@@ -188,12 +92,6 @@ def test_the_length_follows_from_the_longest_example():
     assert describe_lengths(lengths) == (
         "lengths: half of the examples have up to 10 tokens, 95 % up to 20, the longest 30; data.max_seq_length=32"
     )
-
-
-def test_one_example_that_is_far_longer_is_named_with_what_it_costs():
-    said = describe_lengths(np.array([20] * 30 + [203])).splitlines()
-    assert "the longest 203; data.max_seq_length=208" in said[0]
-    assert "has 10 times as many. A batch" in said[1] and "data.max_seq_length=24 with data.truncate=skip" in said[1]
 
 
 def test_a_packed_row_has_room_for_several_examples_and_for_the_longest():
@@ -208,22 +106,6 @@ def test_a_packed_row_has_room_for_several_examples_and_for_the_longest():
 def long_and_short():
     texts = [("yes " * 3, "no"), ("the quick brown fox " * 9, "yes"), ("user:", "no"), ("lazy dog " * 20, "yes")]
     return [Record(p, c, (c,), None, f"file:{i}") for i, (p, c) in enumerate(texts, start=1)]
-
-
-def test_examples_that_fit_are_encoded_as_everywhere():
-    tokenizer, records = tiny_tokenizers.plain(), long_and_short()
-    made = encode_records(records, tokenizer, DataSection(max_seq_length=500))
-    assert made.examples == [encode_example(tokenizer, r.prompt, r.completion) for r in records]
-    assert made.records == records and (made.cut, made.skipped) == (0, 0)
-
-
-def test_a_long_example_is_an_error_that_says_what_to_do():
-    with pytest.raises(ValueError) as error:
-        encode_records(long_and_short(), tiny_tokenizers.plain(), DataSection(max_seq_length=20))
-    tokens = sum(map(len, encode_example(tiny_tokenizers.plain(), *long_and_short()[1][:2])))
-    message = str(error.value)
-    assert message.startswith(f"file:2: {tokens} tokens exceed data.max_seq_length 20 (2 of 4 examples")
-    assert "data.truncate to skip" in message and "left" in message
 
 
 def test_skip_leaves_the_long_ones_out_and_counts_them():

@@ -108,12 +108,6 @@ def test_what_can_not_be_evaluated_is_named(folder, loaded):
             evaluate(model, given, tasks, tokenizer=tokenizer, options=EvalOptions(**options))
 
 
-def test_the_command_names_its_flag_where_the_call_names_its_argument(folder, capsys):
-    line = ["evaluate", "--backbone", folder / "backbone", "--tasks", folder / "labels", "--shuffle-prompts"]
-    assert main([*map(str, line), "--allow-cpu"]) == 2
-    assert "--shuffle-prompts requires an adapter" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [

@@ -116,9 +116,6 @@ def test_a_killed_evaluation_goes_on_and_loses_no_answer(folder, whole, tmp_path
             [],
             "task tiny_rolling: loglikelihood_rolling is refused: it scores a whole text, which has no",
         ),
-        (["labels:bleu"], [], "got 'bleu'"),
-        (["no/such.jsonl"], [], "--tasks 'no/such.jsonl': no such file or folder"),
-        (["labels", "labels"], [], "--tasks: labels:accuracy is given more than once"),
         (["labels", "tiny_tag"], [], "--tasks: labels is given more than once"),
         (["labels"], ["--include-path", "none"], None),
         (["labels"], ["--adapters", "/nowhere/adapter"], "/nowhere/adapter: no such file or folder"),
@@ -129,10 +126,7 @@ def test_a_mistake_gives_one_line_before_weights_are_read(
 ):
     if said:
         monkeypatch.setattr("para_jax.backbone.load.load_backbone", lambda *a, **s: pytest.fail("weights are read"))
-    made = command(folder, tmp_path, *more, tasks=tasks)
-    if ":" in str(tasks):
-        made = [text.replace("labels:bleu", f"{folder / 'labels'}:bleu") for text in made]
-    assert main(made) == (2 if said else 0)
+    assert main(command(folder, tmp_path, *more, tasks=tasks)) == (2 if said else 0)
     if said:
         error = capsys.readouterr().err
         last = error[error.index("para-jax: error") :].splitlines()
@@ -266,7 +260,7 @@ def test_a_tenants_own_config_gives_its_metric(folder):
     assert [one.questions[-1].max_new_tokens for one in tasks] == [16, 3]
 
 
-def test_own_tasks_of_a_label_metric_rank_with_and_without_training_data(folder, tmp_path, capsys):
+def test_own_tasks_of_a_label_metric_rank_with_and_without_training_data(folder, tmp_path):
     """A has some, C has only a tenant.yaml, B neither. All are asked what the file alone is asked."""
     model_config, tokenizer = load_model_config(folder / "backbone"), load_tokenizer(folder / "backbone")
     for name in "ABC":
@@ -282,22 +276,5 @@ def test_own_tasks_of_a_label_metric_rank_with_and_without_training_data(folder,
     for metric in ("macro_f1", "matthews"):
         one, *others = [task.questions for task in asked(metric)]
         assert one == others[0] == others[1]
-    assert "is not here" not in capsys.readouterr().err
     of_config, of_file, _ = [task.questions for task in asked("macro_f1", "eval.choices=[w9, w12, w13]")]
     assert len(of_config) == len(of_file) * 4 // 3  # with the completion, for the loss
-    write_rows(tmp_path / "A" / "train.jsonl", rows[:1])  # one label: nothing to rank
-    assert asked("macro_f1")[0].questions != asked("macro_f1")[1].questions
-    write_rows(tmp_path / "A" / "train.jsonl", [row | {"completion": "w9 w9"} for row in rows[:1]] + rows[:1])
-    asked("macro_f1")
-    assert "are not among the choices (w9, w9 w9)" in capsys.readouterr().err
-
-
-def test_tenants_without_their_training_data_share_one_warning(folder, tmp_path, capsys):
-    own = {}
-    for name in ("A", "B"):
-        shutil.copytree(folder / "free", tmp_path / name)
-        own[name] = run_config(folder, f"data.train={tmp_path / name}", "eval.metric=null", "eval.max_new_tokens=null")
-    model_config, tokenizer = load_model_config(folder / "backbone"), load_tokenizer(folder / "backbone")
-    read_own_tasks(str(tmp_path), ["A", "B"], tokenizer, model_config, EvalOptions(), own)
-    said = capsys.readouterr().err
-    assert said.count("is not here") == 1 and f"({tmp_path}/A), and that of 1 more," in said

@@ -4,13 +4,10 @@ import numpy as np
 import pytest
 from golden_models import backbone
 from long_cases import slow
-from tiny_questions import ROWS, answers, asked, bank_of, by_hand
-from tiny_run import tokenizer
+from tiny_questions import answers, asked, bank_of, by_hand
 
 from para_jax import forward
 from para_jax.evaluation import likelihood
-from para_jax.evaluation.answers import Answerer
-from para_jax.evaluation.likelihood import together
 from para_jax.evaluation.questions import Likelihood
 
 
@@ -60,15 +57,3 @@ def test_the_factors_never_see_the_continuation(monkeypatch):
     contexts = {one.context for one in asked()}
     assert {ids for ids in seen if ids in contexts} == contexts and all(seen.count(ids) == 2 for ids in contexts)
     assert {ids for ids in seen if ids not in contexts} <= {(0,)}  # rows that fill up a batch
-
-
-def test_each_shape_is_announced_once_when_it_is_compiled(capsys):
-    answerer = Answerer(backbone("llama"), None, tokenizer(), rows=ROWS)
-    for last in (4, 5):
-        answerer.answer([(None, Likelihood((3,) * 9, (last,)))])
-    said = [line for line in capsys.readouterr().err.splitlines() if line.endswith("...")]
-    one = together(1, ROWS)
-    assert said == [
-        f"compiling {ROWS} contexts of 16 tokens ...",
-        f"compiling {one} continuations of 1 tokens after 64 ...",
-    ]

@@ -66,16 +66,6 @@ def shards(folder, adapters, tmp_path_factory):
     return folders
 
 
-@pytest.mark.long
-def test_shards_that_split_the_model_differently_are_refused(folder, adapters, tmp_path, capsys):
-    """Their log-likelihoods differ in the last bits, and the same device has computed them."""
-    for index, size in enumerate((1, 2)):
-        given = ["--shard", f"{index}/2", "--tensor-parallel-size", size]
-        assert main(command(folder, adapters, tmp_path / str(index), *given, tasks=("free:loss",))) == 0
-    assert main(["merge", str(tmp_path / "0"), str(tmp_path / "1"), "--output", str(tmp_path / "out")]) == 2
-    assert "differ in device: '1 of 8 x cpu" in capsys.readouterr().err
-
-
 def held(output):
     return json.loads((output / SHARD_FILE).read_text())["content"]["files"]
 
@@ -111,11 +101,6 @@ def test_what_does_not_belong_together_is_refused_by_name(shards, tmp_path):
         json.dumps(part | {"settings": part["settings"] | {"limit": 2, "tasks": "other"}})
     )
     with pytest.raises(ValueError, match="changed differ in limit: 3 and 2"):
-        merge_folders([shards[0], changed, shards[2]], output)
-    (changed / SHARD_FILE).write_text(json.dumps(part))
-    lines = (changed / "answers.jsonl").read_text().splitlines(keepends=True)
-    (changed / "answers.jsonl").write_text("".join(lines[1:]))
-    with pytest.raises(ValueError, match="changed/answers.jsonl has .* but shard 1/3 asks for"):
         merge_folders([shards[0], changed, shards[2]], output)
     assert not output.exists()  # a merge can be tried again
 

@@ -74,11 +74,11 @@ def test_the_samples_of_lm_evals_tasks_are_as_it_writes_them(whole, logged):
         assert set(write[0]["arguments"]["gen_args_0"]) == {"arg_0", "arg_1"} and write[0]["target"] == "w9"
 
 
-def test_hostile_texts_stay_one_line_of_plain_json(tmp_path):
+def test_any_text_stays_one_line_of_json(tmp_path):
     text = 'a"\n\x1b[2J\x9b\u2028\u202e\udc80日本 e\u0301\U000e0001'
     data = json_line({"text": text, "n": np.float32(1.5), "set": {1}})
     assert json.loads(data) == {"text": text, "n": 1.5, "set": [1]}
-    assert data.endswith(b"\n") and data[:-1].decode().isprintable() and "日本" in data.decode()
+    assert data.endswith(b"\n") and data.count(b"\n") == 1 and "日本" in data.decode()
     write_samples(tmp_path / "s.jsonl", "a/b", "t\n", [{"index": 0}])
     assert json.loads((tmp_path / "s.jsonl").read_text()) == {"adapter": "a/b", "task": "t\n", "index": 0}
     parts = [("a_b", "c"), ("a", "b_c"), ("../a", "b/c"), ("a", "c")]

@@ -1,7 +1,5 @@
 """Many tenants scored in one pass: each gets the score that it gets alone."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_models import FIXTURES, strong
@@ -99,10 +97,6 @@ def test_a_score_has_the_same_bits_whoever_else_is_scored(tasks, method):
         adapters[1], kept = strong(adapters[1], seed=9), adapters[1]
         assert made.scores(stack_adapters(adapters), {tenant: 1})[tenant] != alone
         adapters[1] = kept
-
-
-def first_of(stack):
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), stack.adapters)
 
 
 def test_a_question_of_two_tenants_to_one_adapter_is_answered_once(tasks, monkeypatch):

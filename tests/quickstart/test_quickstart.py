@@ -16,9 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from para_jax import quickstart
 from para_jax.cli import main
-from para_jax.config import load_config
 from para_jax.quickstart.examples import JOBS, business_examples
-from para_jax.runs.folder import claim_folder, locked_folder
+from para_jax.runs.folder import claim_folder
 from para_jax.runs.train import TenantsResult
 
 # The tiny tokenizer makes more tokens of some prompts than the 48 that SmolLM2's always stays below.
@@ -62,7 +61,7 @@ def test_a_quickstart_that_learns_nothing_fails_and_leaves_its_run_folders(backb
     assert len(answers) == 3
     for tenant, base in answers:  # an adapter that learnt nothing is the base model
         assert ast.literal_eval(base) and ast.literal_eval(tenant)[:80] == ast.literal_eval(base)
-    assert quickstart.own_folder([f"backbone.source={backbone}", "train.learning_rate=0", *TINY]).name == "quickstart-2"
+    assert quickstart.own_folder().name == "quickstart-2"
     examples = (tmp_path / "runs" / "quickstart-1" / "data" / "dates" / "train.jsonl").read_bytes()
     other = "output_dir=runs/quickstart-1", "seed=1"
     assert main(["quickstart", f"backbone.source={backbone}", "train.learning_rate=0", *TINY, *other]) == 2
@@ -72,21 +71,11 @@ def test_a_quickstart_that_learns_nothing_fails_and_leaves_its_run_folders(backb
 def test_a_quickstart_that_was_stopped_goes_on_in_its_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     stopped = Path("runs/quickstart-1")
-    assert quickstart.own_folder([]) == stopped
-    config = quickstart.config_in(stopped, ["train.max_steps=9"])
-    claim_folder(config)
-    assert quickstart.own_folder(["train.max_steps=9"]) == stopped
-    assert quickstart.own_folder(["seed=1"]) == Path("runs/quickstart-2")  # another one
-    with locked_folder(config):  # it runs
-        assert quickstart.own_folder(["train.max_steps=9"]) == Path("runs/quickstart-2")
+    assert quickstart.own_folder() == stopped
+    claim_folder(quickstart.config_in(stopped, ["train.max_steps=9"]))
+    assert quickstart.own_folder() == stopped
     (stopped / "results.json").write_text("{}")  # it has ended
-    assert quickstart.own_folder(["train.max_steps=9"]) == Path("runs/quickstart-2")
-
-
-def test_epochs_take_the_place_of_the_default_steps():
-    given = ["train.num_epochs=2"]
-    assert load_config(None, [*quickstart.defaults_for(given), *given]).train.max_steps is None
-    assert load_config(None, quickstart.defaults_for([])).train.max_steps == 48
+    assert quickstart.own_folder() == Path("runs/quickstart-2")
 
 
 @pytest.mark.parametrize(("gains", "code"), [((0.3, 0.5, 1.0), 0), ((0.9, 0.29, 0.9), 1), ((0.9, 0.9, -0.1), 1)])

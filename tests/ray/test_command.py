@@ -20,7 +20,7 @@ def test_options_reach_the_command_as_they_were_given():
     [
         ("generate", {"output": "x"}, "generate_on_ray has no option output"),
         ("serve", {"slot": 3}, "serve_app has no option slot; did you mean slots?"),
-        ("generate", {"top_k": "some"}, "argument --top-k: invalid int value: 'some'"),
+        ("generate", {"top_k": "some"}, "argument --top-k: the value must be a whole number; got 'some'"),
     ],
 )
 def test_a_wrong_option_is_one_line(command, given, said, capsys):

@@ -324,8 +324,8 @@ def test_replicas_get_absolute_paths_and_the_names_of_the_command(folder, monkey
     given = {"backbone": "./backbone", "adapters": ["A", "b=B", "C=user/name"], "api_key_file": "keys.txt"}
     served = served_by(given, any_host=False)
     assert served.sources == {"A": str(folder / "A"), "b": str(folder / "B"), "C": "user/name"}
-    assert (served.options.backbone, served.base) == (str(folder / "backbone"), "backbone")
-    assert served.options.api_key_file == str(folder / "keys.txt")
+    assert (served.options.backbone, served.config.served_model_name) == (str(folder / "backbone"), "backbone")
+    assert served.config.api_key_file == str(folder / "keys.txt")
 
 
 @pytest.mark.parametrize(("any_host", "status"), [(False, 403), (True, 200)])

@@ -11,7 +11,6 @@ from para_jax.cli import main
 from para_jax.data.given import with_data
 from para_jax.evaluation.tasks import task_of_run
 from para_jax.reports.inspect import folder_report
-from para_jax.training.stop import Stopped, StopSignal
 
 SPLITS = {"train": rows_of_text(20, seed=1), "validation": rows_of_text(8, seed=2), "test": rows_of_text(5, seed=3)}
 SHORT = ("train.max_steps=2", "eval.every=2")
@@ -52,14 +51,6 @@ def test_a_run_on_a_data_frame_is_that_of_the_same_files_and_resumes(folder, cap
     assert "from Python" in capsys.readouterr().out
 
 
-def test_a_stopped_run_names_no_command_that_lacks_its_rows(folder, monkeypatch, capsys):
-    monkeypatch.setattr(StopSignal, "reached", lambda self, step: True)
-    with pytest.raises(Stopped):
-        train(config_of(folder, "stopped"), SPLITS)
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert "the same call resumes" in said and "para-jax train" not in said
-
-
 @pytest.mark.long
 def test_tenants_and_a_sweep_take_rows(folder):
     config = config_of(folder, "tenants", "train.rows_per_tenant=4")
@@ -79,10 +70,3 @@ def test_a_wrong_row_stops_the_run_before_anything_is_written(folder):
     with pytest.raises(ValueError, match="^data.train .*and data="):
         train(replace(config, data=replace(config.data, train="x")), SPLITS)
     assert not (folder / "wrong").exists()
-
-
-def test_a_loss_that_is_not_finite_names_the_rows(folder, monkeypatch):
-    from para_jax.runs.loop import places
-
-    assert places(['data["train"] row 12', 'data["train"] row 3']) == 'data["train"] row 3, 12'
-    assert places(["a:2", "a:10", "b:1"]) == "a:2, 10; b:1"

@@ -99,7 +99,7 @@ def test_labels_are_counted_and_rows_that_are_held_out(folder, tmp_path):
     assert "\nmetric: accuracy over 3 choices\nlabels: w9 12, w10 6, w11 6\n" in said
     texts = write_rows(tmp_path / "texts.jsonl", [row | {"completion": f"w{30 + i}"} for i, row in enumerate(rows)])
     said = data_report(run_config(folder, f"data.train={texts}", "data.validation_split=0.01"))
-    assert "data.validation_split=0.01 holds out none" in said and "labels: " not in said
+    assert "labels: " not in said
 
 
 @pytest.mark.parametrize("many", [False, True])

@@ -11,7 +11,6 @@ from golden_models import FIXTURES, backbone, strong
 from tiny_run import ADAPTER, run_config, run_folder, write_tenants
 
 from para_jax import LoraConfig, init_adapter, load_adapter, save_adapter, train, train_tenants
-from para_jax.reports.inspect import dry_run
 from para_jax.runs.initial import initial_places
 
 #: A step that changes nothing: what is kept is what the run started from.
@@ -70,23 +69,6 @@ def test_each_tenant_starts_from_its_own_adapter(folder, tmp_path):
     with pytest.raises(ValueError, match="before/globex/adapter"):
         train_tenants(config)
     assert not (tmp_path / "other").exists()
-
-
-def test_a_dry_run_refuses_the_adapters_that_the_run_would_refuse(folder, tmp_path):
-    names = ("acme", "globex")
-    write_tenants(tmp_path / "tenants", dict.fromkeys(names, 9))
-    saved(tmp_path / "before" / "acme" / "adapter")
-    given = f"data.tenants={tmp_path / 'tenants'}", f"train.init_from={tmp_path / 'before'}", "train.rows_per_tenant=4"
-    config = run_config(folder, f"output_dir={tmp_path / 'run'}", *given)
-    assert f"{tmp_path / 'before'}: 1 of 2 adapters can be read; 1 not checked" in dry_run(config)
-    saved(tmp_path / "before" / "globex" / "adapter", config=replace(ADAPTER, r=7))
-    with pytest.raises(ValueError, match="before/globex/adapter: r=7 there"):
-        dry_run(config)
-    saved(tmp_path / "before" / "globex" / "adapter")
-    assert f"{tmp_path / 'before'}: 2 of 2 adapters can be read\n" in f"{dry_run(config)}\n"
-    later = replace(config, data=replace(config.data, tenants=str(tmp_path / "later")))
-    later = replace(later, train=replace(config.train, tenants_at_once=2))
-    assert "later: not there yet" in dry_run(later)
 
 
 @pytest.mark.long

@@ -38,24 +38,15 @@ def test_a_limit_that_leaves_one_answer_of_sorted_data_is_named(capsys, override
 @pytest.mark.parametrize(
     ("limit", "answers"),
     [
-        ("null", ["w9"] * 20 + ["w10"] * 20),
         ("30", ["w9"] * 20 + ["w10"] * 20),
         ("10", ["w9", "w10"] * 20),
-        ("10", ["w9", " w10\n"] * 5 + ["w10"] * 30),
-        ("10", [f"w{i}" for i in range(40)]),
         ("10", ["w9"] * 30 + ["w10"] * 10),
     ],
-    ids=["no limit", "a limit in both answers", "shuffled", "other white space", "texts", "a rare answer"],
+    ids=["a limit in both answers", "shuffled", "a rare answer"],
 )
 def test_nothing_is_said_where_shuffled_data_could_look_the_same(capsys, limit, answers):
     say_unscored(*tenants_of([f"eval.limit={limit}"], [""], answers))
     assert capsys.readouterr().err == ""
-
-
-def test_a_limit_of_the_test_data_is_looked_at_too(capsys):
-    say_unscored(*tenants_of(["eval.test=true", "eval.test_limit=10"], [""], None, ["w9"] * 20 + ["w10"] * 20))
-    said = capsys.readouterr().err
-    assert "test: the first 10 examples have no answer 'w10'" in said and "raise eval.test_limit" in said
 
 
 def test_test_data_that_is_missing_is_named(capsys):
@@ -73,11 +64,6 @@ def test_tenants_without_validation_data_are_named(capsys, split, advice):
     say_unscored(config, [tenants[0], *(tenant._replace(validation=None) for tenant in tenants[1:])])
     said = capsys.readouterr().err
     assert "late, new (2 of 3 " in said and "acme" not in said and advice in said
-
-
-def test_a_run_with_test_data_says_that_no_row_is_held_out(capsys):
-    say_unscored(*tenants_of(["data.validation_split=0.1"], [""], None, ["w9"]))
-    assert "data.validation_split holds out none" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("split", ["null", "0.1"])

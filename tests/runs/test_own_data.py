@@ -3,20 +3,17 @@
 from dataclasses import replace
 from pathlib import Path
 
-import datasets
 import jax
 import numpy as np
 import pytest
 from tiny_run import backbone_folder, rows_of_text, words, write_rows
 
 from para_jax import train, train_tenants
-from para_jax.config import DataSection, RunConfig, load_config
-from para_jax.data.records import Record, load_records
-from para_jax.data.sources import unread
+from para_jax.config import RunConfig, load_config
+from para_jax.data.records import Record
 from para_jax.evaluation.scoring import Tasks
 from para_jax.evaluation.tasks import EvalTask
 from para_jax.reports.inspect import data_report, dry_run, folder_report
-from para_jax.runs.notices import say_left_out
 from para_jax.runs.plan import plan_run
 from para_jax.runs.scoring import example_prompt
 from para_jax.runs.tenants import Tenant
@@ -108,31 +105,6 @@ def test_each_tenant_holds_rows_of_its_own_out_unless_it_has_validation_data(fol
     assert "validation data of 2 tenants: 6 examples held out" in said and "is not read" not in said
     counts = {name: (one["examples"], one["scores"]["validation"]["count"]) for name, one in result.tenants.items()}
     assert counts == {"train": (27, 3), "globex": (30, 5), "dev": (27, 3)}
-
-
-def test_a_file_that_was_meant_as_validation_data_is_named(tmp_path, capsys):
-    def said(*sections):
-        configs = {str(i): RunConfig(data=section) for i, section in enumerate(sections)}
-        say_left_out(RunConfig(), configs, {})
-        return capsys.readouterr().err
-
-    for file in ("acme/train.jsonl", "acme/dev.jsonl", "globex/train.csv", "globex/validation.csv", "globex/val.csv"):
-        write_rows(tmp_path / file, [])
-    acme, globex = (DataSection(train=str(tmp_path / name)) for name in ("acme", "globex"))
-    named = f"warning: {tmp_path}/acme/dev.jsonl is not read; name it validation.jsonl, or set data.validation\n"
-    assert said(acme, acme, globex) == named
-    assert said(globex, replace(acme, validation=str(tmp_path / "acme/dev.jsonl"))) == ""
-    assert said(replace(acme, test=str(tmp_path / "acme/dev.jsonl"))) == ""
-
-
-def test_so_is_a_split_that_save_to_disk_wrote(tmp_path):
-    data = datasets.Dataset.from_list([{"prompt": "a", "completion": "b"}])
-    datasets.DatasetDict({"train": data, "val": data, "test": data}).save_to_disk(tmp_path)
-    section = DataSection(train=str(tmp_path))
-    assert unread(section, "validation") == tmp_path / "val" and unread(section, "test") is None
-    for source in (tmp_path / "val", f"hf:{tmp_path}::val"):
-        named = replace(section, validation=str(source))
-        assert unread(named, "validation") is None and len(load_records(named, "validation") or ()) == 1
 
 
 @pytest.mark.long

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -96,7 +95,7 @@ def test_a_run_with_auto_takes_the_best_rate_and_resumes_in_its_trials_and_after
     assert f"{losses[best]:.4f} ± " in said and "chosen" in said
     assert load_config(tmp_path / "run" / "config.yaml").train.learning_rate == best
     (tmp_path / "alone").mkdir()
-    alone = auto_config(folder, tmp_path / "alone" / "run", f"train.learning_rate={best}")
+    alone = load_config(tmp_path / "run" / "config.yaml", [f"output_dir={tmp_path / 'alone' / 'run'}"])
     assert train(alone).best_score == result.best_score and without_times(alone) == without_times(config)
 
     stopped = auto_config(folder, tmp_path / "stopped")
@@ -129,20 +128,21 @@ def test_a_signal_during_the_last_save_of_the_trials_stops_before_the_run(folder
     assert metrics(config)
 
 
-@pytest.mark.long
-def test_each_tenant_has_its_own_rate_and_one_without_validation_data_the_default(folder, tmp_path, short, capfd):
+def test_each_tenant_has_its_own_rate_and_the_written_config_trains_them_again_to_the_same_bits(
+    folder, tmp_path, short, capfd
+):
+    """Without validation data the rate is the method's default."""
     write_tenants(tmp_path / "tenants", {"acme": 20, "initech": 12})
-    config = auto_config(folder, tmp_path / "run", f"data.tenants={tmp_path / 'tenants'}", "train.rows_per_tenant=4")
-    result = train_tenants(config)
-    said = capfd.readouterr().err
-    assert "initech" in said and "no validation data" in said
-    configs = {name: load_config(tmp_path / "run" / name / "config.yaml") for name in result.tenants}
-    chosen = {name: one.train.learning_rate for name, one in configs.items()}
-    assert chosen["initech"] == 1e-3 and set(chosen) == {"acme", "initech"} and "auto" not in chosen.values()
-    assert train_tenants(config).tenants == result.tenants
-    assert sorted(path.name for path in Path(tmp_path / "run" / "learning_rates" / "trials").glob("acme-*")) == [
-        "acme-0.0001", "acme-0.0003", "acme-0.001", "acme-0.003",
-    ]  # fmt: skip
+    options = "train.rows_per_tenant=4", "eval.metric=null", "data.max_seq_length=null"
+    first = train_tenants(auto_config(folder, tmp_path / "run", f"data.tenants={tmp_path / 'tenants'}", *options))
+    assert "no validation data of initech" in capfd.readouterr().err
+    rates = {name: load_config(tmp_path / "run" / name / "config.yaml").train.learning_rate for name in first.tenants}
+    assert rates["initech"] == 1e-3 and rates["acme"] in (1e-4, 3e-4, 1e-3, 3e-3)
+    again = train_tenants(load_config(tmp_path / "run" / "config.yaml", [f"output_dir={tmp_path / 'again'}"]))
+    assert again.tenants == first.tenants
+    for name in first.tenants:
+        weights = [to / name / "adapter" / "adapter_model.safetensors" for to in (tmp_path / "run", tmp_path / "again")]
+        assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 def test_a_trial_is_scored_once_at_its_end_on_a_bounded_number_of_examples(folder, tmp_path, short, monkeypatch):

@@ -195,18 +195,13 @@ def test_everything_else_is_refused_by_file_and_field(text, named, tmp_path):
     assert len(str(error.value)) < 2000
 
 
-@pytest.mark.parametrize(("text", "named"), [
-    ("data: {prompt: '{prompt!r}'}", "prompt!r"),
-    ("train: {max_steps: 99999999999}", "train.max_steps.* 99999999999"),
-])  # fmt: skip
-def test_an_error_of_a_tenants_own_value_names_the_tenant(text, named, folder, tmp_path):
+def test_an_error_of_a_tenants_own_value_names_the_tenant(folder, tmp_path):
     write_rows(tmp_path / "data" / "acme" / "train.jsonl", rows_of_text(4, seed=1))
     write_rows(tmp_path / "data" / "zeta" / "train.jsonl", rows_of_text(4, seed=1))
-    (tmp_path / "data" / "zeta" / "tenant.yaml").write_text(text)
+    (tmp_path / "data" / "zeta" / "tenant.yaml").write_text("data: {prompt: '{promt}'}")
     config = tenants_config(folder, tmp_path / "run", f"data.tenants={tmp_path / 'data'}")
-    early = [] if "max_steps" in text else [lambda: check_data(config, ["train"])]
-    for read in (*early, lambda: plan_run(config), lambda: data_report(config)):
-        with pytest.raises(ValueError, match=named) as error:
+    for read in (lambda: check_data(config, ["train"]), lambda: plan_run(config), lambda: data_report(config)):
+        with pytest.raises(ValueError, match="no field 'promt'") as error:
             read()
         assert "zeta" in str(error.value) and "acme" not in str(error.value)
 

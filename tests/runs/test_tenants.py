@@ -6,20 +6,17 @@ import math
 import os
 import re
 import signal
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
-from long_cases import quick, slow
+from long_cases import quick
 from tiny_run import run_config, run_folder, tokenizer, write_tenants
 from tiny_scores import score
 
 from para_jax import (
-    Ia3Config,
-    LoraConfig,
     load_adapter,
     load_backbone,
     load_model_config,
@@ -39,7 +36,7 @@ from para_jax.runs import tenants as inputs
 from para_jax.runs.folder import claim_folders
 from para_jax.runs.plan import plan_run
 from para_jax.runs.tenants import sweep_configs
-from para_jax.training import statistics, tenants_file
+from para_jax.training import statistics
 from para_jax.training.log import TIMES
 from para_jax.training.step import train_step
 from para_jax.training.stop import Stopped, StopSignal
@@ -391,21 +388,6 @@ def test_no_step_waits_for_the_test_data_and_a_sweep_tests_the_base_model_once(f
     assert len({entry["test_before"] for entry in found.values()} - {None}) == 1
 
 
-def test_tenants_that_end_are_written_with_the_checkpoints_however_many_they_are(folder, tmp_path, monkeypatch):
-    """One more tenant costs its own entry, whatever the number of those that ended before."""
-    written, saved = [], []
-    write, save = tenants_file.atomic.write_text, loop.save_checkpoint
-    monkeypatch.setattr(loop, "save_checkpoint", lambda *given: saved.append(None) or save(*given))
-    with monkeypatch.context() as patched:
-        patched.setattr(tenants_file.atomic, "write_text", lambda file, text: (
-            written.append(text) if file.name == "tenants.json" else None, write(file, text)
-        ))  # fmt: skip
-        options = "sweep.seed=[0, 1, 2, 3]", "train.tenants_at_once=1", "train.max_steps=1", "checkpoint.every=2"
-        found = train_tenants(sweep_config(folder, tmp_path / "run", "0.03", *options, "eval.base=false"))
-    assert len(saved) == 2 and [len(json.loads(text)) for text in written] == [0, 2, 4]
-    assert json.loads(written[-1]) == found.tenants
-
-
 @pytest.mark.parametrize("lost", [False, True])
 def test_a_run_that_is_killed_after_tenants_ended_ends_with_the_same_entries(lost, folder, tmp_path, monkeypatch):
     """Of those before the newest checkpoint, after it, and still to come; also if a disk lost the file."""
@@ -505,9 +487,8 @@ def test_a_run_stopped_at_its_very_end_logs_nothing_twice_when_started_again(who
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("rates", ["1e30, 0.03", slow("1e30, 0.03, 0.01, 0.02")])
-def test_what_a_non_finite_tenant_changes_does_not_depend_on_a_stop(rates, folder, tmp_path, monkeypatch):
-    ends = []
+def test_what_a_non_finite_tenant_changes_does_not_depend_on_a_stop(folder, tmp_path, monkeypatch):
+    rates, ends = "1e30, 0.03", []
     for at in (None, 2, 3):
         config = sweep_config(folder, tmp_path / str(at), rates, "eval.every=4", "checkpoint.every=100")
         if at:
@@ -523,15 +504,8 @@ def test_what_a_non_finite_tenant_changes_does_not_depend_on_a_stop(rates, folde
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("at_once", [slow("null"), "1"])
-def test_a_longer_run_of_tenants_goes_on_with_the_bits_of_a_long_one(at_once, folder, tmp_path):
-    """Also where a tenant's slot was given to another one after its end."""
-    own = (
-        f"train.tenants_at_once={at_once}",
-        "train.schedule=constant",
-        "train.warmup_ratio=0",
-        "train.sampling=uniform",
-    )
+def test_a_longer_run_of_tenants_goes_on_with_the_bits_of_a_long_one(folder, tmp_path):
+    own = "train.schedule=constant", "train.warmup_ratio=0", "train.sampling=uniform"
     short, long = ([*own, "eval.test=true", f"train.max_steps={steps}"] for steps in (3, 6))
     first = train_tenants(tenants_config(folder, tmp_path / "run", *short))
     assert {entry["steps"] for entry in first.tenants.values()} == {3}
@@ -546,60 +520,29 @@ def test_a_longer_run_of_tenants_goes_on_with_the_bits_of_a_long_one(at_once, fo
         train_tenants(tenants_config(folder, tmp_path / "run", *short))
 
 
-@pytest.mark.long
-def test_a_longer_run_that_is_killed_resumes_with_its_bits(folder, tmp_path, monkeypatch):
-    """The kill comes before a checkpoint says that a tenant, which had given its slot away, has ended again."""
-    own = "train.tenants_at_once=1", "train.schedule=constant", "train.warmup_ratio=0", "checkpoint.every=100"
-    short, long = ([*own, f"train.max_steps={steps}"] for steps in (3, 6))
-    train_tenants(tenants_config(folder, tmp_path / "run", *short))
-    real, calls = loop.train_step, []
-
-    def killed(*arguments, **settings):
-        calls.append(None)
-        if len(calls) == 8:  # three steps of the tenant with the slot, three of one that takes it, one of another
-            raise RuntimeError("killed")
-        return real(*arguments, **settings)
-
-    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
-        patched.setattr(loop, "train_step", killed)
-        train_tenants(tenants_config(folder, tmp_path / "run", *long))
-    assert json.loads((tmp_path / "run" / "tenants.json").read_text()) == {}  # all of them go on
-    found = train_tenants(tenants_config(folder, tmp_path / "run", *long))
-    train_tenants(tenants_config(folder, tmp_path / "long", *long))
-    assert {entry["steps"] for entry in found.tenants.values()} == {6}
-    for name in SIZES:
-        assert weights_of(tmp_path / "run", name) == weights_of(tmp_path / "long", name)
+def test_a_tenant_that_gave_its_place_away_does_not_go_on(folder, tmp_path):
+    options = "sweep.seed=[0, 1]", "train.tenants_at_once=1", "eval.base=false"
+    train_tenants(sweep_config(folder, tmp_path / "run", "0.03", *options, "train.max_steps=1"))
+    with pytest.raises(ValueError, match="train.max_steps: learning_rate-0.03-seed-0 gave its place .*train.init_from"):
+        train_tenants(sweep_config(folder, tmp_path / "run", "0.03", *options, "train.max_steps=2"))
 
 
 # ------------------------------------------------------------------------------------------------------------- packing
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("method", ["para", slow("lora"), slow("ia3")])
-def test_packed_tenants_learn_what_packed_runs_of_them_alone_learn(method, folder, tmp_path):
+def test_packed_tenants_learn_what_packed_runs_of_them_alone_learn(folder, tmp_path):
     packed = "data.packing=true", "data.max_seq_length=32", "adapter.summary=raw", "train.max_steps=3"
-    if method != "para":
-        packed = *packed[:2], packed[3], f"adapter.method={method}", *(["adapter.r=4"] if method == "lora" else [])
-    found = train_tenants(of_method(tenants_config, folder, tmp_path / "run", *packed))
+    found = train_tenants(tenants_config(folder, tmp_path / "run", *packed))
     assert {entry["steps"] for entry in found.tenants.values()} == {3}
     alone = f"data.train={folder / 'tenants' / 'acme'}", "train.per_device_batch_size=4"
-    train(of_method(lambda folder, output, *more: run_config(folder, f"output_dir={output}", *more), folder,
-                    tmp_path / "alone", *packed, *alone))  # fmt: skip
+    train(run_config(folder, f"output_dir={tmp_path / 'alone'}", *packed, *alone))
     for name in ("loss", "grad_norm", "tokens"):
         ours, theirs = (
             [row[name] for row in metrics(to) if name in row] for to in (tmp_path / "run" / "acme", tmp_path / "alone")
         )
         np.testing.assert_allclose(ours, theirs, rtol=2e-4)
         assert len(ours) == 3
-
-
-def of_method(make, folder, output, *overrides):
-    """The config with the method's own fields: those of PARA that tiny_run sets are left out."""
-    if any(one.startswith("adapter.method=") for one in overrides):
-        config = make(folder, output, *[one for one in overrides if not one.startswith("adapter.")])
-        method = next(one.partition("=")[2] for one in overrides if one.startswith("adapter.method="))
-        return replace(config, adapter=LoraConfig(r=4) if method == "lora" else Ia3Config())
-    return make(folder, output, *overrides)
 
 
 @pytest.mark.long

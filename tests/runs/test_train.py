@@ -4,7 +4,6 @@ import gzip
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 from copy import deepcopy
@@ -16,30 +15,25 @@ import numpy as np
 import pytest
 from flax import nnx
 from golden_models import FIXTURES, backbone
-from long_cases import long, slow
+from long_cases import long
 from lowering import lowered
 from safetensors.numpy import load_file, save_file
 from stopped_run import assert_same_arrays, interrupt, train_interrupted
-from tensorflow_datasets.core.features import Text
 from tiny_run import metrics, rows_of_text, run_config, run_folder, tokenizer, write_rows
 from tiny_scores import score
-from tiny_tfds import built
 
 from para_jax import (
-    LoraConfig,
     ParaConfig,
     Transformer,
     init_adapter,
     load_adapter,
     load_backbone,
     load_model_config,
-    save_adapter,
     train,
 )
 from para_jax.config import CheckpointSection, ProfilerSection, load_config
 from para_jax.data.batches import Bucket, plan_buckets
 from para_jax.data.examples import Example
-from para_jax.data.records import load_records
 from para_jax.estimate.roofline import matrix_weights
 from para_jax.evaluation import likelihood as evaluation
 from para_jax.evaluation.score import Score
@@ -49,7 +43,6 @@ from para_jax.inference import generate as generation
 from para_jax.runs import loop, scoring
 from para_jax.runs import train as runs
 from para_jax.runs.folder import decided, with_decided
-from para_jax.runs.loop import places
 from para_jax.runs.plan import plan_run
 from para_jax.runs.tenants import steps_of, tenant_configs
 from para_jax.runtime import devices
@@ -176,24 +169,6 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(whole, config
     assert abs(np.asarray(other.adapter.down[...]) - np.asarray(whole[1].adapter.down[...])).max() > 1e-3
 
 
-def test_a_run_on_prepared_data_is_the_run_on_the_same_rows_as_json_lines(config, folder, tmp_path):
-    features = {"prompt": Text(), "completion": Text()}
-    splits = {"train": rows_of_text(20, seed=1), "validation": rows_of_text(8, seed=2)}
-    built("para_jax_rows", features, splits, tmp_path)
-    ours = run_config(
-        folder, f"output_dir={config.output_dir}", "data.train=tfds:para_jax_rows", f"data.data_dir={tmp_path}"
-    )
-    for split in splits:
-        records = load_records(ours.data, split)  # in the order that tensorflow_datasets gave them
-        rows = [{"prompt": r.prompt, "completion": r.completion} for r in records]
-        write_rows(tmp_path / "lines" / f"{split}.jsonl", rows)
-    lines = run_config(folder, f"output_dir={tmp_path / 'other'}", f"data.train={tmp_path / 'lines'}")
-    result = train(ours)
-    assert_same_arrays(result.adapter, train(lines).adapter)
-    assert without_rates(metrics(ours)) == without_rates(metrics(lines))
-    assert "Trained for 6 steps on tfds:para_jax_rows" in (result.output_dir / "adapter" / "README.md").read_text()
-
-
 # ------------------------------------------------------------------------------------------------------------- resuming
 
 
@@ -232,10 +207,7 @@ def test_a_signal_lets_the_step_end_and_saves_and_the_same_command_resumes(
         train(config)
     assert raised is KeyboardInterrupt or error.value.code == 143
     assert checkpoints(config) == [2] and not (Path(config.output_dir) / "adapter").exists()
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("stopped after step 2 of 6, and saved; the same command resumes, or `")
-    advised = shlex.split(said.split("`")[1])
-    assert advised == ["para-jax", "train", f"{config.output_dir}/config.yaml"]
+    assert capsys.readouterr().err.endswith("\nstopped after step 2 of 6, and saved; the same command resumes\n")
     assert_ends_as(whole, config)
     assert "\nresuming at step 2 of 6\n" in capsys.readouterr().err
     train(config)
@@ -253,9 +225,8 @@ def test_sigterm_breaks_into_an_evaluation_which_is_made_when_the_run_resumes(at
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("adapter", [ParaConfig(r=2), slow(LoraConfig(r=2))], ids=lambda one: type(one).__name__)
-def test_the_best_adapter_of_the_checkpoint_stays_the_best_after_a_kill(config, monkeypatch, capsys, adapter):
-    config = replace(config, adapter=adapter, eval=replace(config.eval, every=2), checkpoint=CheckpointSection(every=3))
+def test_the_best_adapter_of_the_checkpoint_stays_the_best_after_a_kill(config, monkeypatch, capsys):
+    config = replace(config, eval=replace(config.eval, every=2), checkpoint=CheckpointSection(every=3))
     with monkeypatch.context() as patched, pytest.raises(KeyError):
         scripted(patched, 0.5, 0.4)
         at_call(patched, loop, "train_step", 5, lambda *_: {}["as a kill"])
@@ -289,20 +260,6 @@ def test_the_kept_adapter_is_the_reported_one_where_a_later_one_was_kept_before_
     assert (result.best_step, result.best_score) == (6, 0.45)
     assert result.scores["validation"]["values"]["exact_match"] == 0.45
     assert_same_arrays(kept_adapter(config), scored[1])
-
-
-def test_a_run_that_has_ended_says_if_its_adapter_is_gone_or_another_one(config):
-    result = train(config)
-    kept = Path(config.output_dir) / "adapter"
-    aside = kept.rename(Path(config.output_dir).parent / "aside")
-    with pytest.raises(ValueError, match=f"{kept} is not the adapter of step {result.best_step} "):
-        train(config)
-    save_adapter(init_adapter(result.adapter.config, load_model_config(config.backbone.source)), kept)
-    with pytest.raises(ValueError, match=f"{kept} is not the adapter"):
-        train(config)
-    shutil.rmtree(kept)
-    aside.rename(kept)
-    assert train(config).best_score == result.best_score
 
 
 def test_checkpoints_come_as_often_as_asked_and_the_newest_are_kept(whole, config, monkeypatch):
@@ -647,20 +604,15 @@ def test_a_loss_that_is_not_finite_names_the_step_and_its_examples(whole, config
         return state, values | ({"loss": np.full(1, np.nan)} if int(state.step[0]) == 2 else {})
 
     monkeypatch.setattr(loop, "train_step", broken)
-    lines = ", ".join(str(i + 1) for i in sorted(only_tenant(config).order.plan.batch_indices(1)[1]))
-    said = f"step 2: the loss is nan on {config.data.train}/train.jsonl:{lines}; look at these examples"
+    chosen = only_tenant(config).order.plan.batch_indices(1)[1]
+    lines = "; ".join(sorted(f"{config.data.train}/train.jsonl:{i + 1}" for i in chosen))
+    said = f"step 2: the loss is nan on {lines}; look at these examples"
     with pytest.raises(ValueError, match=re.escape(said)) as error:
         train(config)
-    assert "\n" not in str(error.value) and len(lines.split(", ")) == 8
+    assert "\n" not in str(error.value) and len(chosen) == 8
     assert [row["step"] for row in metrics(config)] == [0, 1] and not (Path(config.output_dir) / "adapter").exists()
     monkeypatch.undo()
     assert_same_arrays(train(config).adapter, whole[1].adapter)  # nothing of it was saved
-
-
-def test_places_name_a_file_once():
-    assert places(["a.jsonl:7", "a.jsonl:12", "b:x/c.jsonl:2", "a.jsonl:3"]) == "a.jsonl:3, 7, 12; b:x/c.jsonl:2"
-    assert places(["hf:u/n::train[:90%][12]", "hf:u/n::train[:90%][3]"]) == "hf:u/n::train[:90%][3, 12]"
-    assert places(["d/a b.json[1]", "d/a b.json[12]"]) == "d/a b.json[1, 12]"
 
 
 def test_a_validation_loss_that_is_not_finite_keeps_the_adapter_before(config, monkeypatch):
@@ -691,13 +643,6 @@ def test_a_config_that_does_not_fit_is_an_error_before_anything_is_written(overr
     assert not (tmp_path / "run").exists()
 
 
-def test_more_steps_than_the_schedule_counts_are_an_error(folder, tmp_path):
-    with pytest.raises(ValueError, match="train.max_steps .*2147483648 steps"):
-        train(run_config(folder, f"output_dir={tmp_path / 'run'}", "train.max_steps=3000000000"))
-    with pytest.raises(ValueError, match="train.num_epochs .*2147483648 steps.*3000000000"):
-        steps_of(load_config(None, ["train.num_epochs=1e6"]), 3000)
-
-
 def test_epochs_do_not_gain_a_step_by_rounding():
     assert 0.07 * 100 > 7
     for epochs, batches, steps in ((0.07, 100, 7), (0.14, 50, 7), (0.5, 3, 2), (2, 3, 6), (0.001, 3, 1), (1e-8, 3, 1)):
@@ -720,8 +665,7 @@ def test_a_run_reads_all_its_data_as_often_as_asked(folder):
     [
         ("gemma3_text", [], "0.001"), ("gemma2", ["train.learning_rate=3e-4"], "0.0003"), ("llama", [], None),
         ("gemma", ["train.learning_rate=1e-4"], None), ("gemma", ["train.learning_rate=auto"], None),
-        ("gemma", ["sweep.learning_rate=[1e-3, 1e-4]"], None),
-        ("gemma", ["adapter.summary=rms"], None), ("gemma", ["adapter.method=lora"], None),
+        ("gemma", ["adapter.summary=rms"], None),
     ],
 )  # fmt: skip
 def test_a_rate_with_which_gemma_learns_little_is_said(folder, capsys, family, overrides, said):

@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-import zlib
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,6 @@ from para_jax.runtime.devices import (
     describe_devices,
     join,
     make_deterministic,
-    remove_broken,
     start,
     unused_accelerator,
 )
@@ -56,21 +54,12 @@ def test_an_accelerator_that_jax_sees_is_not_unused(tmp_path, monkeypatch):
 
 def test_an_unused_accelerator_is_an_error_that_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr(devices, "unused_accelerator", lambda: ("TPU", "tpu"))
-    monkeypatch.setitem(devices.BACKENDS, "tpu", ("no-such-package",))
-    with pytest.raises(ValueError, match=r"TPU.*CPU.*`pip install 'para_jax\[tpu\]'`.*runtime.allow_cpu=true") as error:
+    with pytest.raises(
+        ValueError, match=r"TPU.*`pip install 'para_jax\[tpu\]'`.*another process.*allow_cpu=true"
+    ) as error:
         start(RuntimeSection(compilation_cache=False))
     assert "\n" not in str(error.value) and "devices: 8 x cpu" in capsys.readouterr().err
     start(RuntimeSection(compilation_cache=False, allow_cpu=True))
-
-
-@pytest.mark.parametrize(("extra", "why"), [("tpu", "another process uses"), ("cuda", r"CUDA 13.*jax\[cuda12\]")])
-def test_an_accelerator_that_jax_could_not_start_is_not_told_to_install_what_is_there(extra, why, monkeypatch):
-    monkeypatch.setattr(devices, "unused_accelerator", lambda: ("chip", extra))
-    monkeypatch.setitem(devices.BACKENDS, extra, ("no-such-package", "jaxlib"))
-    said = rf"chip.*jaxlib {jax.lib.__version__} is installed.*{why}.*allow_cpu"
-    with pytest.raises(ValueError, match=said) as error:
-        start(RuntimeSection(compilation_cache=False))
-    assert "pip install" not in str(error.value)
 
 
 @pytest.mark.parametrize(("runtime", "given"), [
@@ -142,22 +131,6 @@ def test_the_compilation_cache_is_in_the_cache_folder_unless_turned_off(tmp_path
     finally:
         jax.config.update("jax_compilation_cache_dir", before[0])
         jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
-
-
-def test_programs_that_a_kill_or_a_full_disk_left_in_part_are_removed(tmp_path):
-    whole = zlib.compress(os.urandom(10**6))
-    files = {"whole-cache": whole, "part-cache": whole[:-1], "none-cache": b"", "text-cache": b"x", "other": b""}
-    for name, content in (files | {"zstandard-cache": b"\x28\xb5\x2f\xfd x"}).items():
-        (tmp_path / name).write_bytes(content)
-    remove_broken(tmp_path)
-    remove_broken(tmp_path / "nowhere")
-    left = {file.name for file in tmp_path.iterdir()}
-    assert left == {"whole-cache", "zstandard-cache", "other", "looked"}
-    (tmp_path / "late-cache").write_bytes(whole[:-1])
-    (tmp_path / "whole-cache").write_bytes(b"")
-    os.utime(tmp_path / "whole-cache", (1, 1))  # it was looked at
-    remove_broken(tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == left
 
 
 def test_compiling_is_announced_and_timed(capsys):

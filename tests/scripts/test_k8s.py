@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 import tomllib
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,11 +20,11 @@ from two_processes import address, run_two
 
 from para_jax.backbone.load import load_model_config
 from para_jax.cli import parse
-from para_jax.cli.serve import check_options as check_serve
 from para_jax.config import load_config
 from para_jax.estimate.memory import USABLE
 from para_jax.estimate.topology import parsed_topology
 from para_jax.server.app import create_app
+from para_jax.server.config import ServerConfig
 from para_jax.server.models import Models
 from para_jax.server.serve import LAST_BYTES_SECONDS
 from para_jax.serving.capacity import ROWS
@@ -154,7 +155,7 @@ def test_each_volume_is_mounted_where_the_cache_is():
 
 def test_the_server_s_options_probes_and_metrics_exist():
     options = parse(arguments(SERVE))
-    check_serve(options)
+    ServerConfig(**{one.name: getattr(options, one.name) for one in fields(ServerConfig)})
     cache = SimpleNamespace(queries=0, hits=0)
     counts = {"running": {}, "waiting": {}, "kv_usage": 0.0, "prefix_cache": cache, "slots": 3}
     engine: Any = SimpleNamespace(tokenizer=tokenizer(), **counts)

@@ -9,7 +9,7 @@ from para_jax.data.examples import encode_continuation
 from para_jax.inference.answer_text import AnswerText, is_byte, text_of, word_tokens
 from para_jax.inference.logprobs import TokenLogprob
 from para_jax.server.choices import Choice
-from para_jax.server.protocol import read_completion
+from para_jax.server.protocol import CompletionBody
 from para_jax.server.token_text import TokenTexts
 from para_jax.serving.request import Piece
 
@@ -18,12 +18,12 @@ PROMPT = "where is my"
 
 def parts_of(tokenizer, ids, size, prompt=PROMPT, **fields):
     """What a choice gives of an answer that comes `size` tokens at a time."""
-    asked = read_completion({"model": "A", "prompt": prompt, **fields})
+    asked = CompletionBody(model="A", prompt=prompt, **fields)
     before = tokenizer(prompt)["input_ids"]
     scores = [None, *(TokenLogprob(id, -1.0, []) for id in before[1:])]
     stream = SimpleNamespace(prompt_ids=before, prompt_logprobs=scores)
     engine = SimpleNamespace(tokenizer=tokenizer, stop_ids=())
-    choice = Choice(0, asked, 0, stream, engine, TokenTexts(tokenizer))
+    choice = Choice(0, asked, prompt, stream, engine, TokenTexts(tokenizer))
     text = AnswerText(tokenizer, strip=False, after=word_tokens(tokenizer))  # as the engine has it
     for start in range(0, len(ids), size):
         new = ids[start : start + size]

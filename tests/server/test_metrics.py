@@ -12,7 +12,7 @@ from running_server import eventually, new_engine, running
 from tiny_engine import prompt
 
 from para_jax.server.metrics import Metrics, finished_reasons
-from para_jax.server.outcome import Outcome
+from para_jax.server.traffic import Outcome
 
 BASE = "the-base"
 HISTOGRAMS = ("time_to_first_token", "inter_token_latency", "e2e_request_latency", "request_queue_time")
@@ -21,13 +21,23 @@ HISTOGRAMS = ("time_to_first_token", "inter_token_latency", "e2e_request_latency
 def metrics_of(running=None, waiting=None, names=("A", "B"), **options):
     cache = SimpleNamespace(queries=100, hits=40)
     engine = SimpleNamespace(running=running or {}, waiting=waiting or {}, kv_usage=0.25, prefix_cache=cache, slots=3)
-    return Metrics(engine, SimpleNamespace(base=BASE, names=names), **options)
+    return Metrics(engine, SimpleNamespace(base=BASE, names=names, has=names.__contains__), **options)
 
 
 def outcome(tenant="A", **fields):
     times = {"received": 10.0, "queued": 10.5, "started": 12.5, "first_token": 13.0, "ended": 20.0}
     given = {"served": True, "status": 200, "tenant": tenant, "prompt_tokens": 10, "new_tokens": 3} | times
     return Outcome("POST", "/v1/completions", "id", **(given | {"finish_reasons": ["stop"]} | fields))
+
+
+def observe(metrics, *arguments, new_tokens=3, **fields):
+    """Lets the metrics see a request from when the engine has taken it."""
+    one = outcome(*arguments, **fields, new_tokens=0)
+    times, one.started = SimpleNamespace(queued=one.queued, started=one.started, first_token=one.first_token), None
+    metrics.traffic.begin(one)
+    one.note_times([SimpleNamespace(times=times)])
+    one.note_piece(0, 13.0, new_tokens, None)
+    metrics.observe(one)
 
 
 def read(metrics):
@@ -71,14 +81,11 @@ def test_gauges_are_those_of_the_engine_now():
 
 def test_a_request_is_counted_and_measured():
     metrics = metrics_of()
-    metrics.begin(first := outcome(gaps=[(0.4, 4), (7.0, 1)], new_tokens=5))
-    metrics.observe(first)
-    metrics.observe(outcome(None, finish_reasons=["stop", "length"]))
-    metrics.observe(
-        outcome("A", finish_reasons=["stop"], error="client_left", choices=2, status=None, first_token=None)
-    )
+    observe(metrics, gaps=[(0.4, 4), (7.0, 1)], new_tokens=5)
+    observe(metrics, None, finish_reasons=["stop", "length"])
+    observe(metrics, finish_reasons=["stop"], error="client_left", choices=2, status=None, first_token=None)
     metrics.observe(Outcome("GET", "/v1/models", "id", status=401, error="invalid_api_key"))
-    metrics.count_engine_failure()
+    metrics.engine_failures.inc()
     found, _ = read(metrics)
     counts = {"stop": 3, "length": 1, "abort": 1, "error": 0}
     assert {reason: found["vllm:request_success_total", reason, BASE] for reason in counts} == counts
@@ -135,29 +142,28 @@ def test_how_choices_ended_in_the_words_of_vllm():
 def test_a_name_with_any_characters_is_one_label():
     name = 'a"b\\c\n{tenant="x"} 1'
     metrics = metrics_of(running={name: 1}, names=(name,))
-    metrics.observe(outcome(name))
+    observe(metrics, name)
     found, _ = read(metrics)
     assert found["para_jax_tenant_requests_total", "completed", name] == 1
     assert found["vllm:lora_requests_info", "3", name, ""]
 
 
-def test_counting_in_many_threads_loses_nothing():
-    metrics = metrics_of(names=tuple(f"t{i}" for i in range(20)), max_tenants=10)
+def test_metrics_can_be_read_while_requests_end():
+    metrics, done = metrics_of(names=tuple(f"t{i}" for i in range(20)), max_tenants=10), threading.Event()
 
-    def work(thread):
-        for i in range(200):
-            metrics.begin(one := outcome(f"t{i % 20}", gaps=[(0.1, 2)]))
-            metrics.observe(one)
-            if i % 50 == 0:
-                metrics.render()
+    def scrape():
+        while not done.is_set():
+            metrics.render()
 
-    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(8)]
-    [thread.start() for thread in threads]
-    [thread.join(60) for thread in threads]
+    with ThreadPoolExecutor(2) as pool:
+        scrapes = [pool.submit(scrape) for _ in range(2)]
+        for i in range(400):
+            observe(metrics, f"t{i % 20}", gaps=[(0.1, 2)], error=f"error-{i % 7}")
+        done.set()
+        assert [one.result() for one in scrapes] == [None, None]
     found, _ = read(metrics)
-    assert found["vllm:generation_tokens_total", BASE] == 3 * 1600
-    assert found["vllm:inter_token_latency_seconds_count", BASE] == 2 * 1600
-    assert sum(v for k, v in found.items() if k[0] == "para_jax_tenant_requests_total") == 1600
+    assert found["vllm:generation_tokens_total", BASE] == 3 * 400
+    assert sum(v for k, v in found.items() if k[0] == "para_jax_tenant_requests_total") == 400
     assert len([k for k in found if k[0] == "para_jax_tenant_prompt_tokens_total"]) == 12  # with the base and other
 
 

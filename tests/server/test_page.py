@@ -19,17 +19,18 @@ from transformers import PreTrainedTokenizerFast
 
 from para_jax import AdapterBank, Engine, ParaConfig, Request, init_adapter
 from para_jax.server import page
-from para_jax.server.api_keys import Access, ApiKeys
-from para_jax.server.outcome import Outcome
+from para_jax.server.api_keys import Access
+from para_jax.server.config import ServerConfig
 from para_jax.server.page import ROWS
 from para_jax.server.serve import serve
-from para_jax.server.traffic import OTHER, Traffic
+from para_jax.server.traffic import OTHER, Outcome, Traffic
 
 ALL = Access()
 
 
 def models_of(*names):
-    return SimpleNamespace(base="the-base", names=names, visible=lambda access: [n for n in names if access.may_use(n)])
+    visible = lambda access: [name for name in names if access.may_use(name)]  # noqa: E731
+    return SimpleNamespace(base="the-base", visible=visible, has=names.__contains__)
 
 
 def engine_with(running=None, waiting=None):
@@ -37,27 +38,28 @@ def engine_with(running=None, waiting=None):
     return SimpleNamespace(running=running or {}, waiting=waiting or {}, slots=4, kv_usage=0.5, prefix_cache=cache)
 
 
-def traffic_of(known, tokens):
-    traffic = Traffic(known, limit=1000)
+def traffic_of(known, tokens, limit=1000):
+    traffic = Traffic(known, limit)
     for name, new in tokens.items():
-        traffic.end(Outcome("POST", "/", "id", served=True, tenant=name, new_tokens=new))
+        outcome = Outcome("POST", "/", "id", served=True, tenant=name)
+        traffic.begin(outcome)
+        outcome.note_piece(0, 0.0, new, "stop")
+        traffic.end(outcome)
     return traffic
 
 
-def test_the_policy_allows_the_scripts_of_the_page_and_nothing_from_elsewhere():
+def test_the_policy_allows_the_files_of_the_page_and_nothing_from_elsewhere():
     known = models_of()
     with TestClient(Starlette(routes=page.routes(engine_with(), known, Traffic(known)))) as client:
-        response = client.get("/")
-    assert response.status_code == 200 and response.headers["content-type"].startswith("text/html")
-    policy = dict(part.strip().split(" ", 1) for part in response.headers["content-security-policy"].split(";"))
-    assert policy["default-src"] == policy["base-uri"] == policy["frame-ancestors"] == "'none'"
-    assert policy["connect-src"] == "'self'" and "unsafe" not in str(policy)
-    assert re.fullmatch("'sha256-[A-Za-z0-9+/]{43}='", policy["script-src"])
-    html = response.text
-    assert not re.search(
-        r"https?://(?!www\.w3\.org/2000/svg)|innerHTML|insertAdjacentHTML|document\.write|eval\(", html
-    )
-    assert not re.search(r"<[a-z][^>]*\s(style|on[a-z]+)=", html)  # the policy would block them
+        html, css, js = (client.get(path) for path in ("/", "/page.css", "/page.js"))
+    for response, kind in ((html, "text/html"), (css, "text/css"), (js, "text/javascript")):
+        assert response.status_code == 200 and response.headers["content-type"].startswith(kind)
+        policy = dict(part.strip().split(" ", 1) for part in response.headers["content-security-policy"].split(";"))
+        assert policy["default-src"] == "'self'" and "unsafe" not in str(policy)
+        assert policy["base-uri"] == policy["form-action"] == policy["frame-ancestors"] == "'none'"
+    foreign = r"https?://(?!www\.w3\.org/2000/svg)|innerHTML|insertAdjacentHTML|document\.write|eval\("
+    assert not re.search(foreign, html.text + css.text + js.text)
+    assert not re.search(r"<[a-z][^>]*\s(style|on[a-z]+)=|<script>|<style>", html.text)  # the policy would block them
 
 
 def test_the_base_model_comes_first_and_then_the_most_active_tenants():
@@ -86,9 +88,7 @@ def test_a_limited_key_learns_of_its_own_tenants_alone():
 
 def test_counts_that_may_be_among_the_others_are_unknown():
     known = models_of("a", "b")
-    traffic = Traffic(known, limit=1)
-    for name in ("a", "b"):
-        traffic.end(Outcome("POST", "/", "id", served=True, tenant=name, new_tokens=1))
+    traffic = traffic_of(known, {"a": 1, "b": 1}, limit=1)
     rows = {row["name"]: row["new_tokens"] for row in page.state(engine_with(), known, traffic, ALL)["rows"]}
     assert OTHER in traffic.by_tenant() and rows == {None: 0, "a": 1, "b": None}
 
@@ -109,16 +109,19 @@ def html_tokenizer():
 
 
 @contextmanager
-def served(engine):
+def served(engine, folder):
     """The URL of a server with a key."""
+    file = folder / "keys"
+    file.write_text(KEY)
     stop, ready, urls = threading.Event(), threading.Event(), []
 
     def on_ready(url):
         urls.append(url)
         ready.set()
 
-    options = {"port": 0, "model_name": "the-base", "api_keys": ApiKeys([KEY]), "stop": stop, "on_ready": on_ready}
-    thread = threading.Thread(target=serve, args=(engine,), kwargs=options, daemon=True)
+    config = ServerConfig(port=0, served_model_name="the-base", api_key_file=str(file))
+    notices = {"stop": stop, "on_ready": on_ready}
+    thread = threading.Thread(target=serve, args=(engine, config), kwargs=notices, daemon=True)
     thread.start()
     try:
         assert ready.wait(120)
@@ -190,7 +193,7 @@ class Page:
 
 
 @pytest.mark.long
-def test_a_browser_shows_text_as_text_and_streams_answers_side_by_side():
+def test_a_browser_shows_text_as_text_and_streams_answers_side_by_side(tmp_path):
     model = backbone("llama")
     bank = AdapterBank(model.config, max_r=4, sites=SITES, capacity=200)
     for i, name in enumerate([*NAMES, *(f"tenant-{i:02}" for i in range(ROWS + 10))]):
@@ -201,7 +204,7 @@ def test_a_browser_shows_text_as_text_and_streams_answers_side_by_side():
     expected = {ids[completion.id]: completion.text for completion in engine.run()}
     assert len(set(expected.values())) == 4 and all(text.startswith("<b>") for text in expected.values())
 
-    with chromium(1300, 900) as browser, served(engine) as url:
+    with chromium(1300, 900) as browser, served(engine, tmp_path) as url:
         here = Page(browser)
         browser.get(url)
         here.use_key("wrong-key")
@@ -256,7 +259,7 @@ def test_a_browser_shows_text_as_text_and_streams_answers_side_by_side():
         assert loaded and all(one.startswith(url) for one in loaded)
         assert [line for line in browser.get_log("browser") if "status of 40" not in line["message"]] == []
 
-    with served(engine) as url, chromium(390, 844) as browser:  # a phone
+    with served(engine, tmp_path) as url, chromium(390, 844) as browser:  # a phone
         size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         here = Page(browser)

@@ -1,7 +1,6 @@
 """The server starts before it is ready, ends when it is told to, and loses no answer that it has begun."""
 
 import asyncio
-import inspect
 import json
 import os
 import re
@@ -29,16 +28,16 @@ from para_jax import Engine, Request, load_adapter, save_adapter, serve
 from para_jax.adapters.loading_bank import bank_of
 from para_jax.adapters.preview import previews
 from para_jax.cli.serve import served
-from para_jax.server import engine_loop
+from para_jax.server import answering, engine_loop
 from para_jax.server import serve as server_module
 from para_jax.server.address import bound, is_loopback, url_of
-from para_jax.server.answering import Limits
-from para_jax.server.api_keys import ApiKeys
 from para_jax.server.app import create_app
+from para_jax.server.config import ServerConfig
 from para_jax.server.engine_loop import EngineLoop
 from para_jax.server.models import Models
 
 ROOT = Path(__file__).parents[2]
+ANY_PORT = ServerConfig(port=0)
 LONG = {"model": "base", "prompt": prompt(1), "max_tokens": 30, "ignore_eos": True, "temperature": 0}
 
 
@@ -83,7 +82,7 @@ def set_later(seconds=60):
 
 def test_a_notebook_is_told_to_serve_in_a_thread(engine):
     async def cell():
-        serve(engine, port=0)
+        serve(engine, ANY_PORT)
 
     with pytest.raises(ValueError, match=r"event loop.*threading.Thread\(target=serve"):
         asyncio.run(cell())
@@ -122,11 +121,7 @@ def test_open_requests_are_finished_and_new_ones_refused(engine):
         with server.held():
             thread, texts = stream_in_thread(server, LONG)
             server.stop.set()
-            eventually(lambda: httpx.get(f"{server.url}/ready").status_code == 503)
-            refused = httpx.post(f"{server.url}/v1/completions", json=LONG)
-            assert refused.status_code == 503 and int(refused.headers["retry-after"]) > 0
-            assert refused.json()["error"]["code"] == "shutting_down"
-            assert httpx.get(f"{server.url}/health").status_code == 200
+            eventually(lambda: not answers(server.url))
         thread.join(60)
         server.thread.join(60)
         assert not server.thread.is_alive()
@@ -146,7 +141,7 @@ def test_requests_that_take_too_long_end_with_an_error_when_the_server_stops(eng
 def test_a_round_that_does_not_end_is_noticed_and_does_not_keep_the_server_from_stopping(engine, monkeypatch, capfd):
     monkeypatch.setattr(engine_loop, "LONG_ROUND_SECONDS", 0.3)
     monkeypatch.setattr(engine_loop, "LAST_ROUND_SECONDS", 0.1)
-    with running(engine, drain_seconds=0, limits=Limits(timeout=0.2)) as server:
+    with running(engine, drain_seconds=0, timeout=0.2) as server:
 
         def statuses():
             return [httpx.get(f"{server.url}/{path}").status_code for path in ("health", "ready")]
@@ -182,7 +177,7 @@ def test_what_warming_up_raises_ends_the_server(engine):
     engine.warm_up = fail
     before = signal.getsignal(signal.SIGTERM)
     with set_later() as stop, pytest.raises(MemoryError, match="no room"):
-        serve(engine, port=0, stop=stop)
+        serve(engine, ANY_PORT, stop=stop)
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -200,7 +195,7 @@ def test_an_error_outside_the_rounds_ends_the_server_and_its_requests(engine, mo
 
     monkeypatch.setattr(EngineLoop, "_deliver", fail)
     with set_later() as stop, pytest.raises(ZeroDivisionError):
-        serve(engine, port=0, on_ready=ask, stop=stop)
+        serve(engine, ANY_PORT, on_ready=ask, stop=stop)
     eventually(lambda: found)
     assert found[0].status_code == 500 and found[0].json()["error"]["code"] == "engine_failed"
 
@@ -238,10 +233,16 @@ def test_a_client_that_never_reads_is_given_up_at_its_deadline(engine):
 # ----------------------------------------------------------------------------------------------------------- settings
 
 
-@pytest.mark.parametrize("keys", [None, ApiKeys(["sk"])])
-def test_without_keys_a_server_of_this_machine_is_asked_by_its_own_names_only(engine, keys):
+def key_file(folder, *lines):
+    file = folder / "keys"
+    file.write_text("\n".join(lines))
+    return str(file)
+
+
+@pytest.mark.parametrize("keyed", [False, True])
+def test_without_keys_a_server_of_this_machine_is_asked_by_its_own_names_only(engine, tmp_path, keyed):
     """A web page could have its name point at this machine, and browsers would let it read everything."""
-    with running(engine, api_keys=keys) as server:
+    with running(engine, api_key_file=key_file(tmp_path, "sk") if keyed else None) as server:
         for host in ("localhost:1", "a.localhost", "127.0.0.2:80", "[::1]:8000", "LOCALHOST."):
             assert httpx.get(f"{server.url}/ready", headers={"host": host}).status_code == 200
         for host in (
@@ -253,7 +254,7 @@ def test_without_keys_a_server_of_this_machine_is_asked_by_its_own_names_only(en
             "",
         ):
             for path in ("/", "/ready", "/v1/models"):
-                status = 403 if keys is None else 401 if path == "/v1/models" else 200
+                status = 403 if not keyed else 401 if path == "/v1/models" else 200
                 assert httpx.get(server.url + path, headers={"host": host}).status_code == status
 
 
@@ -294,8 +295,8 @@ def test_tenants_that_do_not_fit_the_memory_are_loaded_when_they_are_asked_for(t
     assert str(tmp_path / first) in capfd.readouterr().err
 
 
-def test_keys_open_their_tenants_only(engine):
-    with running(engine, api_keys=ApiKeys(["sk-all", "sk-ä A"])) as server:
+def test_keys_open_their_tenants_only(engine, tmp_path):
+    with running(engine, api_key_file=key_file(tmp_path, "sk-all", "sk-ä A")) as server:
         every, some = ({"authorization": f"Bearer {key}".encode()} for key in ("sk-all", "sk-ä"))
 
         def ask(model, headers):
@@ -318,8 +319,8 @@ def test_keys_open_their_tenants_only(engine):
         }  # fmt: skip
 
 
-def test_a_limited_key_does_not_learn_what_others_have_asked(engine):
-    with running(engine, api_keys=ApiKeys(["sk-all", "sk-a A", "sk-b A"])) as server:
+def test_a_limited_key_does_not_learn_what_others_have_asked(engine, tmp_path):
+    with running(engine, api_key_file=key_file(tmp_path, "sk-all", "sk-a A", "sk-b A")) as server:
 
         def cached(key):
             body, headers = {"model": "base", "prompt": prompt(9), "max_tokens": 1}, {"authorization": f"Bearer {key}"}
@@ -329,9 +330,9 @@ def test_a_limited_key_does_not_learn_what_others_have_asked(engine):
         assert [cached(key) for key in ("sk-a", "sk-b", "sk-all")] == [0, 0, 0] and cached("sk-a") > 0
 
 
-def test_the_servers_limits_hold(engine, capfd):
-    limits = Limits(max_body=200, body_seconds=0.2, timeout=0.3, log_prompts=True)
-    with running(engine, limits=limits, model_name="tiny") as server:
+def test_the_servers_limits_hold(engine, monkeypatch, capfd):
+    monkeypatch.setattr(answering, "BODY_SECONDS", 0.2)
+    with running(engine, max_body=200, timeout=0.3, log_prompts=True, served_model_name="tiny") as server:
         url = f"{server.url}/v1/completions"
         eventually(lambda: httpx.post(url, json=LONG | {"model": "tiny"}).json().get("model") == "tiny")
         assert httpx.post(url, json=LONG | {"user": "x" * 200}).status_code == 413
@@ -416,8 +417,7 @@ def test_metrics_count_what_was_served(engine):
 
 
 def test_only_this_machine_is_let_in_unless_another_address_is_given():
-    hosts = (inspect.signature(serve).parameters["host"].default, served().parse_args([]).host)
-    for host in hosts:
+    for host in (ServerConfig().host, served().parse_args([]).host):
         with bound(host, 0) as taken:
             assert is_loopback(taken)
 
@@ -448,11 +448,12 @@ import sys, threading
 from running_server import new_engine
 from para_jax import serve
 from para_jax.server.address import bound, url_of
+from para_jax.server.config import ServerConfig
 engine, forever = new_engine(), threading.Event()
 engine.step, engine.warm_up = forever.wait, forever.wait if sys.argv[1:] else lambda: None
 taken = bound("127.0.0.1", 0)
 print(url_of(taken), flush=True)
-serve(engine, taken=taken, drain_seconds=100)
+serve(engine, ServerConfig(drain_seconds=100), taken=taken)
 """
 
 
@@ -478,7 +479,7 @@ def test_a_second_signal_ends_the_process_at_once(number):
         asked = pool.submit(httpx.post, f"{url}/v1/completions", json=LONG, timeout=60)
         eventually(lambda: 'num_requests_waiting{model_name="base"} 1.0' in httpx.get(f"{url}/metrics").text)
         process.send_signal(number)
-        eventually(lambda: httpx.get(f"{url}/ready").status_code == 503)
+        eventually(lambda: not answers(url))
         assert process.poll() is None and not asked.done()
         process.send_signal(number)
         assert process.wait(5) == -number
@@ -525,7 +526,7 @@ def test_the_requests_of_the_documentation_are_answered(engine):
     _, tenants = model_and_tenants()
     engine.bank.add("acme", tenants["A"])
     engine.bank.add("globex", tenants["R"])
-    with running(engine, model_name="smollm2-135m") as server:
+    with running(engine, served_model_name="smollm2-135m") as server:
         for _, *words in commands:
             at = [word.replace("localhost:8000", server.url) for word in words]
             found = subprocess.run(["curl", "-sS", "--fail", *at], capture_output=True, text=True, timeout=60)

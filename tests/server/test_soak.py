@@ -93,7 +93,7 @@ def server(folder: Path):
         "--queue-limit-per-tenant": 8, "--adapter-root": folder / "root", "--capacity": NAMES, "--max-r": 4,
         "--methods": ",".join(METHODS), "--sites": ",".join(sorted({*SITES, "down_proj"})),
     }  # fmt: skip
-    command = [sys.executable, "-m", "para_jax.cli", "serve", "--allow-adapter-updates", "--allow-cpu"]
+    command = [sys.executable, "-m", "para_jax.cli", "serve", "--allow-cpu"]
     command += [str(part) for option in options.items() for part in option]
     command += ["--adapters", *(f"kind{i}={folder / 'root' / str(i)}" for i in range(len(CONFIGS)))]
     with (folder / "log").open("w") as log:

@@ -1,14 +1,11 @@
 """The bytes of an answer's tokens, joined, are the bytes of its text, whatever characters it has."""
 
-from copy import deepcopy
-
 import pytest
 import tiny_run
 import tiny_tokenizers
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from para_jax.data.examples import special_stop_ids
 from para_jax.server.token_text import BYTES, TokenTexts
 
 TEXT = "where is my parcel? Grüße, 日本語 🙂!\n  two"
@@ -29,19 +26,6 @@ def test_the_bytes_of_all_tokens_are_those_of_the_text(name):
 def test_special_tokens_have_their_names():
     tokenizer = tiny_tokenizers.plain()
     assert TokenTexts(tokenizer).bytes(tokenizer.eos_token_id) == b"<|im_end|>"
-
-
-def test_the_added_tokens_are_read_once(monkeypatch):
-    """The tokenizer makes their table at each access, which takes milliseconds with some thousand of them."""
-    tokenizer, reads = deepcopy(tiny_tokenizers.plain()), []  # other tests may have read that of the original
-    own = type(tokenizer).added_tokens_decoder.fget
-    counted = property(lambda self: reads.append(1) or own(self))
-    monkeypatch.setattr(type(tokenizer), "added_tokens_decoder", counted)
-    texts = TokenTexts(tokenizer)
-    assert all(texts.bytes(token) for token in range(20))
-    for _ in range(3):
-        assert special_stop_ids(tokenizer, ["<|im_end|>", "w"]) == (tokenizer.eos_token_id,)
-    assert len(reads) == 2
 
 
 def test_other_tokenizers_decode_their_own_tokens():

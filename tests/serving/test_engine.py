@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_tokenizers
-from golden_models import FIXTURES, backbone, strong
+from golden_models import backbone, strong
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_engine import (
@@ -28,7 +28,7 @@ from tiny_engine import (
 from tiny_run import tokenizer
 from transformers import AddedToken
 
-from para_jax import AdapterBank, Engine, LoraConfig, Request, generate, init_adapter, load_backbone
+from para_jax import AdapterBank, Engine, LoraConfig, Request, generate, init_adapter
 from para_jax.data.examples import encode_continuation, encode_prompt, turn_stop_ids
 from para_jax.serving import decoder, prefills
 from para_jax.serving.decoder import STEPS
@@ -441,23 +441,6 @@ def test_ids_are_given_or_numbered_and_an_open_one_is_refused(model, bank):
 
 
 @pytest.mark.long
-def test_nothing_is_compiled_after_warm_up(model, tenants, compiled):
-    bank = bank_of(model, tenants)
-    engine = Engine(model, bank, tokenizer(), slots=4, max_length=72)
-    engine.warm_up()
-    before = len(compiled)
-    assert before
-    for i in range(12):
-        options = dict(temperature=i % 2, top_k=i % 3, seed=i, n=1 + i % 2)
-        tenant = [*CONFIGS, None][i % 4]
-        engine.submit(Request(prompt(i, 1 + 5 * i), tenant, max_new_tokens=2 + i, **options))
-    bank.replace("A", tenants["A2"])
-    assert len(answers(engine)) == 18 and len(compiled) == before
-    jax.jit(lambda x: 2 * x)(np.zeros(72))
-    assert len(compiled) > before
-
-
-@pytest.mark.long
 def test_lora_joins_where_the_bank_lets_it_and_the_engine_says_so(model, tenants, capsys):
     lora = strong(init_adapter(LoraConfig(r=4), model.config), 5, 0.3)
     bank = AdapterBank(model.config, max_r=4, methods=("para", "lora"), sites=SITES)
@@ -495,15 +478,6 @@ def test_an_engine_without_a_bank_serves_the_base_model_alone(model):
 def test_wrong_sizes_of_an_engine_are_refused(model, bank, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         Engine(model, bank, tokenizer(), **({"slots": 2, "max_length": 32} | options))
-
-
-def test_a_bank_keeps_no_backbone_in_memory(bank):
-    made = load_backbone(FIXTURES / "llama")
-    engine, kept = Engine(made, bank, tokenizer(), slots=1, max_length=16), weakref.ref(made)
-    assert bank.model is made
-    del engine, made
-    gc.collect()
-    assert kept() is None and bank.model is None
 
 
 def test_an_out_of_vocabulary_token_fails_only_its_own_request(model, bank):

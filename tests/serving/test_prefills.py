@@ -1,21 +1,18 @@
 """Prompts in blocks: the prefix cache changes no answer, a long prompt stalls no one, and whatever ends a prompt early
 leaves nothing behind."""
 
-from concurrent.futures import ThreadPoolExecutor
-
 import jax
 import numpy as np
 import pytest
 from golden_models import backbone, strong
 from long_cases import long, quick, slow
-from running_server import new_engine
 from tiny_engine import BLOCK, answers, answers_despite, block_bytes, fail_after, plain, tenants_of
 from tiny_run import tokenizer, words
 
 from para_jax import AdapterBank, Engine, Ia3Config, LoraConfig, ParaConfig, Request, generate, init_adapter
 from para_jax.adapters import padding
 from para_jax.backbone.block_pool import rows_of_blocks
-from para_jax.serving import decoder, prefills, rounds
+from para_jax.serving import decoder, prefills
 from para_jax.serving.capacity import capacity
 from para_jax.serving.prefills import token_bytes
 from para_jax.serving.prefix_cache import prompt_key
@@ -72,11 +69,6 @@ def answer(engine, ids, tenant=None, new=6, **options):
     return plain(answers(engine)[id, 0])
 
 
-def found(engine, ids):
-    """How many blocks of a prompt are known."""
-    return sum(map(engine._prefills.cache.knows, engine._prefills.cache.keys(ids)))
-
-
 def watch(monkeypatch, owner, name, log, note=lambda arguments: None):
     """Appends (name, note(arguments)) to a log at each call of a program."""
     real = getattr(owner, name)
@@ -94,7 +86,7 @@ def require_idle(engine):
     used = {block for prompt in kept if isinstance(prompt, ChunkedPrompt) for block in prompt.blocks}
     assert not engine._prefills.table.working and len(kept) <= ROWS
     assert {block for block, count in enumerate(cache._references) if count} == used
-    assert len(cache._free) + len(cache._idle) + cache.pinned_blocks + len(used) >= cache.blocks
+    assert len(cache._free) + len(cache._idle) + len(used) >= cache.blocks
 
 
 # ------------------------------------------------------------------------------------------------------------- answers
@@ -172,7 +164,7 @@ def test_base_and_response_tenants_share_blocks_and_others_neither_read_nor_writ
     engine, prompt = engine_of(model, bank), ids_of(6, 21)
     for tenant in ("all", "prompt"):
         answer(engine, prompt, tenant)
-        assert engine.prefix_cache == (0, 0, 0, 0)
+        assert engine.prefix_cache == (0, 0, 0)
     answer(engine, prompt, None)
     hits = 0
     for i, tenant in enumerate(IN_BLOCKS[:-1]):
@@ -182,7 +174,7 @@ def test_base_and_response_tenants_share_blocks_and_others_neither_read_nor_writ
     assert engine.prefix_cache.bytes == 5 * block_bytes(model)
 
 
-def test_prompts_of_different_salts_share_only_what_is_pinned_and_have_the_same_answers(model, bank):
+def test_prompts_of_different_salts_share_nothing_and_have_the_same_answers(model, bank):
     engine, fresh, prompt = engine_of(model, bank), engine_of(model, bank), ids_of(6, 21)
     expected = {tenant: answer(fresh, prompt, tenant) for tenant in (None, "w1")}
     hits = []
@@ -190,11 +182,6 @@ def test_prompts_of_different_salts_share_only_what_is_pinned_and_have_the_same_
         assert answer(engine, prompt, tenant, cache_salt=salt) == expected[tenant]
         hits.append(engine.prefix_cache.hits)
     assert np.diff([0, *hits]).tolist() == [0, 0, 0, 20, 0, 0]  # at the end the prompts themselves are still kept
-    engine.pin(prompt[:12])
-    for salt in ("c", "d"):
-        before = engine.prefix_cache.hits
-        assert answer(engine, prompt, None, cache_salt=salt) == expected[None]
-        assert engine.prefix_cache.hits == before + 12
 
 
 @pytest.mark.parametrize("blocks", quick([1, 2, 5, 9], slow=(2, 5, 9)))
@@ -241,83 +228,6 @@ def test_a_chats_next_turn_finds_its_history_up_to_the_last_plain_block(model, b
                 np.testing.assert_array_equal(held[mine._of_key[key]], expected[theirs._of_key[key]])
 
 
-# ---------------------------------------------------------------------------------------------------------------- pins
-
-
-@pytest.mark.long
-def test_a_pinned_prefix_is_prefilled_and_stays(model, bank):
-    engine, prefix = engine_of(model, bank, 6), ids_of(12, 5 * BLOCK + 2)
-    assert engine.pin(prefix) == 5 * BLOCK
-    for i in range(6):
-        answer(engine, ids_of(20 + i, 30), "w1")
-    assert engine.prefix_cache.pinned_bytes == 5 * block_bytes(model)
-    before = engine.prefix_cache.hits
-    assert answer(engine, prefix + (30,), "w1") == answer(engine_of(model, bank, 0), prefix + (30,), "w1")
-    assert engine.prefix_cache.hits == before + 5 * BLOCK
-    for i in range(12):
-        answer(engine, ids_of(30 + i, 50), "w1")
-    assert found(engine, prefix) == 5
-    engine.unpin(prefix)
-    for i in range(12):
-        answer(engine, ids_of(50 + i, 50), "w1")
-    assert found(engine, prefix) == engine.prefix_cache.pinned_bytes == 0
-
-
-def test_rounds_without_requests_prefill_a_pinned_prefix(model):
-    engine, prefix = engine_of(model, None), words(ids_of(13, 20))
-    engine.pin(prefix)
-    for _ in range(5):
-        assert engine.step() == []
-    pinned = engine.prefix_cache.pinned_bytes
-    assert pinned >= 5 * block_bytes(model) and pinned == engine.prefix_cache.bytes
-    answer(engine, tuple(tokenizer()(prefix)["input_ids"]) + ids_of(1, 3))
-    assert engine.prefix_cache.hits == pinned / block_bytes(model) * BLOCK
-
-
-@pytest.mark.long
-def test_a_prefix_that_was_answered_before_it_was_pinned_is_kept_whole(model, bank):
-    """Its last block was computed twice, and the copy that others find is gone."""
-    engine, prefix = engine_of(model, bank, 2), ids_of(12, 2 * BLOCK)
-    answer(engine, (*prefix, 30), "w1"), answer(engine, prefix)
-    for i in range(8):
-        answer(engine, ids_of(20 + i, 60), "w4", 1)
-        answer(engine, prefix)
-    assert found(engine, prefix) == 1
-    engine.pin(prefix)
-    engine.step(), engine.step()
-    assert found(engine, prefix) == 2
-
-
-def test_every_block_of_pinned_messages_is_in_the_chats_that_begin_with_them(model):
-    engine = new_engine(slots=1, max_length=40)  # its chat template begins an answer with w7
-    system, turn = [{"role": "system", "content": words(range(30, 37))}], [{"role": "user", "content": "w40 w41"}]
-    assert engine.pin(system) == BLOCK, "the second block depends on what follows the seven words"
-    engine.submit(Request(system + turn, None, 1))
-    assert len(answers(engine)) == 1 and engine.prefix_cache.hits == BLOCK
-    engine.unpin(system)
-
-
-@pytest.mark.parametrize(
-    ("prefix", "message"),
-    [
-        ((30, 31), "pin: 2 tokens are less than a block of 4"),
-        (ids_of(0, 28), "pin: the pinned prefixes would have 28 tokens, and the cache has room for 20"),
-    ],
-)
-def test_what_cannot_be_pinned_is_refused(model, prefix, message):
-    engine = engine_of(model, None, 5)
-    with pytest.raises(ValueError, match=message):
-        engine.pin(prefix)
-    with pytest.raises(ValueError, match="unpin: .* is not pinned"):
-        engine.unpin(ids_of(0, 8))
-    for wrong in ((), ("w20",)):
-        with pytest.raises(ValueError, match="is not a tuple of token ids"):
-            engine.unpin(wrong)
-    engine.pin(ids_of(0, 20)), engine.pin(ids_of(0, 12)), engine.pin(ids_of(0, 20))
-    with pytest.raises(ValueError, match="24 tokens"):
-        engine.pin(ids_of(1, 4))
-
-
 # -------------------------------------------------------------------------------------------------------------- rounds
 
 
@@ -343,35 +253,6 @@ def test_a_long_prompt_delays_decoding_rows_by_one_chunk_per_round(model, bank, 
         model, [words(ids_of(15, 300))], tokenizer=tokenizer(), adapters=bank, tenants=["w4"], max_new_tokens=9
     )
     assert answer(engine_of(model, bank, max_length=340, stop_ids=None), ids_of(15, 300), "w4", 9)[1] == texts[0]
-
-
-@pytest.mark.long
-def test_a_prompt_without_room_does_not_hold_up_those_that_fit(model, bank):
-    engine, took = engine_of(model, bank, 0, slots=16, prefill_chunk=32), {}
-    for i in range(5):  # the pool has blocks for four such prompts, and rows for eight
-        engine.submit(Request(ids_of(i, 60), None, 1, id=("long", i)))
-    engine.step()
-    for name in ("all", "w1"):
-        engine.submit(Request(ids_of(9, 5), name, 1, id=name))
-    while engine.open:
-        took |= dict.fromkeys((completion.id for completion in engine.step()), len(took))
-    early = min(took["long", i] for i in range(5))
-    assert took["all"] < early and took["w1"] < early, "a prompt that needs no room, and one that fits"
-
-
-@pytest.mark.long
-def test_a_prompt_without_room_is_not_overtaken_for_ever(model, bank, monkeypatch):
-    engine = engine_of(model, bank, 0, slots=4)
-    has_room = engine._prefills.table.has_room
-    monkeypatch.setattr(engine._prefills.table, "has_room", lambda key, ids: len(ids) < 60 and has_room(key, ids))
-    engine.submit(Request(ids_of(0, 60), None, 1, id="long"))
-    for i in range(rounds.OVERTAKING + 9):
-        engine.submit(Request(ids_of(1 + i, 5), "w1", 1, id=i))
-    engine.submit(Request(ids_of(0, 5), "all", 1, id="whole"))
-    done = {completion.id for _ in range(60) for completion in engine.step()}
-    assert done == {*range(rounds.OVERTAKING), "whole"}
-    monkeypatch.undo()
-    assert {completion.id for completion in engine.run()} == {"long", *range(rounds.OVERTAKING, rounds.OVERTAKING + 9)}
 
 
 @pytest.mark.long
@@ -404,12 +285,15 @@ def test_nothing_is_compiled_after_warm_up(model, tenants, compiled):
     bank = bank_of(model, tenants, CONFIGS)
     engine = engine_of(model, bank, 7, slots=4, max_length=68)
     engine.warm_up()
+    other = strong(tenants["all"], 99)
     before = len(compiled)
-    engine.pin(ids_of(0, 9))
     for i in range(30):
         name = [*CONFIGS, None][i % 8]
         engine.submit(Request(ids_of(i % 2, 1 + 2 * i), name, 1 + i % 5, temperature=i % 2, n=1 + i % 3, seed=i))
+    bank.replace("all", other)
     assert len(answers(engine)) == 60 and len(compiled) == before and engine.prefix_cache.hits > 0
+    jax.jit(lambda x: 2 * x)(np.zeros(72))
+    assert len(compiled) > before
 
 
 @pytest.mark.long
@@ -482,16 +366,14 @@ def test_as_many_short_prompts_start_at_once_as_a_chunk_has_blocks(model, bank):
 
 @pytest.mark.parametrize("program", ["prefill_chunk", "take_rows", "one_row"])
 @pytest.mark.parametrize("call", [1, 2, 4])
-def test_an_interrupt_between_chunks_loses_nothing_and_pins_come_back(model, bank, monkeypatch, program, call):
+def test_an_interrupt_between_chunks_loses_nothing(model, bank, monkeypatch, program, call):
     engine = engine_of(model, bank)
     prompts = [ids_of(20, 16) + ids_of(i, 3 * i) for i in range(6)]
     expected = [answer(engine_of(model, bank, 0), prompt, "w4") for prompt in prompts]
     fail_after(monkeypatch, prefills, program, [call])
-    engine.pin(ids_of(20, 16))
     ids = [engine.submit(Request(prompt, "w4", 6)) for prompt in prompts]
     given, interrupts = answers_despite(engine)
     assert interrupts and [plain(given[id, 0]) for id in ids] == expected
-    assert engine.prefix_cache.pinned_bytes == 4 * block_bytes(model)
     require_idle(engine)
 
 
@@ -519,37 +401,6 @@ def test_a_prompt_that_always_fails_ends_alone(model, bank, monkeypatch):
     assert [plain(given[id]) for id in good] == [
         answer(engine_of(model, bank, 0), ids_of(22 + i, 20 + 9 * i), "w1", 3) for i in range(3)
     ]
-
-
-def test_a_pinned_prefix_that_fails_is_given_up(model, bank, monkeypatch, caplog):
-    engine, real = engine_of(model, bank), prefills.prefill_chunk
-
-    def failing(treedef, leaves, pool, lanes, *more):
-        if (lanes.tokens == 251).any():
-            raise ZeroDivisionError("a division")
-        return real(treedef, leaves, pool, lanes, *more)
-
-    def is_free(lock):
-        taken = lock.acquire(blocking=False)
-        if taken:
-            lock.release()
-        return taken
-
-    def said_without_the_lock(text):
-        with ThreadPoolExecutor(1) as other:
-            free.append(other.submit(is_free, engine._requests.lock).result())
-
-    free = []
-    monkeypatch.setattr(rounds, "warn", said_without_the_lock)
-    monkeypatch.setattr(prefills, "prefill_chunk", failing)
-    prefix = ids_of(23, 3) + (251,)
-    engine.pin(prefix)
-    with pytest.raises(ZeroDivisionError):
-        engine.step()
-    engine.step(), engine.step()
-    with pytest.raises(ValueError, match="not pinned"):
-        engine.unpin(prefix)
-    assert free == [True] and answer(engine, ids_of(1, 6))[2] == "length"
 
 
 # -------------------------------------------------------------------------------------------------------------- memory

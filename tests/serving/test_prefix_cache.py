@@ -28,7 +28,7 @@ def filled(cache, ids):
 def found(cache, ids):
     """How many blocks of a prompt are known from its beginning on."""
     keys = cache.keys(ids)
-    return next((i for i, key in enumerate(keys) if not cache.knows(key)), len(keys))
+    return next((i for i, key in enumerate(keys) if key not in cache._of_key), len(keys))
 
 
 def test_a_key_hashes_the_backbone_and_every_token_up_to_its_end():
@@ -42,12 +42,10 @@ def test_a_key_hashes_the_backbone_and_every_token_up_to_its_end():
         assert same == [number < place // SIZE for number in range(3)]
 
 
-def test_a_salt_changes_every_key_but_those_of_pinned_blocks():
+def test_a_salt_changes_every_key():
     cache, ids = cache_of(8), list(range(3 * SIZE))
     plain, salted = cache.keys(ids), cache.keys(ids, "a")
     assert salted == cache.keys(ids, "a") and len({*plain, *salted, *cache.keys(ids, "b")}) == 9
-    cache.pin(plain[:2])
-    assert cache.keys(ids, "a") == [*plain[:2], salted[2]] and cache.keys(ids) == plain
 
 
 def test_no_salt_gives_a_prompt_the_keys_of_longer_prompts():
@@ -90,19 +88,6 @@ def test_a_block_that_a_prompt_refers_to_stays():
     assert found(cache, held) == 0
 
 
-def test_pinned_blocks_stay_until_they_are_unpinned():
-    cache, held = cache_of(4), list(range(2 * SIZE))
-    cache.pin(cache.keys(held))
-    cache.release(filled(cache, held))
-    for start in range(20, 100, 10):
-        cache.release(filled(cache, list(range(start, start + 2 * SIZE))))
-    assert found(cache, held) == 2 and cache.pinned_blocks == 2
-    cache.pin([])
-    for start in range(20, 100, 10):
-        cache.release(filled(cache, list(range(start, start + 2 * SIZE))))
-    assert found(cache, held) == 0 and cache.pinned_blocks == 0
-
-
 def test_nothing_is_found_where_the_cache_is_off():
     cache = cache_of(4, enabled=False)
     cache.release(filled(cache, [1, 2, 3, 4]))
@@ -113,9 +98,9 @@ PROMPTS = [np.random.default_rng(i // 3).integers(0, 9, 16).tolist()[: 8 + i % 3
 
 
 @settings(max_examples=200)
-@given(st.lists(st.tuples(st.sampled_from(["start", "end", "pin", "clear"]), st.integers(0, 8)), max_size=40))
+@given(st.lists(st.tuples(st.sampled_from(["start", "end", "clear"]), st.integers(0, 8)), max_size=40))
 def test_any_use_keeps_every_block_in_one_place_and_every_key_true(steps):
-    """Four prompts of at most four blocks at work, and room for four pinned or cached blocks."""
+    """Four prompts of at most four blocks at work, and room for four cached blocks."""
     cache, working, content = cache_of(20), [], {}
     for action, number in steps:
         if action == "start" and len(working) < 4:
@@ -131,15 +116,12 @@ def test_any_use_keeps_every_block_in_one_place_and_every_key_true(steps):
             working.append(blocks)
         elif action == "end" and working:
             cache.release(working.pop(number % len(working)))
-        elif action == "pin":
-            cache.pin(cache.keys(PROMPTS[number]) if number % 2 else [])
         elif action == "clear":
             cache.clear()
             working = []
         used = [block for blocks in working for block in blocks]
         assert [cache._references[block] for block in range(20)] == [used.count(block) for block in range(20)]
-        pinned = [block for block, key in cache._key_of.items() if key in cache.pinned and block not in used]
-        places = sorted([*cache._free, *cache._idle, *set(used), *pinned])
+        places = sorted([*cache._free, *cache._idle, *set(used)])
         assert places == list(range(20))
 
 

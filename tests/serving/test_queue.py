@@ -37,14 +37,6 @@ def test_a_tenant_waits_for_one_item_of_every_other_at_most(calls):
     assert (queue.head() is None) == (not lines)
 
 
-def test_a_flood_of_one_tenant_costs_another_one_place():
-    queue = FairQueue()
-    for number in range(1000):
-        queue.put("flood", number, "flood")
-    queue.put("late", 1000, "late")
-    assert [queue.take(queue.head()) for _ in range(3)] == ["flood", "late", "flood"]
-
-
 def test_the_first_items_that_fit_pass_those_that_do_not():
     queue = FairQueue()
     for number, (tenant, item) in enumerate([("a", 2), ("a", 1), ("b", 1), ("b", 2), ("c", 3)]):
@@ -53,15 +45,3 @@ def test_the_first_items_that_fit_pass_those_that_do_not():
     assert queue.head(odd) == 1 and queue.take("b") == 1
     assert queue.head(odd) == 3 and queue.take("c") == 3
     assert queue.head(odd) is None and queue.head() == 2 and len(queue) == 3
-
-
-def test_items_are_counted_by_their_kind():
-    queue = FairQueue(kind=lambda item: item % 2)
-    for number, (tenant, item) in enumerate([("a", 1), ("a", 2), ("b", 3), ("c", 4)]):
-        queue.put(tenant, number, item)
-        queue.put(tenant, number, item)
-    assert (queue.count(0), queue.count(1), queue.count(2), len(queue)) == (2, 2, 0, 4)
-    queue.take("a")
-    queue.remove("c", 3)
-    queue.remove("c", 3)
-    assert (queue.count(0), queue.count(1), len(queue)) == (1, 1, 2)

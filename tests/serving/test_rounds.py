@@ -10,7 +10,6 @@ from tiny_engine import bank_of, engine_of, tenants_of
 
 from para_jax import Request
 from para_jax.serving import decoder, prefills
-from para_jax.serving.rounds import LOOKED_AT
 
 PADDED = 16
 """the shortest padded length of a prompt that is prefilled whole"""
@@ -99,17 +98,3 @@ def test_a_prompt_above_the_bound_is_computed_all_the_same(model, bank):
     engine = engine_of(model, bank, max_prefill_tokens=1)
     submit_all(engine, 8, ("A", None, "R"), (3,))
     assert all(answer.error is None for answer in engine.run())
-
-
-def test_a_look_through_the_queue_does_not_depend_on_how_many_tenants_wait(model, bank, monkeypatch):
-    """Of scope `all`, one prompt fits into a round, so the queue is looked through for others."""
-    looks = {}
-    for tenants in (LOOKED_AT, 10 * LOOKED_AT):
-        engine = engine_of(model, bank, slots=4, max_prefill_tokens=PADDED)
-        entry, asked, real = bank.entry("A"), [], engine._decoder.whole_tokens
-        monkeypatch.setattr(engine._decoder, "whole_tokens", lambda sample, r=real, a=asked: a.append(1) or r(sample))
-        for i, ids in enumerate(prompts(tenants)):
-            engine.submit(Request(ids, f"tenant {i}", 9), entry=entry)
-        engine.step()
-        looks[tenants] = len(asked)
-    assert LOOKED_AT <= looks[LOOKED_AT] <= looks[10 * LOOKED_AT] <= LOOKED_AT + 9

@@ -99,27 +99,6 @@ def test_a_stream_that_the_collector_finds_within_a_round_is_cancelled_in_the_ne
     assert sample.completion.error == "cancelled"
 
 
-class FailingFor:
-    """A tokenizer that fails to decode one token."""
-
-    def __init__(self, inner, token):
-        self.inner, self.token = inner, token
-
-    def __getattr__(self, name):
-        return getattr(self.inner, name)
-
-    def __len__(self):
-        return len(self.inner)
-
-    def __call__(self, text, **options):
-        return self.inner(text, **options)
-
-    def decode(self, tokens, **options):
-        if self.token in tokens:
-            raise TypeError("no text")
-        return self.inner.decode(tokens, **options)
-
-
 def test_a_stream_knows_its_prompt_and_what_was_cached(model, bank):
     engine, asked = engine_of(model, bank), prompt(2, 4 * BLOCK)
     ids = encode_prompt(tokenizer(), asked)

@@ -1,11 +1,7 @@
 """A checkpoint gives back the very bits, on the devices they came from, and is whole or not there."""
 
-import errno
-import gc
-import json
 import resource
 import shutil
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,15 +13,12 @@ from golden_models import backbone, strong
 from one_adapter import fresh_state
 from tiny_run import ADAPTER, TRAIN
 
-from para_jax import ParaConfig, init_adapter
+from para_jax import init_adapter
 from para_jax.runtime.sharding import make_mesh, place
-from para_jax.training import checkpoint
 from para_jax.training.checkpoint import (
     arrays_by_path,
     finish_saving,
     open_checkpoints,
-    reason,
-    require_saved,
     restore_checkpoint,
     save_checkpoint,
 )
@@ -90,14 +83,14 @@ def test_the_newest_few_are_kept_and_an_interrupted_save_is_not_taken_for_a_whol
 
 
 def test_a_checkpoint_of_the_same_step_and_state_gets_the_new_progress(tmp_path):
-    states = [state_on(make_mesh(), seed=seed) for seed in (1, 1, 2)]
+    saved = state_on(make_mesh(), seed=1)
     with open_checkpoints(tmp_path / "checkpoints") as checkpoints:
-        for best, state in enumerate(states):
-            save(checkpoints, state, 4, best)
+        for best in (0, 1):
+            save(checkpoints, saved, 4, best)
     with open_checkpoints(tmp_path / "checkpoints") as checkpoints:
         state, found = restore(checkpoints, state_on(make_mesh(), seed=3))
-    assert found["best_step"] == 1  # the third state is another one, and changes nothing
-    for mine, other in zip(jax.tree.leaves(state), jax.tree.leaves(states[0]), strict=True):
+    assert found["best_step"] == 1
+    for mine, other in zip(jax.tree.leaves(state), jax.tree.leaves(saved), strict=True):
         np.testing.assert_array_equal(mine, other)
 
 
@@ -120,16 +113,11 @@ def flip(file):
     file.write_bytes(data)
 
 
-def change(file, key, value):
-    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
-
-
 DAMAGES = {
     "the largest file is garbage": lambda folder: largest(folder).write_bytes(b"garbage" * 1000),
     "one byte is flipped": lambda folder: flip(largest(folder)),
     "the largest file is gone": lambda folder: largest(folder).unlink(),
     "the progress is gone": lambda folder: shutil.rmtree(folder / "progress"),
-    "the progress says another thing": lambda folder: change(folder / "progress" / "metadata", "best_step", 3),
     "the progress is garbage": lambda folder: (folder / "progress" / "metadata").write_text("garbage"),
     "everything is gone": lambda folder: [shutil.rmtree(path) for path in folder.iterdir() if path.is_dir()],
 }
@@ -161,21 +149,6 @@ def saved_twice(tmp_path_factory):
     return folder
 
 
-def test_a_read_that_fails_once_costs_no_checkpoint(saved_twice, tmp_path, monkeypatch, capsys):
-    folder, real = Path(shutil.copytree(saved_twice, tmp_path / "checkpoints")), checkpoint.read_checkpoint
-    failures = iter([OSError(errno.EIO, "Input/output error")])
-
-    def read(*arguments):
-        for error in failures:
-            raise error
-        return real(*arguments)
-
-    monkeypatch.setattr(checkpoint, "read_checkpoint", read)
-    with open_checkpoints(folder) as checkpoints:
-        assert restore(checkpoints, state_on(make_mesh(), seed=3))[1]["step"] == 6
-    assert sorted(path.name for path in folder.iterdir()) == ["4", "6"] and "warning" not in capsys.readouterr().err
-
-
 def test_where_no_checkpoint_can_be_read_nothing_is_touched(saved_twice, tmp_path):
     folder = Path(shutil.copytree(saved_twice, tmp_path / "checkpoints"))
     for step in ("4", "6"):
@@ -200,18 +173,6 @@ def restored_step(folder, state, run):
         return restore(checkpoints, state, run)[1]["step"]
 
 
-@pytest.mark.parametrize(("adapter", "named"), [
-    (ParaConfig(r=5, summary="standardised"), r"\S+down.value has the shape \(1, 3, 64, 4\) there, \(1, 3, 64, 5\)"),
-    (ParaConfig(r=4), r"it has '.adapters.mean.value', one of \d+ such arrays"),
-])  # fmt: skip
-def test_a_checkpoint_of_other_arrays_is_refused_with_its_path_and_the_array(adapter, named, saved_twice, tmp_path):
-    folder = Path(shutil.copytree(saved_twice, tmp_path / "checkpoints"))
-    with pytest.raises(ValueError, match=f"{folder / '6'}: it is of another run: {named}") as error:
-        restored_step(folder, state_on(make_mesh(), 3, adapter), {})
-    assert "\n" not in str(error.value)
-    assert sorted(path.name for path in folder.iterdir()) == ["4", "6"]
-
-
 def test_a_checkpoint_of_another_backbone_ends_the_resume(saved_twice, tmp_path):
     """Going on from an older one of this backbone would lose steps."""
     folder, state = Path(shutil.copytree(saved_twice, tmp_path / "checkpoints")), state_on(make_mesh(), seed=3)
@@ -233,16 +194,6 @@ def test_a_checkpoint_of_other_data_ends_the_resume(saved_twice, tmp_path):
     said = r"training data \(20 examples there, 24 here\), .*validation data.*; put that back"
     with pytest.raises(ValueError, match=said):
         restored_step(folder, state, other)
-
-
-def test_reads_that_fail_together_leave_no_traceback_behind(saved_twice, tmp_path, capfd, caplog):
-    folder = Path(shutil.copytree(saved_twice, tmp_path / "checkpoints"))
-    for manifest in (folder / "6").rglob("manifest.ocdbt"):
-        manifest.write_bytes(b"")
-    with open_checkpoints(folder) as checkpoints:
-        assert restore(checkpoints, state_on(make_mesh(), seed=3))[1]["step"] == 4
-        gc.collect()
-    assert "Traceback" not in capfd.readouterr().err and not [r for r in caplog.records if r.name == "asyncio"]
 
 
 def test_what_is_saved_is_what_the_state_was_although_the_next_step_reuses_its_memory(tmp_path):
@@ -269,26 +220,17 @@ def test_a_state_that_is_not_finite_is_not_saved(saved_twice, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["4", "6"]
 
 
-@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
-def test_a_save_that_fails_in_the_background_is_one_error_and_keeps_earlier_saves(saved_twice, tmp_path, capfd, caplog):
+def test_a_save_that_fails_in_the_background_is_one_error_and_keeps_earlier_saves(saved_twice, tmp_path):
     folder = Path(shutil.copytree(saved_twice, tmp_path / "checkpoints"))
     state = moved(state_on(make_mesh(), seed=1))
     with pytest.raises(ValueError, match=r"could not be saved \(.*File too large\).*same command resumes") as error:
         with open_checkpoints(folder) as checkpoints, files_of_at_most(5000):
             save(checkpoints, state, 8)
-            for _ in range(6000):  # as a run goes on
-                require_saved(checkpoints)
-                time.sleep(0.01)
+            finish_saving(checkpoints)
     assert "\n" not in str(error.value) and str(folder) in str(error.value)
-    assert capfd.readouterr().err == "" and not [r for r in caplog.records if "orbax" in r.pathname]
     with open_checkpoints(folder) as checkpoints:
         assert restore(checkpoints, state)[1]["step"] == 6
     assert sorted(path.name for path in folder.iterdir() if path.name.isdecimal()) == ["4", "6"]
-
-
-def test_a_long_error_keeps_its_start_and_its_end():
-    said = reason(ValueError(f"Error writing a file {'x' * 2000}: the disk is on fire"))
-    assert said.startswith("Error writing a file") and said.endswith("the disk is on fire") and len(said) < 600
 
 
 @contextmanager

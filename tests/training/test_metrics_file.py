@@ -5,7 +5,7 @@ import resource
 
 import pytest
 
-from para_jax.training.metrics_file import MetricsWriter, Reached, kept_rows, read_metrics, write_metrics
+from para_jax.training.metrics_file import MetricsWriter, keep_rows, read_metrics, write_metrics
 
 ROWS = [{"step": 1, "loss": 2.5}, {"step": 2, "validation_loss": 3}]
 TEXT = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -63,20 +63,11 @@ def test_a_folder_in_place_of_the_log_is_named(tmp_path):
         list(read_metrics(tmp_path / "metrics.jsonl"))
 
 
-def test_only_rows_that_will_be_written_again_are_dropped():
-    kept = [
-        {"step": 1, "loss": 2.0},
-        {"step": 2, "loss": 2.0},
-        {"step": 2, "validation_loss": 2.0},
-        {"step": 3, "loss": 2.0},
-        {"step": 4, "loss": 2.0},
-    ]
-    again = [
-        {"step": 4, "validation_loss": 2.0},  # stopped after step 4, before it was evaluated
-        {"step": 4, "test_before_loss": 3.0},
-        {"step": 4, "test_after_loss": 2.0},
-        {"step": 5, "loss": 2.0},
-    ]
-    assert kept_rows([*kept, *again], Reached(4, 2)) == kept
-    assert kept_rows([*kept, *again], Reached(4, 4)) == [*kept, again[0]]
-    assert kept_rows([*kept, *again], Reached(4, 4), ended=True) == [*kept, *again[:3]]
+def test_a_resumed_run_keeps_the_rows_before_its_checkpoint_and_measures_the_test_data_again(tmp_path):
+    file, tested = tmp_path / "metrics.jsonl", {"step": 2, "test_after_loss": 2.0}
+    rows, again = [*ROWS, tested], {"step": 3, "loss": 2.0}
+    for ended, expected in ((True, rows), (False, ROWS)):
+        write_metrics(file, [*rows, again])
+        assert keep_rows(file, 3, ended=ended) == len(expected)
+        assert list(read_metrics(file)) == expected
+    assert keep_rows(tmp_path / "none.jsonl", 3, ended=False) == 0

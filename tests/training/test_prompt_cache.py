@@ -125,7 +125,3 @@ def test_states_that_take_too_much_are_refused_with_the_numbers_before_any_is_co
     monkeypatch.setattr(prompt_cache, "full_batches", None)
     with pytest.raises(ValueError, match="memory needs .* of the 1,000 .*off"):
         cached()
-
-
-def test_the_free_memory_is_known_here():
-    assert 2**20 < prompt_cache.free_memory() < 2**50

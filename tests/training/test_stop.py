@@ -65,21 +65,6 @@ def test_work_of_no_run_and_of_other_threads_is_not_interrupted():
         interruption_point()
 
 
-def test_a_signal_is_noted_although_nobody_reads_what_is_said():
-    read, write = os.pipe()
-    os.close(read)
-    before = os.dup(2)
-    os.dup2(write, 2)
-    try:
-        with stop_signals() as stop:
-            send(signal.SIGINT)
-            assert stop.received == signal.SIGINT
-    finally:
-        os.dup2(before, 2)
-        os.close(before)
-        os.close(write)
-
-
 @pytest.mark.parametrize("code", [0, 143])
 def test_sigterm_exits_with_the_given_code_and_ctrl_c_as_usual(code):
     for number, raised in ((signal.SIGTERM, Stopped), (signal.SIGINT, KeyboardInterrupt)):

@@ -3,10 +3,8 @@ of the backbone. There is a tensor for each array and layer, under the array's n
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import fields
 from typing import Annotated, Any, NamedTuple
 
@@ -20,7 +18,7 @@ from ...io.checks import require, shorten
 from ...io.untrusted import safe_name, safe_names
 from ..adapter import Adapter, Backbone, describe, named_leaves
 
-KEYS = ("peft_type", "backbone", "base_model_name_or_path", "task_type", "inference_mode", "para_jax_version")
+KEYS = ("peft_type", "backbone", "base_model_name_or_path", "task_type", "inference_mode")
 BACKBONE_KEYS = ("model_type", "num_layers", "width", "site_widths")
 Size = Annotated[int, Bounds(at_least=1, below=2**31)]
 
@@ -31,7 +29,7 @@ def own_config(peft_type: str, config: Any, backbone: Backbone, base_model: str,
     """The content of adapter_config.json."""
     widths = dict(backbone.site_widths)
     shape = backbone._asdict() | {"site_widths": {site: widths[site] for site in config.target_modules}}
-    content = {
+    return {
         "peft_type": peft_type,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
@@ -39,9 +37,6 @@ def own_config(peft_type: str, config: Any, backbone: Backbone, base_model: str,
         **{name: value for name, value in given_fields(config).items() if value is not None},
         "backbone": shape | ({"fingerprint": fingerprint} if fingerprint else {}),
     }
-    with suppress(importlib.metadata.PackageNotFoundError):  # a checkout that is not installed
-        content["para_jax_version"] = importlib.metadata.version("para_jax")
-    return content
 
 
 def read_own_config(kind: type, found: dict) -> tuple[Any, dict]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ...backbone.text_part import has_image_part
 from ...config import FEEDFORWARD_NAMES, FUSED, OWN_LINEARS, SITES
-from ...io.checks import one_of, shorten
+from ...io.checks import shorten
 from ...io.hub import name_and_revision
 from ...io.untrusted import safe_names
 from ..adapter import Backbone
@@ -20,20 +20,12 @@ from .own import PREFIX
 
 FEEDFORWARDS = "|".join(["mlp", *FEEDFORWARD_NAMES.values()])
 NAME = re.compile(re.escape(PREFIX) + rf"(\d{{1,6}})\.(?:self_attn|{FEEDFORWARDS})\.(\w+)\.[\w.]+")
-#: How much of the end of a linear's name a target may give.
-SUFFIX = re.compile(
-    r"((((base_model\.model\.)?model\.)?layers\.)?\d{1,6}\.)?"
-    r"((self_attn\.)?(?P<attention>[qkvo]_proj|qkv_proj)"
-    rf"|(({FEEDFORWARDS})\.)?(?P<mlp>(gate|up|down|gate_up)_proj|(input|output)_linear))"
-)
-
-#: Parts of every model that PEFT adapts, and para_jax does not.
-NOT_SITES = ("lm_head", "embed_tokens")
-
-#: Keys that make no difference once an adapter is trained. Every key but these and a method's own must be neutral.
+#: Keys that make no difference once an adapter is trained. Every key but these and a method's own must be neutral. The
+#: tensors tell which linears were trained: PEFT, too, ignores names of linears that a model lacks.
 WITHOUT_EFFECT = (
     "peft_type task_type peft_version base_model_name_or_path revision inference_mode auto_mapping lora_dropout "
-    "init_lora_weights init_ia3_weights eva_config megatron_core qalora_group_size"
+    "init_lora_weights init_ia3_weights eva_config megatron_core qalora_group_size target_modules exclude_modules "
+    "feedforward_modules"
 ).split()
 #: The ways to initialise LoRA that keep the backbone's weights; with the others it is trained against changed ones.
 INITS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -68,7 +60,7 @@ def require_supported(found: dict, own_keys: tuple[str, ...]) -> None:
     Args:
         own_keys: the method's keys that we read.
     """
-    known = (*own_keys, "target_modules", *WITHOUT_EFFECT)
+    known = (*own_keys, *WITHOUT_EFFECT)
     wrong = {key: value for key, value in found.items() if key not in known and not neutral(value)}
     if found.get("task_type") not in (None, "CAUSAL_LM"):
         wrong["task_type"] = found["task_type"]
@@ -85,52 +77,9 @@ def neutral(value: object) -> bool:
     return value is None or value is False or value in ("none", "", {}, [])
 
 
-def in_text_model(found: dict, model_type: str, shapes: Iterable[str]) -> dict:
-    """adapter_config.json without the names of linears that a text model of this type lacks. PEFT ignores them: Phi-3
-    has no q_proj, Llama no query_key_value, and the image part of Gemma 3 has linears of its own. A list without any
-    other name stays as it is, and its tensors are then refused. So does a name that the file has a tensor of.
-
-    Args:
-        shapes: the names of the file's tensors.
-    """
-    own = tuple(OWN_LINEARS.get(model_type, {}))
-    linears = {*own, *NOT_SITES, *SITES} - {*sites_of(own)}
-    image = has_image_part(model_type)
-
-    def is_there(name: object) -> bool:
-        if not isinstance(name, str):
-            return True
-        if image and SUFFIX.fullmatch(name) is None:
-            return False
-        return name.rpartition(".")[2] in linears or any(f".{name}." in tensor for tensor in shapes)
-
-    lists = {key: found[key] for key in ("target_modules", "feedforward_modules") if isinstance(found.get(key), list)}
-    kept: dict = {key: [name for name in names if is_there(name)] for key, names in lists.items()}
-    if not kept.get("target_modules"):
-        kept.pop("target_modules", None)
-    if image:
-        kept["exclude_modules"] = None  # the tensors tell what of the text model was left out
-    return found | kept
-
-
-def target_sites(found: dict, shapes: dict[str, tuple[int, ...]]) -> tuple[str, ...]:
-    """The sites in `target_modules`. A pattern is not evaluated: it means the linears of the file's tensors."""
-    linears = dict.fromkeys(linear for _, linear, _ in peft_tensors(shapes))
-    targets = named_linears("target_modules", found.get("target_modules"), linears)
-    return sites_of(targets)
-
-
-def named_linears(key: str, names: object, otherwise: Iterable[str]) -> tuple[str, ...]:
-    """The linears in a list of names or dotted suffixes; `otherwise` for a pattern or null."""
-    if names is None or isinstance(names, str):
-        names = list(otherwise)
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{key} must be a list of names, or a pattern; got {shorten(names)}")
-    matches = {name: SUFFIX.fullmatch(name) for name in names}
-    other = [name for name, match in matches.items() if match is None]
-    if other:
-        raise ValueError(f"{key} {safe_names(other)} is not supported; use {one_of((*SITES, *FUSED))}")
-    return tuple(match["attention"] or match["mlp"] for match in matches.values() if match)
+def trained_sites(shapes: Iterable[str]) -> tuple[str, ...]:
+    """The sites of the linears that the file has tensors of."""
+    return sites_of(dict.fromkeys(linear for _, linear, _ in peft_tensors(shapes)))
 
 
 def peft_tensors(shapes: Iterable[str]) -> Iterator[tuple[str, str, int]]:
@@ -157,7 +106,7 @@ def names_of(model_type: str, sites: tuple[str, ...]) -> list[str]:
     return [name.partition(".")[2] for name in linears_of(model_type, sites)]
 
 
-def sites_of(linears: tuple[str, ...]) -> tuple[str, ...]:
+def sites_of(linears: Iterable[str]) -> tuple[str, ...]:
     """The sites that these linears hold."""
     return tuple(site for name in linears for site in FUSED.get(name, (name,)))
 

@@ -10,7 +10,6 @@ from operator import itemgetter
 from typing import Any
 
 from ...io.checks import shorten
-from ...io.messages import warn
 from .file import GgufFile
 
 #: The longest token, in characters. `score_merges` tries every place where a token could be split.
@@ -28,11 +27,9 @@ TEKKEN_SPLIT = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-#: How text is split before byte-level BPE, by tokenizer.ggml.pre (llama.cpp, src/llama-vocab.cpp): a pattern, several
-#: that cut one after the other, "" for GPT-2's, or "digits" for GPT-2's after each digit was split off.
+#: How text is split before byte-level BPE, by tokenizer.ggml.pre (llama.cpp, src/llama-vocab.cpp): a pattern, "" for
+#: GPT-2's, or "digits" for GPT-2's after each digit was split off.
 SPLITS = {
-    "default": (r"[\p{P}$+<=>^~|]+", GPT2_SPLIT, r"\p{N}+", "[0-9]{3}"),
     "gpt2": "",
     "gpt-2": "",
     "smollm": "digits",
@@ -57,16 +54,13 @@ def gguf_tokenizer(file: GgufFile):
     metadata = file.tokenizer
     metadata["tokens"], metadata["token_type"] = metadata.get("tokens") or [], metadata.get("token_type") or []
     tokens = metadata["tokens"]
+    if not tokens:
+        raise ValueError("there is no tokenizer.ggml.tokens; use a file with a tokenizer")
     if len(tokens) != len(set(tokens)):
         raise ValueError("a token appears twice")
     longest = max(map(len, tokens), default=0)
     if longest > MAX_TOKEN:
         raise ValueError(f"a token has {longest} characters; the limit is {MAX_TOKEN}")
-    if metadata.get("model") == "gpt2" and "pre" not in metadata:
-        warn(
-            f"{file.path}: its metadata have no tokenizer.ggml.pre, so text is split in llama.cpp's default way, which "
-            "is probably not the model's; use a file that a current llama.cpp converted"
-        )
     special = {kind: special_token(metadata, kind) for kind in ("bos", "eos", "unknown", "padding")}
     backend = build(file.architecture, metadata)
     add_tokens(backend, metadata)
@@ -84,7 +78,9 @@ def gguf_tokenizer(file: GgufFile):
 
 
 def special_token(metadata: dict[str, Any], kind: str) -> str | None:
-    index = metadata.get(f"{kind}_token_id")
+    index, count = metadata.get(f"{kind}_token_id"), len(metadata["tokens"])
+    if index is not None and not 0 <= index < count:
+        raise ValueError(f"tokenizer.ggml.{kind}_token_id is {shorten(index)}, and there are {count} tokens")
     return None if index is None else metadata["tokens"][index]
 
 
@@ -101,17 +97,16 @@ def byte_level(metadata: dict[str, Any]):
     """Byte-level BPE as in GPT-2, with the pre-tokenizer that the file names."""
     from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 
-    pre = str(metadata.get("pre", "default"))
+    pre = str(metadata.get("pre"))  # files from old converters have none, and llama.cpp guesses
     if pre not in SPLITS:
-        raise ValueError(f"pre-tokenizer {shorten(pre)} is not supported; only {', '.join(SPLITS)} are")
+        raise ValueError(f"tokenizer.ggml.pre {shorten(pre)} is not supported; only {', '.join(SPLITS)} are")
     merges = [tuple(merge.split(" ")) for merge in metadata.get("merges", [])]
     tokenizer = Tokenizer(bpe(metadata["tokens"], merges, ignore_merges=pre in IGNORES_MERGES))
     if SPLITS[pre] in ("", "digits"):
         cuts: list = [pre_tokenizers.Digits(individual_digits=True)] if SPLITS[pre] else []
         cuts.append(pre_tokenizers.ByteLevel(add_prefix_space=False))
     else:
-        patterns = (SPLITS[pre],) if isinstance(SPLITS[pre], str) else SPLITS[pre]
-        cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+        cuts = [pre_tokenizers.Split(Regex(SPLITS[pre]), "isolated")]
         cuts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cuts)
     tokenizer.decoder = decoders.ByteLevel()

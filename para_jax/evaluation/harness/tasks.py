@@ -55,16 +55,15 @@ class HarnessTask(NamedTuple):
         """The names of tasks and groups under which lm-eval gives results."""
         return tuple(name for part in ("tasks", "groups") for name in self.loaded.get(part, ()))
 
-    def settings(self) -> dict[str, str]:
-        """For each of its tasks a hash of the config and the documents, on which scores depend besides the answers. It
-        does not cover the code of helper files."""
-        found = {}
+    def settings(self) -> str:
+        """A hash of its tasks' configs and documents: with the answers, they give the scores. It does not cover the
+        code of helper files."""
+        made = hashlib.sha256()
         for name, task in self.loaded.get("tasks", {}).items():
-            made = hashlib.sha256(ADDRESS.sub("", repr(task.dump_config())).encode())
+            made.update(ADDRESS.sub("", repr((name, task.dump_config()))).encode())
             for document in islice(task.eval_docs, self.limit):
                 made.update(repr(document).encode("utf-8", "backslashreplace"))
-            found[name] = made.hexdigest()
-        return found
+        return made.hexdigest()
 
     def run(self, lm: LM, **options) -> dict:
         """lm-eval's results for an LM; the requests are the same every time."""
@@ -85,10 +84,6 @@ class Recorder(TokenLM):
         return [Scored(0.0, False) if isinstance(one, Likelihood) else Written("", 0) for one in questions]
 
 
-class SecondRound(ValueError):
-    """Requests that were not recorded, because they depend on answers."""
-
-
 class Replay(TokenLM):
     """Answers from a recorded pass."""
 
@@ -101,7 +96,7 @@ class Replay(TokenLM):
     def answered(self, questions: list[Question]) -> Sequence[Answer]:
         found = [self.answer(one) for one in questions]
         if None in found:
-            raise SecondRound(
+            raise ValueError(
                 f"task {self.task}: asks a second round of requests, which depend on earlier answers. They can't be "
                 "answered for many adapters in one pass; run the task with `para-jax lm-eval`"
             )
@@ -132,7 +127,7 @@ def load_tasks(
         try:
             loaded: Any = manager.load([name])
         except Exception as error:  # a task brings its own code to load its data, which may raise anything
-            raise ValueError(f"task {name}: can't be loaded: {first_line(error)}") from error
+            raise ValueError(f"task {name}: can't be loaded: {shorten(error, 300)}") from error
         for part, task in loaded["tasks"].items():
             prepare(part, task, fewshot)
         tasks.append(HarnessTask(name, loaded, limit, chat))
@@ -147,12 +142,6 @@ def manager_of(names: Sequence[str], include_path: Path | None) -> TaskManager:
         raise ValueError(f"--include-path {include_path}: no such folder; give a folder of task files")
     local = TaskManager(include_path=str(include_path), include_defaults=False)
     return local if set(names) <= set(local.all_subtasks) else TaskManager(include_path=str(include_path))
-
-
-def first_line(error: Exception) -> str:
-    """An error of someone else's code in one line: its type, and the first line of its message."""
-    said = str(error).strip().splitlines()[:1]
-    return type(error).__name__ + "".join(f": {shorten(line, 300)}" for line in said)
 
 
 def prepare(name: str, task, fewshot: int | None) -> None:
@@ -195,8 +184,6 @@ def record(task: HarnessTask, tokenizer, max_length: int, *, sampling_seed: int)
             getattr(recorder, kind)(requests)
     except ValueError as error:
         raise ValueError(f"task {task.name}: {error}") from None
-    except Exception as error:
-        raise ValueError(f"task {task.name}: {first_line(error)}") from error
     return recorder.questions
 
 
@@ -209,10 +196,7 @@ def built(task: HarnessTask, lm: TokenLM) -> Iterator[tuple[str, list]]:
             raise ValueError(f"task {name}: has images or sounds, which these backbones can't read")
         if getattr(one, "UNSAFE_CODE", False):
             raise ValueError(f"task {name}: runs code that the model writes; `para-jax lm-eval` can, if you confirm it")
-        try:
-            one.build_all_requests(limit=task.limit, rank=0, world_size=1, **chat)
-        except Exception as error:  # a task's templates and functions may raise anything
-            raise ValueError(f"task {name}: its requests can't be made: {first_line(error)}") from error
+        one.build_all_requests(limit=task.limit, rank=0, world_size=1, **chat)
         yield name, one.instances
 
 
@@ -228,13 +212,8 @@ def replay(
     """
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap would fork this process, which has JAX's threads
     lm = Replay(tokenizer, max_length, sampling_seed, answer, task.name)
-    try:
-        with redirect_stderr(io.StringIO()):  # the progress bars of building the same requests again
-            found = task.run(lm, bootstrap_iters=BOOTSTRAP, log_samples=samples)
-    except SecondRound:
-        raise
-    except Exception as error:  # its filters and metrics may raise anything, or need a package that is missing
-        raise ValueError(f"task {task.name}: lm-eval can't score its answers: {first_line(error)}") from error
+    with redirect_stderr(io.StringIO()):  # the progress bars of building the same requests again
+        found = task.run(lm, bootstrap_iters=BOOTSTRAP, log_samples=samples)
     if lm.lost:
         warn(f"task {task.name}: {lm.lost} log-likelihoods are not numbers; lm-eval answers with the first of them")
     if samples:

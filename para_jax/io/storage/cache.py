@@ -19,11 +19,6 @@ from typing import TypeVar
 
 from .bucket import BLOCK, BucketPath, Place
 
-try:
-    import fcntl
-except ImportError:  # Windows: two processes may both fetch the same files
-    fcntl = None
-
 T = TypeVar("T")
 
 #: Files that are fetched at the same time.
@@ -68,13 +63,6 @@ def local_copy(folder: BucketPath, cache: Path, files: list[BucketPath], max_tex
     place = cache / "buckets" / short_digest(str(folder)) / key
     with locked_copy(place) as missing:
         if missing:
-            need = sum(about.st_size for about in found.values())
-            free = shutil.disk_usage(place.parent).free
-            if need > free:
-                raise ValueError(
-                    f"{folder} has {need} bytes, but {place.parent} has only {free} free; make room, or set "
-                    "XDG_CACHE_HOME to another folder"
-                )
             with new_folder(place) as part, ThreadPoolExecutor(CONCURRENCY) as pool:
                 list(pool.map(lambda file: fetch(file, part / file.name, found[file].generation), files))
     return place
@@ -140,13 +128,12 @@ def read(file: Place, max_bytes: int) -> bytes | None:
 
 
 def adapter_copy(versions: Path, files: dict[str, bytes]) -> Path:
-    """A folder with these files of an adapter, in the folder of its versions. A damaged one is written again."""
+    """A folder with these files of an adapter, in the folder of its versions."""
     place = versions / short_digest(
         *(f"{name} {hashlib.sha256(data).hexdigest()}" for name, data in sorted(files.items()))
     )
-    with locked_copy(place):
-        if not holds(place, files):
-            shutil.rmtree(place, ignore_errors=True)
+    with locked_copy(place) as missing:
+        if missing:
             with new_folder(place) as part:
                 for name, data in files.items():
                     (part / name).write_bytes(data)
@@ -156,23 +143,16 @@ def adapter_copy(versions: Path, files: dict[str, bytes]) -> Path:
     return place
 
 
-def holds(folder: Path, files: dict[str, bytes]) -> bool:
-    try:
-        return all((folder / name).read_bytes() == data for name, data in files.items())
-    except OSError:  # one is missing
-        return False
-
-
 @contextmanager
 def locked_copy(place: Path) -> Iterator[bool]:
     """Locks a copy against other processes on this host, and deletes what killed ones left unfinished. Yields whether
     the copy is missing."""
+    from filelock import FileLock  # it loads asyncio, which --help does without
+
     place.parent.mkdir(parents=True, exist_ok=True)
-    with (place.parent / ".lock").open("a") as stream:
-        if fcntl is not None:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-            for left in place.parent.glob(f"*{PART}"):
-                shutil.rmtree(left, ignore_errors=True)
+    with FileLock(place.parent / ".lock"):
+        for left in place.parent.glob(f"*{PART}"):
+            shutil.rmtree(left, ignore_errors=True)
         yield not place.is_dir()
 
 

@@ -124,12 +124,6 @@ def test_sites_that_share_a_linear_of_phi3_are_blocks_of_one_pair_of_matrices(tm
     np.testing.assert_allclose(b @ a, (adapter.a["down_proj"][0] @ adapter.b["down_proj"][0]).T, atol=1e-5)
 
 
-def test_the_scale_of_rslora_survives_the_larger_rank(tmp_path):
-    adapter, _, config = written(tmp_path, LoraConfig(r=4, lora_alpha=8, use_rslora=True))
-    assert config["r"] == 12 and config["use_rslora"]
-    np.testing.assert_allclose(config["lora_alpha"] / 12**0.5, adapter.config.scale, rtol=1e-14)
-
-
 def test_matrices_of_phi3_that_are_no_blocks_are_shared_by_the_sites(tmp_path):
     """As PEFT trains them: every row of A serves q, k and v."""
     _, tensors, _ = written(tmp_path, LoraConfig(r=2, lora_alpha=6, target_modules=("q_proj", "k_proj", "v_proj")))
@@ -143,17 +137,6 @@ def test_matrices_of_phi3_that_are_no_blocks_are_shared_by_the_sites(tmp_path):
     np.testing.assert_allclose(whole, (b @ a).T, atol=1e-5)
     save_adapter(found, tmp_path / "again")
     assert_same(load(tmp_path / "again", "phi3"), found)
-
-
-def test_names_of_linears_that_phi3_lacks_are_ignored(tmp_path):
-    """PEFT trains those linears that there are. Many adapters of Phi-3 name LLaMA's."""
-    sites = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    adapter, _, _ = written(tmp_path, LoraConfig(r=2, target_modules=("o_proj", "down_proj")))
-    change_config(tmp_path / "adapter", target_modules=list(sites))
-    assert_same(load(tmp_path / "adapter", "phi3"), adapter)
-    change_config(tmp_path / "adapter", target_modules=["self_attn.qkv_proj", "o_proj", "down_proj"])
-    with pytest.raises(ValueError, match="missing: .*qkv_proj.lora_A"):
-        load(tmp_path / "adapter", "phi3")
 
 
 @pytest.mark.parametrize("half, place", [("B", (0, 2)), ("B", (70, 0))])
@@ -201,43 +184,27 @@ def test_names_of_another_family_are_refused(tmp_path, lora):
 # -------------------------------------------------------------------------------------------------- what config may say
 
 
+@pytest.mark.parametrize("targets", [["query_key_value", "self_attn.q_proj", "v_proj"], r".*\.(q|v)_proj", "(((", None])
+def test_the_tensors_tell_what_was_trained_whatever_target_modules_says(lora, ia3, targets):
+    """A list may be written for many models, and PEFT ignores the linears that a model lacks. A pattern is not
+    evaluated: it may take for ever."""
+    for folder, fixture in ((lora, "lora_qv"), (ia3, "ia3")):
+        change_config(folder, target_modules=targets, feedforward_modules=targets)
+        assert_same(load(folder), load(PEFT / fixture))
+
+
 @pytest.mark.parametrize(
-    "targets",
+    "name, message",
     [
-        ["self_attn.q_proj", "v_proj"],
-        ["model.layers.0.self_attn.q_proj", "v_proj"],
-        r".*\.(q|v)_proj",
-        "all-linear",
-        None,
+        (f"{LAYER}0.self_attn.query_key_value", "target_modules must be .*q_proj.*query_key_value"),
+        (f"{LAYER}0.self_attn.k_proj", "missing: .*layers.1.self_attn.k_proj"),
+        ("base_model.model.lm_head", "unknown: base_model.model.lm_head.lora_A.weight"),
     ],
 )
-def test_targets_may_be_suffixes_or_a_pattern_that_is_not_evaluated(lora, targets):
-    change_config(lora, target_modules=targets)
-    assert_same(load(lora), load(PEFT / "lora_qv"))
-
-
-@pytest.mark.parametrize("others", [["query_key_value", "attn.c_attn"], ["qkv_proj", "gate_up_proj"], ["\x1b[31m"]])
-def test_linears_of_other_models_are_ignored_as_peft_ignores_them(lora, ia3, others):
-    """A list of names may be written for many models. PEFT looks for none but those that the model has."""
-    for folder, fixture, inputs in ((lora, "lora_qv", None), (ia3, "ia3", [*others, "down_proj"])):
-        targets = [*others, *saved_config(folder)["target_modules"]]
-        change_config(folder, target_modules=targets, feedforward_modules=inputs)
-        assert_same(load(folder), load(PEFT / fixture))
-        assert read_adapter_config(folder) == read_adapter_config(PEFT / fixture)
-
-
-def test_the_tensors_of_a_linear_of_another_model_are_refused(lora):
-    change_config(lora, target_modules=["q_proj", "v_proj", "query_key_value"])
-    name = f"{LAYER}0.self_attn.query_key_value.lora_A.weight"
-    change_tensors(lora, lambda tensors: tensors.update({name: np.ones((4, 64), np.float32)}))
-    with pytest.raises(ValueError, match="target_modules query_key_value is not supported"):
+def test_tensors_of_what_we_do_not_adapt_are_refused(lora, name, message):
+    change_tensors(lora, lambda tensors: tensors.update({f"{name}.lora_A.weight": np.ones((4, 64), np.float32)}))
+    with pytest.raises(ValueError, match=message):
         load(lora)
-
-
-@pytest.mark.parametrize("inputs", ["down_proj", r".*down_proj", ["mlp.down_proj"]])
-def test_feedforward_modules_may_be_suffixes_or_a_pattern(ia3, inputs):
-    change_config(ia3, feedforward_modules=inputs, target_modules=r".*(k_proj|v_proj|down_proj)")
-    assert_same(load(ia3), load(PEFT / "ia3"))
 
 
 @pytest.mark.parametrize(
@@ -245,14 +212,7 @@ def test_feedforward_modules_may_be_suffixes_or_a_pattern(ia3, inputs):
     [
         {"a_key_of_2027": None, "another": False, "a_third": {}, "a_fourth": [], "a_fifth": "none"},
         {"lora_dropout": 0.1, "revision": "main", "auto_mapping": {"base_model_class": "X"}, "inference_mode": False},
-        {"init_lora_weights": "gaussian", "eva_config": {"rho": 2}, "megatron_core": "m", "task_type": None},
-        {
-            "use_dora": "left out",
-            "bias": "left out",
-            "lora_bias": "left out",
-            "use_rslora": "left out",
-            "init_lora_weights": False,
-        },
+        {"use_dora": "left out", "bias": "left out", "use_rslora": "left out", "init_lora_weights": False},
     ],
 )
 def test_keys_that_change_nothing_pass(lora, changes):
@@ -277,26 +237,16 @@ def test_an_adapter_of_another_architecture_is_refused(lora):
     "changes, message",
     [
         ({"use_dora": True}, "not supported: use_dora True"),
-        ({"modules_to_save": ["lm_head"]}, r"not supported: modules_to_save \['lm_head'\]"),
         ({"layers_to_transform": 0}, "not supported: layers_to_transform 0"),
-        ({"alora_invocation_tokens": [7, True]}, "alora_invocation_tokens .*True"),
         ({"a_key_of_2027": "yes", "init_lora_weights": "pissa"}, "a_key_of_2027 'yes', init_lora_weights 'pissa'"),
         ({"peft_type": "ADALORA"}, "peft_type 'ADALORA'.*PARA, LORA, IA3"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "target_modules lm_head .*q_proj"),
-        ({"target_modules": 0}, "target_modules must be a list.*0"),
-        ({"target_modules": ["mlp.q_proj", "\x1b[31m" * 99 + ".v_proj"]}, r"target_modules mlp.q_proj, '\\x1b.*\.\.\."),
-        ({"r": "left out"}, "r must be .*None"),
         ({"r": 8}, r"misshapen: .*q_proj.lora_A.weight \[4, 64\] \(expected \[8, 64\]\)"),
         ({"lora_alpha": 10**400}, "lora_alpha .*1000"),
-        ({"target_modules": ["q_proj", "k_proj"]}, "missing: .*k_proj.lora_A.weight.*unknown: .*v_proj.lora_A.weight"),
     ],
 )
 def test_a_config_of_what_we_do_not_compute_is_refused_by_name(lora, changes, message):
     change_config(lora, **changes)
     assert_refused(load, lora, message, below=2000)
-
-
-# -------------------------------------------------------------------------------------------------------------- tensors
 
 
 # -------------------------------------------------------------------------------------------------------------- inspect
@@ -309,12 +259,6 @@ def test_the_folder_tells_the_size_of_what_is_loaded(name):
     assert found.counts.matrices + found.counts.vectors == sum(leaf.size for leaf in jax.tree.leaves(adapter))
     one_layer = jax.tree.map(lambda leaf: leaf[0], adapter).condition(jnp.zeros(64))
     assert found.counts.carried == 3 * sum(leaf.size for leaf in jax.tree.leaves(one_layer))
-
-
-def test_vectors_that_are_carried_together_are_counted_once(tmp_path):
-    save_adapter(made(Ia3Config(target_modules=("up_proj", "down_proj"))), tmp_path / "adapter")
-    found = read_adapter_config(tmp_path / "adapter")
-    assert (found.counts.vectors, found.counts.carried) == (3 * 256, 3 * 128)
 
 
 @pytest.mark.parametrize("config", [

@@ -7,7 +7,6 @@ import pytest
 from tiny_gguf import hugging_face, write_gguf
 
 from para_jax import load_backbone
-from para_jax.backbone.gguf.config import common_config
 from para_jax.backbone.gguf.convert import convert_gguf
 from para_jax.backbone.gguf.file import GgufFile
 
@@ -107,18 +106,9 @@ def test_linear_rope_scaling_and_a_second_end_token_are_read(tmp_path):
     assert config["eos_token_id"] == [2, 7]
 
 
-@pytest.mark.parametrize(("ends", "read"), [((None, 7), 7), ((2, None), 2), ((7, 7), 7), ((None, None), None)])
-def test_one_end_token_or_none_is_read(ends, read):
-    named = dict(zip(("eos", "eot"), ends, strict=True))
-    held = {f"tokenizer.ggml.{name}_token_id": end for name, end in named.items() if end is not None}
-    sizes = ("attention.head_count", "embedding_length", "feed_forward_length", "block_count", "context_length")
-    metadata = {f"llama.{name}": 8 for name in sizes} | {"llama.attention.layer_norm_rms_epsilon": 1e-5}
-    assert common_config(metadata | held | {"general.architecture": "llama"}, {})["eos_token_id"] == read
-
-
 @pytest.mark.parametrize(
     ("kind", "factor", "scaled"),
-    [("linear", 8.0, True), (None, 8.0, True), ("none", 8.0, False), ("linear", 1.0, False), (None, None, False)],
+    [(None, 8.0, True), ("none", 8.0, False), ("linear", 1.0, False)],
 )
 def test_a_file_without_a_kind_of_rope_scaling_is_linear_as_in_llama_cpp(tmp_path, kind, factor, scaled):
     change = {"rope.scaling.type": kind, "rope.scaling.factor": factor}
@@ -140,12 +130,8 @@ def test_a_file_that_was_merged_from_parts_is_read(tmp_path, count):
         ({"change": {"rope.scaling.type": "yarn"}}, "rope scaling 'yarn'"),
         ({"change": {"rope.dimension_count": 8}}, r"rope\.dimension_count 8 is not supported; only 16 is"),
         ({"change": {"block_count": None}}, r"llama\.block_count is None"),
-        ({"change": {"attention.head_count": [4, 4, 4]}}, r"llama\.attention\.head_count is \[4, 4, 4\]"),
-        ({"change": {"block_count": 2**31}}, "num_hidden_layers is 2147483648"),
         ({"change": {"block_count": 4}}, r"missing: .*model\.layers\.3\."),
-        ({"change": {"attention.head_count": 8}}, r"misshapen: .*k_proj.weight \[32, 64\]"),
         ({"change": {"split.count": 3}}, "one of 3 parts"),
-        ({"tensors": {"raw.blk.0.ffn_gate_exps.weight": np.ones((2, 2), np.float32)}}, "unknown: .*ffn_gate_exps"),
     ],
 )
 def test_unsupported_or_missing_metadata_is_named_before_a_conversion(tmp_path, change, said):

@@ -1,5 +1,4 @@
 import json
-import re
 
 import numpy as np
 import pytest
@@ -34,15 +33,12 @@ def test_a_gguf_tokenizer_equals_its_original(tmp_path):
 
 def test_a_chat_templates_control_tokens_are_one_id_each(tmp_path):
     made = load_tokenizer(byte_level_gguf(tmp_path / "m.gguf"))
-    messages = [{"role": "user", "content": "hello"}]
-    ids = made.apply_chat_template(messages, add_generation_prompt=True).input_ids
-    assert made.decode(ids) == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
-    assert ids.count(0) == 2 and ids.count(1) == 1
+    ids = made("<|im_start|>user\nhello<|im_end|>\n").input_ids
+    assert ids.count(0) == ids.count(1) == 1
     assert "im_" not in made.decode(ids, skip_special_tokens=True)
 
 
 PIECES = {
-    "default": ["in", "Ġ", "202", "4", ",", "Ġit", "'", "s", "ĠĠ", "ĠIT", "'", "S"],
     "gpt-2": ["in", "Ġ2024", ",", "Ġit", "'s", "ĠĠ", "ĠIT", "'", "S"],
     "smollm": ["in", "Ġ", "2", "0", "2", "4", ",", "Ġit", "'s", "ĠĠ", "ĠIT", "'", "S"],
     "llama-bpe": ["in", "Ġ", "202", "4", ",", "Ġit", "'s", "ĠĠ", "ĠIT", "'S"],
@@ -58,24 +54,8 @@ def test_text_is_cut_as_the_pre_tokenizer_says(tmp_path, pre):
     assert [piece for piece, _ in cuts] == PIECES[pre]
 
 
-def test_a_file_that_does_not_say_how_to_cut_text_is_read_as_llama_cpp_reads_it_with_a_warning(tmp_path, caplog):
-    made = load_tokenizer(without_pre(tmp_path / "m.gguf"))
-    assert re.search(r"m\.gguf: .*no tokenizer\.ggml\.pre, so text is split in llama\.cpp's default way", caplog.text)
-    cuts = made.backend_tokenizer.pre_tokenizer.pre_tokenize_str("in 2024, it's   IT'S")
-    assert [piece for piece, _ in cuts] == PIECES["default"]
-
-
-def without_pre(path):
-    """A file from an old converter: its metadata name no pre-tokenizer."""
-    byte_level_gguf(path)
-    held = path.read_bytes()
-    assert held.count(b"tokenizer.ggml.pre") == 1
-    path.write_bytes(held.replace(b"tokenizer.ggml.pre", b"tokenizer.ggml.old"))
-    return path
-
-
 def test_an_unknown_pre_tokenizer_or_model_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"m\.gguf: .*pre-tokenizer 'jais-2'.*smollm"):
+    with pytest.raises(ValueError, match=r"m\.gguf: .*tokenizer.ggml.pre 'jais-2'.*smollm"):
         load_tokenizer(byte_level_gguf(tmp_path / "m.gguf", pre="jais-2"))
     with pytest.raises(ValueError, match="model 'bert'"):
         load_tokenizer(byte_level_gguf(tmp_path / "m.gguf", model="bert"))
@@ -85,11 +65,9 @@ def test_an_unknown_pre_tokenizer_or_model_is_named(tmp_path):
     ("metadata", "begins", "ends"),
     [
         ({}, False, False),
-        ({"add_bos_token": True}, True, False),
         ({"add_bos_token": True, "add_eos_token": True}, True, True),
         ({"pre": "llama-bpe"}, True, False),
         ({"pre": "llama-bpe", "add_bos_token": False}, False, False),
-        ({"pre": "tekken"}, True, False),
     ],
 )
 def test_bos_and_eos_are_added_as_the_file_says(tmp_path, metadata, begins, ends):
@@ -103,9 +81,8 @@ def test_bos_and_eos_are_added_as_the_file_says(tmp_path, metadata, begins, ends
 @pytest.mark.parametrize(
     ("metadata", "said"),
     [
-        ({"eos_token_id": 10**6}, "tokenizer"),
+        ({"eos_token_id": 10**6}, "eos_token_id is 1000000, and there are"),
         ({"merges": ["x qqq"]}, "qqq"),
-        ({"token_type": [1, 1]}, "tokenizer"),
         ({"tokens": ["a", "a"], "token_type": [1, 1]}, "twice"),
     ],
 )
@@ -115,7 +92,13 @@ def test_damaged_tokenizer_metadata_names_the_file(tmp_path, monkeypatch, metada
     path = byte_level_gguf(tmp_path / "m.gguf")
     state = json.loads(plain().backend_tokenizer.to_str())["model"]
     tokens = list(state["vocab"])
-    found |= {"model": "gpt2", "tokens": tokens, "token_type": [1] * len(tokens), "merges": []} | metadata
+    found |= {
+        "model": "gpt2",
+        "pre": "gpt-2",
+        "tokens": tokens,
+        "token_type": [1] * len(tokens),
+        "merges": [],
+    } | metadata
     with pytest.raises(ValueError, match=said) as error:
         load_tokenizer(path)
     assert str(path) in str(error.value)

@@ -44,13 +44,6 @@ def test_para_lm_scores_one_tenant_as_the_mixed_pass_does(engine, harness, whole
     assert found["config"]["adapter"] == (engine.bank.entry(tenant).content if tenant else "base")
 
 
-def test_answers_in_memory_mention_no_file(engine, harness, capsys):
-    lm = ParaLM(engine, "A")
-    for _ in range(2):
-        harness(lm, "tiny_pick", limit=2)
-    assert "already" not in capsys.readouterr().err
-
-
 def test_para_lm_uses_the_chat_template(engine, harness, monkeypatch):
     lm = ParaLM(engine, "A")
     plain = lm.tokenizer_name
@@ -86,11 +79,6 @@ def test_a_cache_knows_the_adapter(engine, harness, tmp_path, monkeypatch):
 def test_lm_evals_own_cache_is_refused(engine, harness, tmp_path):
     with pytest.raises(ValueError, match="use_cache does not know which adapter answered"):
         harness(ParaLM(engine, "A"), "tiny_pick", use_cache=str(tmp_path / "theirs"))
-
-
-def test_perplexity_is_refused_with_the_reason(engine, harness):
-    with pytest.raises(ValueError, match="loglikelihood_rolling"):
-        harness(ParaLM(engine, "A"), "tiny_rolling")
 
 
 def test_para_lm_is_made_of_lm_evals_arguments(folder, tmp_path):

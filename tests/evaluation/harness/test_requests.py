@@ -186,28 +186,12 @@ def test_a_stop_text_with_a_first_space_is_missed_at_the_start_as_in_hf(monkeypa
 
 
 @pytest.mark.parametrize(
-    ("given", "made"),
-    [
-        ("ls tasks", "ls tasks"),
-        ("--model hf --tasks x --use_cache c", "--model hf --tasks x --use_cache c"),
-        ("--tasks x", "--tasks x --model para --batch_size 8"),
-        ("-M para --tasks x --use_cache=c", "--tasks x --model para --batch_size 8 --model_args cache=c"),
-        (
-            "--tasks x --model_args backbone=m,adapter=runs/a",  # lm-eval names its results by these
-            "--tasks x --model_args pretrained=m,peft=runs/a --model para --batch_size 8",
-        ),
-    ],
+    "given", ["ls tasks", "--model hf --tasks x", "--config=c.yaml", "--tasks x -M para-completions"]
 )
-def test_lm_evals_arguments_get_the_model_para_and_a_cache_that_knows_the_adapter(given, made):
-    assert with_para(given.split()) == made.split()
+def test_lm_evals_arguments_may_name_another_model(given):
+    assert with_para(given.split()) == given.split()
 
 
-def test_a_config_file_of_lm_eval_may_leave_the_model_out(tmp_path):
-    file = tmp_path / "c.yaml"
-    for text, more in (
-        ("tasks: [x]\n", "--model para --batch_size 8"),
-        ("model: para\nbatch_size: 2\n", "--model para"),
-        ("model: hf\n", ""),
-    ):
-        file.write_text(text)
-        assert with_para(["--config", str(file)]) == ["--config", str(file), *more.split()]
+def test_lm_evals_arguments_get_the_model_para():
+    assert with_para(["--tasks", "x"]) == "--tasks x --model para --batch_size 8".split()
+    assert with_para(["--tasks", "x", "--batch_size=2"]) == "--tasks x --batch_size=2 --model para".split()

@@ -12,24 +12,8 @@ from para_jax import ParaLM, load_model_config, load_tokenizer
 from para_jax.cli import main
 from para_jax.evaluation.harness.tasks import load_tasks, record, replay
 from para_jax.evaluation.options import EvalOptions
-from para_jax.evaluation.questions import Scored, Written
-from para_jax.evaluation.task_questions import questions_of_harness
-
-
-def test_a_tasks_own_code_that_fails_is_named_with_the_task(folder, tmp_path, few_files):
-    file, tokenizer = folder / "tasks" / "data.jsonl", load_tokenizer(folder / "backbone")
-    broken = WRITE.replace("{{{{question}}}}", "{{{{ question if label == 0 else 1 / 0 }}}}").replace(
-        "tiny_write", "asks"
-    )
-    unscored = WRITE.replace("metric: exact_match", "metric: exact_match, ignore_case: true, regexes_to_ignore: ['(']")
-    (tmp_path / "asks.yaml").write_text(broken.format(file=file))
-    (tmp_path / "scores.yaml").write_text(unscored.replace("tiny_write", "scores").format(file=file))
-    made = load_tasks(["asks", "scores"], tmp_path, limit=2, fewshot=None, chat=False)
-    with pytest.raises(ValueError, match="task asks: its requests can't be made: ZeroDivisionError"):
-        record(made[0], tokenizer, 100, sampling_seed=0)
-    record(made[1], tokenizer, 100, sampling_seed=0)
-    with pytest.raises(ValueError, match="task scores: lm-eval can't score its answers: .*(error|Error)"):
-        replay(made[1], tokenizer, 100, lambda one: Written("w9", 1), sampling_seed=0)
+from para_jax.evaluation.questions import Scored
+from para_jax.evaluation.task_questions import read_tasks
 
 
 def test_a_task_that_draws_while_it_is_loaded_draws_as_on_lm_evals_command_line(
@@ -79,22 +63,20 @@ def test_log_likelihoods_that_are_no_numbers_are_said(folder, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_one_task_with_two_settings_is_refused(folder, tmp_path, few_files):
-    """Its scores have one name, and one of them would be lost."""
-    pick = (folder / "tasks" / "pick.yaml").read_text()
+def test_what_a_task_of_lm_eval_is_scored_by_covers_its_config_and_documents(folder, tmp_path, few_files):
+    """Shards with other documents don't belong together. One task given twice is refused: its scores have one name."""
+    pick, data = (folder / "tasks" / "pick.yaml").read_text(), folder / "tasks" / "data.jsonl"
     (tmp_path / "pick.yaml").write_text(pick)
     (tmp_path / "few.yaml").write_text("group: few\ntask:\n  - task: tiny_pick\n    num_fewshot: 0\n")
-    (tmp_path / "same.yaml").write_text("group: same\ntask: [tiny_pick]\n")
     options = EvalOptions(include_path=tmp_path, limit=2)
     given = load_tokenizer(folder / "backbone"), load_model_config(folder / "backbone"), options
-    alike = questions_of_harness(["tiny_pick", "same"], *given)
-    assert alike[0].scored_by == alike[1].scored_by != ""
-    with pytest.raises(ValueError, match="tiny_pick and few hold lm-eval's task tiny_pick"):
-        questions_of_harness(["tiny_pick", "few"], *given)
-    data = folder / "tasks" / "data.jsonl"
+    with pytest.raises(ValueError, match="tiny_pick is given more than once"):
+        read_tasks(["tiny_pick", "few"], *given)
+    found = [read_tasks(["tiny_pick"], *given)[0].scored_by for _ in range(2)]
+    assert found[0] == found[1] != ""
     (tmp_path / "data.jsonl").write_text(data.read_text().replace('"label": 0', '"label": 1'))
     (tmp_path / "pick.yaml").write_text(pick.replace(str(data), str(tmp_path / "data.jsonl")))
-    assert questions_of_harness(["tiny_pick"], *given)[0].scored_by != alike[0].scored_by, "shards know it"
+    assert read_tasks(["tiny_pick"], *given)[0].scored_by != found[0]
 
 
 def test_a_second_round_and_unknown_requests_are_refused_with_the_task(folder, monkeypatch):
