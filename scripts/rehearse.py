@@ -31,12 +31,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 
 import buckets
 import rehearse_run
+from hlo import collective_bytes, collectives_run
 from rehearse_programs import compile_programs
+from roofline import estimate_time, training_work
 
 from para_jax.config import RunConfig, load_config
 from para_jax.estimate.memory import CHIP_GIB, GIB, choose_mesh, run_bytes
 from para_jax.estimate.memory import abstract_mesh as mesh_of
-from para_jax.estimate.roofline import estimate_time, training_work
 from para_jax.estimate.topology import Compiled, parsed_topology, topology_devices
 from para_jax.io.record_file import write_record
 from para_jax.reports import inspect
@@ -149,11 +150,12 @@ def compiled(topology: str, file: Path, sizes: dict[str, int], room: int) -> dic
 
 
 def record(found: Compiled) -> dict[str, Any]:
+    text = found.program and found.program.as_text() or ""
     return {
         "fits": found.fits,
         "needed": found.needed,
-        "collectives": found.collectives,
-        "collective_bytes": found.collective_bytes,
+        "collectives": collectives_run(text) if text else {},
+        "collective_bytes": collective_bytes(text) if text else {},
         "compile_seconds": round(found.seconds),
     }
 

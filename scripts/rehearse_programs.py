@@ -50,28 +50,28 @@ def compile_programs(config: RunConfig, mesh: Mesh, tenants: int = 1) -> dict[st
     with jax.set_mesh(mesh):
         if shares_prompts(config, tenants):
             lowered = prompt_states.lower(model, int32(rows, length))
-            found["prompts"], program = ask_compiler(lowered)
-            if program is None:
+            found["prompts"] = prompts = ask_compiler(lowered)
+            if prompts.program is None:
                 return found
-            states = results_of(lowered, program)._replace(row=int32(rows))
+            states = results_of(lowered, prompts.program)._replace(row=int32(rows))
         batch = Batch(int32(rows, length), int32(rows), int32(rows))
         prompt, completion = longest_split(config)
         lowered = eval_nll.lower(model, adapters, batch, states, completion=completion, prompt=prompt)
-        found["loss"], _ = ask_compiler(lowered)
+        found["loss"] = ask_compiler(lowered)
         given = model, adapters, int32(rows, length), int32(rows)
         if states is None:
             lowered = _prefill.lower(*given, int32(rows), room)
         else:
             lowered = prefill_after.lower(*given, states=states, max_length=room)
-        found["prefill"], program = ask_compiler(lowered)
-        if program is None:
+        found["prefill"] = prefilled = ask_compiler(lowered)
+        if prefilled.program is None:
             return found
-        logits, cached = results_of(lowered, program)
+        logits, cached = results_of(lowered, prefilled.program)
         leaves, treedef = jax.tree.flatten(model)
         answers = together(ANSWER, rows)
         ranked = int32(answers), int32(answers, ANSWER), int32(answers)
-        found["ranking"], _ = ask_compiler(continuation_scores.lower(treedef, leaves, logits, cached, *ranked))
-        found["decode"], _ = ask_compiler(next_token.lower(treedef, leaves, cached, int32(rows), None, 1))
+        found["ranking"] = ask_compiler(continuation_scores.lower(treedef, leaves, logits, cached, *ranked))
+        found["decode"] = ask_compiler(next_token.lower(treedef, leaves, cached, int32(rows), None, 1))
     return found
 
 

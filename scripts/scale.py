@@ -14,15 +14,15 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import jax
+from roofline import CHIPS, keys_seen
 
 from para_jax.adapters.adapter import count_parameters
 from para_jax.backbone.load import load_model_config
 from para_jax.backbone.weights import parameter_shapes
 from para_jax.config import SITES, Ia3Config, LoraConfig, ModelConfig, ParaConfig
 from para_jax.estimate.memory import CHIP_GIB, GIB, USABLE, abstract_mesh, shard_bytes
-from para_jax.estimate.roofline import CHIPS, keys_seen, matrix_weights
 from para_jax.model.adapted import init_adapter
-from para_jax.runtime.devices import PEAK_FLOPS
+from para_jax.runtime.devices import PEAK_FLOPS, matrix_weights
 from para_jax.runtime.sharding import tree_shardings, with_sharding
 
 

@@ -197,12 +197,6 @@ def make_adjustment(layer: Adapter, x: jax.Array, prompt_length: jax.Array, star
     return layer.condition(layer.pool(x, prompt_length, start))
 
 
-def require_model_config(model: object) -> None:
-    """Raises ValueError for anything but the shape of a backbone, such as the backbone itself."""
-    if not isinstance(model, ModelConfig):
-        raise ValueError(f"{type(model).__name__} is not a ModelConfig; give the backbone's, model.config")
-
-
 def init(kind: type[Kind], config, model: ModelConfig, seed: int | Int[Array, ""]) -> Kind:
     """A fresh adapter of a method. The leading axis of its arrays is the layers that have weights."""
     layers = np.array(kind.layers(config, model.num_layers))
@@ -219,16 +213,6 @@ def count_parameters(adapter: Adapter) -> int:
     """The number of trained values."""
     variables = jax.tree.leaves(adapter, is_leaf=is_variable)
     return sum(math.prod(v.shape) for v in variables if isinstance(v, AdapterParam)) - adapter.unused
-
-
-def require_one(adapter: Adapter) -> None:
-    """Raises ValueError for a stack of adapters, whose arrays have one axis more."""
-    for variable in jax.tree.leaves(adapter, is_leaf=is_variable):
-        if len(variable.shape) != 1 + len(variable.axes):
-            raise ValueError(
-                f"{type(adapter).__name__} with arrays of shape {variable.shape}, such as a stack has; give one "
-                "adapter of it: jax.tree.map(lambda a: a[i], stack.adapters)"
-            )
 
 
 def named_leaves(adapter: Adapter) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from ..config import SITES, ModelConfig, listed
 from ..io.checks import require
 from ..io.storage.bucket import BucketPath
 from ..runtime.sharding import place
-from .adapter import Adapter, named_leaves, require_model_config
+from .adapter import Adapter, named_leaves
 from .files import load_adapter, require_finite
 from .methods import METHODS, method_of
 from .names import unknown
@@ -85,7 +85,6 @@ class AdapterBank:
             dtype: of the matrices, here and on the device: float32 or bfloat16. Vectors stay float32, because those of
                 (IA)^3 are close to one.
         """
-        require_model_config(model_config)
         self.methods = names_among("methods", methods, tuple(method.name for method in METHODS))
         self.sites = names_among("sites", sites, SITES)
         self.model_config, self.capacity, self.max_r, self.dtype = model_config, capacity, max_r, dtype
@@ -118,8 +117,6 @@ class AdapterBank:
         """An empty bank for adapters of these configs, as `Adapter.normal` gives them. Whichever adapters it holds, its
         programs are those of a bank with all of them, so a row has the same bits."""
         configs = tuple(dict.fromkeys(configs))
-        if not configs:
-            raise ValueError("AdapterBank: give at least one adapter")
         bank = cls(
             model_config,
             capacity=capacity,
@@ -187,13 +184,11 @@ class AdapterBank:
 
     def remove(self, name: str) -> None:
         """Removes a tenant. Raises ValueError for an unknown name."""
+        self.entry(name)
         with self._lock:
-            entry = self._entries.pop(name, None) if isinstance(name, str) else None
-            if entry is not None:
+            if (entry := self._entries.pop(name, None)) is not None:  # else another thread removed it
                 self.digests.pop(name, None)
                 self._forget(entry.group)
-        if entry is None:
-            raise ValueError(unknown(name, self.names))
 
     def rows(self, names: Iterable[str | None]) -> Rows:
         """One tenant per batch row, by name; None is the base model.
@@ -249,6 +244,7 @@ class AdapterBank:
                 members.setdefault(entry.version, (len(members), entry.weights))
                 index[groups.index(entry.group), row] = members[entry.version][0]
         most = max([1, *map(len, distinct.values())])
+        # A power of two makes few shapes, and so few programs.
         places = min(1 << (most - 1).bit_length(), len(entries)) if places is None else max(places, most)
         stacks = [
             Stack(stacked(self._template(group), [weights for _, weights in members.values()], places))

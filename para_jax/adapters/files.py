@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
-from types import NoneType
 from typing import Any, NamedTuple
 
 import jax
@@ -30,13 +29,12 @@ from ..io.storage.bucket import BucketPath, Place
 from ..io.storage.cache import of_one_version
 from ..io.tensor_file import StoredTensor, stored_tensors
 from ..io.untrusted import one_line, read_json, safe_names
-from .adapter import Adapter, abstract, require_model_config, require_one, with_leaves
+from .adapter import Adapter, abstract, with_leaves
 from .card import example_of, given_lines, model_card, with_test_score
 from .formats.own import ValueCounts, own_config, read_own_config, require_same_backbone
 from .formats.peft import peft_base, peft_config, peft_tensors
 from .method import Method, require_peft_fits
 from .methods import METHODS, form_named, method_of
-from .rows import check_fits
 from .scope import scope_of
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
@@ -78,22 +76,17 @@ def save_adapter(
         card: further Markdown of the model card, a text or lines: data, scores, licences.
         example: the prompt of the example code in the card.
 
-    Raises ValueError for a stack of adapters, for weights that are not finite and for a folder that holds other files,
-    OSError where it can't be written (a full disk).
+    Raises ValueError for a folder that holds other files, OSError where it can't be written (a full disk).
     """
     from safetensors.numpy import save
 
     base_model, folder = hub_name(one_line(str(base_model or ""))), expanded(folder).resolve()
-    require_one(adapter)
     method = method_of(adapter.config).form_of(adapter.config)
     card = [card] if isinstance(card, str) else card
-    if model is not None:
-        check_fits(adapter, model.config)
     config = config_json(method, adapter, base_model, getattr(model, "fingerprint", None))
     tensors = {name: np.asarray(array, np.float32) for name, array in method.to_tensors(adapter).items()}
     if method.in_peft and has_image_part(adapter.backbone.model_type):
         tensors = {whole_name(name): array for name, array in tensors.items()}
-    require_finite("save_adapter", tensors)
     files = {
         CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
         WEIGHTS: save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, {"format": "pt"}),
@@ -158,6 +151,7 @@ def write_folder(folder: Place, files: dict[str, bytes]) -> None:
             left.unlink()
         with replacing(folder / WEIGHTS) as stream:
             stream.write(files[WEIGHTS])
+            # New weights must never meet an old config: a folder without one holds no adapter.
             if config.is_file() and config.read_bytes() != files[CONFIG]:
                 config.unlink()
         for name in (CARD, CONFIG):
@@ -195,7 +189,6 @@ def load_adapter(source: str | Path | BucketPath, model_config: ModelConfig, *, 
 
     Raises ValueError, naming the problem, for an adapter that is damaged, not supported or made for another backbone.
     """
-    require_model_config(model_config)
     try:
         folder = resolve_adapter(source)
         return of_one_version(folder / CONFIG, lambda: read_adapter(folder, source, model_config, model))
@@ -251,7 +244,7 @@ def read_config(folder: Path) -> tuple[Method, Any, dict, str]:
     """adapter_config.json, checked: the method, its config, the backbone, and the name of the base model."""
     file = own_file(folder, CONFIG)
     found = read_json(file)
-    kind, base_model = found.get("peft_type"), found.get("base_model_name_or_path")
+    kind = found.get("peft_type")
     method = form_named(kind)
     if method is None:
         known = one_of(method.peft_type for method in METHODS)
@@ -272,13 +265,9 @@ def read_config(folder: Path) -> tuple[Method, Any, dict, str]:
             method.adapter.layers(config, backbone["num_layers"])  # raises for a layer that the backbone lacks
     except ValueError as error:
         raise ValueError(f"{file}: {str(error)[:500]}") from None
-    revision = found.get("revision") if method.in_peft else None
-    if not all(isinstance(text, (str, NoneType)) for text in (base_model, revision)):
-        raise ValueError(
-            f"{file}: base_model_name_or_path and revision must be text or null; got {shorten(base_model)} and "
-            f"{shorten(revision)}"
-        )
-    return method, config, backbone, one_line("@".join(filter(None, (base_model, base_model and revision))))
+    named = [found.get("base_model_name_or_path"), found.get("revision") if method.in_peft else None]
+    base_model, revision = (text if isinstance(text, str) else "" for text in named)
+    return method, config, backbone, one_line(f"{base_model}@{revision}" if base_model and revision else base_model)
 
 
 def own_file(folder: Path, name: str) -> Path:

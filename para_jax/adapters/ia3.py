@@ -124,6 +124,7 @@ def ia3_leaves(
         vectors = stacked[f"{name}.ia3_l"].reshape(model.num_layers, -1)
         cuts = np.cumsum([model.site_width(site) for site in parts])[:-1]
         found |= dict(zip(parts, np.split(vectors, cuts, axis=1), strict=True))
+    # A joint linear has a vector for all its sites. Those of ones are dropped.
     kept = used_sites(linears, {site for site, vectors in found.items() if (vectors == 1).all()})
     return replace(config, target_modules=kept), {f"scale.{site}": found[site] for site in kept}
 

@@ -205,6 +205,7 @@ def lora_leaves(
             columns = columns if in_blocks else slice(None)
             found[site] = a[:, columns].swapaxes(1, 2), b[:, rows, columns].swapaxes(1, 2)
     unused = {site for site, pair in found.items() if not any(matrix.any() for matrix in pair)}
+    # PEFT trains a joint linear as a whole. Sites of it that change nothing are dropped.
     kept = used_sites(linears, unused)
     leaves = {f"a.{site}": found[site][0] for site in kept} | {f"b.{site}": found[site][1] for site in kept}
     return replace(config, target_modules=kept), leaves

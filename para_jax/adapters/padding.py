@@ -101,6 +101,7 @@ def without_zeros(leaf: np.ndarray, axis: int | None) -> list[np.ndarray]:
     of_place = np.moveaxis(leaf, axis, 1)  # [layers, places, ...]
     used = (of_place != 0).any(axis=tuple(range(2, leaf.ndim)))
     counts = np.where(used, np.arange(1, used.shape[1] + 1), 0).max(axis=1)
+    # A part ends where the next layer has another count.
     starts = [0, *(1 + np.flatnonzero(np.diff(counts)))]
     parts = np.split(of_place, starts[1:])
     return [np.moveaxis(part[:, : counts[start]], 1, axis) for start, part in zip(starts, parts, strict=True)]

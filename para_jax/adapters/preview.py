@@ -64,6 +64,7 @@ def load_previewed(found: Preview, model_config: ModelConfig, *, model=None) -> 
     """The adapter that was looked at. Raises ValueError as load_adapter does, and if another one has replaced it: what
     is known of the first one would be wrong."""
     adapter = load_adapter(found.place, model_config, model=model)
+    # Compared after loading, so that no change between the two is missed.
     if identify(str(found.place))[2] != found.digest:
         raise ValueError(f"{found.place}: another adapter has replaced it since this command began; run it again")
     return adapter

@@ -22,7 +22,6 @@ from .adapter import (
     SiteOutput,
     describe,
     make_adjustment,
-    require_one,
 )
 from .scope import Reach, invocation_tokens, reach_of_config, reach_of_configs
 
@@ -65,14 +64,6 @@ class Rows:
 
 def stack_adapters(adapters: list[Adapter]) -> Stack:
     """Adapters of one config and backbone, stacked. Gradients of Rows have this shape, a slice per tenant."""
-    if not adapters:
-        raise ValueError("stack_adapters: no adapters; give at least one")
-    for i, adapter in enumerate(adapters):
-        if (adapter.config, adapter.backbone) != (adapters[0].config, adapters[0].backbone):
-            raise ValueError(
-                f"stack_adapters: adapter {i} ({adapter.config} for {adapter.backbone}) differs from adapter 0 "
-                f"({adapters[0].config} for {adapters[0].backbone}); a stack holds adapters of one config and backbone"
-            )
     return Stack(jax.tree.map(lambda *leaves: jnp.stack(leaves), *adapters))
 
 
@@ -152,6 +143,7 @@ def of_groups(
         made = jax.vmap(make_adjustment)(weights, streams[:, 0], lengths.reshape(len(index), -1)[:, 0])
     else:
         made = jax.vmap(make_of_one)(weights, streams, lengths, starts)
+    # A negative index has gathered an arbitrary adapter.
     made = jax.tree.map(lambda a: jnp.where((index >= 0).reshape(-1, *[1] * (a.ndim - 1)), a, 0), made)
     return SharedByGroup(made) if shared else jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), made)
 
@@ -259,24 +251,10 @@ def reach_of(adapters: Adapter | Rows | Adjustments, rows: int) -> Reach:
     return reach_of_config(adapters.config, rows)
 
 
-def require_adapter(name: str, adapter, model: ModelConfig) -> None:
-    """Raises ValueError for anything but one adapter of this backbone; `name` says who takes it."""
-    if not isinstance(adapter, Adapter):
-        raise ValueError(f"{name} takes one adapter; got {type(adapter).__name__}")
-    check_fits(adapter, model)
-
-
-def check_fits(adapters, model: ModelConfig) -> None:
+def check_fits(adapters: Adapter | Rows | Adjustments | None, model: ModelConfig) -> None:
     """Raises ValueError where adapters were made for a backbone of another shape."""
     if adapters is None or isinstance(adapters, Adjustments):
         return
-    if not isinstance(adapters, (Adapter, Rows)):
-        raise ValueError(
-            f"adapters is a {type(adapters).__name__}; give None, one adapter (load_adapter loads it), or one for each "
-            "row: an AdapterBank with tenants=[...] for generate, elsewhere Rows, which pick(stack, indices) makes"
-        )
-    if isinstance(adapters, Adapter):
-        require_one(adapters)
     for adapter in [stack.adapters for stack in adapters.stacks] if isinstance(adapters, Rows) else [adapters]:
         expected = describe(model)
         if adapter.backbone != expected:

@@ -80,6 +80,7 @@ def values_in_spans(
         return with_block(so_far, softcap(scores * scale, cap), seen, values, "bkgts,bkse->bkgte")
 
     begin = without_blocks((lanes, kv_heads, heads // kv_heads, size, width))
+    # With a window, spans before that of the first token of any lane are not read.
     first = (
         0 if window is None else jnp.maximum(jnp.min(jnp.where(end > start, start, end.max())) + 1 - window, 0) // span
     )

@@ -81,6 +81,7 @@ def attend_prefix(
         at = length[:, None] + jnp.arange(q.shape[1])
         position = jnp.concatenate([jnp.broadcast_to(held, (len(at), held.size)), at], axis=1)
         distance = at[:, :, None] - position[:, None, :]
+        # Seen are the tokens that the row has in the cache, and the new ones.
         written = jnp.pad(held < length[:, None], ((0, 0), (0, q.shape[1])), constant_values=True)
         mask = written[:, None, :] & (distance >= 0) & within(distance, window)
         keys, values = (

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from ..config import ATTENTION, ModelConfig
-from ..io.checks import shorten
+from ..config import ModelConfig
 
 LANES = 128  # splash attention takes lengths in multiples of this; others are padded
 #: The largest head width of cuDNN's flash attention, by minimum compute capability (jax._src.cudnn.
@@ -27,13 +26,6 @@ class AttentionChoice:
     """why it is plain, if the user did not ask for that"""
     packed_why: str = ""
     """why packed rows, and only they, use plain attention"""
-
-
-def choice_named(name: str) -> AttentionChoice:
-    """The choice for a value of backbone.attention. Raises ValueError for an unknown one."""
-    if name not in ATTENTION:
-        raise ValueError(f"backbone.attention {shorten(name)} is unknown; choose {' or '.join(ATTENTION)}")
-    return AttentionChoice(name)
 
 
 def attention_kernel(

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ..config import ModelConfig
 from ..io.messages import say
 from ..runtime.processes import gather_texts
-from .kernel_choice import AttentionChoice, attention_kernel, choice_named
+from .kernel_choice import AttentionChoice, attention_kernel
 from .kernels import KERNELS
 
 #: Tokens per row of the trial.
@@ -38,9 +38,9 @@ def choose_attention(
         name: the value of backbone.attention.
         platform, capability: as for attention_kernel; default: those of the mesh's devices, or of this process.
 
-    Raises ValueError for an unknown name, and for a named kernel that cannot run here or fails the trial.
+    Raises ValueError for a named kernel that cannot run here or fails the trial.
     """
-    choice = choice_named(name)
+    choice = AttentionChoice(name)
     platform = platform or (jax.default_backend() if mesh is None else str(mesh.devices.flat[0].platform))
     kernel, _ = attention_kernel(config, LENGTH, dtype, platform, choice, capability=capability)
     if kernel == "plain":

@@ -109,6 +109,7 @@ def splash_both(
             jnp.concatenate([padded_to_lanes(x, 2) for x in both], axis=2) for both in zip(prompt, (k, v), strict=True)
         )
         seeing = padded_to_lanes(of_tail, 1, -1)
+        # The prompt's padding has another number than that of the tails, so nothing sees it.
         seen = jnp.concatenate([padded_to_lanes(of_prompt, 1, -2), seeing], axis=1)
         rows = over_mesh(partial(splash_rows, window=None, cap=cap), 1)
         mixed = rows(padded_to_lanes(q, 2), keys, values, (seeing, seen))

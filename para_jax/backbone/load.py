@@ -17,16 +17,15 @@ from ..io.checks import expanded, one_of, shorten
 from ..io.hub import local_backbone, resolve_backbone, resolve_config
 from ..io.messages import warn
 from ..io.untrusted import read_json
-from ..runtime.sharding import check_mesh, tree_shardings, with_sharding
-from .config_values import as_list
-from .families import model_config
+from ..runtime.sharding import tree_shardings, with_sharding
+from .families import as_list, model_config
 from .gguf.file import GgufFile
-from .kernel_choice import choice_named
+from .kernel_choice import AttentionChoice
 from .kernel_trial import choose_attention
 from .known_configs import KNOWN_CONFIGS
 from .quantize import quantised
 from .safetensors import Safetensors
-from .transformer import Layer, Transformer, require_layout
+from .transformer import Layer, Transformer
 from .weights import fingerprint, load_parameters, recipes, with_own_head
 
 #: The dtypes of weights and compute.
@@ -68,9 +67,6 @@ def load_backbone(
 
     Raises ValueError, in a line or two, for a source that is missing, damaged or not supported.
     """
-    require_layout(layout)
-    if mesh is not None:
-        check_mesh(mesh)
     dtype, path = chosen_dtype(dtype), resolve_backbone(source)
     config = config_at(path, source)
     warn_of_settings(path)
@@ -111,7 +107,7 @@ def abstract_backbone(
     if quantize not in (None, "int8"):
         raise ValueError(f"quantize {shorten(quantize)} is unknown; use int8 or None")
     model = traced(config)
-    model.attention = choice_named(attention)
+    model.attention = AttentionChoice(attention)
     model = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), model)
     if quantize:
         model = jax.eval_shape(quantised, model)

@@ -63,6 +63,7 @@ def load_parameter(
         held = values[stored_block(index, shape, recipe.transpose)]
         return held if len(shape) == 2 else held[:, 0]
 
+    # device_put uses the values' memory without a copy on a CPU.
     if sharding is None:
         array = jax.device_put(part((slice(None),) * len(shape)))
     else:
@@ -162,11 +163,3 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     memory = np.empty(math.prod(shape) * dtype.itemsize + 64, np.uint8)
     offset = -memory.ctypes.data % 64
     return memory[offset : offset + memory.size - 64].view(dtype).reshape(shape)
-
-
-def equal_tensors(source: Source, name: str, other: str) -> bool:
-    """Whether two matrices of one shape have the same values. Reading ends at the first piece that differs."""
-    rows, columns = source.shapes[name]
-    everything = Block(0, rows, 0, columns)
-    both = zip(read_pieces(source, name, everything), read_pieces(source, other, everything), strict=True)
-    return all(np.array_equal(mine, theirs) for (_, mine), (_, theirs) in both)

@@ -37,13 +37,10 @@ def folder_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 def sharded_tensors(folder: Path, index: Path) -> dict[str, StoredTensor]:
     shards = read_json(index, MAX_HEADER_BYTES).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-        raise ValueError(f"{index} has no weight_map from tensor names to file names; fetch it again")
+    names = set(map(str, shards.values())) if isinstance(shards, dict) else {""}
+    if not all(Path(name).name == name and "\\" not in name and name.endswith(".safetensors") for name in names):
+        raise ValueError(f"{index}: its weight_map must name .safetensors files next to it; got {shorten(shards)}")
     everything: dict[str, StoredTensor] = {}
-    for shard in sorted(set(shards.values())):
-        if Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
-            raise ValueError(
-                f"{index}: {shorten(shard)} is not the name of a .safetensors file next to it; fetch it again"
-            )
-        everything |= stored_tensors(folder / shard)
+    for name in sorted(names):
+        everything |= stored_tensors(folder / name)
     return everything

@@ -43,7 +43,7 @@ class Layer(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Embedding, layers, final norm and head. `model.py` runs it: forward, prefill, decode.
+    """Embedding, layers, final norm and head. model/adapted.py runs it: forward, prefill, decode.
 
     In the layout "layers", `layers` has one Layer per layer. In the layout "stacked" it has stacks of them; see
     layout.py.
@@ -70,6 +70,7 @@ class Transformer(nnx.Module):
 
     def embed(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length width"]:
         """Tokens int32 [batch, length] to the residual stream [batch, length, width]."""
+        # Gemma's multiplier is rounded to the dtype first, as in transformers.
         x = self.embedding[...][tokens] * jnp.asarray(self.config.embedding_multiplier, self.dtype)
         return constrain(x, ("batch", None, None))
 
@@ -93,19 +94,13 @@ class Transformer(nnx.Module):
 
         The arrays move one by one, so the peak is the model and one stacked array.
         """
-        require_layout(layout)
         if layout == self.layout:
             return self
         model = jax.tree.map(lambda x: x, self)
-        change = stacked_layers if layout == "stacked" else unstacked_layers
+        change = {"stacked": stacked_layers, "layers": unstacked_layers}[layout]
         model.layers = nnx.List(change(self.layers, self.config.kinds))
         model.layout = layout
         return model
-
-
-def require_layout(layout: str) -> None:
-    if layout not in ("layers", "stacked"):
-        raise ValueError(f"layout {layout!r} is unknown; use layers or stacked")
 
 
 def norm(config: ModelConfig, present: bool) -> nnx.Module:

@@ -14,10 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..config import FEEDFORWARD_NAMES, FUSED, SITES, ModelConfig
-from ..io.messages import warn
 from ..io.progress import Progress
 from ..io.untrusted import safe_names
-from .parts import Recipe, Source, equal_tensors, load_parameter, pieces
+from .parts import Recipe, Source, load_parameter, pieces
 from .quantize import quantiser
 
 
@@ -43,6 +42,7 @@ def load_parameters(
     with Progress(f"loading {source.path.name}", len(shapes), unit="tensor") as bar:
         for name, shape in shapes.items():
             scale = name.removesuffix("kernel") + "scale" if quantize and name.endswith(".kernel") else None
+            # A kernel is rounded to int8 once, not by way of a 16-bit dtype.
             read_as = jnp.dtype(jnp.float32 if scale else dtype)
             array, finite = load_parameter(source, plan[name], shape, read_as, placing.get(name))
             if not finite:
@@ -59,17 +59,10 @@ def load_parameters(
 
 
 def with_own_head(config: ModelConfig, source: Source) -> ModelConfig:
-    """The config, without tied embeddings if the source has a head of other values, as in transformers. Mistral Small
-    3.1 is so once transformers 5 has saved it. Every process compares the whole tensors, so that all find the same."""
-    head, embedding = "lm_head.weight", source_name(config, "embedding")
-    both = {head, embedding} <= source.shapes.keys()
-    if not config.tied_embeddings or not both or equal_tensors(source, head, embedding):
-        return config
-    warn(
-        f"{source.path}: {head} differs from {embedding}, although the config ties them. Both are used, as in "
-        "transformers; set tie_word_embeddings to false"
-    )
-    return replace(config, tied_embeddings=False)
+    """The config, without tied embeddings if the source has both matrices. transformers unties them where they differ,
+    as in Mistral Small 3.1 once transformers 5 has saved it."""
+    both = {"lm_head.weight", source_name(config, "embedding")} <= source.shapes.keys()
+    return replace(config, tied_embeddings=False) if config.tied_embeddings and both else config
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -134,6 +127,7 @@ def recipe(config: ModelConfig, name: str, shape: tuple[int, ...], fused: list[s
     """
     source = source_name(config, name)
     rows, start = shape[-1], 0
+    # The site's rows follow those of the other sites in the joint tensor.
     for joint in fused:
         for i, part in enumerate(FUSED[joint]):
             if f".{part}." in source:
@@ -173,9 +167,8 @@ def fingerprint(source: Source) -> str:
     prefix = "model.layers.0.self_attn."
     name, rows = f"{prefix}q_proj.weight", None
     if name not in source.shapes and {f"{prefix}qkv_proj.weight", f"{prefix}o_proj.weight"} <= set(source.shapes):
+        # q_proj is the first rows of the joint tensor, as many as o_proj has inputs.
         name, rows = f"{prefix}qkv_proj.weight", source.shapes[f"{prefix}o_proj.weight"][1]
-    if name not in source.shapes:
-        raise ValueError(f"{source.path} has no tensor {name}")
     digest = hashlib.sha256()
     for start, stop in pieces(0, rows or source.shapes[name][0], source.shapes[name][1]):
         digest.update(np.ascontiguousarray(source.read(name, start, stop)).view(np.uint8).data)

@@ -1,5 +1,4 @@
-"""`para-jax bench serve`: the engine against static batches, on a ragged workload of many tenants, and prompts that
-share a beginning (prefix.py)."""
+"""`para-jax bench serve`: the engine against static batches, on a ragged workload of many tenants."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..adapters.bank import AdapterBank
-from ..backbone.load import load_backbone, load_model_config
+from ..backbone.load import load_backbone
 from ..data.tokenizer import load_tokenizer
 from ..inference.generate import generate_tokens
 from ..inference.sampling import Sampling
@@ -19,7 +18,6 @@ from ..serving.decoder import STEPS
 from ..serving.engine import Engine
 from ..serving.request import Request
 from .decode import METHODS, bank_of
-from .prefix import LONG, SYSTEM, bench_gaps, bench_prefixes, bench_system_prompt
 from .rounds import in_turns, measurement, paired, single
 
 COMPARED = ("PARA", "(IA)^3", "LoRA r=8")
@@ -76,17 +74,12 @@ class ServingTimes(NamedTuple):
 
 def bench_serve(backbone: str, *, rows: tuple[int, ...] = (8,), requests: int = 96, rounds: int = 2) -> dict:
     """Tokens per second of the engine and of static batches with as many rows, by method, all tenants different; time
-    to the first token and time per token in the engine; and what shared prefixes save, by scope.
+    to the first token and time per token in the engine.
 
     Args:
         rows: the engine's slots; one number.
     """
-    slots, longest, room = single(rows), LONG + SYSTEM, load_model_config(backbone).max_positions
-    if room < longest:  # the part that needs them comes last
-        raise ValueError(
-            f"bench serve needs {longest} positions, for a prompt of {LONG} tokens; {backbone} has {room}. Choose "
-            "another --backbone"
-        )
+    slots = single(rows)
     model, tokenizer = load_backbone(backbone), load_tokenizer(backbone)
     work = ragged(requests, model.config.vocab_size)
     banks: dict[str, AdapterBank | None] = {"base": None} | {m: bank_of(model, METHODS[m], requests) for m in COMPARED}
@@ -106,16 +99,10 @@ def bench_serve(backbone: str, *, rows: tuple[int, ...] = (8,), requests: int = 
     found = measurement("tokens/s", in_turns(sides, rounds))
     ratios = {f"{m}: engine / static": paired(found["rounds"], f"{m}, engine", f"{m}, static batches") for m in banks}
     ratios |= {f"{m} / base, engine": paired(found["rounds"], f"{m}, engine", "base, engine") for m in COMPARED}
-    parts = {
-        "shared prefix": bench_prefixes(model, tokenizer, 5 * rounds),
-        f"one system prompt of {SYSTEM} tokens": bench_system_prompt(model, tokenizer, *work, slots, rounds),
-        "longest gap of a decoding row": bench_gaps(model, tokenizer, rounds),
-    }
     return found | {
         "ratios": ratios,
         "latencies_ms": {method: served[method].latencies() for method in banks},
         "live_slots": {method: served[method].live_while_waiting / slots for method in banks},
-        "parts": parts,
         "slots": slots,
         "requests": requests,
     }

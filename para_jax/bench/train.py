@@ -14,8 +14,8 @@ from ..config import ParaConfig, TrainSection, allowed_values
 from ..data.batches import Batch, Bucket, collate
 from ..data.examples import Example
 from ..data.packing import Packed, RowShape, collate_packed
-from ..estimate.roofline import peak_rate
 from ..model.adapted import init_adapter
+from ..runtime.devices import peak_rate
 from ..training.step import state_of_one, step_of_one
 from .decode import random_backbone
 from .rounds import interleaved, measurement, paired, single

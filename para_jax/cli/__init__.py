@@ -111,9 +111,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             raise_unknown(options.command, text)
     if rest:
         options.overrides = [*options.overrides, *rest]
-    config = str(getattr(options, "config", ""))
-    if "=" in config and not (os.path.exists(config) or getattr(options, "backbone", None)):
-        subparsers(parser())[options.command].error(f"CONFIG is missing before {config}; begin with own-data")
     return options
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from ..config.bounds import PositiveInt
-from ..io.checks import one_of, shorten
+from ..io.checks import expanded
 from . import options as shared
 
 #: The benchmarks; bench.BENCHMARKS holds their functions.
 NAMES = ("decode", "serve", "train")
-NUMBERS = ("context", "rounds", "packed", "requests")
+#: The options of a benchmark. Those that are not given have the benchmark's own defaults.
+OPTIONS = ("rows", "rounds", "context", "random", "packed", "remat", "requests")
 
 
 def add(commands) -> None:
@@ -16,39 +17,31 @@ def add(commands) -> None:
     parser = shared.add_command(
         commands, "bench", text, "decode --rows 1,8,32 --output results/decode.json", [shared.backbone("smollm2-135m")]
     )
-    parser.add_argument("name", metavar="NAME", help=", ".join(NAMES))
+    parser.add_argument("name", choices=NAMES, metavar="NAME", help=", ".join(NAMES))
     text = "write the measurement to this JSON file (default: none)"
-    shared.option(parser, "--output", text, shared.path_on_this_host, metavar="FILE")
+    shared.option(parser, "--output", text, expanded, metavar="FILE")
     group = parser.add_argument_group("what is measured", "Each benchmark has its own defaults.")
-    group.add_argument("--rows", help="rows of a batch; decode: sizes such as 1,8,32")
+    shared.option(group, "--rows", "rows of a batch; decode: sizes such as 1,8,32", whole_numbers)
     shared.option(group, "--rounds", "how often each side is measured", PositiveInt)
     shared.option(group, "--context", "decode: tokens that each row holds", PositiveInt)
-    group.add_argument("--random", action="store_true", help="decode, train: random weights of the backbone's shape")
+    text = "decode, train: random weights of the backbone's shape"
+    group.add_argument("--random", action="store_const", const=True, help=text)
     shared.option(group, "--packed", "train: examples per row, of 64 tokens each", PositiveInt)
-    group.add_argument("--remat", help="train: the choices to compare, such as none,dots,block")
+    shared.option(group, "--remat", "train: the choices to compare, such as none,dots,block", texts, metavar="R,R")
     shared.option(group, "--requests", "serve: requests of each side in a round", PositiveInt)
     parser.set_defaults(run=run)
 
 
-def run(options) -> None:
-    from ..io.record_file import check_record_file
-    from .checks import check_backbone
+def whole_numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
 
-    if options.name not in NAMES:
-        raise ValueError(f"bench: {shorten(options.name)} is no benchmark; choose {one_of(NAMES)}")
-    given = {name: value for name in NUMBERS if (value := getattr(options, name)) is not None}
-    if options.random:
-        given["random"] = True
-    if options.rows:
-        sizes = options.rows.split(",")
-        if not all(size.isdecimal() and int(size) for size in sizes):
-            raise ValueError(f"--rows is {options.rows}\ngive sizes such as 1,8,32")
-        given["rows"] = tuple(map(int, sizes))
-    if options.remat:
-        given["remat"] = tuple(options.remat.split(","))
-    if options.output:
-        check_record_file("--output", options.output)
-    check_backbone(options.backbone)
+
+def texts(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def run(options) -> None:
     from .. import bench
 
-    bench.run(options.name, options.backbone, options.output, **given)
+    chosen = {name: value for name in OPTIONS if (value := getattr(options, name)) is not None}
+    bench.run(options.name, options.backbone, options.output, **chosen)

@@ -14,8 +14,8 @@ from ..config import load_config
 from ..config.bounds import PositiveInt, Seed
 from ..evaluation.options import EvalOptions
 from ..io.checks import expanded
-from ..io.messages import say, warn
-from ..io.storage.bucket import BucketPath, Place
+from ..io.messages import say
+from ..io.storage.bucket import Place
 from . import options as shared
 from .results import write_results
 
@@ -76,7 +76,7 @@ def scored() -> shared.Parser:
     shared.add_fields(data, EvalOptions, "shuffle_prompts")
     harness = parser.add_argument_group("lm-eval's tasks")
     text = "a folder of further task files"
-    shared.option(harness, "--include-path", text, shared.path_on_this_host, metavar="FOLDER")
+    shared.option(harness, "--include-path", text, expanded, metavar="FOLDER")
     shared.add_fields(harness, EvalOptions, "num_fewshot", "chat")
     output = parser.add_argument_group("output")
     shared.add_shard(output, "for one part of the adapters, chosen by a hash of their files")
@@ -94,7 +94,6 @@ def run(options) -> None:
         from ..io.record_file import check_record_file
 
         check_record_file("--results", options.results)
-    check_sources(options, config)
     begun, output = time.monotonic(), output_of(options)
     try:
         results = evaluated(options, config, output)
@@ -111,22 +110,13 @@ def run(options) -> None:
 
 
 def check_options(options) -> None:
-    """Raises ValueError for options that are missing or do not go together."""
+    """Takes the first override for what it is where there is no CONFIG. Raises ValueError for two backbones."""
     given = str(options.config)
-    if re.match(r"[a-z_]+(\.\w+)* *=", given) and not expanded(given).exists():  # the first field, without CONFIG
-        options.config, options.overrides = None, [str(options.config), *options.overrides]
+    if re.match(r"[a-z_]+(\.\w+)* *=", given) and not expanded(given).exists():
+        options.config, options.overrides = None, [given, *options.overrides]
     if options.config is not None and options.backbone is not None:
         both = f"{options.config}, {options.backbone}"
         raise ValueError(f"evaluate: CONFIG and --backbone are both given ({both}); give one of them")
-    if options.config is None and not (options.tasks or any(text.startswith("data.") for text in options.overrides)):
-        raise ValueError("evaluate: no task is given; give the CONFIG of a run, or --backbone with --tasks")
-    if options.adapter and many(options):
-        raise ValueError("evaluate: --adapter and --adapters are both given; put all adapters into --adapters")
-    if options.shard and not (many(options) and options.output):
-        raise ValueError(f"--shard {options.shard} requires --adapters or --adapters-from, and an --output of its own")
-    for name in ("include_path", "num_fewshot", "chat"):
-        if not options.tasks and getattr(options, name) not in (None, False):
-            raise ValueError(f"--{name.replace('_', '-')} requires --tasks: it changes how lm-eval's tasks are asked")
 
 
 def eval_options(options, **known: Any) -> EvalOptions:
@@ -148,53 +138,14 @@ def output_of(options) -> Place | None:
 
 def sources_of(options) -> dict[str, str]:
     """{name: folder or hub id} of all adapters."""
-    return named_adapters([options.adapter] if options.adapter else options.adapters, options.adapters_from)
-
-
-def check_sources(options, config) -> None:
-    """Raises ValueError, before JAX is loaded, for a backbone, an adapter or data that is not there."""
-    from ..data.sources import open_split
-    from ..io.record_file import check_results_folder, check_writable
-    from .checks import check_adapters, check_backbone, check_data, check_new_folder, check_tasks, is_elsewhere
-
-    output = output_of(options)
-    if output is not None:
-        check_new_folder("--output", output)
-        if not isinstance(output, BucketPath):
-            check_results_folder(output)
-            check_writable("--output", output, output)
-    check_backbone(config.backbone.source)
-    sources = sources_of(options)
-    check_adapters(sources.values())
-    if not options.own:
-        check_tasks(options.tasks, options.split)
-        warn_of_unused(options, config)
-    if not options.tasks:
-        check_data(config, [options.split])
-        if not is_elsewhere(config.data, options.split) and open_split(config.data, options.split) is None:
-            from ..evaluation.task_file import no_data
-
-            raise no_data(config, options.split)
-
-
-def warn_of_unused(options, config) -> None:
-    """Warns of a config's templates, data and metric, which --tasks replaces."""
-    fields = [text.partition("=")[0] for text in options.overrides]
-    used = ("eval.batch_size", "data.chat_template_kwargs")
-    unused = [name for name in fields if name.startswith(("data.", "eval.")) and name not in used]
-    unused += [f"data.{name}" for name in ("prompt", "completion") if getattr(config.data, name) is not None]
-    if options.tasks and unused:
-        advice = f"give data.{options.split} in place of --tasks"
-        warn(f"{', '.join(dict.fromkeys(unused))}: not used, since --tasks replaces the config's data; {advice}")
+    return named_adapters([*filter(None, [options.adapter]), *options.adapters], options.adapters_from)
 
 
 def config_of(options):
     """The config with what the options change: backbone, precision, runtime, rows and seed."""
-    from .checks import chosen_backbone
-
     config = load_config(options.config, options.overrides)
     if options.config is None and not any(text.startswith("backbone.source") for text in options.overrides):
-        options.backbone = chosen_backbone(options.backbone, sources_of(options).values())
+        options.backbone = shared.chosen_backbone(options.backbone, sources_of(options).values())
     backbone = {name: getattr(options, name) for name in ("dtype", "quantize", "attention")}
     runtime = {"allow_cpu": options.allow_cpu or config.runtime.allow_cpu}
     runtime |= {"compilation_cache": config.runtime.compilation_cache and not options.no_compilation_cache}
@@ -219,17 +170,13 @@ def evaluated(options, config, output: Place | None):
     from ..evaluation.evaluate import plan_evaluation, run_evaluation
     from ..runtime import devices
 
-    if config.runtime.coordinator is not None and output is not None:
-        raise ValueError(  # each host would write the same files
-            f"runtime.coordinator {config.runtime.coordinator}: evaluate with --adapters, --tasks, --output or "
-            "--log-samples runs on one host; set runtime.coordinator=null"
-        )
     devices.start(replace(config.runtime, coordinator=None, num_processes=None, process_id=None))
     tokenizer, model_config = run_tokenizer(config), load_model_config(config.backbone.source)
     run = config
     if options.config is None:
         run = replace(config, data=replace(config.data, max_seq_length=None, truncate="left"))
-    how = eval_options(options, rows=config.eval.batch_size, seed=config.seed, base=not options.adapter)
+    base = many(options) or not options.adapter
+    how = eval_options(options, rows=config.eval.batch_size, seed=config.seed, base=base)
     plan = plan_evaluation(model_config, sources_of(options), options.tasks or config, tokenizer, how, run)
     model = shared.load_model(options, **vars(config.backbone))
     about = {"backbone": config.backbone.source, "quantize": config.backbone.quantize, "command": options.command_line}

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from ..io.checks import expanded
-from ..io.messages import warn
-from ..io.storage.bucket import BucketPath
 from . import options as shared
 
 HELP = """PARA makes other factors for each prompt, so its export is an (IA)^3 adapter for the one prompt of --prompt.
 LoRA and (IA)^3 folders are in PEFT's format already: they are copied, and name the hub id of their base model. Of the
 scopes other than `all`, PEFT has one: LoRA with adapter.alora_invocation_tokens."""
-
-#: The options of an export for one prompt.
-OF_FACTORS = ("prompt", "chat", "system", "chat-template-kwargs", "backbone")
 
 
 def add(commands) -> None:
@@ -39,54 +34,36 @@ def run(options) -> None:
     from ..adapters.method import acts_everywhere, require_peft_fits
     from ..io.hub import resolve_adapter
 
-    shared.require_chat(options)
     folder = resolve_adapter(options.adapter)
     found = read_adapter_config(folder)
     if not acts_everywhere(found.config):
         require_peft_fits(str(options.adapter), found.method, found.config)
-    if not found.method.in_peft:
-        if options.prompt is None:
-            raise ValueError(
-                f"{options.adapter}: a {found.method.label} adapter reads the prompt, and PEFT's adapters do not\n"
-                "give --prompt TEXT, the prompt that the export is for"
-            )
-        if options.chat_template_kwargs and not options.chat:
-            warn("--chat-template-kwargs: not used without --chat, since the prompt is text")
-        if options.output.resolve() in (options.adapter.resolve(), folder.resolve()):
-            raise ValueError(
-                f"--output {options.output} is the adapter itself, which the export would replace\ngive another folder"
-            )
-        export_factors(options, folder, found.base_model)
-    elif unused := [name for name in OF_FACTORS if getattr(options, name.replace("-", "_")) not in (None, False)]:
+    if found.method.in_peft:
+        copy_for_peft(folder, options.output, base_model=options.base_model)
+    elif options.prompt is None:
         raise ValueError(
-            f"{options.adapter}: a {found.method.label} adapter is the same for every prompt, and is copied\n"
-            f"leave --{unused[0]} out"
+            f"{options.adapter}: a {found.method.label} adapter reads the prompt, and PEFT's adapters do not\n"
+            "give --prompt TEXT, the prompt that the export is for"
         )
     else:
-        copy_for_peft(folder, options.output, base_model=options.base_model)
+        export_factors(options, folder, found.base_model)
     print(f"wrote {options.output}")
 
 
 def export_factors(options, folder, base_model: str) -> None:
     """Exports an adapter that makes factors, as it computes them on its backbone."""
-    from ..adapters.files import load_adapter, require_replaceable
+    from ..adapters.files import load_adapter
     from ..backbone.load import load_backbone
     from ..data.tokenizer import load_tokenizer
     from ..inference.export import export_ia3
     from ..io.hub import backbone_of
-    from .checks import check_new_folder
 
     source = options.backbone or backbone_of(folder)
     if not source:
         raise ValueError(f"{options.adapter} names no base model\ngive --backbone SOURCE")
-    check_new_folder("--output", options.output)
-    if not isinstance(options.output, BucketPath):
-        require_replaceable(options.output)
-    text = shared.with_newlines(options.prompt)
-    prompt = shared.turns(options, text) if options.chat else text
     shared.start_devices(options)
     model = load_backbone(source, dtype=options.dtype)
     tokenizer = load_tokenizer(source, options.chat_template_kwargs)
     adapter = load_adapter(folder, model.config, model=model)
-    named = options.base_model or base_model or source
+    named, prompt = options.base_model or base_model or source, shared.prompt_of(options, options.prompt)
     export_ia3(adapter, model, prompt, options.output, tokenizer=tokenizer, base_model=named)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from ..adapters.names import name_and_source, named_adapters
+from itertools import islice
+
+from ..adapters.names import name_and_source, named_adapters, unknown
 from ..config import BASE
 from ..io.checks import expanded, nearest
-from ..io.messages import say, warn
-from ..io.storage.bucket import BucketPath, Place
+from ..io.messages import say
 from . import options as shared
-from .names import adapters_of, tenants_of_prompts
+
+LISTED = 20  # names in an error
 
 
 def add(commands) -> None:
@@ -55,78 +57,55 @@ def run(options) -> int | None:
 
 def checked(options) -> tuple[dict[str, str], list[str | None] | None]:
     """The adapters by name, and the tenant of each prompt (see tenants_of_prompts). Raises ValueError, before JAX is
-    loaded, for options that are wrong or do not go together, and for what is not there."""
-    from ..serving.request import Request, check_request
-    from .checks import check_adapters, check_new_folder, chosen_backbone
-
+    loaded, for options that do not go together, and for a missing input."""
     if bool(options.prompt) == bool(options.input) or bool(options.input) != bool(options.output):
         raise ValueError("generate takes prompts or a file\ngive --prompt TEXT, or --input FILE with --output FILE")
-    if options.shard and not options.input:
-        raise ValueError(f"--shard {options.shard} goes with --input, not with --prompt\nleave it out")
-    shared.require_chat(options)
-    if options.input and options.chat:
-        raise ValueError(
-            "--chat goes with --prompt, not with --input\nin the file, give `messages` in place of `prompt`"
-        )
-    if options.chat_template_kwargs and options.prompt and not options.chat:
-        warn("--chat-template-kwargs: not used without --chat, since the prompts are text")
-    if options.prompt and not options.temperature and (options.top_k or options.top_p != 1):
-        warn("--temperature is 0, which takes the most probable token: --top-k and --top-p change nothing")
+    if options.input and not options.input.exists():
+        raise ValueError(f"--input {options.input}: no such file{nearest(options.input)}")
     sources = named_adapters(options.adapters, options.adapters_from)
-    if options.input and options.adapter:  # it answers the lines that name no tenant
+    if options.adapter:
         if sources or options.tenant:
             raise ValueError(
                 f"--adapter {options.adapter} excludes --adapters and --tenant\nleave it out, or both of the others"
             )
+        # one adapter is a bank of one, whose tenant answers all prompts
         name, source = name_and_source(options.adapter)
-        name = "adapter" if name == BASE else name  # in the lines, base is the base model
-        sources, options.adapter, options.tenant = {name: source}, None, [name]
-    adapters = [*sources.values(), *([options.adapter] if options.adapter else [])]
-    check_adapters(adapters)
-    tenants = tenants_of_prompts(options, sources)
-    for prompt in options.prompt or ["a"]:
-        check_request(Request(prompt, **sampling_of(options)))
-    options.backbone = chosen_backbone(options.backbone, adapters)
-    if options.input:
-        check_input(options.input)
-        if str(options.output) == "-":
-            raise ValueError("--output -: give /dev/stdout for the standard output")
-        if not isinstance(options.output, BucketPath) and options.output.is_dir():  # there, answers come in a folder
-            raise ValueError(f"--output {options.output}: a folder\ngive the path of a file in it")
-        check_new_folder("--output", options.output.parent)
-    return sources, tenants
+        name = "adapter" if name == BASE else name  # in the lines of a file, base is the base model
+        sources, options.tenant = {name: source}, [name]
+    options.backbone = shared.chosen_backbone(options.backbone, sources.values())
+    return sources, tenants_of_prompts(options, sources)
 
 
-def check_input(source: Place) -> None:
-    """Raises ValueError, before anything is loaded, if there is nothing to answer. A pipe is not touched."""
-    if str(source) == "-":
-        raise ValueError("--input -: give /dev/stdin for the standard input")
-    if source.is_dir() or not source.exists():
-        problem = "a folder" if source.is_dir() else f"no such file{nearest(source)}"
-        raise ValueError(f"--input {source}: {problem}\ngive a file with one JSON request per line")
-    if source.is_file():
-        with source.open("rb") as stream:
-            if any(map(bytes.strip, stream)):
-                return
-        raise ValueError(f"--input {source}: no line there\nwrite one request per line")
+def tenants_of_prompts(options, sources: dict[str, str]) -> list[str | None] | None:
+    """A tenant's name for each prompt, or None for the base model. With --input, the one name for lines without."""
+    names, prompts = options.tenant, len(options.prompt) or 1
+    if not names and (options.input or not sources):
+        return None
+    if len(names) not in (1, prompts):
+        known = ", ".join([*islice(sources, LISTED), *(["..."] if len(sources) > LISTED else [])])
+        raise ValueError(
+            f"--tenant is given {len(names)} times for {prompts} prompts\ngive it once, or once for each: {known}, or "
+            f"{BASE} for no adapter"
+        )
+    if strangers := [name for name in names if name != BASE and name not in sources]:
+        raise ValueError(f"--tenant: {unknown(strangers[0], tuple(sources))}")
+    tenants = [None if name == BASE else name for name in names]
+    return tenants if len(tenants) == prompts else tenants * prompts
 
 
 def load(options, sources: dict[str, str]) -> tuple:
-    """The model, the tokenizer, and the adapters (see adapters_of)."""
-    from ..adapters.preview import previews
+    """The model, the tokenizer, and the bank of the adapters, or None for the base model alone."""
+    from ..adapters.preview import load_previewed, previews
     from ..backbone.load import load_model_config
     from ..data.tokenizer import load_tokenizer
-    from ..io.hub import resolve_adapter
 
     shared.start_devices(options)
-    found = {}
-    if sources:  # a wrong adapter is found before weights are read
-        found = dict(zip(sources, previews(sources.values(), load_model_config(options.backbone)), strict=True))
-    if options.input:
-        options.max_length = shared.engine_length(options)
-    options.adapter = options.adapter and str(resolve_adapter(options.adapter))
+    # a wrong adapter is found before weights are read
+    found = dict(zip(sources, previews(sources.values(), load_model_config(options.backbone)), strict=True))
     model = shared.load_model(options, source=options.backbone, **shared.model_options(options))
-    return model, load_tokenizer(options.backbone, options.chat_template_kwargs), adapters_of(options, found, model)
+    load = lambda name: load_previewed(found[name], model.config, model=model)  # noqa: E731
+    bank = shared.bank_within_memory(options, found, model.config, load)
+    return model, load_tokenizer(options.backbone, options.chat_template_kwargs), bank
 
 
 def sampling_of(options) -> dict:
@@ -137,18 +116,17 @@ def sampling_of(options) -> dict:
     return vars(Sampling(options.max_new_tokens, options.temperature, options.top_k, options.top_p, options.seed, stop))
 
 
-def answer_prompts(options, model, tokenizer, adapters, tenants) -> None:
+def answer_prompts(options, model, tokenizer, bank, tenants) -> None:
     from ..inference.generate import generate
 
-    texts = [shared.with_newlines(prompt) for prompt in options.prompt]
-    prompts = [shared.turns(options, text) for text in texts] if options.chat else texts
-    answers = generate(model, prompts, tokenizer=tokenizer, adapters=adapters, tenants=tenants, **sampling_of(options))
+    prompts = [shared.prompt_of(options, prompt) for prompt in options.prompt]
+    answers = generate(model, prompts, tokenizer=tokenizer, adapters=bank, tenants=tenants, **sampling_of(options))
     if len(answers) == 1:
         print(answers[0])
         return
-    for i, (text, answer) in enumerate(zip(texts, answers, strict=True)):
-        tenant = f"[{tenants[i] or BASE}] " if tenants else ""
-        print(f"> {tenant}{text}\n{answer}\n")
+    for i, (prompt, answer) in enumerate(zip(options.prompt, answers, strict=True)):
+        tenant = f"[{tenants[i] or BASE}] " if tenants and not options.adapter else ""
+        print(f"> {tenant}{shared.with_newlines(prompt)}\n{answer}\n")
 
 
 def answer_file(options, model, tokenizer, bank, tenants, answers) -> int:
@@ -183,7 +161,7 @@ def engine_of(options, model, tokenizer, bank, tenants) -> tuple:
         bank,
         tokenizer,
         slots=options.slots,
-        max_length=options.max_length,
+        max_length=shared.engine_length(options, model.config),
         max_prefill_tokens=options.max_prefill_tokens,
     )
     return engine, Request("", tenants[0] if tenants else None, **sampling_of(options))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..config import load_config
-from ..io.checks import printable, shorten
+from ..io.checks import printable
 from . import options as shared
 
 LONGEST_LINE = 4000  # characters of a report's line
@@ -21,21 +21,9 @@ def add(commands) -> None:
 
 
 def run(options) -> None:
-    from .checks import check_backbone, check_data, check_target
+    config = load_config(options.target, options.overrides) if options.data else None
+    from ..reports.inspect import data_report, folder_report
 
-    if options.data:
-        config = load_config(options.target, options.overrides)
-        check_backbone(config.backbone.source)
-        check_data(config, ["train"])
-        from ..reports.inspect import data_report
-
-        report = data_report(config)
-    else:
-        if options.overrides:
-            raise ValueError(f"{shorten(options.overrides[0])} requires --data\na folder is shown as it is")
-        check_target(options.target)
-        from ..reports.inspect import folder_report
-
-        report = folder_report(options.target)
+    report = data_report(config) if config else folder_report(options.target)
     for line in report.splitlines():
         print(printable(line, LONGEST_LINE))  # it holds text that others wrote

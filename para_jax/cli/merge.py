@@ -19,20 +19,7 @@ def add(commands) -> None:
 
 
 def run(options) -> int:
-    from ..io.shards import SHARD_FILE, job_shard_file
-
-    folders = [(one / SHARD_FILE).is_file() for one in options.shards]
-    for one, folder in zip(options.shards, folders, strict=True):
-        if not folder and not job_shard_file(one).is_file():
-            raise ValueError(
-                f"{one} is not the output of a shard: there is no {SHARD_FILE} in it, and no "
-                f"{job_shard_file(one).name} next to it\ngive what --shard wrote to --output"
-            )
-        if folder != folders[0]:
-            raise ValueError(
-                f"{options.shards[0]} and {one} are a folder of evaluate and a file of generate\nmerge them separately"
-            )
-    if folders[0]:
+    if options.shards[0].is_dir():
         from ..evaluation.merge import merge_folders
 
         print(merge_folders(options.shards, options.output))

@@ -5,18 +5,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from types import FunctionType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from ..config import BackboneSection, RuntimeSection, template_variables
 from ..config.bounds import Bounds, PositiveFloat, PositiveInt, check_value, field_types, without_none
 from ..config.fields import typed_value
-from ..io.checks import expanded, near_name, printable, shorten
+from ..io.checks import expanded, near_name, printable
+from ..io.hub import BUILT_IN, backbone_of
 from ..io.messages import say
 from ..io.shards import parse_shard
-from ..io.storage.bucket import BucketPath
 
 #: Defaults of --slots and, for models with as many positions, of --max-length.
 SLOTS, MAX_LENGTH = 8, 1024
@@ -69,20 +68,13 @@ def value_of(kind: Any) -> Callable[[str], Any]:
     return read
 
 
-def path_on_this_host(text: str) -> Path:
-    found = expanded(text)
-    if isinstance(found, BucketPath):
-        raise ValueError(f"{text} is in a bucket; give a path on this host")
-    return found
-
-
 def checked_variables(text: str) -> str:
     template_variables("the object", text)
     return text
 
 
 #: Types of arguments. A shell leaves the ~ of --output=~/file to us.
-filled, place, local = value_of(str), value_of(expanded), value_of(path_on_this_host)
+filled, place = value_of(str), value_of(expanded)
 
 
 def option(group, flag: str, text: str, kind: Any = str, default: Any = None, **more: Any) -> None:
@@ -153,16 +145,9 @@ def add_prefill_tokens(group) -> None:
     option(group, "--max-prefill-tokens", text, PositiveInt)
 
 
-def engine_length(options) -> int:
-    """The tokens of a row: --max-length or its default. Raises ValueError for more than the backbone's positions."""
-    from ..backbone.load import load_model_config
-
-    most = load_model_config(options.backbone).max_positions
-    if options.max_length is not None and options.max_length > most:
-        raise ValueError(
-            f"--max-length {options.max_length}: {options.backbone} has {most} positions\ngive 2 to {most}"
-        )
-    return options.max_length or min(MAX_LENGTH, most)
+def engine_length(options, model_config) -> int:
+    """The tokens of a row: --max-length or its default."""
+    return options.max_length or min(MAX_LENGTH, model_config.max_positions)
 
 
 def add_tenants(group) -> None:
@@ -187,19 +172,15 @@ def add_adapter_memory(group, when_more: str) -> None:
 
 def add_chat(parser) -> None:
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's turn for the chat template")
-    parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message before it; \\n is a newline")
+    parser.add_argument("--system", metavar="TEXT", help="the system message before it; implies --chat")
 
 
-def require_chat(options) -> None:
-    """Raises ValueError for a system message without a chat."""
-    if options.system is not None and not options.chat:
-        raise ValueError(f"--system {shorten(options.system)} goes with --chat\ngive that too, or leave it out")
-
-
-def turns(options, text: str) -> list[dict]:
-    """The chat that --chat makes of a prompt."""
-    system = [] if options.system is None else [{"role": "system", "content": with_newlines(options.system)}]
-    return [*system, {"role": "user", "content": text}]
+def prompt_of(options, text: str) -> str | list[dict]:
+    """The prompt of an argument, in which \\n is a newline: with --chat or --system, the chat that these make of it."""
+    text = with_newlines(text)
+    if options.system is None:
+        return [{"role": "user", "content": text}] if options.chat else text
+    return [{"role": "system", "content": with_newlines(options.system)}, {"role": "user", "content": text}]
 
 
 # ------------------------------------------------------------------------------------------------------ shared options
@@ -276,17 +257,43 @@ def load_model(options, **backbone):
     from ..backbone.load import load_backbone
     from ..runtime.sharding import make_mesh, replicated_lines
 
-    size, devices = options.tensor_parallel_size, jax.local_device_count()
+    size = options.tensor_parallel_size
     if size == 1:
         return load_backbone(**backbone)
-    if size > devices:
-        there = f"{devices} device{'' if devices == 1 else 's'}"
-        raise ValueError(f"--tensor-parallel-size {size}: this host has {there}\ngive at most {devices}")
     mesh = make_mesh(tensor=size, devices=jax.local_devices()[:size])
     model = load_backbone(**backbone, mesh=mesh)
     for line in replicated_lines(model, mesh, model.config):
         say(line)
     return model
+
+
+def chosen_backbone(given: str | None, adapters: Iterable[Any]) -> str:
+    """The backbone of a command: --backbone, else what the first adapter names, else the built-in one. Fetches that
+    adapter if it is elsewhere."""
+    first = next(iter(adapters), None)
+    if given or first is None:
+        return given or BUILT_IN
+    named = backbone_of(first) or BUILT_IN
+    if named != BUILT_IN:
+        say(f"backbone: {printable(named)}, which {first} names")
+    return named
+
+
+def bank_within_memory(options, found: dict, model_config, load: Callable[[str], Any]):
+    """The bank of --adapters; None if there are none. Those that --adapter-memory has no room for are loaded when they
+    are needed.
+
+    Args:
+        found: the previews of the adapters by name.
+        load: gives the adapter of a name.
+    """
+    from ..adapters.loading_bank import bank_of
+
+    if not found:
+        return None
+    bank = bank_of(found, model_config, load, int(options.adapter_memory * 1e9))
+    say(str(bank))
+    return bank
 
 
 def with_newlines(text: str) -> str:

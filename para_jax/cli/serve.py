@@ -16,7 +16,6 @@ from ..io.messages import say
 from ..server.config import ServerConfig
 from ..server.packages import require_packages
 from . import options as shared
-from .names import bank_within_memory
 
 
 def add(commands) -> None:
@@ -67,17 +66,11 @@ def run(options) -> None:
 def checked(options) -> tuple[dict[str, str], ServerConfig]:
     """{name: folder or hub id} of the tenants, and the server's config with the base model's name. Raises ValueError
     for what can be seen before anything is loaded."""
-    from .checks import check_adapters, chosen_backbone
-
     require_packages("serve")
-    for name in ("methods", "sites", "max_r", "capacity"):
-        if getattr(options, name) and not options.adapter_root:
-            raise ValueError(f"--{name.replace('_', '-')} goes with --adapter-root\ngive that too")
     if options.adapter_root and not Path(options.adapter_root).expanduser().is_dir():
         raise ValueError(f"--adapter-root {options.adapter_root}: no such folder\ngive the folder of the adapters")
     sources = named_adapters(options.adapters, options.adapters_from)
-    check_adapters(sources.values())
-    options.backbone = chosen_backbone(options.backbone, sources.values())
+    options.backbone = shared.chosen_backbone(options.backbone, sources.values())
     options.served_model_name = base = options.served_model_name or base_name(options.backbone)
     if base in sources:
         raise ValueError(f"--adapters: {base} is the base model's name\ngive the tenant or --served-model-name another")
@@ -104,19 +97,22 @@ def serve_at(options, sources: dict[str, str], config: ServerConfig, taken) -> N
 def engine_of(options, sources: dict[str, str]):
     """The engine, with everything loaded. Requests without a seed are drawn differently in each process, so that
     replicas write different answers."""
+    from ..adapters.preview import previews
+    from ..backbone.load import load_model_config
     from ..data.tokenizer import load_tokenizer
     from ..serving.engine import Engine
 
     shared.start_devices(options)
-    options.max_length = shared.engine_length(options)
+    # a wrong adapter is found before weights are read
+    found = dict(zip(sources, previews(sources.values(), load_model_config(options.backbone)), strict=True))
     model = shared.load_model(options, source=options.backbone, **shared.model_options(options))
     gb = options.prefix_cache_gb
     return Engine(
         model,
-        bank_of(options, sources, model),
+        bank_of(options, found, model),
         load_tokenizer(options.backbone, options.chat_template_kwargs),
         slots=options.slots,
-        max_length=options.max_length,
+        max_length=shared.engine_length(options, model.config),
         max_prefill_tokens=options.max_prefill_tokens,
         queue_limit=options.queue_limit,
         queue_limit_per_tenant=options.queue_limit_per_tenant,
@@ -132,20 +128,21 @@ def base_name(backbone: str) -> str:
     return path.resolve().name if isinstance(path, Path) and path.exists() else backbone
 
 
-def bank_of(options, sources: dict[str, str], model):
+def bank_of(options, found: dict, model):
     """The bank of the adapters, or None for the base model alone. With updates it holds all of them, and has room for
-    others. Without, one that is dropped from memory is loaded again as it is then: it may have been trained further."""
+    others. Without, one that is dropped from memory is loaded again as it is then: it may have been trained further.
+
+    Args:
+        found: the previews of the adapters by name.
+    """
     from ..adapters.bank import AdapterBank
     from ..adapters.files import load_adapter
-    from ..adapters.preview import previews
-
-    found = dict(zip(sources, previews(sources.values(), model.config), strict=True))
 
     def load(name: str):
         return load_adapter(found[name].place, model.config, model=model)
 
     if not options.adapter_root:
-        return bank_within_memory(options, found, model.config, load) if found else None
+        return shared.bank_within_memory(options, found, model.config, load)
     configs = [one.config for one in found.values()]
     fitting = [AdapterBank.fitting(configs, model.config, capacity=len(found))] if found else []
     there = [AdapterBank(model.config), *fitting]

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 from ..config import load_config
 from . import options as shared
@@ -20,31 +17,23 @@ def add(commands) -> None:
     shared.add_overrides(parser)
     text = "check the config and print its sizes; nothing is written"
     parser.add_argument("--dry-run", action="store_true", help=text)
-    text = "with --dry-run: compile the step for a TPU slice, such as v5e:4x4"
+    text = "a dry run that compiles the step for a TPU slice, such as v5e:4x4"
     shared.option(parser, "--topology", text, metavar="SLICE")
     shared.add_results(parser)
     parser.set_defaults(run=run)
 
 
 def run(options) -> int | None:
-    from ..io.record_file import check_record_file
-    from .checks import check_backbone, check_moved, check_run
-
     config = load_config(options.config, options.overrides)
-    if options.topology and not options.dry_run:
-        raise ValueError(f"--topology {options.topology} requires --dry-run\nadd --dry-run to compile for that slice")
-    if options.results and options.dry_run:
-        raise ValueError(f"--results {options.results} excludes --dry-run, which has no scores\nleave one out")
-    if options.dry_run:
+    if options.dry_run or options.topology:
         from ..reports.inspect import dry_run
 
-        check_backbone(config.backbone.source)
         print(dry_run(config, options.topology))
         return
     if options.results and config.runtime.coordinator is None:  # of several hosts, only one writes the file
+        from ..io.record_file import check_record_file
+
         check_record_file("--results", options.results)
-    check_moved(options.config, options.overrides, config)
-    check_run(config)
     if config.sweep.method:
         return train_methods(options, config)
     return train_many(options, config) if config.many else train_one(options, config)
@@ -94,7 +83,6 @@ def train_many(options, config) -> int:
     if config.sweep:
         for line in best_combination(result.tenants):
             print(line)
-        draw_curves(result)
     return code
 
 
@@ -114,38 +102,7 @@ def train_methods(options, config) -> int:
     for row in result.methods:
         if row.warning:
             print(f"warning: {row.title}: {row.warning}")
-    draw_scores(result)
     return code
-
-
-def draw_scores(result) -> None:
-    """scores.png: the validation scores with their errors."""
-    from ..evaluation.score_plots import Bar, Scores, scores_plot
-
-    scored = [row for row in result.methods if row.score is not None]
-    if scored:
-        bars = {row.title: Bar(row.score, row.stderr, row.count) for row in scored}
-        base = result.base and Bar(result.base.score, result.base.stderr, result.base.count)
-        scores = {"validation": Scores(scored[0].metric, bars, base)}
-        draw("scores", lambda: scores_plot(scores), result.output_dir / "scores.png")
-
-
-def draw_curves(result) -> None:
-    from ..reports.plots import curves_plot
-
-    folders = [result.output_dir / name for name, entry in result.tenants.items() if entry["steps"] > 0]
-    draw("curves", lambda: curves_plot(folders), result.output_dir / "curves.png")
-
-
-def draw(what: str, plot: Callable[[], Any], file: Path) -> None:
-    """Saves a picture, and says so. Where it can't be drawn, the command has done its work all the same."""
-    from ..io.figures import save
-
-    try:
-        save(plot(), file)
-        print(f"the picture of the {what} is in {file}")
-    except ValueError as error:  # matplotlib is not installed, or nothing was logged
-        print(f"no picture of the {what}: {error}")
 
 
 def best_combination(entries) -> list[str]:

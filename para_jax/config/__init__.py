@@ -25,7 +25,6 @@ from .model import LayerKind as LayerKind
 from .model import ModelConfig as ModelConfig
 from .model import RotaryConfig as RotaryConfig
 from .run import ASSUMED_LENGTH as ASSUMED_LENGTH
-from .run import ATTENTION as ATTENTION
 from .run import BASE as BASE
 from .run import TFDS as TFDS
 from .run import BackboneSection as BackboneSection

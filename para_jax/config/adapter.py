@@ -59,9 +59,9 @@ class ParaConfig(AdapterConfig):
         object.__setattr__(self, "target_modules", sites_in_order(self.target_modules))
         super().__post_init__()
         if self.scope == "response":
-            last = self.pooler in ("last", "constant")
-            require(last, "pooler", self.pooler, "last or constant: scope response reads the last prompt token alone")
-            require(self.scope_window == 1, "scope_window", self.scope_window, "1 for PARA")
+            last = self.pooler in ("last", "constant") and self.scope_window == 1
+            expected = "last or constant, with scope_window 1: scope response reads the last prompt token alone"
+            require(last, "pooler", self.pooler, expected)
         if self.late_r is not None:  # a zero has to stay zero where a layer's rank ends
             expected = "another one with late_r; rational maps zero to a learned number"
             require(self.activation != "rational", "activation", self.activation, expected)

@@ -3,18 +3,15 @@
 import dataclasses
 import re
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from ..io import atomic
-from ..io.checks import expanded, near_name, nearest, printable, require, require_one_of, shorten
-from ..io.yaml_text import dump_yaml, has_comment, parse_yaml
+from ..io.checks import expanded, near_name, nearest, printable, require_one_of, shorten
+from ..io.yaml_text import dump_yaml, parse_yaml
 from .adapter import ADAPTER_CONFIGS
 from .fields import typed_fields
 from .run import RunConfig, TrainSection
 
-#: How files and folders of data end. They are often given in place of a config.
-DATA = (".jsonl", ".csv", ".tsv", ".parquet")
 #: Fields whose overrides are taken literally, not as YAML, which would read "{output}" as a mapping. \n is a newline.
 TEXT_FIELDS = ("data.prompt", "data.completion")
 
@@ -27,8 +24,6 @@ def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str
 
     Raises ValueError, naming the field and the nearest known one, for an unknown key, a wrong type or a bad value.
     """
-    if not isinstance(overrides, list | tuple):
-        raise ValueError(f"overrides is {shorten(overrides)}; give a list of texts, such as ['train.max_steps=3']")
     in_file = {} if file is None else read_yaml(config_file(file))
     changes: dict[str, Any] = {}
     for text in overrides:
@@ -38,12 +33,12 @@ def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str
         changes["train"] = {"max_steps": None} | train
     elif isinstance(train, dict) and train.get("max_steps") is not None:
         changes["train"] = {"num_epochs": TrainSection.num_epochs} | train
+    # The file alone first, so that an error says whether the file has it or an override.
     try:
-        return run_config(in_file, changes)
+        config = run_config(in_file, {})
     except ValueError as error:
-        if file is None or str(error) != problem_of(in_file):
-            raise
         raise ValueError(f"config {file}: {error}") from None
+    return run_config(in_file, changes) if changes else config
 
 
 def run_config(in_file: dict[str, Any], changes: dict[str, Any]) -> RunConfig:
@@ -61,15 +56,6 @@ def run_config(in_file: dict[str, Any], changes: dict[str, Any]) -> RunConfig:
     return replaced(template, merged(values, typed_fields(without_method(changes), template)))
 
 
-def problem_of(in_file: dict[str, Any]) -> str:
-    """What is wrong with the fields of a file alone; empty if nothing is."""
-    try:
-        run_config(in_file, {})
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
 def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """The fields of both. Where both have a field, `above` wins; sections are merged."""
     sections = {name for name in below.keys() & above.keys() if isinstance(below[name], dict)}
@@ -79,14 +65,13 @@ def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def named_method(run: dict[str, Any], default: Any) -> Any:
     """The value of adapter.method in a mapping of sections."""
-    adapter: Any = run.get("adapter", {})
-    require(isinstance(adapter, dict), "adapter", adapter, "a mapping, such as {method: para, r: 12}")
-    return adapter.get("method", default)
+    adapter = run.get("adapter")
+    return adapter.get("method", default) if isinstance(adapter, dict) else default
 
 
 def without_method(run: dict[str, Any]) -> dict[str, Any]:
     """The sections without adapter.method, which is no field of an adapter's config."""
-    if "adapter" not in run:
+    if not isinstance(run.get("adapter"), dict):
         return run
     return run | {"adapter": {name: value for name, value in run["adapter"].items() if name != "method"}}
 
@@ -142,12 +127,6 @@ def config_file(file: str | Path) -> Path:
 
 def read_yaml(file: Path) -> dict[str, Any]:
     """The mapping of sections in a YAML file. Raises ValueError, naming the file, for anything else."""
-    if file.suffix in DATA or any((file / f"train{end}").is_file() for end in DATA):
-        kind = "a folder of data" if file.is_dir() else "a data file"
-        advice = f"to train on it: para-jax train own-data data.train={quote(str(file))}"
-        raise ValueError(f"{file} is {kind}, not a config\n{advice}")
-    if file.is_dir():
-        raise ValueError(f"config {file} is a folder; give a .yaml file, such as the config.yaml in a run's folder")
     if not file.exists():
         shipped = shipped_configs()
         others = f"; give the path of a .yaml file, or the name of a shipped config: {', '.join(shipped)}"
@@ -175,8 +154,6 @@ def parse_override(text: str) -> dict[str, Any]:
         inner: Any = value.replace("\\n", "\n") if key in TEXT_FIELDS else parse_yaml(value)
     except ValueError as error:
         raise ValueError(f"override {shorten(text)} is not YAML: {printable(str(error))}") from None
-    if key not in TEXT_FIELDS and has_comment(value):
-        raise ValueError(f"override {shorten(text)}: YAML drops what follows #; put the text with it into quotes")
     *sections, name = key.split(".")
     nested: dict[str, Any] = {name: inner}
     for section in reversed(sections):

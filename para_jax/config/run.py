@@ -5,9 +5,9 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
-from ..io.checks import expanded, require, require_location, require_one_of
-from .adapter import ADAPTER_CONFIGS, AdapterConfig, ParaConfig, with_scope_of
-from .bounds import Bounds, Fraction, JsonObject, NonNegativeFloat, PositiveInt, Seed, allowed_values, check_fields
+from ..io.checks import expanded, require, require_one_of
+from .adapter import ADAPTER_CONFIGS, AdapterConfig, ParaConfig
+from .bounds import Bounds, Fraction, JsonObject, NonNegativeFloat, PositiveInt, Seed, check_fields
 from .template_variables import template_variables
 
 #: The base model's name among tenants: no adapter.
@@ -26,8 +26,15 @@ def is_tfds(source: str | None) -> bool:
     return source is not None and source.startswith(TFDS)
 
 
+class Section:
+    """What all sections have: their fields are checked."""
+
+    def __post_init__(self):
+        check_fields(self, type(self).__name__.removesuffix("Section").lower() + ".")
+
+
 @dataclass(frozen=True, kw_only=True)
-class BackboneSection:
+class BackboneSection(Section):
     source: str = "smollm2-135m"
     """a folder, a hub id (user/name or user/name@revision), a .gguf file, or the built-in name smollm2-135m"""
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -38,17 +45,9 @@ class BackboneSection:
     """the kernel for whole sequences: splash needs a TPU, cudnn a GPU. auto tries the device's kernel at the start and
     falls back to plain"""
 
-    def __post_init__(self):
-        check_fields(self, "backbone.")
-        require_location("backbone.source", self.source)
-
-
-#: The kernels for attention over whole sequences.
-ATTENTION = allowed_values(BackboneSection, "attention")
-
 
 @dataclass(frozen=True, kw_only=True)
-class DataSection:
+class DataSection(Section):
     train: str | None = None
     """a file of JSON lines, CSV (.csv, .tsv) or Parquet; or a folder with such a file for each split: train.jsonl and
     optionally validation.jsonl and test.jsonl; or a folder of Hugging Face datasets; or
@@ -86,11 +85,7 @@ class DataSection:
     """the rows that train(config, data=...) was given, by split (data/given.py); never written to a file"""
 
     def __post_init__(self):
-        check_fields(self, "data.")
-        for name in ("train", "validation", "test", "tenants"):
-            require_location(f"data.{name}", getattr(self, name))
-        local = "://" not in (self.data_dir or "")
-        require(local, "data.data_dir", self.data_dir, "a folder on this host, because tfds data can't be in a bucket")
+        super().__post_init__()
         variables = template_variables("data.chat_template_kwargs", self.chat_template_kwargs)
         in_order = json.dumps(variables, sort_keys=True, ensure_ascii=False) if variables else None
         object.__setattr__(self, "chat_template_kwargs", in_order)
@@ -107,7 +102,7 @@ class DataSection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSection:
+class TrainSection(Section):
     learning_rate: Annotated[float | Literal["auto"], Bounds(at_least=0, below=math.inf, words=("auto",))] | None = None
     """default: the rate of the adapter's method (default_learning_rate in config/adapter.py). auto: the best of several
     short trials on the validation data"""
@@ -157,21 +152,20 @@ class TrainSection:
     """with adapter.scope=response: compute the states of each distinct prompt once, and give them to every step"""
 
     def __post_init__(self):
-        check_fields(self, "train.")
+        super().__post_init__()
         batch, passes = self.batch_size, self.gradient_accumulation_steps
         expected = f"1, because the passes follow from train.batch_size ({batch})"
         require(batch is None or passes == 1, "train.gradient_accumulation_steps", passes, expected)
 
     @property
     def peak_learning_rate(self) -> float:
-        """learning_rate as a number. A section without a RunConfig has no method, and the default of most."""
-        if self.learning_rate == "auto":
-            raise ValueError("train.learning_rate is auto, and no trials have chosen a rate yet; give a number")
+        """learning_rate as a number. A section without a RunConfig has no method, and the default of most. Raises
+        ValueError for auto before its trials have chosen a rate."""
         return AdapterConfig.default_learning_rate if self.learning_rate is None else float(self.learning_rate)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepSection:
+class SweepSection(Section):
     """Every combination of these values is trained on the same data in one run. An empty list: the run's own value."""
 
     method: tuple[str, ...] = ()
@@ -182,18 +176,13 @@ class SweepSection:
     seed: tuple[Seed, ...] = ()
     """for the initial weights of an adapter and the order of its examples"""
 
-    def __post_init__(self):
-        check_fields(self, "sweep.")
-        for name, values in vars(self).items():
-            require(len(set(values)) == len(values), f"sweep.{name}", values, "different values")
-
     def __bool__(self) -> bool:
         """Whether one run trains several combinations. Methods are runs of their own."""
         return bool(self.learning_rate or self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalSection:
+class EvalSection(Section):
     every: PositiveInt = 200
     """steps between two evaluations on the validation data; the last step is always evaluated"""
     metric: Literal["loss", "accuracy", AnswerMetric] | None = None
@@ -222,12 +211,9 @@ class EvalSection:
     base: bool = True
     """score the base model before the first step. Without that, tables and model cards have no score of it"""
 
-    def __post_init__(self):
-        check_fields(self, "eval.")
-
 
 @dataclass(frozen=True, kw_only=True)
-class MeshSection:
+class MeshSection(Section):
     """Devices along each axis. One axis may be -1: all remaining devices. The default uses every device, with as many
     along fsdp as the memory of one device requires."""
 
@@ -236,48 +222,33 @@ class MeshSection:
     """null: 1 where the whole run fits one device by its estimate (memory.py), else the smallest size that fits"""
     tensor: int = 1
 
-    def __post_init__(self):
-        check_fields(self, "mesh.")
-        sizes = (self.data, 1 if self.fsdp is None else self.fsdp, self.tensor)
-        fits = all(size >= 1 or size == -1 for size in sizes) and sizes.count(-1) <= 1
-        require(fits, "mesh", vars(self), "sizes of at least 1; one may be -1 (all remaining devices)")
-
 
 @dataclass(frozen=True, kw_only=True)
-class LoggingSection:
+class LoggingSection(Section):
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     """metrics.jsonl is written in any case"""
     every: PositiveInt = 1
     """steps between two logged steps"""
 
-    def __post_init__(self):
-        check_fields(self, "logging.")
-
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointSection:
+class CheckpointSection(Section):
     every: PositiveInt | None = None
     """steps between two checkpoints, from which the same command resumes; default: eval.every. The last step is always
     saved"""
     keep: PositiveInt = 2
     """how many of the newest checkpoints to keep"""
 
-    def __post_init__(self):
-        check_fields(self, "checkpoint.")
-
 
 @dataclass(frozen=True, kw_only=True)
-class ProfilerSection:
+class ProfilerSection(Section):
     start_step: PositiveInt | None = None
     """the first step, counted from 1, that jax.profiler traces into output_dir/profile; default: no trace"""
     steps: PositiveInt = 3
 
-    def __post_init__(self):
-        check_fields(self, "profiler.")
-
 
 @dataclass(frozen=True, kw_only=True)
-class RuntimeSection:
+class RuntimeSection(Section):
     compilation_cache: bool = True
     allow_cpu: bool = False
     """run on the CPU even if the machine has an accelerator"""
@@ -297,18 +268,6 @@ class RuntimeSection:
     """with host:port: the number of this process, from 0. Only process 0 logs and writes"""
     stopped_exit_code: Annotated[int, Bounds(at_least=0, at_most=255)] = 0
     """the exit code of a run that SIGTERM has stopped. With 143 a scheduler sees that a preempted run has not ended"""
-
-    def __post_init__(self):
-        check_fields(self, "runtime.")
-        if self.distributed != "auto" and self.coordinator is not None:
-            raise ValueError(f"runtime.coordinator needs runtime.distributed=auto; got {self.distributed}")
-        numbered = self.process_id is not None and 0 <= self.process_id < (self.num_processes or 0)
-        address = "" if self.coordinator in (None, "auto") else self.coordinator
-        if bool(address) != numbered:
-            raise ValueError(
-                "runtime.coordinator=host:port, runtime.num_processes and runtime.process_id (from 0) need each other; "
-                f"got {self.coordinator}, {self.num_processes} and {self.process_id}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,17 +291,14 @@ class RunConfig:
 
     def __post_init__(self):
         check_fields(self)
-        is_config = isinstance(self.adapter, AdapterConfig)
-        require(is_config, "adapter", self.adapter, "a ParaConfig, LoraConfig or Ia3Config")
-        require_location("output_dir", self.output_dir)
         if self.output_dir.startswith("~"):
             object.__setattr__(self, "output_dir", str(expanded(self.output_dir)))
-        if self.sweep.method:
-            self.check_methods()
+        for method in self.sweep.method:
+            require_one_of(ADAPTER_CONFIGS, "sweep.method", method)
         if self.train.learning_rate is None and not (self.sweep.learning_rate or self.sweep.method):
             rate = self.adapter.default_learning_rate
             object.__setattr__(self, "train", replace(self.train, learning_rate=rate))
-        if self.data.tenants and self.sweep:
+        if self.data.tenants and (self.sweep or self.sweep.method):
             raise ValueError("sweep can't be used together with data.tenants; remove one of them")
         if self.train.learning_rate == "auto" and self.sweep:
             raise ValueError("train.learning_rate=auto can't be used together with a sweep; remove one of them")
@@ -353,21 +309,6 @@ class RunConfig:
             name = "per_device_batch_size" if self.train.batch_size is None else "batch_size"
             rows, batch = self.rows_per_tenant, getattr(self.train, name)
             require(batch % rows == 0, "train.rows_per_tenant", rows, f"a divisor of train.{name} ({batch})")
-
-    def check_methods(self) -> None:
-        """Raises ValueError for sweep.method with unknown methods, or with fields that don't suit several methods."""
-        methods = self.sweep.method
-        for method in methods:
-            require_one_of(ADAPTER_CONFIGS, "sweep.method", method)
-        if self.data.tenants:
-            raise ValueError("sweep.method can't be used together with data.tenants; compare the methods on data.train")
-        if self.train.init_from:
-            raise ValueError("sweep.method can't be used together with train.init_from, an adapter of one method")
-        own = next((name for name, kind in ADAPTER_CONFIGS.items() if kind is type(self.adapter)), None)
-        if own not in methods and self.adapter != with_scope_of(self.adapter, type(self.adapter)):
-            raise ValueError(
-                f"sweep.method {list(methods)} lacks {own}, but adapter has fields of {own}; add it, or remove them"
-            )
 
     @property
     def many(self) -> bool:

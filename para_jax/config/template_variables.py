@@ -30,8 +30,10 @@ def template_variables(name: str, given: Any) -> Variables:
     if not isinstance(variables, dict):
         raise ValueError(f'{name} must be a JSON object, such as {{"enable_thinking": false}}; got {shorten(given)}')
     for variable, value in variables.items():
-        if not isinstance(variable, str) or not variable.isidentifier() or variable in TAKEN:
-            raise ValueError(f"{name}: {shorten(variable)} can't be set; give variables of the chat template")
-        if not isinstance(value, bool | int | float | str | None):
-            raise ValueError(f"{name}: {variable} is {shorten(value)}; give true, false, null, a number or a text")
+        is_name = str(variable).isidentifier() and variable not in TAKEN
+        if not is_name or not isinstance(value, bool | int | float | str | None):
+            raise ValueError(
+                f"{name}: {shorten(variable)} can't be {shorten(value)}; give variables of the chat template with "
+                "true, false, null, a number or a text"
+            )
     return variables

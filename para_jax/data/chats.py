@@ -85,12 +85,7 @@ def render(tokenizer, messages: list[dict], /, **options: Any) -> str:
 
     Raises TemplateError, a ValueError, if the template fails.
     """
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "prompt is a list of messages, but the tokenizer has no chat template\npass text, or put "
-            "chat_template.jinja into the tokenizer's folder (one in an adapter's folder is not read)"
-        )
-    template = default_template(tokenizer)
+    template = tokenizer.get_chat_template()
     if "developer" not in template:  # it would leave such a message out; OpenAI's models treat the two roles alike
         messages = [m | {"role": "system"} if m.get("role") == "developer" else m for m in messages]
     try:
@@ -196,18 +191,6 @@ def common_end(one: str, other: str) -> str:
 # ------------------------------------------------------------------------------------------------------ the template
 
 
-def default_template(tokenizer) -> str:
-    """The tokenizer's chat template; of several with names, the one named default. Raises ValueError if none is."""
-    named = tokenizer.chat_template
-    if isinstance(named, dict) and "default" not in named:
-        names = shorten(", ".join(map(str, named)))
-        raise ValueError(
-            f"the tokenizer has chat templates named {names}, and none is the default\nput the one to use into "
-            "the tokenizer's folder as chat_template.jinja"
-        )
-    return tokenizer.get_chat_template()
-
-
 def with_variables(template: str, variables: Variables) -> str:
     """The template with values for variables that the caller of the renderer does not give."""
     values = {name: json.dumps(value, ensure_ascii=False) for name, value in variables.items()}
@@ -234,7 +217,7 @@ def writes_date(tokenizer) -> bool:
 def fixed_date(tokenizer, day: str) -> Iterator[None]:
     """Meanwhile, the tokenizer's chat template writes this day, YYYY-MM-DD, as the date."""
     template = tokenizer.chat_template
-    tokenizer.chat_template = with_date(default_template(tokenizer), date.fromisoformat(day))
+    tokenizer.chat_template = with_date(tokenizer.get_chat_template(), date.fromisoformat(day))
     try:
         yield
     finally:

@@ -214,6 +214,7 @@ def without_end(tokenizer, answer: str) -> str:
 def up_to_end_token(tokenizer, ids: list[int]) -> list[int]:
     """A turn's ids up to its end token, without the white space that templates write after it. EOS is added if the turn
     has no end token."""
+    # From the back: an answer may name the end token, and only the last one ends the turn.
     for i in reversed(range(len(ids))):
         if (ends := ends_turn(tokenizer, ids[i])) is not None:
             if ends:
@@ -270,12 +271,6 @@ def last_characters(tokenizer, length: int) -> frozenset[str]:
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizer
-
-
-def require_tokenizer(tokenizer: object) -> None:
-    """Raises ValueError for what is no tokenizer, such as the name of one."""
-    if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
-        raise ValueError(f"tokenizer is a {type(tokenizer).__name__}; give one that load_tokenizer returns")
 
 
 def encode_prompts(tokenizer, texts: list[str], chats: list[bool]) -> list[list[int]]:

@@ -29,26 +29,15 @@ def described(source: str | None) -> str:
 
 
 def with_data(section: DataSection, data: Any) -> DataSection:
-    """The section of a run on this data. ValueError for data of another kind, and where the section names data of the
-    same split."""
+    """The section of a run on this data, which takes the place of what the section names for the same splits."""
     given = splits_of("data", data)
-    for split in given:
-        require_unnamed(f"data.{split}", getattr(section, split))
-    return replace(section, train=PYTHON, given=given)
+    return replace(section, **dict.fromkeys(given) | {"train": PYTHON, "given": given})
 
 
 def with_tenants(section: DataSection, data: Any) -> DataSection:
     """The section of a run of many tenants on this data, by tenant."""
-    require_unnamed("data.tenants", section.tenants)
-    if not isinstance(data, Mapping) or not data:
-        raise ValueError(f"data of many tenants must be a dict, {{name: rows}}; got {type(data).__name__}")
     given = {str(name): splits_of(f'data["{name}"]', rows) for name, rows in data.items()}
     return replace(section, tenants=PYTHON, given=given)
-
-
-def require_unnamed(field: str, source: str | None) -> None:
-    if not is_given(source or PYTHON):
-        raise ValueError(f"{field} ({source}) and data= are both given; set {field}=null, or leave data= out")
 
 
 def given_split(section: DataSection, split: str) -> Split | None:
@@ -90,8 +79,6 @@ def rows_split(label: str, data: Any) -> Split:
 def rows_of(label: str, data: Any) -> Callable[[], Iterable[Any]]:
     """Gives the rows of a list, a DataFrame (pandas or polars), a datasets.Dataset or an Arrow table."""
     if is_dataset(data):
-        if data.format["type"] == "custom":
-            raise ValueError(f"{label} has a transform, which would not be applied; use dataset.map instead")
         return partial(dataset_rows, data)
     if hasattr(data, "to_pylist") and hasattr(data, "schema"):
         return partial(batch_rows, data)

@@ -17,7 +17,7 @@ from typing import Any
 from ..io.checks import expanded, nearest, printable, shorten
 from ..io.hub import HUB_ID, inside_folder, is_inside_folder
 from ..io.storage.bucket import Place
-from .rows import READ_AT_ONCE, DataSet, Split, batch_rows, no_split
+from .rows import READ_AT_ONCE, DataSet, Split, batch_rows
 
 SCHEME = "hf:"
 FORMATS = ("json", "parquet")
@@ -95,11 +95,7 @@ def load_failure(error: Exception) -> str:
 
 
 def read_split(builder: Any, name: str, config: str | None, split: str) -> Split:
-    try:
-        dataset = builder.as_dataset(split=split)
-    except ValueError:
-        raise no_split(f"{SCHEME}{name}", split, builder.info.splits) from None
-    return split_of(f"{SCHEME}{name}:{config or ''}:{split}", dataset)
+    return split_of(f"{SCHEME}{name}:{config or ''}:{split}", builder.as_dataset(split=split))
 
 
 def split_of(label: str, dataset: Any) -> Split:
@@ -132,11 +128,5 @@ def saved_data_set(folder: Path, named: str | None = None) -> DataSet:
 
 def open_saved(folder: Path, split: str) -> Split:
     """A split of a folder that `save_to_disk` wrote. A data set without splits is the one that it is named for."""
-    splits = splits_of_saved(folder)
-    if "[" in split or (splits and split not in splits):
-        raise ValueError(f"{folder}: no split {shorten(split)}; it has {', '.join(splits) or 'none'}")
-    own = folder / split if splits else folder
-    try:
-        return split_of(str(own), datasets_library(str(folder)).load_from_disk(str(own)))
-    except Exception as error:  # of many kinds
-        raise ValueError(f"{own}: {load_failure(error)}") from None
+    own = folder / split if splits_of_saved(folder) else folder
+    return split_of(str(own), datasets_library(str(folder)).load_from_disk(str(own)))

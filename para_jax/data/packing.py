@@ -80,13 +80,7 @@ class PackingPlan:
 
 
 def plan_packing(examples: Sequence[Example], *, length: int, rows: int, seed: int) -> PackingPlan:
-    """The order of training in packed rows of at least `length` tokens, `rows` of them a global batch.
-
-    Raises ValueError for an example that is longer.
-    """
-    longest = max(example_lengths(examples))
-    if longest > length:
-        raise ValueError(f"an example of {longest} tokens does not fit a row of {length}; raise data.max_seq_length")
+    """The order of training in packed rows of at least `length` tokens, `rows` of them a global batch."""
     return PackingPlan(examples, length=rounded_up(length), rows=rows, seed=seed)
 
 

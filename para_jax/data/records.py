@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import string
 from collections.abc import Iterator
-from datetime import datetime
-from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..config import DataSection
 from ..io.checks import expanded, shorten
-from ..io.messages import warn
 from ..io.storage.bucket import BucketPath
 from .chats import CALLS, checked_messages
 from .examples import Prompt
@@ -23,14 +20,6 @@ from .tasks import TASKS, field, names_of
 NOT_LEARNT = (*CALLS, "reasoning_content", "reasoning", "reasoning_details", "thinking")
 #: Columns of a row that chat templates could write into the prompt. We don't pass them on.
 NOT_PASSED = ("tools", "functions", "chat_template_kwargs")
-#: What an error adds for rows with `conversations`.
-SHAREGPT = (
-    ". ShareGPT's conversations: rename them to messages, their from to role, and their value to content. As roles, "
-    "human becomes user and gpt becomes assistant"
-)
-
-#: A run reads its data several times.
-warn_once = cache(warn)
 
 
 class Record(NamedTuple):
@@ -84,20 +73,6 @@ def read_records(
     return list(records_of(open_file(expanded(path)), Form(prompt, completion, task)))
 
 
-def read_prompts(path: Path | BucketPath | str) -> list[Prompt]:
-    """The prompts of a data file: its column `prompt`, or the prompts in its column `messages`."""
-    prompts: list[Prompt] = []
-    for place, row in open_file(expanded(path)).rows():
-        try:
-            has_chat = "messages" in row and "prompt" not in row
-            prompts += [record.prompt for record in turns_of(row, place)] if has_chat else [column(row, "prompt")]
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from None
-    if not prompts:
-        raise ValueError(f"{path} has no rows; add one for each prompt")
-    return prompts
-
-
 # ---------------------------------------------------------------------------------------------------------------- rows
 
 
@@ -107,10 +82,9 @@ def records_of(split: Split, form: Form) -> Iterator[Record]:
         raise ValueError(f"data.task {shorten(form.task)} is unknown; choose one of {', '.join(TASKS)}")
     count = 0
     for place, row in split.rows():
-        if not count:
-            check_template("prompt", form.prompt or "", row)
-            check_template("completion", form.completion or "", row)
         try:
+            if not count:
+                check_templates(form, row)
             records = record_of(row, form, place)
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from None
@@ -122,6 +96,7 @@ def records_of(split: Split, form: Form) -> Iterator[Record]:
 
 def record_of(row: dict, form: Form, place: str) -> list[Record]:
     """A row's record. A row of `messages` gives one for each assistant turn."""
+    # Templates win over a task, and so do rows that are written as prompt and completion already.
     own = form.prompt or form.completion or ("prompt" in row and "completion" in row)
     if form.task is not None and not own:
         prompt, completion, accepted = TASKS[form.task].record(row)
@@ -152,9 +127,7 @@ def turns_of(row: dict, place: str) -> list[Record]:
     last = max((i for i, turn in enumerate(messages) if turn["role"] == "assistant"), default=0)
     records = []
     for i, turn in enumerate(messages):
-        if is_learnt(turn):
-            if not i:
-                raise ValueError("prompt is empty: there is no message before the assistant's")
+        if i and is_learnt(turn):  # an answer to nothing can't be learnt
             answer = answer_text(turn)
             accepted, label = (references(row, answer), label_of(row)) if i == last else ((answer,), None)
             records.append(Record(messages[:i], answer, accepted, label, place))
@@ -186,8 +159,6 @@ def answer_text(turn: dict) -> str:
             f"an assistant turn has {lost[0]}, and only its content is learnt\nwrite {lost[0]} into the content, as "
             "the model is to answer; or give the turn weight 0, so that it is not learnt"
         )
-    if not turn["content"].strip():
-        raise ValueError("an assistant message is empty")  # nothing to learn
     return turn["content"]
 
 
@@ -200,12 +171,9 @@ def column(row: dict, name: str) -> Prompt:
     if name not in row:
         raise ValueError(
             f"no field {name!r}, or it is null; set data.{name} to a template over the fields {names_of(row)}, or "
-            f"rename a field to {name!r}" + SHAREGPT * ("conversations" in row)
+            f"rename a field to {name!r}"
         )
-    value: Any = field(row, name)
-    if isinstance(value, int | float):
-        kind = type(value).__name__
-        raise ValueError(f"{name} must be text or messages, not {kind}; 'data.{name}={{{name}}}' writes it as text")
+    value = field(row, name)
     return value if isinstance(value, str) else checked_messages(name, value)
 
 
@@ -224,32 +192,15 @@ def fill(template: str, row: dict) -> str:
     """The template with each {column} replaced by the row's text, number or date. {{ and }} give braces."""
     text = ""
     for literal, name, spec, _ in string.Formatter().parse(template):
-        value: Any = "" if name is None else field(row, name)
-        if isinstance(value, list | dict | datetime):
-            raise ValueError(
-                f"{name} is a {type(value).__name__}; make it text: a template takes texts, numbers and dates"
-            )
-        text += literal + format(value, spec or "")
+        text += literal + ("" if name is None else format(field(row, name), spec or ""))
     return text
 
 
-def check_template(name: str, template: str, row: dict) -> None:
-    """Raises ValueError for a template that is a column's name without braces or in two pairs of them, as in other
-    libraries: every row would have this text."""
-    try:
-        parts = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise ValueError(f"data.{name}: {shorten(template)}: {error}; write {{{{ or }}}} for a brace") from None
-    columns = [part[1] for part in parts if part[1] is not None]
-    text = "".join(literal for literal, *_ in parts).strip()
-    bare = text.replace("{ ", "{").replace(" }", "}")
-    if text and not columns and (text == "null" or text in row or any(f"{{{other}}}" in bare for other in row)):
-        raise ValueError(
-            f"data.{name} is {shorten(template)}, so every {name} would be {shorten(text)}\nput the name of a "
-            f"column into one pair of braces, as {{column}}, or write 'data.{name}=' for the column {name}"
-        )
-    if "\\n" in template:
-        warn_once(
-            f"data.{name} is {shorten(template)}: it has a backslash and an n where you may mean a new line; in "
-            "YAML, write the template in double quotes"
-        )
+def check_templates(form: Form, row: dict) -> None:
+    """Raises ValueError for a template that is a column's name without braces: every row would have this text."""
+    for name, template in (("prompt", form.prompt), ("completion", form.completion)):
+        if template and template.strip() in row:
+            raise ValueError(
+                f"data.{name} is {shorten(template)}, which every {name} would be; write {{{template.strip()}}} for "
+                "the column of this name"
+            )

@@ -10,7 +10,7 @@ from functools import cache
 from itertools import islice
 from typing import Any, NamedTuple
 
-from ..io.checks import printable, shorten, without_repeats
+from ..io.checks import printable, without_repeats
 from ..io.messages import warn
 from ..io.storage.bucket import Place
 
@@ -79,13 +79,6 @@ class DataSet(NamedTuple):
         return None
 
 
-def no_split(label: str, split: str, splits: Sequence[str]) -> ValueError:
-    part = "or a part of one, such as train[:90%]"
-    return ValueError(
-        f"{label}: no split {shorten(split)}, or no rows in it; choose one of {', '.join(splits)}, {part}"
-    )
-
-
 @cache  # a run looks for its data several times
 def warn_of_hidden(label: str) -> None:
     warn(f"{label}: its labels are hidden (-1), so it is left out")
@@ -115,9 +108,6 @@ def is_missing(value: Any) -> bool:
 
 def open_file(path: Place) -> Split:
     """The rows of a data file, by its ending: .csv, .tsv, .parquet, else JSON lines or a JSON array."""
-    if not path.is_file():
-        problem = "is a folder" if path.is_dir() else "does not exist"
-        raise ValueError(f"{path} {problem}; name a .jsonl, .csv or .parquet file")
     tables = {".csv": csv_rows, ".tsv": csv_rows, ".parquet": parquet_rows}
     if rows := tables.get(path.suffix.lower()):
         return Split(str(path), f"{path}[", lambda: enumerate(named_rows(path, rows)))

@@ -48,6 +48,7 @@ def whole_split(section: DataSection, split: str) -> Split | None:
     if isinstance(found, DataSet):
         return found.sibling(split) if source is None else found.of_field(split)
     file = split_file(found, split) if found.is_dir() else found
+    # Next to data.train: a file for data.train alone has no siblings, a folder may.
     if source is None:
         return open_file(file) if file and file != found else None
     if file is None or not file.is_file():

@@ -14,13 +14,13 @@ from ..config.file import read_yaml, replaced
 from ..io.checks import expanded, near_name, printable
 from ..io.storage.bucket import Place
 from .given import PYTHON, SPLITS, is_given
-from .hf import SAVED_SPLITS, is_saved
-from .rows import ENDINGS, split_file
+from .hf import SAVED_SPLITS
+from .rows import ENDINGS
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-#: Names that a run's folder uses itself, and the name of the base model.
+#: Names that a run's folder uses itself, the name of the base model, and those of the splits of one tenant's data.
 RESERVED = ("adapter", BASE, "checkpoints", "config.yaml", "learning_rates", "metrics.jsonl", "profile")
-RESERVED += ("tensorboard", "tenants.json")
+RESERVED += ("tensorboard", "tenants.json", *SPLITS)
 #: Tenants' files that are read or written at once.
 AT_ONCE = 16
 OWN_FILE = "tenant.yaml"
@@ -55,31 +55,14 @@ def tenant_sections(folder: str | Path, section: DataSection) -> dict[str, DataS
     if is_given(str(folder)):
         return given_tenants(section)
     root = expanded(folder)
-    if not root.is_dir():
-        raise ValueError(f"data.tenants: {folder} is no folder; name one with a subfolder or .jsonl file per tenant")
-    if (splits := files_of_one(root)) is not None:
-        raise ValueError(
-            f"data.tenants: {folder} has {splits}, which is the data of one tenant\nuse data.tenants=null "
-            f"data.train={folder}, or name the folder above it"
-        )
     found: dict[str, DataSection] = {}
     for path in data_in(root):
         name = path.name if path.is_dir() else path.stem
         require_name(path, name, found)
-        if path.is_dir() and not is_saved(path) and split_file(path, "train") is None:
-            raise ValueError(f"data.tenants: {path} has no train.jsonl; add it, or remove the folder")
         found[name] = replace(section, train=str(path), validation=None, test=None, tenants=None)
     if not found:
         raise ValueError(f"data.tenants: {folder} has no tenants; add a subfolder or .jsonl file for each")
     return dict(sorted(found.items()))
-
-
-def files_of_one(root: Place) -> str | None:
-    """The names of the data files of a folder, or of the parts that `save_to_disk` wrote, if they are the splits of one
-    data set; else None. Read as tenants, the test data would be trained on."""
-    names = [path.name for path in data_in(root)]
-    splits = {path.stem for path in data_in(root) if path.is_file() or is_saved(root)}
-    return ", ".join(names) if "train" in splits and len(splits) == len(names) > 1 and splits <= set(SPLITS) else None
 
 
 def data_in(root: Place) -> list[Place]:
@@ -103,13 +86,11 @@ def given_tenants(section: DataSection) -> dict[str, DataSection]:
 
 def require_name(place: Place | str, name: str, others: dict[str, DataSection]) -> None:
     """Raises ValueError unless a tenant's name can be the name of a folder inside a run's folder, next to others."""
-    if not NAME.fullmatch(name) or name.lower() in RESERVED:
+    if not NAME.fullmatch(name) or name.lower() in (*RESERVED, *map(str.lower, others)):
         raise ValueError(
             f"data.tenants: {str(place)!r}: {name!r} cannot be a tenant's name; use letters, digits, '.', '_' and '-', "
-            f"starting with a letter or digit, and none of {', '.join(RESERVED)}"
+            f"starting with a letter or digit, once each, and none of {', '.join(RESERVED)}"
         )
-    if name.lower() in map(str.lower, others):
-        raise ValueError(f"data.tenants: {place} is a second tenant named {name!r}; rename one of them")
 
 
 # --------------------------------------------------------------------------------------------------------- tenant.yaml
@@ -131,7 +112,11 @@ def with_own_fields(config: RunConfig, folder: Place) -> RunConfig:
     try:
         for section, fields in values.items():
             for field in [f"{section}.{name}" for name in fields] if isinstance(fields, dict) else [section]:
-                require_own(field)
+                if field not in OWN_FIELDS:
+                    raise ValueError(
+                        f"{printable(field, 100)} can't be set for one tenant{near_name(field, OWN_FIELDS)}\n"
+                        f"a {OWN_FILE} may set {', '.join(OWN_FIELDS)}; the run's config sets everything else"
+                    )
         typed = typed_fields(values, config)
         if "metric" in typed.get("eval", {}):
             typed["eval"] = {"also": (), "choices": ()} | typed["eval"]
@@ -140,14 +125,6 @@ def with_own_fields(config: RunConfig, folder: Place) -> RunConfig:
         return replaced(config, typed)
     except ValueError as error:
         raise ValueError(f"{printable(str(file), 1000)}: {error}") from None
-
-
-def require_own(field: str) -> None:
-    if field not in OWN_FIELDS:
-        raise ValueError(
-            f"{printable(field, 100)} can't be set for one tenant{near_name(field, OWN_FIELDS)}\na {OWN_FILE} may set "
-            f"{', '.join(OWN_FIELDS)}; the run's config sets everything else"
-        )
 
 
 def own_values(config: RunConfig) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 from ..config import TFDS as SCHEME
 from ..config import is_tfds as is_tfds
 from ..io.checks import expanded, printable, shorten
-from .rows import READ_AT_ONCE, DataSet, Split, no_split
+from .rows import READ_AT_ONCE, DataSet, Split
 
 
 class NotPrepared(ValueError):
@@ -40,11 +40,6 @@ def open_data_set(source: str, data_dir: str | None) -> DataSet:
 
 
 def open_prepared(name: str, folder: Path, split: str) -> Split:
-    builder = builder_at(folder)
-    try:
-        builder.as_data_source(split=split)
-    except ValueError:
-        raise no_split(f"{SCHEME}{name}", split, builder.info.splits) from None
     label = f"{SCHEME}{name}:{split}"
     return Split(label, f"{label}[", partial(examples, folder, split))
 
@@ -60,11 +55,9 @@ def examples(folder: Path, split: str) -> Iterator[tuple[int, dict]]:
 def prepare(source: str, data_dir: str | None = None) -> Path:
     """Downloads a data set, writes it as array_record, and returns its folder. Data that is there already stays.
 
-    Raises ValueError, in one line, if a package is missing, the download fails, or the data is there as TFRecord.
+    Raises ValueError, in one line, if a package is missing or the download fails.
     """
-    name, split = parse_tfds(source)
-    if split is not None:
-        raise ValueError(f"{source} names a split, but data sets are prepared with all splits; write {SCHEME}{name}")
+    name, _ = parse_tfds(source)  # all splits are prepared
     try:
         with redirect_stdout(StringIO()):  # the progress bars go to stderr
             import tensorflow_datasets as tfds
@@ -78,9 +71,7 @@ def prepare(source: str, data_dir: str | None = None) -> Path:
     except Exception as error:  # builders raise errors of any kind
         said = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{SCHEME}{name}: cannot prepare it: {printable(said, 200)}") from None
-    folder = Path(builder.data_path)
-    require_array_record(name, folder)
-    return folder
+    return Path(builder.data_path)
 
 
 def describe_splits(folder: Path) -> str:
@@ -107,7 +98,11 @@ def newest(name: str, data_dir: str | None) -> Path:
             f"{SCHEME}{name} is not prepared in {folder}; prepare it first: "
             f"`para-jax prepare {SCHEME}{name}{f' --data-dir {shlex.quote(data_dir)}' if data_dir else ''}`"
         )
-    require_array_record(name, found[-1])
+    if (held := builder_at(found[-1]).info.file_format.value) != "array_record":
+        raise ValueError(
+            f"{SCHEME}{name}: {found[-1]} holds {held} files, but only array_record can be read without TensorFlow. "
+            f"Run `para-jax prepare {SCHEME}{name} --data-dir DIR` with another folder, and set data.data_dir to it"
+        )
     return found[-1]
 
 
@@ -115,15 +110,6 @@ def prepared_versions(folder: Path) -> list[Path]:
     """The folders of the prepared versions, newest last."""
     found = [path.parent for path in folder.glob("*/features.json") if re.fullmatch(r"\d+\.\d+\.\d+", path.parent.name)]
     return sorted(found, key=lambda path: [int(part) for part in path.name.split(".")])
-
-
-def require_array_record(name: str, folder: Path) -> None:
-    held = builder_at(folder).info.file_format.value
-    if held != "array_record":
-        raise ValueError(
-            f"{SCHEME}{name}: {folder} holds {held} files, but only array_record can be read without TensorFlow. "
-            f"Run `para-jax prepare {SCHEME}{name} --data-dir DIR` with another folder, and set data.data_dir to it"
-        )
 
 
 def builder_at(folder: Path) -> Any:

@@ -3,16 +3,14 @@ metadata. Either way a transformers tokenizer comes out, and torch is not needed
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from ..backbone.gguf.file import GgufFile
 from ..backbone.gguf.tokenizer import gguf_tokenizer
 from ..config import RunConfig, Variables, template_variables
-from ..io.checks import shorten
-from ..io.hub import CONFIG_FILES, MAX_TEXT_BYTES, TOKENIZER_FILES, resolve_tokenizer
+from ..io.hub import MAX_TEXT_BYTES, resolve_tokenizer
 from ..io.untrusted import read_json
-from .chats import default_template, with_variables
+from .chats import with_variables
 from .examples import failures
 
 #: Classes that put bos and eos around a text as add_bos_token and add_eos_token of tokenizer_config.json say.
@@ -32,8 +30,8 @@ def load_tokenizer(source: str | Path, chat_template_kwargs: Variables | str | N
         chat_template_kwargs: variables of its chat template, as a dict or its JSON text. Those that a caller of the
             template gives win over them.
 
-    Raises ValueError, naming the source, if its files are missing, too large, or do not describe a tokenizer, and for a
-    variable that its chat template does not read.
+    Raises ValueError, naming the source, if its files are missing or do not describe a tokenizer, and for variables
+    without a chat template.
     """
     path = resolve_tokenizer(source)
     if path.is_file():
@@ -41,8 +39,11 @@ def load_tokenizer(source: str | Path, chat_template_kwargs: Variables | str | N
         with failures(f"{path}: cannot build a tokenizer from its metadata"):
             tokenizer = gguf_tokenizer(file)
     else:
-        require_small_files(path)
-        require_readable(str(source), path)
+        if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+            raise ValueError(  # transformers would make an empty one
+                f"{source}: no tokenizer.json, tokenizer.model or vocab.json; put the tokenizer's files next to the "
+                "weights, for example those of the model that it was tuned from"
+            )
         from transformers import AutoTokenizer
 
         with failures(f"{source}: cannot load a tokenizer"):
@@ -55,20 +56,14 @@ def load_tokenizer(source: str | Path, chat_template_kwargs: Variables | str | N
             )
             tokenizer = with_own_ends(as_published(found, path), path)
     if variables := template_variables("chat_template_kwargs", chat_template_kwargs):
-        set_variables(tokenizer, variables, str(source))
+        set_variables(tokenizer, variables)
     return tokenizer
 
 
-def set_variables(tokenizer, variables: Variables, source: str) -> None:
+def set_variables(tokenizer, variables: Variables) -> None:
     """Gives the tokenizer's chat template these variables. Whatever depends on the template's text, such as a cache of
     token ids, then depends on them too."""
-    if not tokenizer.chat_template:
-        raise ValueError(f"chat_template_kwargs {shorten(variables)}: the tokenizer of {source} has no chat template")
-    template = default_template(tokenizer)
-    for name in variables:
-        if not re.search(rf"\b{name}\b", template):
-            raise ValueError(f"chat_template_kwargs: the chat template of {source} reads no {name}; leave it out")
-    tokenizer.chat_template = with_variables(template, variables)
+    tokenizer.chat_template = with_variables(tokenizer.get_chat_template(), variables)
 
 
 def model_type_config(folder: Path):
@@ -115,19 +110,3 @@ def with_own_ends(tokenizer, folder: Path):
         for name, value in ({"add_bos_token": True, "add_eos_token": False} | ends).items():
             setattr(tokenizer, name, value)
     return tokenizer
-
-
-def require_readable(source: str, folder: Path) -> None:
-    """Raises ValueError for a folder without a tokenizer, in which transformers would make an empty one."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise ValueError(
-            f"{source}: no tokenizer.json, tokenizer.model or vocab.json; put the tokenizer's files next to the "
-            "weights, for example those of the model that it was tuned from"
-        )
-
-
-def require_small_files(folder: Path) -> None:
-    """Raises ValueError if a file that transformers would read into memory is too large for a tokenizer."""
-    for file in (file for pattern in CONFIG_FILES + TOKENIZER_FILES for file in folder.glob(pattern)):
-        if file.stat().st_size > MAX_TEXT_BYTES:
-            raise ValueError(f"{file} is larger than {MAX_TEXT_BYTES} bytes, the limit for a tokenizer's files")

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ..adapters.scope import scope_of
-from ..backbone.kernel_choice import attention_kernel, choice_named
+from ..backbone.kernel_choice import AttentionChoice, attention_kernel
 from ..config import ModelConfig, RunConfig
 from ..model.tail import by_splash
 
@@ -59,5 +59,5 @@ def examples_in_row(config: RunConfig) -> int:
 
 def kernel_of_run(config: RunConfig, model: ModelConfig, platform: str = "tpu") -> tuple[str, str]:
     """The attention kernel of the rows on a TPU, or on another device of this machine, and the reason for it."""
-    dtype, choice = config.backbone.dtype or "bfloat16", choice_named(config.backbone.attention)
+    dtype, choice = config.backbone.dtype or "bfloat16", AttentionChoice(config.backbone.attention)
     return attention_kernel(model, config.data.assumed_length, dtype, platform, choice, packed=config.data.packing)

@@ -97,6 +97,7 @@ def choose_mesh(
     possible = []
     for fsdp in (n for n in range(1, count + 1) if count % n == 0):
         sizes = mesh_sizes(asked | {"fsdp": fsdp}, count, all_of_them)
+        # Other sizes can't divide the batch.
         if sizes and (config.train.batch_size or 0) % (sizes["data"] * sizes["fsdp"]) == 0:
             possible.append(sizes)
     if not possible:

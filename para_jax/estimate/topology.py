@@ -1,6 +1,5 @@
 """`para-jax train CONFIG --dry-run --topology v5e:4x4`: a run's step, compiled by the TPU's compiler for a slice that
-need not exist. It reports memory, programs and collectives. The time of a step is an estimate, and so is everything
-without libtpu; both are labelled."""
+need not exist. It reports the memory of a chip. Without libtpu that is an estimate, and labelled as one."""
 
 from __future__ import annotations
 
@@ -20,7 +19,6 @@ from ..io.checks import require
 from ..runtime.sharding import even_tenants, make_mesh, mesh_sizes, replicated_lines, tenants_sharding
 from ..training.passes import lay_out
 from ..training.step import train_step
-from .hlo import collective_bytes, collectives_run
 from .longest_row import examples_in_row, kernel_of_run, longest_split
 from .memory import (
     CHIP_GIB,
@@ -35,7 +33,6 @@ from .memory import (
     step_arguments,
     tree_size,
 )
-from .roofline import estimate_time, time_lines, training_work
 
 TOO_MUCH = re.compile(r"Used ([\d.]+)([GM]) of ([\d.]+)G hbm|\(([\d.]+)([GM])\) exceeds available HBM \(([\d.]+)G\)")
 
@@ -62,10 +59,7 @@ class Compiled(NamedTuple):
     """bytes that the compiler allows a program that does not fit"""
     seconds: float
     """that the compiler took"""
-    collectives: dict[str, int] = {}
-    """how often each runs, loops unrolled"""
-    collective_bytes: dict[str, int] = {}
-    """of each, over all its runs"""
+    program: jax.stages.Compiled | None = None
 
     @property
     def fits(self) -> bool:
@@ -95,11 +89,7 @@ def topology_report(config: RunConfig, topology: str, tenants: int = 1) -> str:
         return "\n".join([head[0], *why, *head[1:], *estimate_lines(config, mesh, kind, tenants)])
     mesh = make_mesh(**sizes, devices=topology_devices(topology, chips))
     head = header(config, topology, mesh, tenants)
-    found = compile_step(config, mesh, tenants)
-    lines = compiled_lines(found, libtpu)
-    if found.fits:
-        lines += time_lines(estimate_time(training_work(config, mesh, tenants), found.collective_bytes, kind), kind)
-    return "\n".join([head[0], *why, *head[1:], *lines])
+    return "\n".join([head[0], *why, *head[1:], compiled_line(compile_step(config, mesh, tenants), libtpu)])
 
 
 def parsed_topology(topology: str) -> tuple[str, int]:
@@ -144,11 +134,11 @@ def compile_step(config: RunConfig, mesh: Mesh, tenants: int = 1, *, split: tupl
     prompt, completion = split or longest_split(config)
     static: dict[str, Any] = dict(completion=completion, prompt=prompt, config=config.train)
     with jax.set_mesh(mesh):
-        return ask_compiler(train_step.lower(*step_arguments(config, mesh, tenants), **static))[0]
+        return ask_compiler(train_step.lower(*step_arguments(config, mesh, tenants), **static))
 
 
-def ask_compiler(lowered: jax.stages.Lowered) -> tuple[Compiled, jax.stages.Compiled | None]:
-    """What the compiler makes of a program, and the compiled program itself where it fits."""
+def ask_compiler(lowered: jax.stages.Lowered) -> Compiled:
+    """What the compiler makes of a program."""
     begun = time.perf_counter()
     try:
         compiled = lowered.compile()
@@ -158,19 +148,16 @@ def ask_compiler(lowered: jax.stages.Lowered) -> tuple[Compiled, jax.stages.Comp
             raise
         used, unit, limit = match.groups()[:3] if match[1] else match.groups()[3:]
         needed = float(used) * (GIB if unit == "G" else 2**20)
-        return Compiled(None, int(needed), float(limit) * GIB, time.perf_counter() - begun), None
-    seconds, memory, text = time.perf_counter() - begun, program_memory(compiled), compiled.as_text() or ""
-    return Compiled(memory, sum(memory), None, seconds, collectives_run(text), collective_bytes(text)), compiled
-
-
-def program_memory(compiled: jax.stages.Compiled) -> ProgramMemory:
+        return Compiled(None, int(needed), float(limit) * GIB, time.perf_counter() - begun)
+    seconds = time.perf_counter() - begun
     sizes: Any = compiled.memory_analysis()
-    return ProgramMemory(
+    memory = ProgramMemory(
         arguments=sizes.argument_size_in_bytes,
         outputs=sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
         temporaries=sizes.temp_size_in_bytes,
         code=sizes.generated_code_size_in_bytes,
     )
+    return Compiled(memory, sum(memory), None, seconds, compiled)
 
 
 # ------------------------------------------------------------------------------------------------------------ the lines
@@ -209,22 +196,17 @@ def tenants_line(config: RunConfig, mesh: Mesh | AbstractMesh, tenants: int) -> 
     )
 
 
-def compiled_lines(found: Compiled, libtpu: str) -> list[str]:
+def compiled_line(found: Compiled, libtpu: str) -> str:
     by = f"compiled by libtpu {libtpu} in {found.seconds:.0f} s"
     if found.memory is None:
         assert found.limit
         over = (found.needed - found.limit) / GIB
         needed = f"{found.needed / GIB:.2f} of {found.limit / GIB:.2f} GiB"
-        return [f"HBM        for a training step a chip needs {needed}: {over:.2f} GiB too much; {by}"]
+        return f"HBM        for a training step a chip needs {needed}: {over:.2f} GiB too much; {by}"
     parts = ", ".join(
         f"{name} {getattr(found.memory, name) / GIB:.2f}" for name in ("arguments", "temporaries", "outputs")
     )
-    sizes = found.collective_bytes
-    runs = ", ".join(f"{count} {name} {sizes[name] / 1e9:.2f} GB" for name, count in found.collectives.items())
-    return [
-        f"HBM        for a training step a chip needs {found.needed / GIB:.2f} GiB: it fits ({parts}; {by})",
-        f"collectives of a chip and step: {runs or 'none'}",
-    ]
+    return f"HBM        for a training step a chip needs {found.needed / GIB:.2f} GiB: it fits ({parts}; {by})"
 
 
 def estimate_lines(config: RunConfig, mesh: AbstractMesh, kind: str, tenants: int) -> list[str]:

@@ -15,12 +15,10 @@ from typing import Any, NamedTuple
 from .. import __version__
 from ..backbone.content import backbone_content
 from ..config import BASE, ModelConfig, RunConfig, load_config
-from ..data.examples import require_tokenizer
 from ..inference.content import ANSWERS_VERSION, writing_content
 from ..io.checks import expanded
 from ..io.shards import SHARD_FILE, ShardOutput, begin_part, parse_shard, write_part
 from ..io.storage.bucket import Place
-from ..model.adapted import require_backbone
 from ..runtime import devices
 from .adapter_passes import PLACES, Adapters, bank_and_passes, find_adapters
 from .answers import Answerer, tokens_to_write
@@ -77,8 +75,6 @@ def evaluate(
 
     Raises ValueError, naming the value, for anything that can't be evaluated.
     """
-    require_backbone(model)
-    require_tokenizer(tokenizer)
     try:
         plan = plan_evaluation(model.config, adapters, tasks, tokenizer, options)
     except ValueError as error:  # it names the command's flags, which are arguments here

@@ -12,10 +12,10 @@ from ..adapters.ia3 import from_factors
 from ..adapters.method import acts_everywhere, require_peft_fits
 from ..adapters.methods import method_of
 from ..backbone.transformer import Transformer
-from ..data.examples import Prompt, encode_prompt, require_tokenizer
+from ..data.examples import Prompt, encode_prompt
 from ..io.checks import shorten
 from ..io.storage.bucket import BucketPath
-from ..model.adapted import require_backbone, vectors
+from ..model.adapted import vectors
 
 
 def export_ia3(
@@ -37,8 +37,6 @@ def export_ia3(
     Raises ValueError for an adapter that makes no factors (LoRA), for one of another scope than `all`, for a prompt
     longer than the model's positions, and as save_adapter does.
     """
-    require_backbone(model)
-    require_tokenizer(tokenizer)
     method = method_of(adapter.config)
     if method.carries != "factors":
         raise ValueError(

@@ -19,9 +19,9 @@ from ..adapters.rows import Adjustments, Rows, row_configs
 from ..adapters.scope import require_invocation
 from ..backbone.transformer import Transformer
 from ..data.batches import right_padded, rounded_up
-from ..data.examples import Prompt, encode_prompt, require_tokenizer, special_stop_ids, stop_token_ids, turn_stop_ids
+from ..data.examples import Prompt, encode_prompt, special_stop_ids, stop_token_ids, turn_stop_ids
 from ..io.checks import shorten
-from ..model.adapted import decode_step, prefill, require_backbone, stacked_state
+from ..model.adapted import decode_step, prefill, stacked_state
 from ..runtime.processes import full_arrays
 from ..runtime.sharding import on_its_mesh
 from .answer_text import AnswerText
@@ -68,8 +68,6 @@ def generate(
     that does not end with its adapter's alora_invocation_tokens. Raises it later where an answer's logits are
     not finite.
     """
-    require_backbone(model)
-    require_tokenizer(tokenizer)
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise ValueError(f"prompts is a {type(prompts).__name__}; give a list of texts or of message lists")
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, stop)

@@ -66,14 +66,6 @@ def printable(text: str, width: int = 500) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
-def require_location(name: str, path: str | None) -> None:
-    """Raises ValueError for a location that is neither a path nor gs://bucket/folder."""
-    try:
-        bucket_path(path or "")
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-
-
 def expanded(path: str | Path | BucketPath) -> Any:
     """The path with ~ and ~user replaced; a BucketPath for gs://bucket/folder.
 

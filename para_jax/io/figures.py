@@ -15,7 +15,6 @@ from .checks import expanded
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FORMATS = (".png", ".pdf", ".svg")
 #: Matplotlib's axes overflow beyond this value.
 LARGEST = 1e30
 
@@ -37,7 +36,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, file: str | Path) -> None:
-    """Writes the figure in the format of the file's suffix, one of FORMATS. Replaces an old file atomically."""
+    """Writes the figure in the format of the file's suffix: .png, .pdf or .svg. Replaces an old file atomically."""
     drawn = io.BytesIO()
     figure.savefig(drawn, format=expanded(file).suffix.removeprefix("."), dpi=120)
     atomic.write_bytes(expanded(file), drawn.getvalue())

@@ -21,16 +21,6 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(f"{problem or 'not YAML: ' + str(error).splitlines()[0]}{line}") from None
 
 
-def has_comment(text: str) -> bool:
-    """Whether a line of YAML ends with a comment, which `parse_yaml` drops."""
-    ends = [token.end_mark.index for token in yaml.scan(text) if not isinstance(token, UNWRITTEN)]
-    return max(ends) < len(text.rstrip())
-
-
-#: Tokens without text.
-UNWRITTEN = (yaml.StreamEndToken, yaml.BlockEndToken)
-
-
 def dump_yaml(value: Any) -> str:
     """The YAML text that `parse_yaml` reads back to this value: dictionaries, lists and scalars."""
     return yaml.dump(value, Dumper=PlainDumper, sort_keys=False, allow_unicode=True)

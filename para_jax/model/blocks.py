@@ -66,6 +66,7 @@ def prefill_blocks(
     start, table = lanes.number * size, lanes.table[lanes.row]
     position = start[:, None] + jnp.arange(size)
     block = jnp.take_along_axis(table, lanes.number[:, None], axis=1)[:, 0]
+    # A lane that is not used writes outside the pool, where nothing is written.
     block = jnp.where(lanes.count > 0, block, pool[0][0].shape[0])
     tables = rotary_tables_by_kind(model.config, position)
     weights, make = (None, lambda *_: None) if adapters is None else by_layer(adapters)

@@ -55,6 +55,7 @@ def residual_stream(
         acts, weights, make = True, None, lambda *_: None
     else:
         reach, (weights, make) = reach_of(adapters, len(tokens)), by_layer(adapters)
+        # True spares the choice between adapted and plain outputs at every site.
         acts = reach.everywhere or reach.acts(prompt_length, position, segments)
     starts = [segments.start] if segments else []
 

@@ -106,6 +106,7 @@ def tail_stream(
     segment = None if prompts.segments is None else prompts.segments.segment
     attend = self_attention(config, model.dtype, prompts.tokens.shape[1], segment, model.attention)
     whole = keeps_stream(config, remat)
+    # One checkpoint is enough: it is around the whole step where the prompts' stream is kept.
     through_tail = REMAT["none" if whole else remat](through_tail)
 
     def step(streams, layer, weights):

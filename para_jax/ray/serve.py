@@ -17,7 +17,7 @@ from ..cli import serve as command
 from ..config import BASE
 from ..io.checks import expanded
 from ..server.config import ServerConfig
-from .command import arguments, parsed
+from .jobs import command_options
 
 #: What chooses a replica by the header x-session-id.
 STICKY = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
@@ -89,7 +89,8 @@ def serve_app(
 
 def served_by(options: Mapping[str, Any], any_host: bool) -> Served:
     """What replicas serve with these options. Paths become absolute, because replicas work in another folder."""
-    given = parsed(arguments("serve", options))
+    given = command_options("serve", options)
+    given.backbone = given.backbone and str(given.backbone)
     sources, config = command.checked(given)
     given.backbone = absolute(given.backbone)
     config = replace(config, api_key_file=config.api_key_file and absolute(config.api_key_file))

@@ -15,9 +15,6 @@ from typing import Any, NamedTuple
 from ..config import RunConfig
 from ..io.checks import expanded
 
-#: Seconds that a worker with an error waits for the others to meet it too.
-ARRIVAL_SECONDS = 60
-
 
 class RayRun(NamedTuple):
     """A run that has ended."""
@@ -51,15 +48,13 @@ def train_on_ray(
         environment: variables of the workers, such as JAX_COMPILATION_CACHE_DIR.
         storage: a folder for Ray's own notes, which every worker reaches. Default: output_dir with -ray at its end.
 
-    Raises ValueError for what `train` refuses, and ray.train.TrainingFailedError after too many failures.
+    Raises ray.train.TrainingFailedError after too many failures, also of a config that `train` refuses.
     """
     output_dir = str(expanded(config.output_dir).resolve())
     config = replace(config, output_dir=output_dir, runtime=replace(config.runtime, distributed="given"))
     trainer = trainer_of(config, scaling, max_failures, environment, str(storage or f"{output_dir}-ray"))
-    ended: Any = trainer.fit().return_value
-    if "error" in ended:
-        raise ValueError(ended["error"])
-    return RayRun(output_dir, ended["report"])
+    report: Any = trainer.fit().return_value
+    return RayRun(output_dir, report)
 
 
 def trainer_of(config: RunConfig, scaling, max_failures: int, environment, storage: str):
@@ -92,34 +87,23 @@ def trainer_of(config: RunConfig, scaling, max_failures: int, environment, stora
     )
 
 
-def run_on_worker(given: dict) -> dict[str, str]:
-    """The run on one worker. Its value is that of the first worker: the report, or an error that another start would
-    meet again.
+def run_on_worker(given: dict) -> str:
+    """The report of the run on one worker. Ray starts all workers again after an error of one of them.
 
     Args:
         given: the config, and the folder that its relative paths are relative to, if this host has it. Ray gives a
             worker a folder of its own.
     """
-    import jax
-
     from ..io.messages import log_to_stderr
-    from ..runtime.processes import all_arrive
     from ..training.stop import Stopped
 
     log_to_stderr()
-    config, folder = given["config"], given["folder"]
-    if os.path.isdir(folder):
-        os.chdir(folder)
+    if os.path.isdir(given["folder"]):
+        os.chdir(given["folder"])
     try:
-        report = report_of(config)
-    except ValueError as error:
-        if not all_arrive("para_jax: an error", ARRIVAL_SECONDS):
-            # an actor that only returns stays alive, and the others would wait for it in a collective, without end
-            raise RuntimeError(f"worker {jax.process_index()}: {error}") from None
-        return {"error": str(error)}
+        return report_of(given["config"])
     except Stopped:
         raise RuntimeError("the run was told to stop and has saved; Ray starts it again") from None
-    return {"report": report}
 
 
 def report_of(config: RunConfig) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Mapping, Sequence
+from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -12,15 +13,10 @@ from ..cli import generate
 from ..cli.options import load_model, place
 from ..config import RunConfig
 from ..evaluation.options import EvalOptions
-from ..io import atomic
+from ..io.shards import parse_shard
 from ..io.storage.bucket import Place
 from ..server.batch import batch_request
 from ..serving.jobs import run_job
-from .claim import TRIES
-from .command import parsed
-
-#: Workers that a shard may lose in a call before it counts as failed. Ray itself would replace them for ever.
-MOST_DEATHS = 4
 
 
 class Evaluated(NamedTuple):
@@ -34,8 +30,8 @@ class Evaluated(NamedTuple):
 
 
 class ShardWorker:
-    """Answers shards. A user's mistake becomes the row's `error`. After any other exception, such as that of a device
-    that failed, the process ends: Ray starts another one, which goes on with the shard from what was answered."""
+    """Answers shards. A user's mistake ends the job. After any other exception, such as that of a device that failed,
+    the process ends: Ray starts another one, which goes on with the shard from what was answered."""
 
     def __init__(self, call: Any, folder: str, count: int):
         """
@@ -50,21 +46,16 @@ class ShardWorker:
             os.chdir(folder)
 
     def __call__(self, batch: dict) -> dict:
-        index, output, error = int(batch["index"][0]), place(str(batch["output"][0])), ""
-        tries = output.with_name(output.name + TRIES)  # one byte for each
-        before = tries.read_bytes() if tries.is_file() else b""
-        if len(before) >= MOST_DEATHS:
-            return {"index": [index], "error": [f"{len(before)} workers ended at it; Ray's logs say why"]}
-        atomic.write_bytes(tries, before + b".")
+        index, output = int(batch["index"][0]), place(str(batch["output"][0]))
         try:
             self.answer(f"{index}/{self.count}", output)
-        except (ValueError, OSError) as problem:
-            error = str(problem) or type(problem).__name__
+        except (ValueError, OSError):
+            raise
         except Exception:
+            # JAX can't use a device again that has failed. Ray replaces a process that ended, but not one that raised.
             traceback.print_exc()
             os._exit(1)
-        tries.unlink(missing_ok=True)
-        return {"index": [index], "error": [error]}
+        return {"index": [index]}
 
     def answer(self, shard: str, output: Place) -> None:
         raise NotImplementedError
@@ -97,13 +88,13 @@ class EvaluationWorker(ShardWorker):
 
 
 class GenerationWorker(ShardWorker):
-    call: Sequence[str]
-    """the command line with the options"""
+    call: Namespace
+    """the options of `para-jax generate`, and what `generate.checked` made of them: sources and tenants"""
 
     def answer(self, shard: str, output: Place) -> None:
-        options = parsed([*self.call, f"--shard={shard}", f"--output={output}"])
+        options = self.call
         if self.loaded is None:
-            sources, tenants = generate.checked(options)
-            self.loaded = generate.engine_of(options, *generate.load(options, sources), tenants=tenants)
+            parts = generate.load(options, options.sources)
+            self.loaded = generate.engine_of(options, *parts, tenants=options.tenants)
         engine, default = self.loaded
-        run_job(engine, options.input, output, default, shard=options.shard, read_body=batch_request)
+        run_job(engine, options.input, output, default, shard=parse_shard(shard), read_body=batch_request)

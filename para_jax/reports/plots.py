@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..evaluation.factors import Spread, root_mean_square
 from ..evaluation.score_plots import shorten_name
 from ..io.checks import expanded
-from ..io.figures import drawable, escaped, explain, new_figure, run_names, wrapped
+from ..io.figures import drawable, escaped, explain, new_figure, run_names
 from ..io.figures import save as save
 from ..io.storage.bucket import BucketPath, Place
 from ..training.metrics_file import is_log, read_metrics
@@ -206,14 +205,7 @@ def factors_plot(
     Args:
         factors: a prompt's name to its factors l, {site: [layers, site width]}.
         notes: by site, a line under its name.
-
-    Raises ValueError for factors of a whole batch, as `vectors` gives them.
     """
-    for name, values in ((name, values) for name, sites in factors.items() for values in sites.values()):
-        if np.ndim(values) != 2:
-            raise ValueError(
-                f"{name}: factors of shape {np.shape(values)}; give [layers, width], of a batch values[:, row]"
-            )
     maps = {name: {site: values - 1 for site, values in sites.items()} for name, sites in factors.items()}
     if len(maps) == 2:
         (a, first), (b, second) = maps.items()
@@ -235,7 +227,7 @@ def factors_plot(
                 interpolation="nearest",
                 extent=(0, 100, len(bins) - 0.5, -0.5),
             )
-            size = root_mean_square(maps[name][site].ravel())
+            size = np.sqrt((maps[name][site] ** 2).mean())
             axes.set_title(f"{with_note(site, notes)}, rms {size:.3g}", fontsize=8)
         axes_row[0].set_ylabel(f"{escaped(shorten_name(name))}\nlayer", fontsize=8)
     for axes in grid[-1]:
@@ -262,57 +254,6 @@ def sorted_bins(values: np.ndarray) -> np.ndarray:
     ordered = np.sort(values, axis=1)
     parts = np.array_split(ordered, min(BINS, values.shape[1]), axis=1)
     return np.stack([part.mean(axis=1) for part in parts], axis=1)
-
-
-def spread_plot(spreads: Mapping[str, Spread], title: str, notes: Mapping[str, str] | None = None) -> Figure:
-    """How much factors differ from prompt to prompt, over the layers: a column per site, a colour per adapter. The
-    upper row shows the spread over prompts relative to the part that all prompts share. The lower row shows both,
-    because the ratio means little in a layer with factors near 1.
-
-    Args:
-        notes: by site, a line under its name.
-    """
-    sites = list(dict.fromkeys(site for spread in spreads.values() for site in spread.size))
-    figure = new_figure(max(6.4, 1 + 2.8 * len(sites)), 6)
-    grid = figure.subplots(2, len(sites), squeeze=False, sharex=True, sharey="row")
-    for column, site in enumerate(sites):
-        for i, (name, spread) in enumerate(spreads.items()):
-            if site not in spread.size:
-                continue
-            layers, look = np.arange(len(spread.size[site])), dict(color=f"C{i}", marker="o", markersize=3)
-            grid[0, column].plot(layers, spread.ratio[site], **look)
-            grid[1, column].plot(layers, spread.spread[site], label=f"{name}: spread over prompts", **look)
-            grid[1, column].plot(
-                layers,
-                spread.size[site],
-                label=f"{name}: shared by all prompts",
-                **look | {"marker": ""},
-                linestyle="--",
-            )
-        grid[0, column].set_title(with_note(site, notes), fontsize=9)
-        grid[1, column].set_xlabel("layer")
-    for axes, label in zip(grid[:, 0], ("spread / shared", "l − 1, root mean square"), strict=True):
-        axes.set_ylabel(label, fontsize=9)
-        axes.set_yscale("symlog", linthresh=0.01, linscale=0.3)
-        axes.set_ylim(bottom=0)
-        axes.yaxis.set_major_formatter("{x:g}")
-    for axes in grid.flat:
-        axes.grid(alpha=0.3)
-    drawn = {line.get_label(): line for axes in grid[1] for line in axes.get_lines()}
-    named = [f"{name}: {what}" for name in spreads for what in ("spread over prompts", "shared by all prompts")]
-    said = wrapped(
-        figure,
-        "Above: 0 means that an adapter does not read the prompt; 1, that its factors differ from prompt to prompt as "
-        "much as they differ from doing nothing (l = 1). Below: both parts. Where both are near 0, the ratio means "
-        "little.",
-    )
-    lines = [drawn[text] for text in named]
-    legend = figure.legend(
-        lines, list(map(escaped, named)), title=said, loc="outside lower center", ncols=2, fontsize=8, frameon=False
-    )
-    legend.get_title().set(fontsize=8, color="0.3")
-    figure.suptitle(title, fontsize=9, parse_math=False)
-    return figure
 
 
 # -------------------------------------------------------------------------------------------------------- measurements

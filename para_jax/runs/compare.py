@@ -21,7 +21,7 @@ from ..data.given import with_data
 from ..evaluation.paired import within_noise
 from ..evaluation.score import with_error
 from ..io import atomic
-from ..io.checks import expanded, require
+from ..io.checks import expanded
 from ..io.error_frames import errors_forget
 from ..io.messages import say, warn
 from ..io.storage.bucket import Place
@@ -34,7 +34,7 @@ from .plan import SharedResources
 from .report import choice_lines
 from .scoring import NotFinite
 from .standing import Standing
-from .train import require_config, start, trained
+from .train import require_function, start, trained
 
 #: The table of a comparison, in its output_dir, and the same as JSON.
 TABLE, COMPARISON_FILE = "comparison.md", "comparison.json"
@@ -124,14 +124,9 @@ def compare_methods(config: RunConfig, data: Any = None) -> MethodsResult:
     Args:
         data: the rows, instead of data.train, as `train` takes them.
     """
-    require_config(config)
-    require(bool(config.sweep.method), "sweep.method", config.sweep.method, "the methods to compare")
+    require_function(config, "compare_methods")
     if data is not None:
         config = replace(config, data=with_data(config.data, data))
-    named, rate = adapter_method(config.adapter), config.train.learning_rate
-    if named not in config.sweep.method and rate not in (None, "auto"):
-        why = f"it is {named}'s, which sweep.method lacks; use sweep.learning_rate"
-        warn(f"train.learning_rate={rate} has no effect: {why}")
     start(config)
     folder = expanded(config.output_dir)
 
@@ -156,6 +151,7 @@ def compared(rows: Sequence[MethodScore], folder: Place) -> MethodsResult:
     base = next((row for row in rows if row.method == BASE), None)
     found = [*sorted((row for row in rows if row.method != BASE), key=lambda row: row.order), *filter(None, [base])]
     best = found[0]
+    # A paired test needs the same examples. A tenant's rows are missing where its loss was not finite.
     alike = {row.title: row.rows for row in found if row.rows and len(row.rows) == len(best.rows)}
     near = within_noise(alike, best.title) if alike else []
     found = [row._replace(within_noise=row.title in near) for row in found]
@@ -202,6 +198,7 @@ def method_scores(config: RunConfig, parameters: int, standing: Standing | None)
     entries = {one.name: one.entry() for one in standing.tenants} if standing else {"": {}}
     rows = []
     for name, entry in entries.items():
+        # a sweep has a folder for each of its combinations
         place = folder / name if name else folder
         rate = load_config(place / "config.yaml").train.learning_rate  # the one that `auto` chose
         records, ended = entry.get("scores", {}), entry.get("ended", "not finite")

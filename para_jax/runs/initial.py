@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from typing import Any
@@ -38,13 +38,6 @@ def initial_places(source: str | None, names: Iterable[str]) -> dict[str, str | 
     names = list(names)
     with ThreadPoolExecutor(AT_ONCE) as pool:  # in a bucket each file takes a request
         return dict(zip(names, pool.map(own, names), strict=True))
-
-
-def check_initial(configs: Sequence[RunConfig], model_config: ModelConfig) -> None:
-    """Raises ValueError as `initial_adapter` does. All adapters are loaded now, because some tenants start late."""
-    starts = {own.train.init_from: own for own in configs if own.train.init_from}
-    with ThreadPoolExecutor(AT_ONCE) as pool:  # an error in one of them is raised here
-        list(pool.map(lambda own: initial_adapter(own, model_config), starts.values()))
 
 
 def initial_adapter(own: RunConfig, model_config: ModelConfig, *, model=None) -> Adapter:

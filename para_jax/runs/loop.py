@@ -157,8 +157,6 @@ def save(run: TrainingRun, *, stopping: bool) -> None:
         return
     read(run)
     run.flush()
-    for one, health in zip(standing.tenants, run.health, strict=True):
-        one.health = {} if run.many and one.ended else health.to_json()
     standing.rows = run.log.rows.count
     for one, rows in zip(standing.tenants, run.rows, strict=False):
         one.rows = rows.count
@@ -173,6 +171,7 @@ def admit(run: TrainingRun) -> None:
     standing = run.standing
     slots = admitted(standing.slots, standing.over)
     for slot, (held, tenant) in enumerate(zip(standing.slots, slots, strict=True)):
+        # The slot's optimiser state goes with the adapter: nothing of the tenant before may reach the next one.
         if held != tenant:
             fresh = fresh_adapter(run, run.tenants[tenant])
             run.state = put_tenant(run.state, jnp.int32(slot), fresh, config=run.config.train)
@@ -193,6 +192,7 @@ def step(run: TrainingRun) -> None:
         completion=bucket.completion, prompt=bucket.prompt, config=run.config.train, many=run.many
     )
     run.profiler.before(number)
+    # A new shape compiles alone, with the step before read: its time would count as that step's.
     with jax.profiler.StepTraceAnnotation("train", step_num=number):
         if bucket in run.compiled:
             run.state, values = train_step(run.state, *given, **static)
@@ -278,7 +278,6 @@ def read(run: TrainingRun) -> None:
             one.failed = done.step
     if not run.many:
         run.log.step(done, logged[turns[0]], run.bar)
-        run.health[0].watch(done.step, logged[turns[0]])
         return
     for turn, of_turn in logged.items():
         run.write(turn.tenant, turn.step + 1, of_turn, every=run.config.logging.every)

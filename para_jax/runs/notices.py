@@ -1,4 +1,4 @@
-"""What a run says about its data before it trains: how much there is, how it is scored, and what that leaves out."""
+"""What a run says about its data before it trains: how much there is, and how it is scored."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import numpy as np
 from ..config import RunConfig
 from ..data.sources import is_held_out
 from ..data.training_data import describe_lengths
-from ..evaluation.defaults import missing_answer
 from ..evaluation.tasks import say_long
-from ..io.messages import say, warn
+from ..io.messages import say
 from ..io.untrusted import safe_names
 from .tenants import Tenant, TenantData
 
@@ -61,7 +60,7 @@ def say_scoring(data: Mapping[str, TenantData]) -> None:
 
 
 def say_unscored(config: RunConfig, tenants: Sequence[Tenant]) -> None:
-    """Says that there is no validation or test data, and which answers a limit leaves out."""
+    """Says that there is no validation or test data."""
     few = "data.validation_split holds out none of so few rows" if config.data.validation_split else ""
     place = "write validation.jsonl into a tenant's folder" if config.data.tenants else "data.validation"
     advice = few or f"set data.validation_split=0.1, or {place}"
@@ -73,19 +72,3 @@ def say_unscored(config: RunConfig, tenants: Sequence[Tenant]) -> None:
         say(f"no validation data{whose * (config.data.tenants is not None)}: {advice}")
     if config.eval.test and not any(tenant.test for tenant in tenants):
         say("eval.test=true scores nothing: there is no test data; set data.test")
-    left_out = [answers_left_out(tenant, named=config.data.tenants is not None) for tenant in tenants]
-    said = list(dict.fromkeys(line for lines in left_out for line in lines))  # a sweep shares its data
-    if said:
-        warn(said[0] + (f" (and {len(said) - 1} more like this)" if len(said) > 1 else ""))
-
-
-def answers_left_out(tenant: Tenant, *, named: bool) -> list[str]:
-    """A line for each limit (eval.limit, eval.test_limit) that leaves out an answer of sorted data. The best adapter
-    would be chosen without that answer."""
-    section, whose = tenant.config.eval, f"{tenant.name}: " if named else ""
-    limits = ("eval.limit", tenant.validation, section.limit), ("eval.test_limit", tenant.test, section.test_limit)
-    return [
-        f"{whose}{task.name}: the first {limit} examples have no answer {missing}; shuffle the data, or raise {field}"
-        for field, task, limit in limits
-        if task and limit and (missing := missing_answer(task.records, limit))
-    ]

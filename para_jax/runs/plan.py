@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..adapters.scope import invocation_tokens, require_invocation
 from ..backbone.load import load_model_config
 from ..config import ModelConfig, RunConfig
 from ..data.example_arrays import examples_digest
+from ..data.records import split_records
 from ..data.schedule import TenantOrder
 from ..data.tenants import of_most_memory, own_values
 from ..data.tokenizer import run_tokenizer
@@ -26,15 +27,14 @@ from ..data.training_data import TrainingData, chosen_length, load_training_data
 from ..estimate.memory import run_mesh
 from ..evaluation.defaults import scoring_rule
 from ..evaluation.metrics import LABEL_METRICS
-from ..evaluation.tasks import EvalTask, task_of_run, with_limit
-from ..io.checks import require
+from ..evaluation.tasks import task_of_run, with_limit
 from ..io.hub import resolve_backbone
 from ..io.messages import say
 from ..runtime.processes import on_every_process, on_first_process, require_same
 from ..training.passes import Layout, lay_out
 from ..training.prompt_cache import PromptCache
-from .folder import at_once, check_folder, check_tenants, decided, with_decided
-from .initial import check_initial
+from .folder import at_once, check_folder, decided, with_decided
+from .initial import initial_adapter
 from .notices import say_data
 from .rates import FIRST, as_trials, is_auto
 from .tenants import Plan, Tenant, TenantData, padding_of, plan_batches, steps_of, tenant_configs
@@ -69,28 +69,31 @@ def plan_run(config: RunConfig, shared: SharedResources | None = None) -> Plan:
     on_first_process(lambda: check_folder(config))
     config = with_decided(config, on_first_process(lambda: decided(config)))
     own = on_every_process(lambda: tenant_configs(config))
-    require_same("the list of tenants", lambda: list(own))
     mesh = mesh_of_run(config, own)
     layout = on_every_process(lambda: lay_out(config, mesh, len(own)))
+    # The rows of a step are written down, so that a resume on other devices keeps them.
     if not config.data.tenants and not (config.many and config.train.rows_per_tenant):
         config = with_decided(config, {"train.batch_size": layout.tenant_rows})
         own = tenant_configs(config)
+    # Each tenant's own folder says what its first start decided.
     if config.many:
-        on_first_process(lambda: check_tenants(config, own))
         values = on_first_process(lambda: at_once(decided, own.values()))
         own = {name: with_decided(own[name], held) for name, held in zip(own, values, strict=True)}
     plan = on_every_process(lambda: planned(config, own, layout, mesh, shared or SharedResources()))
-    require_same("the data", lambda: run_digests({}, plan.tenants))
-    require_same("a tenant's tenant.yaml", lambda: [own_values(tenant.config) for tenant in plan.tenants])
-    on_first_process(lambda: check_start(plan))
+    model = load_model_config(config.backbone.source)
+    on_first_process(lambda: read_initial(plan, model))  # only the first process has the checkpoints
+    own_fields = [own_values(tenant.config) for tenant in plan.tenants]
+    require_same("the data or a tenant's tenant.yaml", lambda: [run_digests({}, plan.tenants), own_fields])
     return plan
 
 
-def check_start(plan: Plan) -> None:
-    """Raises ValueError, before the first step of a run, for adapters of train.init_from that don't fit it."""
-    if not (plan.folder / "checkpoints").is_dir():  # only the first process has the folder
-        starting = [tenant.config for tenant in plan.tenants]
-        check_initial(starting, load_model_config(plan.config.backbone.source))
+def read_initial(plan: Plan, model: ModelConfig) -> None:
+    """Raises ValueError, before anything is written, for adapters of train.init_from that don't fit the run."""
+    if not (plan.folder / "checkpoints").is_dir():
+        starts = {own.train.init_from: own for own in (tenant.config for tenant in plan.tenants)}
+        for own in starts.values():
+            if own.train.init_from:
+                initial_adapter(own, model)
 
 
 def mesh_of_run(config: RunConfig, own: dict[str, RunConfig]):
@@ -120,6 +123,8 @@ def planned(config: RunConfig, own: dict[str, RunConfig], layout: Layout, mesh, 
     Args:
         own: the config of each tenant.
     """
+    for one in own.values():  # a missing file is told before a backbone is fetched
+        split_records(one.data, "train")
     resolve_backbone(config.backbone.source)
     tokenizer, model = run_tokenizer(config), load_model_config(config.backbone.source)
     for name, one in own.items():  # the combinations of a sweep share their data
@@ -129,7 +134,6 @@ def planned(config: RunConfig, own: dict[str, RunConfig], layout: Layout, mesh, 
             except ValueError as error:
                 raise ValueError(f"{name}: {error}" if name else str(error)) from None
     held = {name: shared.data[one.data, one.eval] for name, one in own.items()}
-    require_validation(config, [one.validation for one in held.values()])
     say_data(config, own, held)
     buckets, plans = plan_batches(config, own, {name: one.train for name, one in held.items()}, layout.tenant_rows)
     tenants = []
@@ -151,7 +155,6 @@ def read_data(config: RunConfig, tokenizer, model: ModelConfig) -> TenantData:
     """A tenant's training data, its validation and test tasks, and how these are scored."""
     config = replace(config, data=with_limit(config.data, model))
     data = load_training_data(config.data, tokenizer)
-    require(len(data.examples) > 0, "data.train", config.data.train, "at least one training example")
     require_room(model, data)
     rule = scoring_rule(config, tokenizer, model=model)
     validation, test = (task_of_run(config, split, tokenizer, rule, model=model) for split in ("validation", "test"))
@@ -196,27 +199,22 @@ def run_digests(backbone: dict[str, str], tenants: Sequence[Tenant]) -> dict[str
 # ------------------------------------------------------------------------------------------------------- what must hold
 
 
-def require_validation(config: RunConfig, validation: Iterable[EvalTask | None]) -> None:
-    """Raises ValueError for eval.patience without validation data: no score could ever end the run early."""
-    if config.eval.patience is None or any(validation):
-        return
-    raise ValueError(
-        f"eval.patience ({config.eval.patience}) needs validation data (data.validation, or data.validation_split with "
-        "enough rows); or set eval.patience=null"
-    )
-
-
 def require_room(model: ModelConfig, data: TrainingData) -> None:
     """Raises ValueError, naming its place, for a training example with a token that the model does not know, or with
-    more tokens than the model has positions."""
-    known, most = model.vocab_size, model.max_positions
-    if data.examples.ids.max() < known and data.examples.lengths.max() <= most:
-        return
-    for (prompt, completion), at in zip(data.examples, data.places, strict=True):
-        largest, length = max(max(prompt), max(completion)), len(prompt) + len(completion)
-        require(largest < known, f"{at}: token id", largest, f"less than {known}, the model's tokens")
-        room = f"at most {most}, the model's positions; data.max_seq_length with data.truncate limits them"
-        require(length <= most, f"{at}: tokens", length, room)
+    more tokens than the model has positions. JAX would clip both silently."""
+    arrays = data.examples
+    problem, example = "", 0
+    if arrays.ids.max() >= model.vocab_size:
+        example = int(np.searchsorted(arrays.starts, arrays.ids.argmax(), side="right")) - 1
+        problem = f"token id {arrays.ids.max()} is not one of the model's {model.vocab_size}"
+    elif arrays.lengths.max() > model.max_positions:
+        example = int(arrays.lengths.argmax())
+        problem = (
+            f"{arrays.lengths.max()} tokens, but the model has {model.max_positions} positions; data.max_seq_length "
+            "with data.truncate limits them"
+        )
+    if problem:
+        raise ValueError(f"{data.places[example]}: {problem}")
 
 
 def require_prompt_ends(adapter: Any, name: str, data: TenantData) -> None:

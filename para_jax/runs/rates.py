@@ -119,6 +119,7 @@ def trials_of(plan: Plan) -> Plan:
         logging=replace(config.logging, report_to=()),
         profiler=ProfilerSection(),
     )
+    # A trial keeps the batches of its tenant, so that the rate is chosen on the steps that the run will take.
     buckets: Any = plan.buckets
     if config.many and not config.data.packing:  # trials of the only tenant of a run may be at different steps
         buckets = for_mixed_rows(buckets)

@@ -12,13 +12,13 @@ from ..adapters.files import require_replaceable
 from ..backbone.kernel_choice import describe_attention
 from ..config import RunConfig
 from ..data.schedule import Turn
-from ..estimate.roofline import peak_rate
 from ..evaluation.score import Score
 from ..evaluation.scoring import Tasks, share_shapes
 from ..io.messages import say
 from ..io.progress import Progress
 from ..io.storage.bucket import BucketPath
 from ..model.adapted import init_adapter
+from ..runtime.devices import peak_rate
 from ..runtime.processes import is_first, on_first_process
 from ..runtime.sharding import replicated_lines, tenants_shardings
 from ..training.checkpoint import restore_checkpoint
@@ -29,7 +29,6 @@ from ..training.prompt_cache import PromptCache
 from ..training.step import TrainState, init_state
 from ..training.stop import StopSignal
 from .folder import at_once
-from .health import Health
 from .standing import Standing, fresh_standing, reopen
 from .tenants import Plan, Tenant
 
@@ -47,7 +46,6 @@ class TrainingRun:
     state: TrainState
     standing: Standing
     log: Log
-    health: list[Health]
     resumed: bool
     batches: Any
     """of the steps to come, while no tenant ends before its last step"""
@@ -88,9 +86,6 @@ class TrainingRun:
         reopen(self.standing, tenants)
         if self.resumed:
             say(self.describe_position())
-        self.health = [Health(t.name, t.config, o.health) for t, o in zip(tenants, self.standing.tenants, strict=True)]
-        for one in self.health:
-            one.said = self.quiet
         self.open_logs()
 
     def open_logs(self) -> None:
@@ -131,7 +126,6 @@ class TrainingRun:
         Args:
             show: for the user to see too, in a run of one adapter.
         """
-        self.health[tenant].watch(step, values)
         if not self.many:
             self.log.write(step, values, show=show)
         elif is_first() and step % every == 0:

@@ -28,6 +28,7 @@ from ..runtime.processes import broadcast_arrays, full_arrays, is_first, on_firs
 from ..runtime.sharding import place_tenants
 from ..training.scores_file import write_entries
 from ..training.step import put_adapter, tenant_of
+from .health import worse_than_base
 from .report import record_of
 from .run import TrainingRun
 from .tenants import Tenant
@@ -135,7 +136,7 @@ def finish(run: TrainingRun, tenant: int, why: str) -> None:
         "test_before": one.test_before,
         "test_after": test_after,
         "ended": why,
-        "warning": run.health[tenant].warning(),
+        "warning": None if run.quiet else worse_than_base(one.scores, own.config.train.peak_learning_rate),
     }
     one.ended = why
     if not run.many:

@@ -38,8 +38,6 @@ class TenantStanding:
     """as training/scores_file.py describes them"""
     about: dict[str, Any] = field(default_factory=dict)
     """when it ended, as tenants.json says it but for the scores"""
-    health: dict[str, Any] = field(default_factory=dict)
-    """what runs/health.py keeps of the steps so far"""
     rows: int = 0
     """of its log, in a run of many"""
 

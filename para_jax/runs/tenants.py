@@ -105,11 +105,13 @@ def plan_batches(
         return (shape,), plans
     distinct = {id(one): one.sizes for one in examples.values()}  # the combinations of a sweep share theirs
     count = config.data.buckets
+    # Cut by a tenant's own buckets and padded to the compiled shapes: which rows meet does not depend on others.
     own_buckets = {which: plan_buckets_of_sizes(sizes, count) for which, sizes in distinct.items()}
     sizes = np.concatenate([*distinct.values()])
     steps = [steps_of(own, -(-len(examples[name]) // rows)) for name, own in configs.items()]
     compiled = lengths_worth_compiling(sizes.sum(axis=1), count, max(steps) if config.sweep else sum(steps))
     shapes = plan_buckets_of_sizes(sizes, compiled)
+    # A batch then holds rows of several of the tenants' own buckets, and a long bucket may lack the longest completion.
     if len(configs) > 1 or compiled < count:
         shapes = for_mixed_rows(shapes)
 

@@ -21,10 +21,8 @@ from ..adapters.methods import method_of
 from ..backbone.content import digests_of_run
 from ..backbone.load import load_backbone
 from ..config import ModelConfig, RunConfig, config_dict
-from ..config.unused import unused_fields
 from ..data.given import with_data, with_tenants
 from ..evaluation.score import describe_best
-from ..io.checks import shorten
 from ..io.error_frames import errors_forget
 from ..io.messages import warn
 from ..io.storage.bucket import Place
@@ -120,10 +118,7 @@ def train(config: RunConfig, data: Any = None) -> TrainResult:
     Raises ValueError, before anything is written, for data, a mesh or an output folder that do not fit the config, and
     for a folder that another run is writing.
     """
-    require_config(config)
-    if config.many:
-        raise ValueError("this config trains many adapters (data.tenants, or a sweep); use train_tenants, not train")
-    refuse_methods(config)
+    require_function(config, "train")
     if data is not None:
         config = replace(config, data=with_data(config.data, data))
     plan, model, state, standing = trained(config)
@@ -148,26 +143,22 @@ def train_tenants(config: RunConfig, data: Any = None) -> TenantsResult:
     Each tenant has its own loss, clipping, schedule, validation, best adapter and early stopping. One whose loss is not
     finite is stopped, and the others continue. SIGTERM and Ctrl-C save, and ValueErrors are raised, as in `train`.
     """
-    require_config(config)
     if data is not None:
         own = with_data(config.data, data) if config.sweep else with_tenants(config.data, data)
         config = replace(config, data=own)
-    if not config.many:
-        raise ValueError("train_tenants needs data.tenants or a sweep; `train` is for a run of one adapter")
-    refuse_methods(config)
+    require_function(config, "train_tenants")
     plan, _, _, standing = trained(config)
     return TenantsResult({one.name: one.entry() for one in standing.tenants}, plan.folder)
 
 
-def require_config(config: Any) -> None:
-    """Raises ValueError for anything but a RunConfig."""
-    if not isinstance(config, RunConfig):
-        raise ValueError(f"config is {shorten(config)}; give a RunConfig, such as load_config('own-data')")
-
-
-def refuse_methods(config: RunConfig) -> None:
-    if config.sweep.method:
-        raise ValueError(f"sweep.method {list(config.sweep.method)} makes several runs; use compare_methods")
+def require_function(config: RunConfig, called: str) -> None:
+    """Raises ValueError if this is not the function that runs a config."""
+    meant = "compare_methods" if config.sweep.method else "train_tenants" if config.many else "train"
+    if called != meant:
+        raise ValueError(
+            f"this config is not for {called}; use {meant}: train_tenants takes data.tenants or a sweep, "
+            "compare_methods takes sweep.method"
+        )
 
 
 def trained(config: RunConfig, shared: SharedResources | None = None) -> Ended:
@@ -183,10 +174,6 @@ def trained(config: RunConfig, shared: SharedResources | None = None) -> Ended:
             f"train.cache_prompts keeps the prompts of one process, and this run has {count}; set it to off"
         )
     plan = plan_run(config, shared)
-    tasks = [task for tenant in plan.tenants for task in (tenant.validation, tenant.test) if task]
-    written = {metric for task in tasks if task.writes for metric in task.also}
-    for line in unused_fields(config, written | {task.metric for task in tasks}):
-        warn(line)
     say_unscored(config, plan.tenants)
     with ExitStack() as held:
         on_first_process(lambda: held.enter_context(locked_folder(config)))

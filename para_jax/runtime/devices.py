@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 
-from ..config import RuntimeSection
+from ..config import SITES, ModelConfig, RuntimeSection
 from ..io.hub import cache_folder
 from ..io.messages import say
 
@@ -97,15 +98,9 @@ def make_deterministic() -> None:
 def join(runtime: RuntimeSection) -> None:
     """Joins the processes of a run on several hosts. Call it before the first use of a device.
 
-    Does nothing for a run on one host, and if the program has already called jax.distributed.initialize. Raises
-    ValueError for runtime.distributed=off if that has joined other processes.
+    Does nothing for a run on one host, and if the program has already called jax.distributed.initialize.
     """
-    if runtime.distributed == "off" and jax.distributed.is_initialized() and jax.process_count() > 1:
-        raise ValueError(
-            f"runtime.distributed=off, but this program has joined {jax.process_count()} processes; use "
-            "runtime.distributed=given for a run on all of them"
-        )
-    if runtime.coordinator is None or jax.distributed.is_initialized():
+    if runtime.coordinator is None or runtime.distributed != "auto" or jax.distributed.is_initialized():
         return
     address = None if runtime.coordinator == "auto" else runtime.coordinator
     given = address, runtime.num_processes, runtime.process_id
@@ -118,6 +113,19 @@ def join(runtime: RuntimeSection) -> None:
             f"runtime.coordinator {runtime.coordinator}: can't join the other processes ({said}); if JAX can't detect "
             "the hosts, give host:port, runtime.num_processes and runtime.process_id"
         ) from None
+
+
+def matrix_weights(model: ModelConfig) -> int:
+    """The weights of the linear layers. The head is left out, because it is applied to few positions."""
+    return model.num_layers * sum(model.site_input_width(site) * model.site_width(site) for site in SITES)
+
+
+def peak_rate(model: ModelConfig, used: Sequence[Any]) -> float | None:
+    """Tokens per second if these devices computed only the backbone's matrix products, at their peak: 2 FLOPs per
+    weight and token forward, and 2 backward to the activations (the weights are frozen). None if the peak is unknown.
+    """
+    peak = PEAK_FLOPS.get(used[0].device_kind)
+    return peak and peak * len(used) / (4 * matrix_weights(model))
 
 
 def describe_devices(model=None) -> str:

@@ -98,20 +98,6 @@ def on_every_process(make: Callable[[], Any]) -> Any:
     return value
 
 
-def all_arrive(where: str, seconds: float) -> bool:
-    """Whether every process calls this within these seconds. One that doesn't may be waiting for this one elsewhere.
-    Each process may call it once for each name `where`."""
-    from jax._src.distributed import global_state
-
-    if jax.process_count() == 1 or global_state.client is None:
-        return True
-    try:
-        global_state.client.wait_at_barrier(where, timeout_in_ms=int(1000 * seconds))
-    except RuntimeError:
-        return False
-    return True
-
-
 def require_same(what: str, value: Callable[[], Any]) -> None:
     """Raises ValueError on all processes if `value` returns something else on one of them than on the first, compared
     as JSON."""

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from itertools import combinations
-from numbers import Integral
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -41,9 +40,6 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices=None) ->
     must_use_all = devices is None and jax.process_count() > 1
     devices = jax.devices() if devices is None else list(devices)
     asked = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    whole = all(isinstance(size, Integral) for size in asked.values())
-    if not whole or list(asked.values()).count(-1) > 1 or any(size < -1 or size == 0 for size in asked.values()):
-        raise ValueError(f"mesh {asked}: use whole numbers of at least 1. One may be -1 (all remaining devices)")
     sizes = mesh_sizes(asked, len(devices), must_use_all)
     if sizes is None:
         raise ValueError(
@@ -58,8 +54,11 @@ def mesh_sizes(asked: dict[str, int], devices: int, must_use_all: bool = True) -
     """The sizes with -1 filled in; None if they do not fit this number of devices. With a size of -1 they must always
     use every device."""
     known = math.prod(size for size in asked.values() if size != -1)
+    if known < 1 or list(asked.values()).count(-1) > 1:
+        return None
     sizes = {name: devices // known if size == -1 else size for name, size in asked.items()}
     total = math.prod(sizes.values())
+    # A part of the devices may be asked for, but not by -1.
     part = not must_use_all and -1 not in asked.values()
     return sizes if total == devices or (part and 0 < total < devices) else None
 
@@ -72,18 +71,6 @@ def arrange(sizes: tuple[int, ...], devices: list) -> np.ndarray:
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     except (AssertionError, NotImplementedError, ValueError):
         return np.asarray(devices, dtype=object).reshape(sizes)
-
-
-def check_mesh(mesh: Mesh | AbstractMesh) -> None:
-    """Raises ValueError for a mesh that is not like those of `make_mesh`."""
-    if not isinstance(mesh, Mesh | AbstractMesh):
-        raise ValueError(f"mesh is a {type(mesh).__name__}; make it with para_jax.make_mesh")
-    if {"data", "fsdp", "tensor"} - {*mesh.axis_names} or AxisType.Explicit in mesh.axis_types:
-        given = ", ".join(f"{name} ({kind.name})" for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True))
-        raise ValueError(
-            f"the mesh has the axes {given}; para_jax needs data, fsdp and tensor (Auto), so make it with "
-            "para_jax.make_mesh"
-        )
 
 
 def mesh_of(model) -> Mesh | None:
@@ -128,7 +115,6 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    check_mesh(mesh)
     return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, mesh.shape))
 
 
@@ -171,8 +157,10 @@ def tree_shardings(tree, mesh: Mesh | AbstractMesh, config):
     """The NamedSharding of every array, as a tree like `tree` (NNX modules with `axes` on their parameters).
 
     Leading axes without a name, which stacking layers or tenants adds, are replicated.
+    Raises ValueError for a mesh that is not like those of `make_mesh`.
     """
-    check_mesh(mesh)
+    if {*mesh.axis_names} != {"data", "fsdp", "tensor"} or AxisType.Explicit in mesh.axis_types:
+        raise ValueError(f"{mesh}: para_jax needs the axes data, fsdp and tensor (Auto); use para_jax.make_mesh")
 
     def one(variable):
         return variable.replace(NamedSharding(mesh, partition(*named_axes(variable, config), mesh.shape)))  # pyright: ignore[reportArgumentType]

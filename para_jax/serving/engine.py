@@ -17,11 +17,10 @@ import jax
 from ..adapters.bank import AdapterBank, Entry
 from ..backbone.transformer import Transformer
 from ..config import ModelConfig
-from ..data.examples import require_tokenizer, stop_token_ids
+from ..data.examples import stop_token_ids
 from ..inference.sampling import is_whole
 from ..io.checks import printable, shorten
 from ..io.messages import say
-from ..model.adapted import require_backbone
 from ..runtime.sharding import mesh_of, using
 from .admission import Admission
 from .capacity import capacity
@@ -93,8 +92,6 @@ class Engine:
 
         Reports the memory that the slots need and, where the free memory is known, how many slots would fit.
         """
-        require_backbone(model)
-        require_tokenizer(tokenizer)
         cpu = jax.default_backend() == "cpu"
         chunk = prefill_chunk or (CPU_CHUNK if cpu else CHUNK)
         prefill_tokens = max_prefill_tokens or (CPU_PREFILL_TOKENS if cpu else PREFILL_TOKENS)

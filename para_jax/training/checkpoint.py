@@ -159,6 +159,7 @@ def newest_whole(
                 f"{folder / str(damaged)}: the checkpoint can't be used ({said}); it is kept as "
                 f"{set_aside(folder / str(damaged)).name}, and the run resumes from step {step}"
             )
+        # Folders may have been renamed behind orbax's back.
         checkpoints.reload()
         return arrays, progress
     if problems:

@@ -70,6 +70,7 @@ class Log:
     def step(self, done: Done, values: dict[str, float], bar: Progress, advance: int = 1) -> None:
         """Writes the values of a step, which must have just arrived, and advances the run's progress."""
         now = time.monotonic()
+        # Steps are dispatched ahead: this one began no earlier than the one before it ended.
         begun = None if done.begun is None else max(done.begun, self.last_values_at)
         rates = {} if begun is None else step_rates(done, now - begun, self.peak_rate)
         self.last_values_at = now

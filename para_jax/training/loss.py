@@ -72,6 +72,7 @@ def completion_states(
     assert states is None or window, "only scope `response` reads prompts' states"
     if window is None:
         x, _ = residual_stream(model, adapters, batch.tokens, batch.prompt_length, segments=places, remat=remat)
+        # At padding the place is arbitrary: `real` leaves it out.
         predicting = jnp.clip(predicted - 1, 0, x.shape[1] - 1)
     else:
         shape = window, prompt or batch.tokens.shape[1], completion

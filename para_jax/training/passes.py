@@ -61,12 +61,12 @@ def lay_out(config: RunConfig, mesh, tenants: int = 1) -> Layout:
     if not config.data.tenants and train.rows_per_tenant is train.batch_size is None:
         rows, count = step_passes(train, mesh)
         return Layout(slots, 1, rows, count)
-    rows, over = config.rows_per_tenant, batch_devices(mesh)
+    rows, over = config.rows_per_tenant, dividing_devices(train, mesh)
     if train.batch_size is None:
         groups = over * min(train.per_device_batch_size // rows, math.ceil(slots / over))
         return Layout(slots, groups, rows, train.gradient_accumulation_steps)
-    require_divides(train, over)
     most = train.batch_size // rows
+    # The fewest groups that fill the slots and that the devices divide.
     groups = next(n for n in range(min(slots, most), most + 1) if n * rows % over == 0)
     cuts = {
         turns * parts: (turns, parts)
@@ -98,10 +98,9 @@ def step_passes(config: TrainSection, mesh) -> Passes:
     With train.batch_size: the fewest of equal size that have at most per_device_batch_size rows on a device.
     Raises ValueError for a batch_size that the devices do not divide.
     """
-    devices = batch_devices(mesh)
+    devices = dividing_devices(config, mesh)
     if config.batch_size is None:
         return Passes(config.per_device_batch_size * devices, config.gradient_accumulation_steps)
-    require_divides(config, devices)
     of_device = config.batch_size // devices
     count = fewest_passes(config, divisors(of_device), of_device)
     return Passes(config.batch_size // count, count)
@@ -112,13 +111,15 @@ def fewest_passes(config: TrainSection, counts: Iterable[int], of_device: int) -
     return min(count for count in counts if of_device // count <= config.per_device_batch_size)
 
 
-def require_divides(config: TrainSection, devices: int) -> None:
-    """Raises ValueError if batch_size's rows can't be divided equally among the devices."""
+def dividing_devices(config: TrainSection, mesh) -> int:
+    """batch_devices. Raises ValueError if batch_size's rows can't be divided equally among them."""
+    devices = batch_devices(mesh)
     if config.batch_size is not None and config.batch_size % devices:
         raise ValueError(
             f"train.batch_size {config.batch_size} can't be split evenly over {devices} devices "
             f"(mesh.data x mesh.fsdp); choose a multiple of {devices}"
         )
+    return devices
 
 
 def batch_devices(mesh) -> int:

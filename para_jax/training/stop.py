@@ -96,6 +96,7 @@ def stop_signals(given: bool = False, exit_code: int = 0) -> Iterator[StopSignal
             signal.signal(number, handler or signal.SIG_DFL)
 
     def handle(number: int, frame) -> None:
+        # The next signal acts as it would without us.
         restore()
         if is_first():
             what = "stopping; saving first" if StopSignal.repeatable else "stopping after this step, to save"

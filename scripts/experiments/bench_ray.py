@@ -24,6 +24,7 @@ from statistics import mean, median
 
 from para_jax import EvalOptions, load_config
 from para_jax.adapters.names import named_adapters
+from para_jax.cli import generate
 from para_jax.io.record_file import write_record
 from para_jax.ray import jobs
 from para_jax.ray.workers import Evaluated, EvaluationWorker, GenerationWorker
@@ -161,7 +162,8 @@ def generation(folder: Path, output: Path, args, processes: int, on_ray: bool) -
     if on_ray:
         jobs.generate_on_ray(folder / "in.jsonl", output=output, shards=args.shards, workers=processes, **options)
     else:
-        call = jobs.arguments("generate", options | {"input": folder / "in.jsonl"})
+        call = jobs.command_options("generate", options | {"input": folder / "in.jsonl", "output": output})
+        call.sources, call.tenants = generate.checked(call)
         without_ray("generate", output, args.shards, processes, call)
 
 

@@ -20,7 +20,7 @@ from statistics import mean
 import ray
 
 from para_jax.io.record_file import write_record
-from para_jax.ray import pool
+from para_jax.ray import jobs
 
 
 class Stub:
@@ -41,7 +41,7 @@ class Stub:
             os._exit(1)
         with output.open("a") as stream:
             stream.write(f"{os.getpid()} {time.time()} {time.process_time()}\n")
-        return {"index": [index], "error": [""]}
+        return {"index": [index]}
 
 
 def is_failure(index: int, share: float) -> bool:
@@ -58,7 +58,7 @@ def simulated(folder: Path, sizes: list[int], workers: int, seconds: float, fail
     (folder / "sizes.json").write_text(json.dumps(sizes))
     outputs, line = [folder / str(index) for index in range(len(sizes))], [seconds, failures, folder / "sizes.json"]
     begun, before = time.time(), cpu_seconds()
-    pool.run_shards(Stub, list(map(str, line)), outputs, "simulating", workers, {"num_cpus": 1})
+    jobs.run_shards(Stub, list(map(str, line)), outputs, "simulating", workers, {"num_cpus": 1})
     whole, after = time.time() - begun, cpu_seconds()
     cpu = sum(after[process] - before[process] for process in before.keys() & after.keys())
     ends = [output.read_text().split() for output in outputs]

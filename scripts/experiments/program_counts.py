@@ -6,11 +6,15 @@ They are evidence about programs, memory and collectives for any compiler that J
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
-from para_jax.estimate.hlo import COLLECTIVES, Instruction, continues_collective, parse_hlo
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from hlo import COLLECTIVES, Instruction, continues_collective, parse_hlo
 
 #: A matrix product is a dot, a convolution (which the TPU compiler makes from a dot), or a call of a library.
 PRODUCTS = ("dot", "convolution")

@@ -283,11 +283,6 @@ def test_a_full_bank_says_so_and_keeps_what_it_holds(model, tenants):
     bank.add("input", tenants["input"])
 
 
-def test_rows_of_another_batch_are_refused(model, tenants):
-    with pytest.raises(ValueError, match="Rows of 2 rows do not fit the 3 rows of tokens"):
-        forward(model, filled(model, tenants, ["para"]).rows(["para", None]), prompts(model, 3), 8)
-
-
 @pytest.mark.long
 def test_a_bfloat16_bank_holds_half_the_bytes_and_says_nearly_the_same(model, tenants, bank):
     half = filled(model, tenants, [name for name in NAMES if name], dtype="bfloat16")

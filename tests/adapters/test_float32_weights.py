@@ -1,14 +1,12 @@
 """An adapter's weights stay float32 on a bfloat16 backbone, so that it answers the same however it is asked."""
 
-from types import SimpleNamespace
-
 import pytest
 from golden_models import FIXTURES, prompts, strong
 from tiny_run import tokenizer
 
 from para_jax import ParaConfig, forward, init_adapter, load_adapter, load_backbone, save_adapter
-from para_jax.adapters.preview import previews
-from para_jax.cli.names import adapters_of
+from para_jax.adapters.loading_bank import bank_of
+from para_jax.adapters.preview import load_previewed, previews
 from para_jax.evaluation.harness import lm as para_lm
 
 LLAMA = str(FIXTURES / "llama")
@@ -37,8 +35,9 @@ def apart(model, bank, alone):
 
 
 def test_an_adapter_of_the_command_line_answers_the_same_alone_and_in_a_bank(model, folder, alone):
-    options, (found,) = SimpleNamespace(adapter=None, adapter_memory=1), previews([str(folder)], model.config)
-    assert apart(model, adapters_of(options, {"a": found}, model), alone) < 0.05  # rounded weights: 0.7
+    (found,) = previews([str(folder)], model.config)
+    bank = bank_of({"a": found}, model.config, lambda _: load_previewed(found, model.config, model=model), 10**9)
+    assert apart(model, bank, alone) < 0.05  # rounded weights: 0.7
 
 
 @pytest.mark.filterwarnings("ignore:a bfloat16 backbone")

@@ -18,9 +18,6 @@ from para_jax import (
     train,
 )
 from para_jax.adapters.scope import require_invocation
-from para_jax.evaluation.answers import Answerer
-from para_jax.evaluation.batch_adapters import StackBank
-from para_jax.evaluation.questions import Generation, Likelihood
 
 TOKENS = (7, 9)
 CONFIG = LoraConfig(r=2, scope="response", scope_window=2, alora_invocation_tokens=TOKENS)
@@ -80,24 +77,6 @@ def test_the_engine_answers_other_prompts_with_an_error(model, bank):
     for key in refused:
         with pytest.raises(ValueError, match=f"prompt {REFUSED}"):
             raise ValueError(errors[key])
-
-
-def test_the_context_of_a_prompt_that_is_scored_must_end_with_the_tokens(model, bank):
-    engine = Engine(model, bank, tokenizer(), slots=2, max_length=32, max_logprobs=1)
-    scored = Request((30, *TOKENS, 4, 5), "alora", 0, prompt_logprobs=0, context_length=3)
-    engine.open_stream(scored).close()
-    with pytest.raises(ValueError, match=r"prompt must end with .*it ends with \[4, 5\]"):
-        engine.open_stream(replace(scored, prompt=(30, 4, 5, *TOKENS)))
-
-
-def test_evaluation_refuses_other_contexts(model, adapter, bank):
-    stack = StackBank(stack_adapters([adapter]))
-    for held, tenant in ((bank, "alora"), (stack, 0)):
-        for question in (Likelihood((7, 9, 30), (4,)), Generation((7, 9, 30), 2)):
-            with pytest.raises(ValueError, match=f"context {REFUSED}"):
-                Answerer(model, held, tokenizer()).answer([(tenant, question)])
-    answers = Answerer(model, bank, tokenizer()).answer([("alora", Likelihood((30, *TOKENS), (4,)))])
-    assert answers[0].logprob < 0
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])

@@ -65,19 +65,6 @@ def test_no_tensor_of_our_own_format_has_a_name_of_pefts(tmp_path):
         assert not names[0] & names[1] and len(names[0]) == len(names[1])
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"scope": "all"}, "alora_invocation_tokens .*scope response.*7, 9"),
-        ({"scope": "response", "scope_window": 3}, "alora_invocation_tokens .*scope_window.*7, 9"),
-    ],
-)
-def test_invocation_tokens_need_the_scope_and_the_window_that_fit_them(fields, message):
-    with pytest.raises(ValueError, match=message):
-        LoraConfig(alora_invocation_tokens=(7, 9), **fields)
-    assert LoraConfig(alora_invocation_tokens=[7], scope="response").alora_invocation_tokens == (7,)  # pyright: ignore
-
-
 def test_pefts_activated_lora_loads_as_scope_response(tmp_path):
     shutil.copytree(FIXTURES / "peft" / "lora_qv", tmp_path / "alora")
     change_config(tmp_path / "alora", alora_invocation_tokens=[7, 9])

@@ -218,20 +218,16 @@ GRANITE4 = {"model_type": "granitemoehybrid", "num_local_experts": 0, "layer_typ
 @pytest.mark.parametrize(
     ("keys", "named"),
     [
-        ({"rope_parameters": {"full_attention": {"rope_theta": 9.0}}}, "rope_parameters for full_attention"),
-        ({"eos_token_id": [7] * 1001}, "eos_token_id is .7, 7.*at most 1000"),
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000.*from 1 to 1000"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 9.0}}}, "rope_parameters must be a mapping without"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be .* at most 1000; got 1000000000"),
         ({"model_type": "mamba"}, "'mamba'.*llama"),
         (MINISTRAL3 | {"is_causal": False}, "is_causal false"),
-        (GRANITE4 | {"num_local_experts": None}, "num_local_experts is 8.*mixture of experts"),
-        (GRANITE4 | {"layer_types": ["mamba"] * 13}, "layer_types is .*'mamba'"),
-        ({"head_dim": 2**23, "rope_scaling": YARN}, "head_dim is 8388608.*at most 4096"),
+        (GRANITE4 | {"num_local_experts": None}, "num_local_experts .*mixture of experts"),
+        (GRANITE4 | {"layer_types": ["mamba"] * 13}, "layer_types must .*'mamba'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"rope_scaling": LONGROPE | {"short_factor": [1.0] * 7}}, "short_factor is .*a list of 8 numbers"),
-        ({"model_type": "smollm3", "no_rope_layers": [1] * 12}, "no_rope_layers is .*0 or 1 for each layer"),
+        ({"model_type": "smollm3", "no_rope_layers": [1] * 12}, "no_rope_layers must .*0 or 1 for each layer"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ({"layer_types": ["sliding_attention"] * 13}, "layer_types except full_attention"),
-        ({"num_key_value_heads": 5}, "num_key_value_heads is 5"),
+        ({"layer_types": ["sliding_attention"] * 13}, "layer_types must .*as llama has them"),
     ],
 )
 def test_unsupported_config_values_are_named(keys, named):

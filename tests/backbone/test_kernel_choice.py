@@ -11,7 +11,7 @@ from golden_models import FIXTURES, backbone
 
 from para_jax import forward, load_backbone
 from para_jax.backbone import kernels
-from para_jax.backbone.kernel_choice import AttentionChoice, attention_kernel, choice_named, describe_attention
+from para_jax.backbone.kernel_choice import AttentionChoice, attention_kernel, describe_attention
 from para_jax.backbone.kernel_trial import choose_attention
 
 H100, A100, T4 = (9, 0), (8, 0), (7, 5)
@@ -45,7 +45,7 @@ def test_cudnn_takes_the_heads_that_the_card_allows(head_dim, capability, name):
 ])  # fmt: skip
 def test_a_named_kernel_that_cannot_run_is_an_error(name, on, capability, says):
     with pytest.raises(ValueError, match=f"backbone.attention={says}.*auto or plain"):
-        attention_kernel(CONFIG, 128, "bfloat16", on, choice_named(name), capability=capability)
+        attention_kernel(CONFIG, 128, "bfloat16", on, AttentionChoice(name), capability=capability)
 
 
 # ------------------------------------------------------------------------------------------------------------ the trial
@@ -108,12 +108,12 @@ def test_a_kernel_that_fails_only_with_packed_rows_stays_in_use(monkeypatch, cap
 def test_a_loaded_model_uses_the_kernel_that_it_carries(monkeypatch):
     tokens = np.random.default_rng(0).integers(3, 200, (2, 24)).astype(np.int32)
     model = load_backbone(FIXTURES / "llama", attention="plain")
-    assert model.attention == choice_named("plain") == model.with_layout("stacked").attention
+    assert model.attention == AttentionChoice("plain") == model.with_layout("stacked").attention
     model = load_backbone(FIXTURES / "llama")
     expected = forward(model, None, tokens, None)
     monkeypatch.setitem(kernels.KERNELS, "plain", fails_always)  # not traced again for the same choice
     np.testing.assert_array_equal(forward(model, None, tokens, None), expected)
-    model.attention = choice_named("plain")
+    model.attention = AttentionChoice("plain")
     with pytest.raises(RuntimeError, match="No valid engine"):
         forward(model, None, tokens, None)
     with pytest.raises(ValueError, match="backbone.attention=splash"):

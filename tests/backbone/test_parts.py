@@ -8,12 +8,11 @@ import jax
 import numpy as np
 import pytest
 from golden_models import FIXTURES, backbone
-from safetensors.numpy import save_file
 from two_processes import run_two
 
 from para_jax import load_backbone, load_model_config, make_mesh
 from para_jax.backbone.load import abstract_backbone, parameter_name
-from para_jax.backbone.parts import Block, equal_tensors, joined_blocks, needed_blocks, read_blocks, stored_block
+from para_jax.backbone.parts import Block, joined_blocks, needed_blocks, read_blocks, stored_block
 from para_jax.backbone.safetensors import Safetensors
 from para_jax.backbone.weights import parameter_shapes, recipes
 
@@ -81,16 +80,6 @@ def test_the_parts_are_those_of_the_whole_parameters(folder, sizes):
 def test_adjacent_columns_of_the_same_rows_are_read_together():
     cut = [Block(0, 8, 4, 6), Block(0, 8, 0, 4), Block(8, 16, 0, 4), Block(0, 8, 8, 9)]
     assert joined_blocks(cut) == [Block(0, 8, 0, 6), Block(0, 8, 8, 9), Block(8, 16, 0, 4)]
-
-
-def test_tensors_are_compared_piece_by_piece(tmp_path, monkeypatch):
-    values = np.arange(24.0).reshape(6, 4)
-    tensors = {"a": values, "same": values.copy(), "last": values + (values == 23)}
-    save_file(tensors, tmp_path / "model.safetensors")
-    source = Safetensors(tmp_path)
-    for piece in (1, 8, 2**20):
-        monkeypatch.setattr("para_jax.backbone.parts.PIECE_VALUES", piece)
-        assert [equal_tensors(source, "a", other) for other in ("same", "last")] == [True, False]
 
 
 # -------------------------------------------------------------------------------------------------------- two processes

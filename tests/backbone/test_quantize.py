@@ -11,6 +11,7 @@ import optax
 import pytest
 from flax import nnx
 from golden_models import FIXTURES, backbone, prompts, strong
+from hlo import collective_bytes, continues_collective, instructions_run, parse_hlo
 from jax.sharding import NamedSharding, PartitionSpec
 from long_cases import slow
 from one_adapter import fresh_state, trained_step
@@ -22,7 +23,6 @@ from para_jax.backbone.layers import Linear
 from para_jax.backbone.load import abstract_backbone, load_model_config
 from para_jax.backbone.quantize import Int8Linear, quantise
 from para_jax.data.batches import Batch
-from para_jax.estimate.hlo import collective_bytes, continues_collective, instructions_run, parse_hlo
 from para_jax.runtime.sharding import place, shard_rows
 from para_jax.training.loss import completion_nll
 

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from para_jax.backbone.sequences import checked_next_tokens, checked_sequences
+from para_jax.backbone.sequences import checked_sequences
 
 TOKENS = np.arange(12, dtype=np.int64).reshape(3, 4)
 LIMITS = {"vocab_size": 12, "positions": 4}
@@ -19,11 +19,9 @@ def test_lengths_become_one_int32_per_row():
     ("tokens", "prompt_length", "length", "named"),
     [
         (TOKENS[0], 2, None, r"tokens of shape \(4,\)"),
-        (TOKENS, [1, 2], None, r"prompt_length \[1, 2\]: pass one integer, or one for each of the 3 rows"),
         (TOKENS, 3, [4, 2, 4], r"length \[4, 2, 4\]"),
-        (np.zeros((3, 6), int), 2, [4, 5, 4], "length 5: the model has 4 positions"),
+        (np.zeros((3, 6), int), 2, [4, 5, 4], r"length \[4, 5, 4\]: .* <= 4, .* the model's positions"),
         (TOKENS + 1, 2, None, "token ids 1 to 12"),
-        ([[1, 2], [3]], 1, None, "different lengths"),
     ],
 )
 def test_wrong_sequences_are_named(tokens, prompt_length, length, named):
@@ -43,22 +41,3 @@ def test_padding_may_go_beyond_the_positions():
 def test_traced_lengths_are_not_checked():
     checked = jax.jit(lambda n: checked_sequences(TOKENS, n, None, **LIMITS)[1])(9)
     assert checked.tolist() == [9, 9, 9]
-
-
-@pytest.mark.parametrize(
-    ("tokens", "named"),
-    [
-        ([5], r"tokens of shape \(1,\)"),
-        (jnp.array([5.0, 6.0, 7.0]), "float32: pass one integer for each of the 3 rows"),
-        ([5, 6, 12], "token ids 5 to 12"),
-    ],
-)
-def test_wrong_next_tokens_are_named(tokens, named):
-    with pytest.raises(ValueError, match=named):
-        checked_next_tokens(tokens, 3, 12)
-
-
-def test_next_tokens_on_a_device_are_not_waited_for():
-    for given in ([1, 2, 3], np.array([1, 2, 3]), jnp.array([1, 2, 3])):
-        assert checked_next_tokens(given, 3, 12).tolist() == [1, 2, 3]
-    assert checked_next_tokens(jnp.array([1, 2, 30]), 3, 12).tolist() == [1, 2, 30]

@@ -12,6 +12,7 @@ from golden_models import backbone, strong
 from tiny_run import backbone_folder
 
 from para_jax import Ia3Config, LoraConfig, ParaConfig, init_adapter, save_adapter
+from para_jax.adapters.preview import previews
 from para_jax.cli import main, options, parser, serve
 from para_jax.server import packages
 
@@ -53,7 +54,8 @@ def made_bank(model, sources, **options):
         "max_r": None,
         "capacity": None,
     }
-    return serve.bank_of(SimpleNamespace(**given | options), sources, model)
+    found = dict(zip(sources, previews(sources.values(), model.config), strict=True))
+    return serve.bank_of(SimpleNamespace(**given | options), found, model)
 
 
 def test_the_bank_fits_its_adapters_and_with_updates_others_too(tmp_path):

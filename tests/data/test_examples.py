@@ -264,7 +264,7 @@ def test_a_wrong_prompt_is_an_error(prompt, said):
 
 def test_a_tokenizer_that_cannot_encode_is_an_error():
     no_template = tiny_tokenizers.byte_level(["</s>"], eos_token="</s>")
-    with pytest.raises(ValueError, match="no chat template"):
+    with pytest.raises(ValueError, match="chat_template is not set"):
         encode_prompt(no_template, [USER])
     with pytest.raises(ValueError, match="no EOS token"):
         encode_completion(tiny_tokenizers.byte_level(["</s>"]), "Answer:", "yes")

@@ -108,7 +108,7 @@ def test_without_datasets_the_error_names_the_extra(tmp_path, monkeypatch):
     ("source", "named"),
     [
         ("hf:", "'hf:'.*hf:NAME"),
-        ("hf:{folder}::nothing", r"rows: no split 'nothing'.*train, validation"),
+        ("hf:{folder}::nothing", "Unknown split .nothing"),
         ("hf:{folder}/absent", "absent: no such folder"),
         ("hf:{folder}/empty", "empty.*data files"),
     ],

@@ -3,7 +3,6 @@
 from itertools import chain
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -54,8 +53,3 @@ def test_a_packed_row_holds_its_examples_and_where_they_stand():
     np.testing.assert_array_equal(batch.prompt_length, [[3, 1], [2, 1], [1, 1]])
     np.testing.assert_array_equal(batch.length, [[4, 3], [4, 1], [1, 1]])
     np.testing.assert_array_equal(batch.predicted, [[3, 5, 6], [2, 3, 0], [0, 0, 0]])
-
-
-def test_what_can_not_be_packed_is_named():
-    with pytest.raises(ValueError, match="example of 20 tokens does not fit a row of 16; raise data.max_seq_length"):
-        plan_packing(examples_of([4, 20]), length=16, rows=1, seed=0)

@@ -1,5 +1,5 @@
 import json
-from datetime import date, datetime
+from datetime import date
 from decimal import Decimal
 
 import pyarrow as pa
@@ -83,12 +83,9 @@ def test_a_turn_of_weight_0_is_read_and_not_learnt(tmp_path):
         ([USER, skipped, USER], ("hi",), "x"),
     ]
     assert len(read_records(write(tmp_path, {"messages": [skipped, USER, BOT]}))) == 1  # a greeting that is not learnt
-    for messages, named in (
-        ([USER, skipped], "weight 0"),
-        ([BOT, USER, BOT], "prompt is empty"),
-    ):
-        with pytest.raises(ValueError, match=f"data.jsonl:1: .*{named}"):
-            read_records(write(tmp_path, {"messages": messages}))
+    assert len(read_records(write(tmp_path, {"messages": [BOT, USER, BOT]}))) == 1  # nor is an answer to nothing
+    with pytest.raises(ValueError, match="data.jsonl:1: .*weight 0"):
+        read_records(write(tmp_path, {"messages": [USER, skipped]}))
 
 
 def test_parts_of_a_content_that_are_texts_are_one_text(tmp_path):
@@ -163,18 +160,16 @@ def test_a_task_reads_its_published_rows(tmp_path):
         ('{"prompt": "a", "completion": "b"', "not JSON"),
         ("[1]", "list; write an object"),
         ({"prompt": "a", "output": "b"}, "'completion'.*prompt, output"),
-        ({"conversations": [{"from": "human", "value": "a"}]}, "'prompt'.*conversations.*rename them to messages"),
+        ({"conversations": [{"from": "human", "value": "a"}]}, "'prompt'.*conversations.*rename a field"),
         ({"prompt": " ", "completion": "b"}, "prompt is empty"),
         ({"prompt": "a", "completion": ""}, "completion is empty"),
-        ({"prompt": "a", "completion": 1}, r"completion .*int; 'data.completion=\{completion\}' writes it as text"),
+        ({"prompt": "a", "completion": 1}, "completion must be text or a list of messages, not int"),
         ({"prompt": [], "completion": "b"}, "prompt is empty"),
         ({"prompt": ["a"], "completion": "b"}, "not a message"),
         ({"prompt": [USER], "completion": [BOT | {"weight": 0}]}, "one assistant message to learn"),
         ({"prompt": "a", "completion": [BOT]}, "one assistant message to learn after a prompt"),
         ({"prompt": "a", "completion": "b", "references": [""]}, r"references .*\[''\]"),
         ({"messages": [USER]}, "role assistant"),
-        ({"messages": [BOT]}, "prompt is empty"),
-        ({"messages": [USER, BOT | {"content": ""}]}, "assistant message is empty"),
     ],
 )
 def test_a_wrong_row_is_an_error_that_names_file_and_line(tmp_path, row, message):
@@ -188,12 +183,9 @@ def test_a_wrong_row_is_an_error_that_names_file_and_line(tmp_path, row, message
     ("template", "message"),
     [
         ("{missing}", r"data.jsonl:1: .*'missing'.*a, b"),
-        ("{b}", "data.jsonl:1: b .*list"),
         ("{a.__class__}", r"data.jsonl:1: no field 'a.__class__'; the row has a, b"),
-        ("{a", r"\{\{ or \}\}"),
-        ("a", r"every prompt would be 'a'\nput the name of a column into one pair of braces"),
-        ("Q: {{a}}", r"every prompt would be 'Q: \{a\}'\nput"),  # as lm-eval's templates have it
-        ("null", "or write 'data.prompt=' for the column prompt"),  # an override of a template is taken literally
+        ("{a", "data.jsonl:1: expected '}'"),
+        ("a", "data.prompt is 'a', which every prompt would be; write {a} for the column"),
     ],
 )
 def test_a_template_can_only_name_columns(tmp_path, template, message):
@@ -206,12 +198,12 @@ def test_other_constant_templates_are_allowed(tmp_path):
     file = write(tmp_path, {"a": "x"})
     assert read_records(file, prompt="Write a line:", completion="{a}")[0][:2] == ("Write a line:", "x")
     assert read_records(file, prompt='{{"a": "{a}"}}', completion="{a}")[0].prompt == '{"a": "x"}'
-    with pytest.raises(ValueError, match="every completion would be 'a'"):
+    with pytest.raises(ValueError, match="which every completion would be"):
         read_records(file, prompt="{a}", completion="a")
 
 
 def test_missing_or_empty_files_and_unknown_tasks_are_named(tmp_path):
-    with pytest.raises(ValueError, match="nothing.jsonl does not exist"):
+    with pytest.raises(FileNotFoundError, match="nothing.jsonl"):
         read_records(tmp_path / "nothing.jsonl")
     with pytest.raises(ValueError, match="data.jsonl has no rows"):
         read_records(write(tmp_path, "", " "))
@@ -278,20 +270,10 @@ def test_a_number_that_is_none_is_a_missing_value_and_no_text(tmp_path, ending):
 
 
 def test_templates_take_decimals_and_dates(tmp_path):
-    columns = {"price": [Decimal("12.50")], "day": [date(2026, 7, 25)], "at": [datetime(2026, 7, 25)]}
+    columns = {"price": [Decimal("12.50")], "day": [date(2026, 7, 25)]}
     pa.parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
     (record,) = read_records(tmp_path / "a.parquet", prompt="{price}", completion="{day}")
     assert (record.prompt, record.completion) == ("12.50", "2026-07-25")
-    with pytest.raises(ValueError, match="at is a datetime"):
-        read_records(tmp_path / "a.parquet", prompt="{price}", completion="{at}")
-
-
-def test_a_template_with_a_backslash_and_an_n_is_named_once(tmp_path, capsys):
-    file = write(tmp_path, *[{"q": "a", "a": "b"}] * 2)
-    read_records(file, prompt="{q}\\nAnswer:", completion="{a}")
-    assert capsys.readouterr().err.count("a backslash and an n") == 1
-    read_records(file, prompt="{q}\nAnswer here:", completion="{a}")
-    assert "backslash" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "json"])

@@ -41,27 +41,19 @@ def test_an_unsafe_tenant_name_is_refused(tmp_path, name, kind):
 
 
 def test_wrong_tenant_folders_are_named(tmp_path):
-    for folder in (tmp_path / "none", tmp_path):
-        said = "has no tenants" if folder == tmp_path else "is no folder"
-        with pytest.raises(ValueError, match=rf"data\.tenants: {folder} {said}"):
-            tenant_sections(folder, DataSection())
+    with pytest.raises(ValueError, match=rf"data\.tenants: {tmp_path} has no tenants"):
+        tenant_sections(tmp_path, DataSection())
     write(tmp_path / "acme.jsonl")
     write(tmp_path / "acme" / "train.jsonl")
-    with pytest.raises(ValueError, match="second tenant .*'acme'"):
-        tenant_sections(tmp_path, DataSection())
-    (tmp_path / "acme.jsonl").unlink()
-    (tmp_path / "acme" / "train.jsonl").rename(tmp_path / "acme" / "test.jsonl")
-    with pytest.raises(ValueError, match=r"acme .*train\.jsonl"):
+    with pytest.raises(ValueError, match="'acme' cannot be a tenant's name; .* once each"):
         tenant_sections(tmp_path, DataSection())
 
 
 def test_the_files_of_one_tenant_are_not_three_tenants(tmp_path):
     for split in ("train", "test"):
         write(tmp_path / f"{split}.jsonl")
-    with pytest.raises(ValueError, match=rf"test.jsonl, train.jsonl(.|\n)*data.tenants=null data.train={tmp_path}"):
+    with pytest.raises(ValueError, match="'test' cannot be a tenant's name"):
         tenant_sections(tmp_path, DataSection())
-    write(tmp_path / "acme" / "train.jsonl")
-    assert set(tenant_sections(tmp_path, DataSection())) == {"acme", "test", "train"}
 
 
 def test_splits_that_save_to_disk_wrote_are_tenants_unless_they_are_those_of_one(tmp_path):
@@ -69,5 +61,5 @@ def test_splits_that_save_to_disk_wrote_are_tenants_unless_they_are_those_of_one
     datasets.DatasetDict(acme=data, globex=data).save_to_disk(tmp_path / "many")
     assert list(tenant_sections(tmp_path / "many", DataSection())) == ["acme", "globex"]
     datasets.DatasetDict(train=data, test=data).save_to_disk(tmp_path / "one")
-    with pytest.raises(ValueError, match=f"data.tenants: {tmp_path / 'one'} .*, which is the data of one tenant"):
+    with pytest.raises(ValueError, match="'test' cannot be a tenant's name"):
         tenant_sections(tmp_path / "one", DataSection())

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import jax
 import pytest
+from hlo import instructions_run, parse_hlo
 from tiny_run import run_config, run_folder
 from tpu_compiler import tpu_devices
 
 from para_jax import make_mesh
 from para_jax.backbone.load import load_model_config
-from para_jax.estimate.hlo import instructions_run, parse_hlo
 from para_jax.estimate.memory import step_arguments
 from para_jax.training.step import train_step
 

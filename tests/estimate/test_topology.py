@@ -1,15 +1,15 @@
 """The dry run for a slice compiles the run's own step, with the arguments that the run would hand over. The devices are
 virtual CPU devices where the TPU's compiler would add nothing."""
 
-import sys
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 from golden_models import backbone
+from hlo import collective_bytes
+from rehearse_programs import compile_programs
 from tiny_run import run_config, run_folder
 from tpu_compiler import tpu_devices
 
@@ -18,7 +18,6 @@ from para_jax.config import load_config
 from para_jax.data.given import with_tenants
 from para_jax.data.packing import Packed
 from para_jax.estimate.memory import run_mesh
-from para_jax.estimate.roofline import matrix_weights
 from para_jax.estimate.topology import (
     TOO_MUCH,
     compile_step,
@@ -30,12 +29,9 @@ from para_jax.estimate.topology import (
 )
 from para_jax.reports.inspect import dry_run, tenants_of
 from para_jax.runs.run import empty_state
+from para_jax.runtime.devices import matrix_weights
 from para_jax.runtime.sharding import shard_rows
 from para_jax.training.passes import lay_out
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
-from rehearse_programs import compile_programs  # noqa: E402
 
 ON_7B = ("configs/llama2-7b-squad.yaml", ["mesh.data=1", "mesh.fsdp=16", "train.gradient_accumulation_steps=1"])
 
@@ -130,14 +126,12 @@ def test_tenants_from_python_are_counted_where_they_are_here():
 
 
 @pytest.mark.long
-def test_the_step_is_compiled_with_its_bytes_and_collectives(config):
+def test_the_step_is_compiled_with_its_bytes(config):
     mesh = run_mesh(config)
     found = compile_step(config, mesh)
     state, model, batch, *_ = step_arguments(config, mesh)
     assert found.memory and found.needed == sum(found.memory)
     assert found.memory.arguments == pytest.approx(shard_bytes((state, model, batch)), rel=0.02)
-    layers = load_backbone(config.backbone.source).config.num_layers
-    assert sum(found.collectives.values()) > layers * 3  # the scan's body counts for every layer
 
 
 @pytest.mark.long
@@ -220,16 +214,13 @@ def test_training_evaluation_and_serving_are_compiled_for_a_slice(config):
     weights = shard_bytes(step_arguments(config, mesh)[1])
     for compiled in found.values():
         assert compiled.memory and compiled.memory.arguments > weights
-        assert set(compiled.collective_bytes) == set(compiled.collectives)
-    gathered = {name: compiled.collective_bytes["all-gather"] for name, compiled in found.items()}
+    gathered = {name: collective_bytes(compiled.program.as_text())["all-gather"] for name, compiled in found.items()}
     layers = step_arguments(config, mesh)[1].layers
     kernels = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(layers) if leaf.ndim == 3)
     assert gathered["decode"] > kernels and gathered["train"] > 1.9 * kernels  # forward and backward
 
 
 @pytest.mark.long
-def test_the_dry_run_tells_the_bytes_of_collectives_and_an_estimate_of_the_time(tmp_path):
+def test_the_dry_run_tells_whether_the_step_fits(tmp_path):
     config = run_config(run_folder(tmp_path), "mesh.data=1", "mesh.fsdp=4", "data.max_seq_length=16")
-    shown = topology_report(config, "v5e:2x2")
-    assert "it fits" in shown and " all-gather 0.00 GB" in shown
-    assert "ESTIMATE from v5e's published peaks, not measured" in shown and "bound by " in shown
+    assert "it fits (arguments" in topology_report(config, "v5e:2x2")

@@ -190,13 +190,6 @@ def test_a_config_and_a_backbone_with_tasks_give_the_same_scores(folder, whole, 
     assert alone["loss,none"] == pytest.approx(scores["A"]["test"]["loss,none"], rel=1e-5)
 
 
-def test_what_files_as_tasks_do_not_use_is_named(folder, config, tmp_path, capsys):
-    given = ["data.prompt=w7 {prompt}", "eval.metric=loss", "eval.batch_size=4", "--tasks", str(folder / "labels")]
-    assert main([*config, *given, "--output", str(tmp_path / "out")]) == 0
-    said = capsys.readouterr().err
-    assert "warning: data.prompt, eval.metric: not used" in said and "data.test" in said
-
-
 @pytest.mark.parametrize("kind", ["folder", "bucket"])
 def test_one_adapter_goes_to_a_folder_without_the_base_model(folder, config, tmp_path, bucket, kind):
     output = (tmp_path if kind == "folder" else bucket) / "of-one-adapter"

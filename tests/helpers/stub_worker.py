@@ -1,4 +1,4 @@
-"""A worker of para_jax.ray.pool without a model."""
+"""A worker of para_jax.ray.jobs without a model."""
 
 import os
 from pathlib import Path
@@ -16,4 +16,4 @@ class StubWorker:
             stream.write(f"{os.getpid()}\n")
         if index % 4 == 1 and output.read_text().count("\n") <= 2:
             os._exit(1)
-        return {"index": [index], "error": [""]}
+        return {"index": [index]}

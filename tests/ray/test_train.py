@@ -95,13 +95,13 @@ def test_a_run_that_loses_a_worker_ends_with_the_bits_of_the_run_without_ray(own
 
 
 @pytest.mark.slow
-def test_a_mistake_in_the_config_is_an_error_at_once(own_cluster, config, environment):
+def test_a_mistake_in_the_config_is_named(own_cluster, config, environment):
     wrong = replace(config, output_dir=str(Path(config.output_dir).parent))
-    with pytest.raises(ValueError, match="is not a run folder; choose another"):
-        train_on_ray(wrong, scaling={"num_workers": 2}, environment=environment)
+    with pytest.raises(Exception, match="is not a run folder; choose another"):
+        train_on_ray(wrong, scaling={"num_workers": 2}, environment=environment, max_failures=0)
 
 
-def test_the_value_of_a_worker_is_a_report_or_an_error(config, tmp_path, monkeypatch):
+def test_a_worker_raises_what_ends_its_run(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # as Ray does, to a folder of the worker's own
     given = {"config": config, "folder": config.output_dir}  # a host may lack it
 
@@ -112,7 +112,9 @@ def test_the_value_of_a_worker_is_a_report_or_an_error(config, tmp_path, monkeyp
         raise Stopped
 
     monkeypatch.setattr("para_jax.runs.train.train", refused)
-    assert run_on_worker(given) == {"error": "output_dir: choose another"} and Path.cwd() == tmp_path
+    with pytest.raises(ValueError, match="output_dir: choose another"):
+        run_on_worker(given)
+    assert Path.cwd() == tmp_path
     monkeypatch.setattr("para_jax.runs.train.train", stopped)
     there = tmp_path / "where the run was started"
     there.mkdir()
@@ -121,44 +123,16 @@ def test_the_value_of_a_worker_is_a_report_or_an_error(config, tmp_path, monkeyp
     assert Path.cwd() == there
 
 
-@pytest.mark.long
-def test_an_error_of_one_worker_alone_ends_it_so_that_ray_ends_the_others(tmp_path):
-    code = f"""
-import sys, time
-import jax
-import para_jax.runs.train
-from para_jax import RunConfig
-from para_jax.runtime.processes import all_arrive
-from para_jax.ray import train
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-assert all_arrive("both", 60)
-def refused(config):
-    raise ValueError("backbone: no such file")
-def waits(config):
-    time.sleep(3)
-    return type("Ended", (), {{"report": lambda self: "ended"}})()
-para_jax.runs.train.train = refused if jax.process_index() else waits
-train.ARRIVAL_SECONDS = 1
-try:
-    print(train.run_on_worker({{"config": RunConfig(), "folder": {str(tmp_path)!r}}}))
-except RuntimeError as error:
-    print("raised", error)
-"""
-    first, second = run_two("-c", code, "{address}", "{process}")
-    assert first.out == "{'report': 'ended'}\n", first.err
-    assert second.out == "raised worker 1: backbone: no such file\n", second.err
-
-
 def test_a_worker_compares_methods_as_the_command_does(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a worker goes to its folder; back afterwards
     own = run_config(run_folder(tmp_path), "sweep.method=[para,ia3]", "train.max_steps=1", "runtime.distributed=given")
-    report = run_on_worker({"config": own, "folder": str(tmp_path)})["report"]
+    report = run_on_worker({"config": own, "folder": str(tmp_path)})
     assert "para" in report and "ia3" in report and (tmp_path / "run" / "comparison.md").exists()
 
 
 def test_workers_get_a_config_that_leaves_jax_and_signals_to_ray(config, monkeypatch):
     class Fitting:
-        return_value = {"report": "scores"}
+        return_value = "scores"
 
         def fit(self):
             return self
@@ -170,6 +144,3 @@ def test_workers_get_a_config_that_leaves_jax_and_signals_to_ray(config, monkeyp
     own, scaling, _, _, storage = given[0]
     assert own.runtime.distributed == "given" and scaling == {"num_workers": 2}
     assert ended == (own.output_dir, "scores") and own.output_dir == config.output_dir == storage.removesuffix("-ray")
-    Fitting.return_value = {"error": "output_dir: choose another"}
-    with pytest.raises(ValueError, match="choose another"):
-        train_on_ray(config, scaling={"num_workers": 2})

@@ -5,10 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from para_jax.evaluation.factors import Spread
 from para_jax.io.storage.bucket import BucketPath
 from para_jax.reports import plots
-from para_jax.reports.plots import curves_plot, factors_plot, save, smoothed, sorted_bins, spread_plot
+from para_jax.reports.plots import curves_plot, factors_plot, save, smoothed, sorted_bins
 
 SITES = ("q_proj", "v_proj")
 
@@ -101,23 +100,6 @@ def test_two_prompts_and_their_difference_have_one_colour_scale_around_zero():
     assert "Factors of x" in figure.get_suptitle() and figure.axes[4].get_ylabel().startswith("A − B")
 
 
-def test_factors_of_a_whole_batch_are_refused():
-    with pytest.raises(ValueError, match=r"a: factors of shape \(3, 1, 8\); give"):
-        factors_plot({"a": {"q_proj": np.ones((3, 1, 8))}}, "t")
-
-
-def test_the_spread_has_a_column_per_site_and_a_colour_per_adapter():
-    size, spread = ({site: np.array([0.5, 0.2, 0.1]) * k for site in SITES} for k in (1, 0.3))
-    figure = spread_plot({"raw": Spread(size, spread, 9), "rms": Spread(size, size, 9)}, "t")
-    assert len(figure.axes) == 4 and [axes.get_title() for axes in figure.axes[:2]] == list(SITES)
-    raw, rms = lines(figure.axes[0])
-    np.testing.assert_allclose(raw, [[0, 0.3], [1, 0.3], [2, 0.3]])
-    np.testing.assert_allclose(rms[:, 1], 1)
-    assert len(lines(figure.axes[2])) == 4  # each adapter's spread and size
-    named = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert named[0].startswith("raw: spread") and named[-1].startswith("rms: shared")
-
-
 @pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")])
 def test_a_figure_is_saved_as_its_suffix_says(tmp_path, suffix, start):
     (tmp_path / f"f{suffix}").write_text("before")
@@ -128,9 +110,7 @@ def test_a_figure_is_saved_as_its_suffix_says(tmp_path, suffix, start):
 
 def test_a_prompt_in_a_title_is_text_and_never_mathematics(tmp_path):
     title = repr("It costs $5.\nIs that less than $6?")  # as the command shows a prompt
-    size = {site: np.array([0.5, 0.2]) for site in SITES}
     save(factors_plot({"A": factors(1)}, title), tmp_path / "factors.png")
-    save(spread_plot({"A": Spread(size, size, 9)}, title), tmp_path / "spread.png")
 
 
 # ------------------------------------------------------------------------------------------------- curves of many runs

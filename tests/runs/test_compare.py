@@ -74,10 +74,7 @@ def test_a_scope_is_for_all_methods(folder, tmp_path):
 
 @pytest.mark.parametrize(("overrides", "named"), [
     (["sweep.method=[para, bitfit]"], "sweep.method.*para, lora, ia3.*bitfit"),
-    (["sweep.method=[para, para]"], "sweep.method.*different"),
-    (["sweep.method=[para]", "data.tenants=x"], "sweep.method.*data.tenants"),
-    (["sweep.method=[para, ia3]", "train.init_from=runs/a"], "sweep.method.*train.init_from"),
-    (["sweep.method=[lora, ia3]", "adapter.r=48"], r"sweep.method.*lacks para.*fields of para"),
+    (["sweep.method=[para]", "data.tenants=x"], "sweep.*data.tenants"),
 ])  # fmt: skip
 def test_what_does_not_fit_together_is_refused(overrides, named):
     with pytest.raises(ValueError, match=named):
@@ -85,19 +82,10 @@ def test_what_does_not_fit_together_is_refused(overrides, named):
 
 
 def test_a_single_run_does_not_take_several_methods(folder, tmp_path):
-    with pytest.raises(ValueError, match="sweep.method.*compare_methods"):
+    with pytest.raises(ValueError, match="use compare_methods"):
         train(methods_config(folder, tmp_path, "sweep.method=[para, lora]"))
-    with pytest.raises(ValueError, match="sweep.method.*compare_methods"):
+    with pytest.raises(ValueError, match="use compare_methods"):
         train_tenants(methods_config(folder, tmp_path, "sweep.method=[para, lora]", "sweep.seed=[1, 2]"))
-
-
-def test_a_rate_of_a_method_that_is_not_compared_is_named(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(compare, "claim_folder", lambda config: 1 / 0)
-    for methods, warned in (("[lora, ia3]", True), ("[lora, para]", False)):
-        with pytest.raises(ZeroDivisionError):
-            given = f"sweep.method={methods}", "train.learning_rate=0.5", "adapter.r=12", "adapter.summary=raw"
-            compare_methods(methods_config(folder, tmp_path, *given))
-        assert ("warning: train.learning_rate=0.5 has no effect" in capsys.readouterr().err) == warned
 
 
 # --------------------------------------------------------------------------------------------------------------- table
@@ -188,7 +176,6 @@ def test_the_command_trains_all_methods_with_one_backbone_and_resumes(folder, tm
     assert named_adapters([str(tmp_path / "run")]) == {
         method: str(tmp_path / "run" / method / "adapter") for method in ("ia3", "para")
     }
-    assert (tmp_path / "run" / "scores.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="METHOD/adapter"):
         resolve_adapter(tmp_path / "run")
     assert [*found, base] == json.loads((tmp_path / "results.json").read_text())["scores"]["methods"]
@@ -232,8 +219,3 @@ def test_a_method_that_is_not_finite_is_listed_and_the_others_continue(folder, t
     assert [(one.metric, one.score, one.test is None) for one in result.methods] == [
         (None, None, True), ("loss", None, False),
     ]  # fmt: skip
-
-
-def test_the_path_of_a_config_is_no_config():
-    with pytest.raises(ValueError, match="config is 'runs.yaml'; give a RunConfig"):
-        compare_methods("runs.yaml")

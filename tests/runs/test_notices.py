@@ -18,37 +18,6 @@ def tenants_of(overrides, names, validation, test=None):
     return config, [Tenant(name, config, None, None, *tasks) for name in names]
 
 
-@pytest.mark.parametrize(
-    ("overrides", "names", "whose"),
-    [
-        ([], [""], ""),
-        (["data.tenants=tenants"], ["acme", "globex"], "acme: "),
-        (["sweep.learning_rate=[1e-3, 3e-3]"], ["lr=0.001", "lr=0.003"], ""),
-    ],
-)
-def test_a_limit_that_leaves_one_answer_of_sorted_data_is_named(capsys, overrides, names, whose):
-    """The best adapter would be chosen by the examples of one answer."""
-    answers = ["w9"] * 20 + ["w10"] * 20
-    say_unscored(*tenants_of([*overrides, "eval.limit=10"], names, answers))
-    said = f"warning: {whose}validation: the first 10 examples have no answer 'w10', which 20 of all 40 have; shuffle "
-    more = " (and 1 more like this)" if whose else ""
-    assert capsys.readouterr().err == f"{said}the data, or raise eval.limit{more}\n"
-
-
-@pytest.mark.parametrize(
-    ("limit", "answers"),
-    [
-        ("30", ["w9"] * 20 + ["w10"] * 20),
-        ("10", ["w9", "w10"] * 20),
-        ("10", ["w9"] * 30 + ["w10"] * 10),
-    ],
-    ids=["a limit in both answers", "shuffled", "a rare answer"],
-)
-def test_nothing_is_said_where_shuffled_data_could_look_the_same(capsys, limit, answers):
-    say_unscored(*tenants_of([f"eval.limit={limit}"], [""], answers))
-    assert capsys.readouterr().err == ""
-
-
 def test_test_data_that_is_missing_is_named(capsys):
     say_unscored(*tenants_of(["eval.test=true"], [""], ["w9"]))
     assert "eval.test=true scores nothing: there is no test data; set data.test\n" in capsys.readouterr().err

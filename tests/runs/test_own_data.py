@@ -95,7 +95,7 @@ def test_the_config_that_a_run_writes_trains_it_again_to_the_same_bits(folder, t
 
 
 def test_each_tenant_holds_rows_of_its_own_out_unless_it_has_validation_data(folder, tmp_path, capsys):
-    for name in ("train.jsonl", "globex/train.jsonl", "dev.jsonl"):  # a tenant may have any name
+    for name in ("acme.jsonl", "globex/train.jsonl", "dev.jsonl"):
         write_rows(tmp_path / "tenants" / name, labelled(30))
     write_rows(tmp_path / "tenants" / "globex" / "validation.jsonl", labelled(5))
     overrides = "data.train=null", f"data.tenants={tmp_path / 'tenants'}", "train.rows_per_tenant=2"
@@ -104,7 +104,7 @@ def test_each_tenant_holds_rows_of_its_own_out_unless_it_has_validation_data(fol
     said = capsys.readouterr().err
     assert "validation data of 2 tenants: 6 examples held out" in said and "is not read" not in said
     counts = {name: (one["examples"], one["scores"]["validation"]["count"]) for name, one in result.tenants.items()}
-    assert counts == {"train": (27, 3), "globex": (30, 5), "dev": (27, 3)}
+    assert counts == {"acme": (27, 3), "globex": (30, 5), "dev": (27, 3)}
 
 
 @pytest.mark.long

@@ -578,7 +578,6 @@ def test_a_mesh_equals_one_device(whole, folder, tmp_path):
 @pytest.mark.parametrize(
     ("override", "named"),
     [
-        ("data.tenants={folder}/nowhere", "data.tenants.*nowhere"),
         ("train.rows_per_tenant=3", r"train.rows_per_tenant .*train.per_device_batch_size \(8\).* 3"),
         ("sweep.seed=[1, 2]", "sweep .*data.tenants"),
     ],
@@ -592,6 +591,6 @@ def test_what_can_not_be_is_refused_in_one_line_before_anything_is_written(overr
 def test_each_of_the_two_ways_to_train_refuses_the_others_config(folder, tmp_path):
     with pytest.raises(ValueError, match="use train_tenants"):
         train(tenants_config(folder, tmp_path / "run"))
-    with pytest.raises(ValueError, match="`train` is for a run of one adapter"):
+    with pytest.raises(ValueError, match="use train:"):
         train_tenants(run_config(folder, f"output_dir={tmp_path / 'run'}"))
     assert not (tmp_path / "run").exists()

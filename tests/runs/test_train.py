@@ -34,7 +34,6 @@ from para_jax import (
 from para_jax.config import CheckpointSection, ProfilerSection, load_config
 from para_jax.data.batches import Bucket, plan_buckets
 from para_jax.data.examples import Example
-from para_jax.estimate.roofline import matrix_weights
 from para_jax.evaluation import likelihood as evaluation
 from para_jax.evaluation.score import Score
 from para_jax.evaluation.scoring import Tasks
@@ -46,6 +45,7 @@ from para_jax.runs.folder import decided, with_decided
 from para_jax.runs.plan import plan_run
 from para_jax.runs.tenants import steps_of, tenant_configs
 from para_jax.runtime import devices
+from para_jax.runtime.devices import matrix_weights
 from para_jax.training.log import TIMES
 from para_jax.training.statistics import standardise, statistics_batches
 from para_jax.training.stop import Stopped
@@ -381,7 +381,7 @@ def test_a_token_that_the_backbone_lacks_is_named(config, folder, tmp_path):
     grown.save_pretrained(backbone)
     write_rows(tmp_path / "rows.jsonl", [*rows_of_text(2, 0), {"prompt": "w20 <image>", "completion": "w9"}])
     data = replace(config.data, train=str(tmp_path / "rows.jsonl"))
-    with pytest.raises(ValueError, match="rows.jsonl:3: token id must be less than 256.*; got 256"):
+    with pytest.raises(ValueError, match="rows.jsonl:3: token id 256 is not one of the model's 256"):
         train(replace(config, data=data, backbone=replace(config.backbone, source=str(backbone))))
     assert not Path(config.output_dir).exists()
 
@@ -409,14 +409,6 @@ def test_of_equal_scores_the_one_with_the_lower_loss_is_the_best_and_patience_wa
     result = train(config)
     assert (result.step, result.best_step, result.scores["validation"]["values"]["loss"]) == (6, 4, 1.5)
     assert_same_arrays(kept_adapter(config), scored[3])
-
-
-def test_patience_without_validation_data_is_refused_before_anything_is_written(folder, tmp_path):
-    rows = write_rows(tmp_path / "rows.jsonl", rows_of_text(8, seed=1))
-    config = run_config(folder, f"data.train={rows}", f"output_dir={tmp_path / 'run'}", "eval.patience=2")
-    with pytest.raises(ValueError, match=r"eval.patience \(2\) needs validation data \(.*; or set eval.patience=null"):
-        train(config)
-    assert not (tmp_path / "run").exists()
 
 
 def test_patience_goes_on_counting_after_an_interruption(config, monkeypatch):

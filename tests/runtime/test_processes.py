@@ -3,7 +3,6 @@ process logs, and only it reads and writes the run's folder."""
 
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -221,25 +220,6 @@ os.chdir(sys.argv[1])
 from para_jax.cli import main
 sys.exit(main(sys.argv[2:]))
 """
-
-
-def test_validation_data_that_differ_only_in_references_are_refused(folder):
-    rows, places = rows_of_text(8, seed=2), (str(folder / "host0"), str(folder / "host1"))
-    for place, references in zip(places, (["w5"], ["w6"]), strict=True):
-        write_rows(Path(place) / "validation.jsonl", [row | {"references": references} for row in rows])
-    save_config(run_config(folder, *OVERRIDES), folder / "references.yaml")
-    among = ("runtime.coordinator={address}", "runtime.num_processes=2", "runtime.process_id={process}")
-    own = ("data.validation=validation.jsonl", f"output_dir={folder}/references", "train.max_steps=3")
-    both = run_two("-c", ELSEWHERE, places, "train", str(folder / "references.yaml"), *among, *own)
-    assert [ended.code for ended in both] == [2, 2], both[1].err
-    assert all("the data" in ended.err and "process 1" in ended.err for ended in both), both[1].err
-
-
-def test_hosts_that_compare_other_methods_are_refused(folder):
-    both = train_two(folder, f"output_dir={folder}/methods", ("sweep.method=[para, lora]", "sweep.method=[]"))
-    assert [ended.code for ended in both] == [2, 2], both[1].err
-    assert all("the config differs" in ended.err for ended in both), both[1].err
-    assert not (folder / "methods").exists()
 
 
 def test_a_tenant_that_only_one_host_has_is_refused_in_a_run_that_others_are_added_to(folder, monkeypatch):

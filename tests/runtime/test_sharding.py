@@ -64,12 +64,9 @@ def test_the_axes_are_left_to_the_compiler():
 @pytest.mark.parametrize(("asked", "message"), [
     ({"data": 9}, "mesh {'data': 9, 'fsdp': 1, 'tensor': 1} does not fit 8 devices"),
     ({"data": -1, "fsdp": 3}, "mesh {'data': -1, 'fsdp': 3, 'tensor': 1} does not fit 8 devices"),
-    ({"data": -1, "fsdp": 16}, "'fsdp': 16"),
     ({"data": -1, "fsdp": -1}, "'fsdp': -1"),
     ({"data": 0}, "'data': 0"),
     ({"tensor": -2}, "'tensor': -2"),
-    ({"tensor": 1.0}, "'tensor': 1.0"),
-    ({"data": "1"}, "'data': '1'"),
 ])  # fmt: skip
 def test_sizes_that_do_not_fit_are_named_as_requested(asked, message):
     with pytest.raises(ValueError) as error:
@@ -198,18 +195,11 @@ def test_constrain_shards_over_the_current_mesh(cube):
     assert x.addressable_shards[0].data.shape == (2, 3, 2)
 
 
-@pytest.mark.parametrize(
-    ("names", "kind", "said"),
-    [
-        (("data", "model"), AxisType.Auto, r"data \(Auto\), model \(Auto\); .*make_mesh"),
-        (("data", "fsdp", "tensor"), AxisType.Explicit, r"tensor \(Explicit\); .*make_mesh"),  # jax.make_mesh's default
-    ],
-)
-def test_a_mesh_that_another_program_made_is_named(names, kind, said):
-    mesh = jax.make_mesh((1,) * len(names), names, axis_types=(kind,) * len(names), devices=jax.devices()[:1])
-    with jax.set_mesh(mesh), pytest.raises(ValueError, match=said):
-        forward(backbone("llama"), None, [[5, 6, 7]], 3)
-    with pytest.raises(ValueError, match=said):
+@pytest.mark.parametrize("names", [("data", "model"), ("data", "fsdp", "tensor")])
+def test_a_mesh_that_another_program_made_is_named(names):
+    """jax.make_mesh makes explicit axes by default."""
+    mesh = jax.make_mesh((1,) * len(names), names, axis_types=(AxisType.Explicit,) * len(names))
+    with pytest.raises(ValueError, match="'data': 1.*use para_jax.make_mesh"):
         load_backbone(FIXTURES / "llama", mesh=mesh)
 
 

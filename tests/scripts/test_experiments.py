@@ -7,8 +7,10 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import golden_models
 import pytest
 from golden_models import FIXTURES
+from tiny_run import tokenizer
 
 from para_jax import LoraConfig, ParaConfig
 from para_jax.evaluation.score_plots import Bar
@@ -17,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 EXPERIMENTS = ROOT / "scripts" / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 
+import bench_prefix  # noqa: E402
 import compare_cells  # noqa: E402
 import compare_report  # noqa: E402
 import measure  # noqa: E402
@@ -94,3 +97,20 @@ def test_scores_of_a_folder_of_results_are_bars(tmp_path):
 def test_a_script_tells_its_options(name):
     run = [sys.executable, str(EXPERIMENTS / f"{name}.py"), "--help"]
     assert "--output" in subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.slow
+def test_shared_prefixes_are_measured_by_scope_and_with_every_tokens_answer(monkeypatch):
+    sides = {name: bench_prefix.SIDES[name] for name in ("base", "PARA, response", "PARA, all")}
+    # few shapes, so that the engines share programs
+    small = dict(PREFIX=12, QUESTION=3, TURNS=2, SYSTEM=16, TENANTS=2, LONG=16, SIDES=sides)
+    for name, value in small.items():
+        monkeypatch.setattr(bench_prefix, name, value)
+    model = golden_models.backbone("llama")
+    found = bench_prefix.bench_prefixes(model, tokenizer(), 1)
+    assert len(found["medians"]) == 6 and all(value > 0 for value in found["medians"].values())
+    assert "a chat, PARA, response / base" in found["ratios"]
+    served = bench_prefix.bench_system_prompt(model, tokenizer(), [[3, 4], [5]], [3, 2], 2, 1)
+    assert set(served["medians"]) == set(sides)
+    assert set(served["ratios"]) == {"PARA, response / base", "PARA, response / PARA, all"}
+    assert len(bench_prefix.bench_gaps(model, tokenizer(), 1)["medians"]) == 4

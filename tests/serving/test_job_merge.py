@@ -176,7 +176,6 @@ def test_an_output_that_lacks_answers_is_named(outputs, tmp_path):
     ("arguments", "said"),
     [
         (["merge", "nowhere", "--output", "x"], "nowhere is not the output of a shard"),
-        (["generate", "--prompt", "a", "--shard", "0/2"], "--shard 0/2 goes with --input"),
         (["generate", "--input", "in", "--output", "out", "--shard", "2/2"], "'2/2' is no shard I/N"),
     ],
 )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_models import FIXTURES
+from hlo import collective_bytes, collectives_run
 from jax.sharding import NamedSharding, PartitionSpec
 from tiny_engine import CONFIGS, SITES, answers, engine_of, plain, prompt, tenants_of
 from tiny_run import tokenizer
@@ -28,7 +29,6 @@ from para_jax import (
 from para_jax.adapters.adapter import Factors
 from para_jax.backbone.cache import HELD
 from para_jax.backbone.load import abstract_backbone
-from para_jax.estimate.hlo import collective_bytes, collectives_run
 from para_jax.inference.draw import row_sampling
 from para_jax.model.adapted import DecodeState
 from para_jax.model.blocks import Lanes

@@ -114,10 +114,8 @@ def flip(file):
 
 
 DAMAGES = {
-    "the largest file is garbage": lambda folder: largest(folder).write_bytes(b"garbage" * 1000),
     "one byte is flipped": lambda folder: flip(largest(folder)),
     "the largest file is gone": lambda folder: largest(folder).unlink(),
-    "the progress is gone": lambda folder: shutil.rmtree(folder / "progress"),
     "the progress is garbage": lambda folder: (folder / "progress" / "metadata").write_text("garbage"),
     "everything is gone": lambda folder: [shutil.rmtree(path) for path in folder.iterdir() if path.is_dir()],
 }

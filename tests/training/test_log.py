@@ -9,10 +9,10 @@ from golden_models import backbone
 
 from para_jax import make_mesh
 from para_jax.config import SITES, load_config
-from para_jax.estimate.roofline import matrix_weights, peak_rate
 from para_jax.estimate.topology import CHIP_GIB
 from para_jax.io.progress import Progress
 from para_jax.runtime import devices
+from para_jax.runtime.devices import matrix_weights, peak_rate
 from para_jax.training import log
 from para_jax.training.log import TIMES, Done, Log
 

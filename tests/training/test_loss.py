@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_models import FIXTURES, backbone, golden, golden_tenants
+from hlo import collective_bytes, collectives_run
 from jax.sharding import NamedSharding, PartitionSpec
 from long_cases import long, quick
 from tpu_compiler import tpu_devices
@@ -15,7 +16,6 @@ from tpu_compiler import tpu_devices
 from para_jax import load_backbone, load_model_config, make_mesh, pick, stack_adapters
 from para_jax.backbone.load import abstract_backbone
 from para_jax.data.batches import Batch
-from para_jax.estimate.hlo import collective_bytes, collectives_run
 from para_jax.runtime.sharding import place
 from para_jax.training import loss
 from para_jax.training.loss import completion_nll, token_nll, token_scores

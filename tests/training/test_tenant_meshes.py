@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_models import strong
+from hlo import collective_bytes
 from long_cases import slow
 from tiny_mesh import COMPLETION, CONFIG, LENGTH, ROWS, model
 
 from para_jax import LoraConfig, ParaConfig, init_adapter, make_mesh, stack_adapters
 from para_jax.config import TrainSection
 from para_jax.data.batches import Batch
-from para_jax.estimate.hlo import collective_bytes
 from para_jax.runtime.sharding import place, place_tenants, shard_rows, tenant_axes
 from para_jax.training.optimizer import LearningRates
 from para_jax.training.step import init_state, put_tenant, train_step

@@ -6,21 +6,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from ...config import ModelConfig
 from ...config.adapter import given_fields
-from ...config.bounds import Bounds, check_value
 from ...io.checks import require, shorten
 from ...io.untrusted import safe_name, safe_names
 from ..adapter import Adapter, Backbone, describe, named_leaves
 
 KEYS = ("peft_type", "backbone", "base_model_name_or_path", "task_type", "inference_mode")
-BACKBONE_KEYS = ("model_type", "num_layers", "width", "site_widths")
-Size = Annotated[int, Bounds(at_least=1, below=2**31)]
 
 # ---------------------------------------------------------------------------------------------------------- the config
 
@@ -43,23 +40,23 @@ def read_own_config(kind: type, found: dict) -> tuple[Any, dict]:
     """The config, of class `kind`, and the backbone in adapter_config.json, both checked."""
     optional = [field.name for field in fields(kind) if field.default is None or field.metadata.get("optional")]
     required = [field.name for field in fields(kind) if field.name not in optional]
-    require_keys("", found, ("peft_type", "backbone", *required), (*KEYS, *optional))
+    keys = {
+        "missing": [key for key in ("backbone", *required) if key not in found],
+        "unknown": [key for key in found if key not in (*KEYS, *required, *optional)],
+    }
+    if any(keys.values()):
+        raise ValueError("; ".join(f"{what} keys: {safe_names(named)}" for what, named in keys.items() if named))
     config = kind(**{name: found[name] for name in (*required, *optional) if name in found})
     return config, checked_backbone(found["backbone"], config.target_modules)
 
 
 def checked_backbone(backbone: Any, sites: tuple[str, ...]) -> dict:
-    require(isinstance(backbone, dict), "backbone", backbone, "a mapping")
-    require_keys("backbone.", backbone, BACKBONE_KEYS, ("fingerprint",))
-    widths = backbone["site_widths"]
-    fits = isinstance(widths, dict) and set(widths) == set(sites)
-    require(fits, "backbone.site_widths", widths, f"a width for each of {', '.join(sites)}")
-    for key, value in {"num_layers": backbone["num_layers"], "width": backbone["width"], **widths}.items():
-        check_value(f"backbone: {key}", value, Size)
-    for key in ("model_type", "fingerprint"):
-        text = backbone.get(key, "")
-        short = isinstance(text, str) and text.isprintable() and len(text) <= 100
-        require(short, f"backbone.{key}", text, "a short text")
+    """The description of the backbone, with the sizes that `inspect` and banks count with."""
+    widths = backbone.get("site_widths") if isinstance(backbone, dict) else None
+    fits = isinstance(widths, dict) and set(widths) == set(sites) and "model_type" in backbone
+    sizes = [backbone.get("num_layers"), backbone.get("width"), *widths.values()] if fits else []
+    fits = fits and all(type(size) is int and 0 < size < 2**31 for size in sizes)
+    require(fits, "backbone", backbone, f"model_type, num_layers, width, and site_widths of {', '.join(sites)}")
     return backbone
 
 
@@ -79,14 +76,6 @@ def require_same_backbone(backbone: dict, model: ModelConfig, base_model: object
     if differing:
         named = f", {shorten(base_model, 200)}" if base_model else ""
         raise ValueError(f"the adapter is for another backbone{named}: it has {'; '.join(differing)[:500]}")
-
-
-def require_keys(where: str, found: dict, required: tuple[str, ...], optional: tuple[str, ...]) -> None:
-    missing = [where + key for key in required if key not in found]
-    unknown = [where + key for key in found if key not in required + optional]
-    if missing or unknown:
-        named = {"missing": missing, "unknown": unknown}
-        raise ValueError("; ".join(f"{what} keys: {safe_names(keys)}" for what, keys in named.items() if keys))
 
 
 # --------------------------------------------------------------------------------------------------------- the tensors

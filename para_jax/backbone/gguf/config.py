@@ -60,23 +60,23 @@ def hugging_face_name(name: str, architecture: str) -> str:
 def common_config(metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     """The config.json fields that both architectures share."""
     embedding = shapes.get("model.embed_tokens.weight", (0,))
-    heads, width = metadata_number(metadata, "attention.head_count"), metadata_number(metadata, "embedding_length")
-    head_dim = metadata_number(metadata, "attention.key_length", width // heads)
+    heads, width = of_model(metadata, "attention.head_count"), of_model(metadata, "embedding_length")
+    head_dim = of_model(metadata, "attention.key_length", width // heads)
     for key, plain in (("rope.dimension_count", head_dim), ("rope.scaling.attn_factor", 1), ("attention.causal", True)):
-        value = metadata.get(f"{metadata['general.architecture']}.{key}", plain)
+        value = of_model(metadata, key, plain)
         if value != plain:
             raise ValueError(f"metadata {key} {shorten(value)} is not supported; only {plain} is")
     eos, turn_end = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
     return {
         "vocab_size": embedding[0],
         "hidden_size": width,
-        "intermediate_size": metadata_number(metadata, "feed_forward_length"),
-        "num_hidden_layers": metadata_number(metadata, "block_count"),
+        "intermediate_size": of_model(metadata, "feed_forward_length"),
+        "num_hidden_layers": of_model(metadata, "block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": metadata_number(metadata, "attention.head_count_kv", heads),
+        "num_key_value_heads": of_model(metadata, "attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "max_position_embeddings": metadata_number(metadata, "context_length"),
-        "rms_norm_eps": metadata_number(metadata, "attention.layer_norm_rms_epsilon"),
+        "max_position_embeddings": of_model(metadata, "context_length"),
+        "rms_norm_eps": of_model(metadata, "attention.layer_norm_rms_epsilon"),
         "rope_scaling": rope_scaling(metadata),
         "attention_bias": "model.layers.0.self_attn.q_proj.bias" in shapes,
         "tie_word_embeddings": "lm_head.weight" not in shapes,
@@ -92,7 +92,7 @@ def llama_config(metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "silu",
-        "rope_theta": metadata_number(metadata, "rope.freq_base", 10000.0),
+        "rope_theta": of_model(metadata, "rope.freq_base", 10000.0),
         "mlp_bias": "model.layers.0.mlp.up_proj.bias" in shapes,
     }
 
@@ -104,35 +104,27 @@ def gemma3_config(metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]]) 
         "architectures": ["Gemma3ForCausalLM"],
         "model_type": "gemma3_text",
         "hidden_activation": "gelu_pytorch_tanh",
-        "rope_theta": metadata_number(metadata, "rope.freq_base", 1e6),
-        "rope_local_base_freq": metadata_number(metadata, "rope.freq_base_swa", 10000.0),
-        "sliding_window": metadata_number(metadata, "attention.sliding_window"),
-        "sliding_window_pattern": metadata_number(metadata, "attention.sliding_window_pattern", 6),
+        "rope_theta": of_model(metadata, "rope.freq_base", 1e6),
+        "rope_local_base_freq": of_model(metadata, "rope.freq_base_swa", 10000.0),
+        "sliding_window": of_model(metadata, "attention.sliding_window"),
+        "sliding_window_pattern": of_model(metadata, "attention.sliding_window_pattern", 6),
         "query_pre_attn_scalar": common["hidden_size"] // common["num_attention_heads"] if is_27b else head_dim,
-        "final_logit_softcapping": metadata_number(metadata, "final_logit_softcapping", 0.0) or None,
+        "final_logit_softcapping": of_model(metadata, "final_logit_softcapping", 0.0) or None,
     }
 
 
 CONFIGS = {"llama": llama_config, "gemma3": gemma3_config}
 
 
-def metadata_number(metadata: dict[str, Any], key: str, default: float | None = None) -> Any:
-    """A number of at least 0 under the architecture's prefix. Without a default it is required, and positive."""
-    key = f"{metadata['general.architecture']}.{key}"
-    value = metadata.get(key, default)
-    if type(value) not in (int, float) or not value >= 0 or (default is None and value == 0):
-        raise ValueError(f"metadata {key} is {shorten(value)}, not a positive number")
-    return value
+def of_model(metadata: dict[str, Any], key: str, default: Any = None) -> Any:
+    """The value under the architecture's prefix. Whether it is one that a model has, families.py checks."""
+    return metadata.get(f"{metadata['general.architecture']}.{key}", default)
 
 
 def rope_scaling(metadata: dict[str, Any]) -> dict[str, Any] | None:
-    kind = metadata.get(f"{metadata['general.architecture']}.rope.scaling.type", "linear")  # llama.cpp's default
-    if kind not in ("none", "linear"):
-        raise ValueError(f"rope scaling {shorten(kind)} is not supported in GGUF files; only none and linear are")
-    factor = float(
-        metadata_number(metadata, "rope.scaling.factor", metadata_number(metadata, "rope.scale_linear", 1.0))
-    )
-    return {"rope_type": "linear", "factor": factor} if kind == "linear" and factor != 1 else None
+    kind = of_model(metadata, "rope.scaling.type", "linear")  # llama.cpp's default
+    factor = float(of_model(metadata, "rope.scaling.factor", of_model(metadata, "rope.scale_linear", 1.0)))
+    return None if kind == "none" or factor == 1 else {"rope_type": kind, "factor": factor}
 
 
 def llama3_scaling(factors: np.ndarray, config: dict[str, Any]) -> dict[str, Any]:
@@ -140,15 +132,12 @@ def llama3_scaling(factors: np.ndarray, config: dict[str, Any]) -> dict[str, Any
 
     Raises ValueError unless its settings are those of Llama 3.1, and for a config that has another scaling.
     """
-    if config["rope_scaling"] is not None:
-        raise ValueError(f"rope_freqs.weight together with rope scaling {config['rope_scaling']} is not supported")
     low, high, positions, pairs = 1.0, 4.0, 8192, config["head_dim"] // 2
-    if factors.shape != (pairs,):
-        raise ValueError(f"rope_freqs.weight has {factors.size} values; half the head dimension is {pairs}")
     factor = float(factors.max())
-    turns = positions / (2 * np.pi) * config["rope_theta"] ** -(np.arange(len(factors)) / pairs)
+    turns = positions / (2 * np.pi) * config["rope_theta"] ** -(np.arange(pairs) / pairs)
     smooth = np.clip((turns - low) / (high - low), 0, 1)
-    if not factor > 0 or not np.allclose(factors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3):
+    same = factors.shape == (pairs,) and np.allclose(factors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3)
+    if config["rope_scaling"] is not None or not same:
         raise ValueError("rope_freqs.weight is not the rope scaling of Llama 3.1, and no other is supported")
     return {
         "rope_type": "llama3",

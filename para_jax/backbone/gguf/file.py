@@ -15,17 +15,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...io.checks import shorten
 from ...io.untrusted import safe_name
 from .config import CONFIGS, check_architecture, hugging_face_name, llama3_scaling
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-STRING, ARRAY = 8, 9
+FLOAT, STRING, ARRAY = 6, 8, 9
 #: The maximum size of a header in bytes. Its values become Python objects of up to ten times that. The one of Gemma 3,
 #: with the largest vocabulary, has 6 MB.
 MAX_HEADER = 2**25
 #: What llama.cpp takes for a SentencePiece vocabulary (model "llama") where the file does not say it.
 SENTENCEPIECE_IDS = {f"tokenizer.ggml.{kind}_token_id": at for at, kind in enumerate(("unknown", "bos", "eos"))}
+#: What reading a damaged file raises.
+DAMAGE = ArithmeticError, LookupError, NotImplementedError, TypeError, ValueError, struct.error
 
 
 class Tensor(NamedTuple):
@@ -47,29 +48,19 @@ class GgufFile:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        with self.path.open("rb") as stream:
-            start = stream.read(24)
-        if len(start) < 24 or start[:4] != b"GGUF":
-            raise ValueError(f"{path}: not a GGUF file: it does not start with the bytes GGUF")
         try:
-            data = np.asarray(np.memmap(self.path, np.uint8, "r"))
-            self.file_bytes = len(data)
-            self.metadata, tensors = read_header(data)
-        except (ValueError, struct.error, OverflowError) as error:
-            raise ValueError(f"{path}: damaged GGUF file: {error}") from None
-        if self.metadata.get("tokenizer.ggml.model") == "llama":
-            self.metadata = SENTENCEPIECE_IDS | self.metadata
-        try:
+            self.metadata, tensors = read_header(np.asarray(np.memmap(self.path, np.uint8, "r")))
+            if self.metadata.get("tokenizer.ggml.model") == "llama":
+                self.metadata = SENTENCEPIECE_IDS | self.metadata
             self.architecture = check_architecture(self.metadata)
             factors = tensors.pop("rope_freqs.weight", None)
             self.tensors = {hugging_face_name(name, self.architecture): tensor for name, tensor in tensors.items()}
             self.shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
             self.config = CONFIGS[self.architecture](self.metadata, self.shapes)
             if factors is not None:
-                vector = dequantise(factors)[0] if len(factors.shape) == 1 else np.zeros(1)
-                self.config["rope_scaling"] = llama3_scaling(vector, self.config)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+                self.config["rope_scaling"] = llama3_scaling(dequantise(factors)[0], self.config)
+        except DAMAGE as error:
+            raise ValueError(f"{path}: this GGUF file can't be read: {error}") from None
 
     @property
     def tokenizer(self) -> dict[str, Any]:
@@ -81,8 +72,6 @@ class GgufFile:
         """Rows [start:stop] of a tensor, or some columns of them, as float32. Only these rows of a matrix are
         dequantised and copied."""
         tensor = self.tensors[name]
-        if self.path.stat().st_size != self.file_bytes:  # a read beyond the end of a mapped file would kill the process
-            raise ValueError(f"{self.path} changed while it was read ({safe_name(name)}); fetch the file again")
         rows = np.arange(tensor.shape[0])[start:stop]
         if self.architecture == "llama" and re.search(r"self_attn\.[qk]_proj\.", name):
             heads = self.config["num_attention_heads" if ".q_proj." in name else "num_key_value_heads"]
@@ -92,8 +81,9 @@ class GgufFile:
                 piece = dequantise(tensor)[0][rows]
             else:
                 piece = dequantise(tensor._replace(data=tensor.data[rows]))[:, columns]
-        except ValueError as error:
+        except (NotImplementedError, ValueError) as error:  # of a quantisation that the package lacks
             raise ValueError(f"{self.path}: {error}") from None
+        # llama.cpp stores 1 + weight of Gemma's norms.
         return piece - 1 if self.architecture == "gemma3" and name.endswith("norm.weight") else piece
 
 
@@ -125,26 +115,18 @@ class Cursor:
             kind, count = self.number("I"), self.number("Q")
             if kind == STRING:
                 return [self.string() for _ in range(count)]
-            data = self.bytes(count * np.dtype(struct_code(kind)).itemsize)
-            return np.frombuffer(data, "<" + struct_code(kind)).tolist()
-        code = struct_code(kind)
-        value = self.number(code)
-        return float(str(np.float32(value))) if code == "f" else value  # 1e-05, not 9.999999747378752e-06
-
-
-def struct_code(kind: int) -> str:
-    if kind not in SCALARS:
-        raise ValueError(f"unknown value type {kind}")
-    return SCALARS[kind]
+            data = self.bytes(count * np.dtype(SCALARS[kind]).itemsize)
+            return np.frombuffer(data, "<" + SCALARS[kind]).tolist()
+        value = self.number(SCALARS[kind])
+        return float(str(np.float32(value))) if kind == FLOAT else value  # 1e-05, not 9.999999747378752e-06
 
 
 def read_header(data: np.ndarray) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The metadata and the tensors, under llama.cpp's names."""
     cursor = Cursor(data)
-    cursor.bytes(4)
-    version = cursor.number("I")
-    if version not in (2, 3):
-        raise ValueError(f"version {version} is not supported; only little-endian versions 2 and 3 are")
+    magic, version = bytes(cursor.bytes(4)), cursor.number("I")
+    if magic != b"GGUF" or version not in (2, 3):
+        raise ValueError("it does not begin as a little-endian GGUF file of version 2 or 3 does")
     tensor_count, value_count = cursor.number("Q"), cursor.number("Q")
     metadata: dict[str, Any] = {}
     for _ in range(value_count):
@@ -152,46 +134,21 @@ def read_header(data: np.ndarray) -> tuple[dict[str, Any], dict[str, Tensor]]:
         metadata[key] = cursor.value(cursor.number("I"))
     infos = [read_tensor_info(cursor) for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", 32)
-    if type(alignment) is not int or alignment < 1:
-        raise ValueError(f"general.alignment is {shorten(alignment)}, not a positive integer")
-    return metadata, map_tensors(data, infos, cursor.at, alignment)
+    start = -(-cursor.at // alignment) * alignment
+    return metadata, {name: map_tensor(data, name, kind, shape, start + offset) for name, kind, shape, offset in infos}
 
 
 def read_tensor_info(cursor: Cursor) -> tuple[str, int, tuple[int, ...], int]:
     name, axes = cursor.string(), cursor.number("I")
-    if axes not in (1, 2):
-        raise ValueError(f"tensor {safe_name(name)} has {axes} axes; only vectors and matrices are supported")
     shape = tuple(cursor.number("Q") for _ in range(axes))[::-1]
     return name, cursor.number("I"), shape, cursor.number("Q")
-
-
-def map_tensors(data: np.ndarray, infos: list, header: int, alignment: int) -> dict[str, Tensor]:
-    """The tensors that follow a header of `header` bytes. As in llama.cpp, each must begin at the first aligned byte
-    after the previous one: elsewhere it would read another tensor's numbers."""
-    tensors: dict[str, Tensor] = {}
-    start, expected = aligned(header, alignment), 0
-    for name, kind, shape, offset in infos:
-        if offset != expected:
-            raise ValueError(f"tensor {safe_name(name)} begins at byte {offset} of the data instead of {expected}")
-        tensors[name] = map_tensor(data, name, kind, shape, start + offset)
-        expected = aligned(offset + tensors[name].data.size, alignment)
-    return tensors
-
-
-def aligned(size: int, alignment: int) -> int:
-    return -(-size // alignment) * alignment
 
 
 def map_tensor(data: np.ndarray, name: str, kind: int, shape: tuple[int, ...], start: int) -> Tensor:
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    if kind not in GGML_QUANT_SIZES:
-        raise ValueError(f"tensor {safe_name(name)} has unknown type {kind}")
     block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-    if shape[-1] % block or 0 in shape:
-        raise ValueError(
-            f"tensor {safe_name(name)} has shape {shape}, which its type's blocks of {block} do not divide"
-        )
+    # A row is quantised in blocks of this many values.
     row_bytes = shape[-1] // block * block_bytes
     size = row_bytes * math.prod(shape[:-1])
     if start + size > len(data):
@@ -203,11 +160,8 @@ def dequantise(tensor: Tensor) -> np.ndarray:
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize
 
-    kind = GGMLQuantizationType(tensor.quantization)
-    try:
-        return dequantize(np.ascontiguousarray(tensor.data), kind).astype(np.float32, copy=False)
-    except NotImplementedError:
-        raise ValueError(f"the gguf package cannot dequantise tensors of type {kind.name}") from None
+    data = np.ascontiguousarray(tensor.data)
+    return dequantize(data, GGMLQuantizationType(tensor.quantization)).astype(np.float32, copy=False)
 
 
 def interleaved_rows(rows: np.ndarray, head_dim: int) -> np.ndarray:

@@ -12,9 +12,6 @@ from typing import Any
 from ...io.checks import shorten
 from .file import GgufFile
 
-#: The longest token, in characters. `score_merges` tries every place where a token could be split.
-MAX_TOKEN = 1024
-
 # A GGUF file's token types (llama.cpp's enum llama_token_type).
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 
@@ -53,14 +50,6 @@ def gguf_tokenizer(file: GgufFile):
 
     metadata = file.tokenizer
     metadata["tokens"], metadata["token_type"] = metadata.get("tokens") or [], metadata.get("token_type") or []
-    tokens = metadata["tokens"]
-    if not tokens:
-        raise ValueError("there is no tokenizer.ggml.tokens; use a file with a tokenizer")
-    if len(tokens) != len(set(tokens)):
-        raise ValueError("a token appears twice")
-    longest = max(map(len, tokens), default=0)
-    if longest > MAX_TOKEN:
-        raise ValueError(f"a token has {longest} characters; the limit is {MAX_TOKEN}")
     special = {kind: special_token(metadata, kind) for kind in ("bos", "eos", "unknown", "padding")}
     backend = build(file.architecture, metadata)
     add_tokens(backend, metadata)
@@ -78,9 +67,7 @@ def gguf_tokenizer(file: GgufFile):
 
 
 def special_token(metadata: dict[str, Any], kind: str) -> str | None:
-    index, count = metadata.get(f"{kind}_token_id"), len(metadata["tokens"])
-    if index is not None and not 0 <= index < count:
-        raise ValueError(f"tokenizer.ggml.{kind}_token_id is {shorten(index)}, and there are {count} tokens")
+    index = metadata.get(f"{kind}_token_id")
     return None if index is None else metadata["tokens"][index]
 
 

@@ -1,4 +1,3 @@
-import os
 import struct
 
 import gguf
@@ -94,9 +93,6 @@ def test_llama3_rope_scaling_is_recovered_from_its_factors(tmp_path):
     factors = {"raw.rope_freqs.weight": llama3_factors(config, 64)}
     with pytest.raises(ValueError, match=r"rope_freqs\.weight"):
         GgufFile(write_gguf(tmp_path / "b.gguf", "llama3", tensors=factors))
-    factors = {"raw.rope_freqs.weight": llama3_factors(config, 8192)}
-    with pytest.raises(ValueError, match=r"rope_freqs\.weight together with .*linear"):
-        GgufFile(write_gguf(tmp_path / "c.gguf", "llama3", tensors=factors, change={"rope.scaling.factor": 2.0}))
 
 
 def test_linear_rope_scaling_and_a_second_end_token_are_read(tmp_path):
@@ -127,9 +123,8 @@ def test_a_file_that_was_merged_from_parts_is_read(tmp_path, count):
     ("change", "said"),
     [
         ({"arch": "qwen2"}, "architecture 'qwen2'"),
-        ({"change": {"rope.scaling.type": "yarn"}}, "rope scaling 'yarn'"),
         ({"change": {"rope.dimension_count": 8}}, r"rope\.dimension_count 8 is not supported; only 16 is"),
-        ({"change": {"block_count": None}}, r"llama\.block_count is None"),
+        ({"change": {"block_count": None}}, "config.json has no num_hidden_layers"),
         ({"change": {"block_count": 4}}, r"missing: .*model\.layers\.3\."),
         ({"change": {"split.count": 3}}, "one of 3 parts"),
     ],
@@ -147,17 +142,10 @@ def test_a_truncated_foreign_or_huge_file_is_refused(tmp_path):
     cut = tmp_path / "cut.gguf"
     for size in [23, *range(24, len(whole), len(whole) // 20), len(whole) - 33]:
         cut.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match="not a GGUF file" if size < 24 else "damaged GGUF file"):
+        with pytest.raises(ValueError, match="this GGUF file can't be read"):
             GgufFile(cut)
     with cut.open("wb") as stream:  # an array of 2**35 numbers
         stream.write(struct.pack("<4sIQQQ1sIIQ", b"GGUF", 3, 0, 1, 1, b"k", 9, 0, 2**35))
         stream.truncate(2**40)
     with pytest.raises(ValueError, match="cut off"):
         GgufFile(cut)
-
-
-def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path):
-    file = GgufFile(write_gguf(tmp_path / "m.gguf"))
-    os.truncate(file.path, file.path.stat().st_size - 5000)
-    with pytest.raises(ValueError, match="m.gguf changed while it was read.*fetch"):
-        file.read("model.embed_tokens.weight")

@@ -14,7 +14,7 @@ from tiny_run import words
 
 import para_jax
 from para_jax import AdapterBank, Engine, ParaLM, load_adapter, load_backbone, load_tokenizer
-from para_jax.cli import checks, main
+from para_jax.cli import main
 from para_jax.evaluation import answers as answering
 from para_jax.evaluation import task_questions
 from para_jax.evaluation.questions import Written
@@ -128,7 +128,6 @@ def test_lm_evals_command_line_runs_para(folder, whole, tmp_path, monkeypatch):
 
 def test_without_lm_eval_a_line_says_how_to_install_it(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(task_questions, "find_spec", lambda name: None)
-    monkeypatch.setattr(checks, "find_spec", lambda name: None)  # imported before find_spec itself is replaced
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for line in (command(folder, tmp_path, tasks=["tiny_pick"]), ["lm-eval", "--tasks", "x"]):
         assert main(line) == 2

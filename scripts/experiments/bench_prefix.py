@@ -1,6 +1,6 @@
-"""Prompts that share a beginning, in an engine: questions after one prefix, the turns of a chat, and many tenants with
-one system prompt. Adapters of scope `response` share the plain prefix, as the base model does. Those of scope `all`
-change a prompt's own keys and values, so each request pays for its whole prompt.
+"""What prompts that share a beginning cost in an engine: questions after one prefix, the turns of a chat, and many
+tenants with one system prompt. Adapters of scope `response` share the plain prefix, as the base model does. Those of
+scope `all` change a prompt's own keys and values, so each request pays for its whole prompt.
 """
 
 from __future__ import annotations
@@ -11,12 +11,16 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
+from measure import main
 
-from ..adapters.bank import AdapterBank
-from ..serving.engine import Engine
-from ..serving.request import Request
-from .decode import METHODS, bank_of
-from .rounds import in_turns, interleaved, measurement, paired
+from para_jax.adapters.bank import AdapterBank
+from para_jax.backbone.load import load_backbone
+from para_jax.bench.decode import METHODS, bank_of
+from para_jax.bench.rounds import in_turns, interleaved, measurement, paired, single
+from para_jax.bench.serve import ragged
+from para_jax.data.tokenizer import load_tokenizer
+from para_jax.serving.engine import Engine
+from para_jax.serving.request import Request
 
 PREFIX, QUESTION, TURNS = 192, 16, 6  # tokens of a shared prefix and of a question after it; turns of a chat
 SYSTEM, TENANTS = 256, 32  # tokens of a system prompt, and tenants that share it
@@ -28,6 +32,18 @@ SIDES = {
     "PARA, all": METHODS["PARA"],
     "LoRA r=8, all": METHODS["LoRA r=8"],
 }
+
+
+def bench_prefix(backbone: str, *, rows: tuple[int, ...] = (8,), requests: int = 96, rounds: int = 2) -> dict:
+    """Time to the first token of questions and chats that share a prefix, tokens per second of tenants that share a
+    system prompt, and the longest gap of a row that decodes, by method and scope."""
+    model, tokenizer = load_backbone(backbone), load_tokenizer(backbone)
+    work = ragged(requests, model.config.vocab_size)
+    parts = {
+        f"one system prompt of {SYSTEM} tokens": bench_system_prompt(model, tokenizer, *work, single(rows), rounds),
+        "longest gap of a decoding row": bench_gaps(model, tokenizer, rounds),
+    }
+    return bench_prefixes(model, tokenizer, 5 * rounds) | {"parts": parts}
 
 
 class Prompts(NamedTuple):
@@ -141,3 +157,7 @@ def bench_gaps(model, tokenizer, rounds: int) -> dict:
         sides[f"scope {name}, alone"] = lambda e=engine: longest_gap(e, 0)
         sides[f"scope {name}, with a prompt of {LONG} tokens"] = lambda e=engine: longest_gap(e, LONG)
     return measurement("ms", interleaved(sides, rounds))
+
+
+if __name__ == "__main__":
+    main(bench_prefix)

@@ -3,18 +3,18 @@ never a measurement."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from ..backbone.load import load_model_config
-from ..config import SITES, ModelConfig, RunConfig
-from ..runtime.devices import PEAK_FLOPS
-from ..training.loss import CHUNK
-from ..training.passes import lay_out
-from .longest_row import RowPart, longest_split, parts_of_row
+from para_jax.backbone.load import load_model_config
+from para_jax.config import SITES, ModelConfig, RunConfig
+from para_jax.estimate.longest_row import RowPart, longest_split, parts_of_row
+from para_jax.runtime.devices import matrix_weights
+from para_jax.training.loss import CHUNK
+from para_jax.training.passes import lay_out
 
 
 class Chip(NamedTuple):
@@ -133,28 +133,3 @@ def keys_seen(length: int, window: int | None, kernel: str) -> float:
         return length
     reach = min(length, window or length)
     return reach - reach * (reach - 1) / (2 * length)
-
-
-def time_lines(found: TimeEstimate, kind: str) -> list[str]:
-    """The estimate as printed by the dry run."""
-    chip, parts = CHIPS[kind], found.parts
-    return [
-        f"time       ESTIMATE from {kind}'s published peaks, not measured: at least {found.seconds:.3g} s per step, "
-        f"bound by {found.bound}; a real step takes longer",
-        f"           FLOPs {parts['FLOPs']:.3g} s ({found.flops / 1e12:.1f} T at {chip.flops / 1e12:.0f} T/s), "
-        f"HBM {parts['HBM']:.3g} s ({found.hbm_bytes / 1e9:.1f} GB at {chip.hbm / 1e9:.0f} GB/s), "
-        f"ICI {parts['ICI']:.3g} s ({found.ici_bytes / 1e9:.1f} GB at {chip.ici / 1e9:.0f} GB/s)",
-    ]
-
-
-def matrix_weights(model: ModelConfig) -> int:
-    """The weights of the linear layers. The head is left out, because it is applied to few positions."""
-    return model.num_layers * sum(model.site_input_width(site) * model.site_width(site) for site in SITES)
-
-
-def peak_rate(model: ModelConfig, used: Sequence[Any]) -> float | None:
-    """Tokens per second if these devices computed only the backbone's matrix products, at their peak: 2 FLOPs per
-    weight and token forward, and 2 backward to the activations (the weights are frozen). None if the peak is unknown.
-    """
-    peak = PEAK_FLOPS.get(used[0].device_kind)
-    return peak and peak * len(used) / (4 * matrix_weights(model))

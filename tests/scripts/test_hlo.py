@@ -2,11 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+from hlo import collective_bytes, collectives_run
 from jax.sharding import NamedSharding, PartitionSpec
 from tpu_compiler import tpu_devices
 
 from para_jax import make_mesh
-from para_jax.estimate.hlo import collective_bytes, collectives_run
 
 
 def test_bytes_of_collectives_are_counted_over_all_iterations():
