@@ -70,7 +70,7 @@ class LoadingBank(AdapterBank):
                     entry = self._used(name)
                     assert entry is not None
                     with self._lock:
-                        # An entry is a tuple, to which nothing can refer weakly. One of its arrays is it.
+                        # An entry is a tuple, to which nothing can refer weakly, so this refers to one of its arrays.
                         self._alive[next(iter(entry.weights.values()))] = entry.nbytes
                     self._loaded += entry.nbytes
                     self._drop_others()
