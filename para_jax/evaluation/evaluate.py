@@ -74,6 +74,11 @@ def evaluate(
             there. None: all stays in memory.
 
     Raises ValueError, naming the value, for anything that can't be evaluated.
+
+    >>> tasks = {"greetings": [{"prompt": "Hello", "completion": "w9"}]}
+    >>> results = evaluate(model, {"mine": adapter}, tasks, tokenizer=tokenizer)
+    >>> sorted(results.records)
+    ['mine']
     """
     try:
         plan = plan_evaluation(model.config, adapters, tasks, tokenizer, options)

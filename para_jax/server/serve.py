@@ -58,6 +58,11 @@ def serve(
 
     Raises ValueError in a thread that runs an event loop, for an address that is in use, and for wrong keys and
     folders, and what warming up the engine raised.
+
+    >>> import threading
+    >>> from para_jax.server.config import ServerConfig
+    >>> engine, stop = Engine(model, bank, tokenizer, slots=2, max_length=64), threading.Event()
+    >>> serve(engine, ServerConfig(port=0), stop=stop, on_ready=lambda url: stop.set())
     """
     with suppress(RuntimeError):  # there is none
         asyncio.get_running_loop()
