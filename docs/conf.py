@@ -29,10 +29,12 @@ sys.path.insert(0, str(ROOT / "docs"))
 
 def prepare(app, page: str, source: list[str]) -> None:
     """Fills the page of the config's fields. On other pages, links to files of the repository, such as
-    ../configs/gsm8k.yaml, become links to its page on the web."""
+    ../configs/gsm8k.yaml, become links to its page on the web, and notebooks open in Colab."""
     from config_reference import config_reference
 
     def on_the_web(match: re.Match) -> str:
+        if match[1].endswith(".ipynb"):
+            return f"]({REPOSITORY.replace('github.com', 'colab.research.google.com/github')}/blob/main/{match[1]}"
         kind = "tree" if (ROOT / match[1]).is_dir() else "blob"
         return f"]({REPOSITORY}/{kind}/main/{match[1]}"
 

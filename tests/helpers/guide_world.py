@@ -40,4 +40,6 @@ SMALL = (
 def in_world(code: str) -> str:
     """The code of an example, with the tiny backbone for SmolLM2, and with small runs."""
     code = re.sub(r'load_config\((None|"[\w-]+"), \[', lambda match: f"{match[0]}*{SMALL!r}, ", code)
-    return code.replace('"smollm2-135m"', '"backbone"')
+    for its, ours in (("smollm2-135m", "backbone"), ("runs/llama-8b", "backbone")):
+        code = code.replace(f'"{its}"', f'"{ours}"')
+    return code.replace("max_length=1024", "max_length=128")
