@@ -62,7 +62,13 @@ class Entry(NamedTuple):
 
 class AdapterBank:
     """Adapters by name. All methods may be called from several threads. Rows that were handed out keep their adapters,
-    whatever happens to the names."""
+    whatever happens to the names.
+
+    >>> bank = AdapterBank(model.config, max_r=16)
+    >>> bank.add("acme", "runs/a/adapter")
+    >>> "acme" in bank
+    True
+    """
 
     def __init__(
         self,

@@ -77,6 +77,10 @@ def save_adapter(
         example: the prompt of the example code in the card.
 
     Raises ValueError for a folder that holds other files, OSError where it can't be written (a full disk).
+
+    >>> save_adapter(adapter, "runs/copy/adapter", model=model)
+    >>> load_adapter("runs/copy/adapter", model.config, model=model).config == adapter.config
+    True
     """
     from safetensors.numpy import save
 
@@ -188,6 +192,9 @@ def load_adapter(source: str | Path | BucketPath, model_config: ModelConfig, *, 
         model: the backbone itself; a fingerprint that differs from the adapter's gives a warning.
 
     Raises ValueError, naming the problem, for an adapter that is damaged, not supported or made for another backbone.
+
+    >>> load_adapter("runs/a/adapter", model.config).config.r
+    12
     """
     try:
         folder = resolve_adapter(source)

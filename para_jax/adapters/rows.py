@@ -63,7 +63,11 @@ class Rows:
 
 
 def stack_adapters(adapters: list[Adapter]) -> Stack:
-    """Adapters of one config and backbone, stacked. Gradients of Rows have this shape, a slice per tenant."""
+    """Adapters of one config and backbone, stacked. Gradients of Rows have this shape, a slice per tenant.
+
+    >>> stack_adapters([adapter, adapter]).size
+    2
+    """
     return Stack(jax.tree.map(lambda *leaves: jnp.stack(leaves), *adapters))
 
 
@@ -71,6 +75,10 @@ def pick(stack: Stack, indices) -> Rows:
     """The adapters of a batch: indices int [batch] into the stack; -1 is the base model.
 
     Raises ValueError for an index outside -1 .. size - 1, where the indices are concrete.
+
+    >>> rows = pick(stack_adapters([adapter, adapter]), [1, -1])
+    >>> forward(model, rows, np.repeat(tokens, 2, axis=0), 5).shape
+    (2, 5, 256)
     """
     if not isinstance(indices, Tracer):
         on_host = np.asarray(indices)

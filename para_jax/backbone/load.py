@@ -37,6 +37,9 @@ def load_model_config(source: str | Path) -> ModelConfig:
 
     The hub ids in known_configs.py need no download at all. A folder with such a name is read.
     Raises ValueError for a source that does not exist, or a model that is not supported.
+
+    >>> load_model_config("HuggingFaceTB/SmolLM2-135M-Instruct").num_layers
+    30
     """
     if str(source) in KNOWN_CONFIGS and local_backbone(expanded(source), source) is None:
         return model_config(KNOWN_CONFIGS[str(source)])
@@ -55,8 +58,8 @@ def load_backbone(
     """A frozen backbone with its weights.
 
     Args:
-        source: a folder with config.json and *.safetensors, a hub id (user/name or user/name@revision), a .gguf file,
-            or the built-in name smollm2-135m.
+        source: a folder with config.json and safetensors files, a hub id (user/name or user/name@revision), a .gguf
+            file, or the built-in name smollm2-135m.
         dtype: of weights and compute; default: float32 on a CPU, else bfloat16.
         mesh: shards the weights over its devices; default: the first device. Every process of the mesh must call this,
             and reads only what its own devices hold.
@@ -66,6 +69,10 @@ def load_backbone(
             the kernel is first tried on short rows. If that fails, "auto" uses plain attention and reports it.
 
     Raises ValueError, in a line or two, for a source that is missing, damaged or not supported.
+
+    >>> model = load_backbone("smollm2-135m")
+    >>> model.layout
+    'layers'
     """
     dtype, path = chosen_dtype(dtype), resolve_backbone(source)
     config = config_at(path, source)

@@ -23,6 +23,10 @@ def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str
     drops the file's train.max_steps, which would win over it, and the other way round.
 
     Raises ValueError, naming the field and the nearest known one, for an unknown key, a wrong type or a bad value.
+
+    >>> config = load_config("own-data", ["data.train=data/mine", "train.num_epochs=1"])
+    >>> config.adapter.r
+    12
     """
     in_file = {} if file is None else read_yaml(config_file(file))
     changes: dict[str, Any] = {}

@@ -32,6 +32,10 @@ def load_tokenizer(source: str | Path, chat_template_kwargs: Variables | str | N
 
     Raises ValueError, naming the source, if its files are missing or do not describe a tokenizer, and for variables
     without a chat template.
+
+    >>> tokenizer = load_tokenizer("smollm2-135m")
+    >>> len(tokenizer("Hello world")["input_ids"])
+    2
     """
     path = resolve_tokenizer(source)
     if path.is_file():

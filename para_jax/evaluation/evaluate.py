@@ -57,7 +57,7 @@ def evaluate(
     options: EvalOptions = DEFAULTS,
 ) -> Results:
     """The scores of adapters on tasks. All adapters answer all questions in one pass, or in several if they need more
-    memory than `options.adapter_memory`.
+    memory than `options.adapter_memory`::
 
         results = evaluate(model, "runs/*/adapter", ["data/mine", "hellaswag"], tokenizer=tokenizer)
         print(results.table())
@@ -74,6 +74,11 @@ def evaluate(
             there. None: all stays in memory.
 
     Raises ValueError, naming the value, for anything that can't be evaluated.
+
+    >>> tasks = {"greetings": [{"prompt": "Hello", "completion": "w9"}]}
+    >>> results = evaluate(model, {"mine": adapter}, tasks, tokenizer=tokenizer)
+    >>> sorted(results.records)
+    ['mine']
     """
     try:
         plan = plan_evaluation(model.config, adapters, tasks, tokenizer, options)

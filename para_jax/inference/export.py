@@ -36,6 +36,10 @@ def export_ia3(
 
     Raises ValueError for an adapter that makes no factors (LoRA), for one of another scope than `all`, for a prompt
     longer than the model's positions, and as save_adapter does.
+
+    >>> export_ia3(adapter, model, "Hello", "runs/ia3", tokenizer=tokenizer)
+    >>> type(load_adapter("runs/ia3", model.config).config).__name__
+    'Ia3Config'
     """
     method = method_of(adapter.config)
     if method.carries != "factors":

@@ -67,6 +67,11 @@ def generate(
     Raises ValueError, before anything is computed, for a wrong argument, for a prompt that is too long, and for one
     that does not end with its adapter's alora_invocation_tokens. Raises it later where an answer's logits are
     not finite.
+
+    >>> prompts, tenants = ["Hello", "Hello"], ["acme", None]
+    >>> texts = generate(model, prompts, tokenizer=tokenizer, adapters=bank, tenants=tenants, max_new_tokens=4)
+    >>> len(texts)
+    2
     """
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise ValueError(f"prompts is a {type(prompts).__name__}; give a list of texts or of message lists")

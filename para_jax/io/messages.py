@@ -32,6 +32,8 @@ def log_to_stderr(level: int = logging.INFO) -> None:
     """Shows para_jax's messages on stderr, above a progress bar if there is one.
 
     They then no longer reach the handlers of the root logger, so none appears twice.
+
+    >>> log_to_stderr()
     """
     if not any(isinstance(handler, StderrHandler) for handler in LOGGER.handlers):
         LOGGER.addHandler(StderrHandler())

@@ -67,12 +67,22 @@ class AdaptedTransformer(nnx.Module):
 
 
 def init_adapter(adapter_config, model_config: ModelConfig, *, seed: int | Int[Array, ""] = 0) -> Adapter:
-    """A new adapter, which changes nothing until it is trained. Its arrays have a leading layer axis."""
+    """A new adapter, which changes nothing until it is trained. Its arrays have a leading layer axis.
+
+    >>> fresh = init_adapter(ParaConfig(r=12), model.config)
+    >>> bool((forward(model, fresh, tokens, 5) == forward(model, None, tokens, 5)).all())
+    True
+    """
     return init(method_of(adapter_config).adapter, adapter_config, model_config, seed)
 
 
 def adapt(model: Transformer, adapter) -> AdaptedTransformer:
-    """`model` with an adapter at every layer; an adapter config gives a new adapter."""
+    """`model` with an adapter at every layer; an adapter config gives a new adapter.
+
+    >>> adapted = adapt(model, adapter)
+    >>> adapted(tokens, tokens.shape[1]).shape
+    (1, 5, 256)
+    """
     if is_adapter_config(adapter):
         adapter = init_adapter(adapter, model.config)
     check_fits(adapter, model.config)
@@ -98,6 +108,10 @@ def forward(
 
     Raises ValueError for an adapter of another backbone, and unless 1 <= prompt_length <= length <= T and length is at
     most the model's positions (checked only if they are concrete).
+
+    >>> logits = forward(model, adapter, tokens, tokens.shape[1])
+    >>> logits.shape
+    (1, 5, 256)
     """
     tokens, prompt_length, _ = checked(model, adapters, tokens, prompt_length, length)
     return _forward(model, adapters, tokens, prompt_length)
@@ -117,6 +131,9 @@ def hidden_states(
 
     With all_layers: the residual stream that enters each layer, and the last layer's output before the final norm,
     [layers + 1, batch, T, width].
+
+    >>> hidden_states(model, None, tokens, 5, all_layers=True).shape
+    (4, 1, 5, 64)
     """
     tokens, prompt_length, _ = checked(model, adapters, tokens, prompt_length, length)
     return _hidden_states(model, adapters, tokens, prompt_length, all_layers)
@@ -126,7 +143,11 @@ def hidden_states(
 def vectors(
     model: Transformer, adapters: Adapter | Rows, tokens, prompt_length
 ) -> dict[str, Float[Array, "layers batch out"]]:
-    """The factors l as PARA defines them, {site: float32 [layers, batch, site width]}, for inspection and tests."""
+    """The factors l as PARA defines them, {site: float32 [layers, batch, site width]}, for inspection and tests.
+
+    >>> {site: l.shape for site, l in vectors(model, adapter, tokens, 5).items()}
+    {'q_proj': (3, 1, 64), 'v_proj': (3, 1, 32), 'up_proj': (3, 1, 128)}
+    """
     tokens, prompt_length, _ = checked(model, adapters, tokens, prompt_length, None)
     adjustments = _adjustments(model, adapters, tokens, prompt_length)
     sites = [site for site in SITES if site in adjustments[0].distance]
@@ -152,7 +173,12 @@ def multi_tenant_forward(
     model: Transformer, rows: Rows, tokens, prompt_length, length=None
 ) -> Float[Array, "batch T vocab"]:
     """The reference for forward with Rows: `jax.vmap` over single examples and their whole adapters. It is slow. Raises
-    ValueError as forward does."""
+    ValueError as forward does.
+
+    >>> rows = pick(stack_adapters([adapter, adapter]), [1, -1])
+    >>> multi_tenant_forward(model, rows, np.repeat(tokens, 2, axis=0), 5).shape
+    (2, 5, 256)
+    """
     tokens, prompt_length, _ = checked(model, rows, tokens, prompt_length, length)
     return _multi_tenant_forward(model, rows, tokens, prompt_length)
 
@@ -162,6 +188,10 @@ def right_pad(tokens, attention_mask) -> tuple[Int[Array, "batch T"], Int[Array,
 
     Args:
         tokens, attention_mask: [batch, T], padded on either side.
+
+    >>> moved, length = right_pad(np.array([[0, 0, 7, 8]]), np.array([[0, 0, 1, 1]]))
+    >>> moved.tolist(), length.tolist()
+    ([[7, 8, 0, 0]], [2])
     """
     mask = jnp.asarray(attention_mask) != 0
     # A stable sort keeps the order of the real tokens.
@@ -191,6 +221,10 @@ def prefill(
         max_length: tokens per row that the cache has room for.
 
     Raises ValueError as forward does, and if the tokens exceed max_length.
+
+    >>> logits, state = prefill(model, adapter, tokens, 5, max_length=16)
+    >>> logits.shape
+    (1, 256)
     """
     length = prompt_length if length is None else length
     tokens, prompt_length, length = checked(model, adapters, tokens, prompt_length, length)
@@ -205,6 +239,11 @@ def decode(model: Transformer, state: DecodeState, tokens) -> tuple[Float[Array,
     """Logits float32 [batch, vocab] after one more token per row, int32 [batch], and the next state.
 
     The given state is donated. A row that already has max_length tokens stays unchanged and gets NaN logits.
+
+    >>> logits, state = prefill(model, adapter, tokens, 5, max_length=16)
+    >>> logits, state = decode(model, state, logits.argmax(-1))
+    >>> state.length.tolist()
+    [6]
     """
     return _decode(model, state, jnp.asarray(tokens, jnp.int32))
 

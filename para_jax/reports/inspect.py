@@ -53,6 +53,10 @@ def dry_run(config: RunConfig, topology: str | None = None) -> str:
 
     Args:
         topology: a TPU slice to compile the step for, such as "v5e:4x4" (extra `aot`). It turns JAX to the CPU.
+
+    >>> print(dry_run(load_config("own-data")))
+    backbone   smollm2-135m: llama, 30 layers, width 576
+    ...
     """
     if config.sweep.method:
         return "\n\n".join(f"{name}\n{dry_run(own, topology)}" for name, own in method_configs(config).items())

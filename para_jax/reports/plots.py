@@ -35,7 +35,10 @@ MAX_CURVES = 10
 def curves_plot(folders: str | Place | Sequence[str | Place]) -> Figure:
     """The training loss, smoothed, and the validation loss and scores of one or more runs over the optimiser's steps,
     from their metrics.jsonl. A run of many tenants has a curve for each tenant; with more than MAX_CURVES, the median
-    of all and their range. Raises ValueError for a folder without a run, and for no folders."""
+    of all and their range. Raises ValueError for a folder without a run, and for no folders.
+
+    >>> curves_plot(["runs/mine"]).savefig("curves.png")
+    """
     folders = [folders] if isinstance(folders, str | Path | BucketPath) else folders
     if not folders:
         raise ValueError("curves_plot: no folders; give the output_dir of one or more runs")
@@ -205,6 +208,9 @@ def factors_plot(
     Args:
         factors: a prompt's name to its factors l, {site: [layers, site width]}.
         notes: by site, a line under its name.
+
+    >>> factors = {site: l[:, 0] for site, l in vectors(model, adapter, tokens, 5).items()}
+    >>> factors_plot({"The capital of France is": factors}, "one tenant").savefig("factors.png")
     """
     maps = {name: {site: values - 1 for site, values in sites.items()} for name, sites in factors.items()}
     if len(maps) == 2:

@@ -123,6 +123,10 @@ def compare_methods(config: RunConfig, data: Any = None) -> MethodsResult:
 
     Args:
         data: the rows, instead of data.train, as `train` takes them.
+
+    >>> config = load_config("own-data", ["sweep.method=[para, ia3]", "train.max_steps=2", "output_dir=runs/methods"])
+    >>> sorted(score.method for score in compare_methods(config).methods)
+    ['ia3', 'para']
     """
     require_function(config, "compare_methods")
     if data is not None:

@@ -117,6 +117,12 @@ def train(config: RunConfig, data: Any = None) -> TrainResult:
     KeyboardInterrupt.
     Raises ValueError, before anything is written, for data, a mesh or an output folder that do not fit the config, and
     for a folder that another run is writing.
+
+    >>> rows = [{"prompt": "Hello", "completion": "w9 w10"}] * 16
+    >>> config = load_config("own-data", ["eval.test=false", "train.max_steps=2", "output_dir=runs/rows"])
+    >>> result = train(config, data=rows)
+    >>> result.step
+    2
     """
     require_function(config, "train")
     if data is not None:
@@ -142,6 +148,10 @@ def train_tenants(config: RunConfig, data: Any = None) -> TenantsResult:
 
     Each tenant has its own loss, clipping, schedule, validation, best adapter and early stopping. One whose loss is not
     finite is stopped, and the others continue. SIGTERM and Ctrl-C save, and ValueErrors are raised, as in `train`.
+
+    >>> config = load_config("smollm2-tenants", ["data.tenants=data/tenants", "train.max_steps=2", "output_dir=runs/t"])
+    >>> sorted(train_tenants(config).tenants)
+    ['acme', 'globex']
     """
     if data is not None:
         own = with_data(config.data, data) if config.sweep else with_tenants(config.data, data)

@@ -36,6 +36,9 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices=None) ->
     """A mesh with the axes data, fsdp and tensor. One size may be -1: all remaining devices.
 
     Raises ValueError if there are too few devices, or if a run of several processes would leave some of them out.
+
+    >>> dict(make_mesh(tensor=2).shape)
+    {'data': 1, 'fsdp': 1, 'tensor': 2}
     """
     must_use_all = devices is None and jax.process_count() > 1
     devices = jax.devices() if devices is None else list(devices)

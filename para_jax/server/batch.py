@@ -37,6 +37,10 @@ def run_batch(
         ValueError: another process writes the output, it is of other requests or another shard, two lines have one
             custom_id, or the source has no line.
         OSError: an answer can't be written.
+
+    >>> engine = Engine(model, bank, tokenizer, slots=2, max_length=64)
+    >>> run_batch(engine, "prompts.jsonl", "answers.jsonl")
+    0
     """
     default = Request("") if defaults is None else defaults
     return run_job(

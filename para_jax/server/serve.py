@@ -57,6 +57,11 @@ def serve(
 
     Raises ValueError for an address that is in use, and for wrong keys and folders, RuntimeError in a thread that runs
     an event loop, as a notebook does (call it in a thread of its own), and what warming up the engine raised.
+
+    >>> import threading
+    >>> from para_jax.server.config import ServerConfig
+    >>> engine, stop = Engine(model, bank, tokenizer, slots=2, max_length=64), threading.Event()
+    >>> serve(engine, ServerConfig(port=0), stop=stop, on_ready=lambda url: stop.set())
     """
     config = config or ServerConfig()
     keys = read_keys(config.api_key_file) if config.api_key_file else None

@@ -43,6 +43,12 @@ class Engine:
     `submit`, `cancel` and `stream` may be called from any thread at any time. `run` and `step` drive; two threads that
     do would share the answers. A stream drives by itself while no thread makes a round. Whatever a round raises, the
     engine can continue: run() then gives all answers that are missing.
+
+    >>> engine = Engine(model, bank, tokenizer, slots=2, max_length=64)
+    >>> engine.submit(Request("Hello", tenant="acme", max_new_tokens=4, ignore_eos=True))
+    0
+    >>> [len(completion.tokens) for completion in engine.run()]
+    [4]
     """
 
     def __init__(

@@ -26,7 +26,10 @@ from .requests import TokenLM
 @register_model("para")
 class ParaLM(TokenLM):
     """One tenant of an engine, as a model of lm-eval. Its adapter reads the context of a request, never the
-    continuation."""
+    continuation.
+
+    >>> lm = ParaLM(Engine(model, bank, tokenizer, slots=2, max_length=64, max_logprobs=1), "acme")
+    """
 
     def __init__(self, engine: Engine, tenant: str | None = None, *, cache: str | Path | None = None, seed: int = 0):
         """

@@ -1,0 +1,49 @@
+"""The examples of the docstrings of the public names, on a tiny model."""
+
+import doctest
+import inspect
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from guide_world import ADAPTERS, in_world, make_world
+
+import para_jax
+from para_jax import AdapterBank, load_adapter, load_backbone, load_tokenizer
+
+FUNCTIONS = [name for name in para_jax._LATER if not inspect.isclass(getattr(para_jax, name))]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """The names that the reference says the examples have, in a folder of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("world"))
+        make_world(Path.cwd())
+        model, tokenizer = load_backbone("backbone"), load_tokenizer("backbone")
+        bank = AdapterBank(model.config)
+        for name, folder in zip(("acme", "globex"), ADAPTERS, strict=False):
+            bank.add(name, folder)
+        tokens = np.array([tokenizer("The capital of France is")["input_ids"]])
+        names = {name: getattr(para_jax, name) for name in para_jax._LATER}
+        yield names | {
+            "model": model, "tokenizer": tokenizer, "bank": bank, "tokens": tokens, "np": np, "jax": jax,
+            "adapter": load_adapter(ADAPTERS[0], model.config),
+        }  # fmt: skip
+
+
+def examples(name: str):
+    return doctest.DocTestParser().get_examples(in_world(inspect.getdoc(getattr(para_jax, name)) or ""))
+
+
+def test_each_public_function_has_an_example():
+    assert [name for name in [*FUNCTIONS, "Engine", "AdapterBank", "ParaLM"] if not examples(name)] == []
+
+
+@pytest.mark.parametrize("name", [name for name in para_jax._LATER if examples(name)])
+def test_the_example_of_a_docstring_gives_what_it_says(name, world):
+    test = doctest.DocTest(examples(name), dict(world), name, None, None, None)
+    said: list[str] = []
+    doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=said.append)
+    assert not said, "".join(said)
