@@ -36,11 +36,11 @@ HEAVY += "torch starlette uvicorn httptools prometheus_client pydantic ray".spli
 
 #: What may only go down, except by what an issue names.
 MOST = {
-    "lines of the package": 32_410,
-    "lines of tests": 35_430,
+    "lines of the package": 32_210,
+    "lines of tests": 35_550,
     "loose modules": 0,
     "modules and packages at the top": 19,
-    "checks per 1000 lines": 20,
+    "checks per 1000 lines": 19,
     "words of docs": 30_000,
     "megabytes of results": 2.4,
 }

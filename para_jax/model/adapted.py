@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from ..adapters.adapter import Adapter, Adjustment, Shared, init
+from ..adapters.adapter import Adapter, Adjustment, Factors, Shared, init
 from ..adapters.methods import is_adapter_config, method_of
 from ..adapters.rows import Adjustments, Rows, Stack, check_fits, gather, reach_of
 from ..adapters.scope import Reach
@@ -150,6 +150,9 @@ def vectors(
     """
     tokens, prompt_length, _ = checked(model, adapters, tokens, prompt_length, None)
     adjustments = _adjustments(model, adapters, tokens, prompt_length)
+    if not isinstance(adjustments[0], Factors):
+        kind = type(adjustments[0]).__name__
+        raise ValueError(f"vectors: {kind} adjustments have no factors; give an adapter of PARA or (IA)^3")
     sites = [site for site in SITES if site in adjustments[0].distance]
     return {site: 1 + jnp.stack([a.distance[site] for a in adjustments]) for site in sites}
 

@@ -94,6 +94,36 @@ def check_folder(config: RunConfig) -> None:
         raise ValueError(f"output_dir {folder} is not a run folder; choose another")
 
 
+def check_tenants(config: RunConfig, names: Iterable[str]) -> None:
+    """Raises ValueError for an output folder that holds a run of other tenants."""
+    folder, names = expanded(config.output_dir), set(names)
+    claimed = {path.parent.name for path in folder.glob("*/config.yaml")} if folder.is_dir() else set()
+    if gone := sorted(claimed - names):
+        raise ValueError(
+            f"output_dir {folder} holds tenants that {config.data.tenants} lacks: {shorten(gone)}\n"
+            "put their data back to resume, or choose another output_dir"
+        )
+    new, saved = sorted(names - claimed), folder / "checkpoints"
+    if new and saved.is_dir() and any(saved.iterdir()):
+        raise ValueError(
+            f"output_dir {folder} holds a run that has begun without {shorten(new)}\n"
+            "train new tenants in a run of their own, with another output_dir; serve and evaluate take both folders"
+        )
+
+
+def require_own_run(config: RunConfig, folder: Place) -> None:
+    """Raises ValueError for the folder of a tenant of a run of many, which has no checkpoints: the config there would
+    start again, and replace the tenant's adapter and log."""
+    above = folder.parent / "config.yaml"
+    if config.many or not (folder / "config.yaml").is_file():
+        return
+    if above.is_file() and load_config(above).many:
+        raise ValueError(
+            f"output_dir {folder} holds a tenant of the run in {folder.parent}, and would be trained from the start\n"
+            f"train {above} to continue it, or choose another output_dir"
+        )
+
+
 # --------------------------------------------------------------------------------------------------- claims and locks
 
 
@@ -103,12 +133,13 @@ def locked_folder(config: RunConfig) -> Iterator[None]:
     lock. A bucket has no lock: the launcher sees to it that a run has one writer.
 
     Raises ValueError for a folder that another process is writing. Also, before anything is written, for one that holds
-    another run or other files.
+    another run or other files, or a tenant of a run of many.
     """
     check_folder(config)
     folder = expanded(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
+        require_own_run(config, folder)
         yield
 
 

@@ -33,7 +33,7 @@ from ..io.messages import say
 from ..runtime.processes import on_every_process, on_first_process, require_same
 from ..training.passes import Layout, lay_out
 from ..training.prompt_cache import PromptCache
-from .folder import at_once, check_folder, decided, with_decided
+from .folder import at_once, check_folder, check_tenants, decided, with_decided
 from .initial import initial_adapter
 from .notices import say_data
 from .rates import FIRST, as_trials, is_auto
@@ -69,6 +69,7 @@ def plan_run(config: RunConfig, shared: SharedResources | None = None) -> Plan:
     on_first_process(lambda: check_folder(config))
     config = with_decided(config, on_first_process(lambda: decided(config)))
     own = on_every_process(lambda: tenant_configs(config))
+    require_same("the list of tenants", lambda: list(own))
     mesh = mesh_of_run(config, own)
     layout = on_every_process(lambda: lay_out(config, mesh, len(own)))
     # The rows of a step are written down, so that a resume on other devices keeps them.
@@ -77,6 +78,7 @@ def plan_run(config: RunConfig, shared: SharedResources | None = None) -> Plan:
         own = tenant_configs(config)
     # Each tenant's own folder says what its first start decided.
     if config.many:
+        on_first_process(lambda: check_tenants(config, own))
         values = on_first_process(lambda: at_once(decided, own.values()))
         own = {name: with_decided(own[name], held) for name, held in zip(own, values, strict=True)}
     plan = on_every_process(lambda: planned(config, own, layout, mesh, shared or SharedResources()))

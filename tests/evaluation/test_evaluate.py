@@ -15,7 +15,6 @@ from para_jax import (
     Ia3Config,
     LoraConfig,
     ParaConfig,
-    adapt,
     evaluate,
     forward,
     generate,
@@ -220,8 +219,6 @@ def test_what_is_no_adapter_of_the_backbone_is_refused(records):
     for made, named in ((theirs, "another backbone"), (stack_adapters([own]), "Stack"), ([own], "list")):
         with pytest.raises(ValueError, match=named):
             evaluate(model(), made, [one], tokenizer=tokenizer())
-    with pytest.raises(ValueError, match="model.backbone"):
-        evaluate(adapt(model(), own), None, [one], tokenizer=tokenizer())
 
 
 def test_an_example_without_room_or_with_an_unknown_token_is_named(records):

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tiny_run import run_config, run_folder
+from tiny_run import rows_of_text, run_config, run_folder, write_rows
 
 from para_jax import train
 from para_jax.cli import main
@@ -19,6 +19,7 @@ from para_jax.evaluation.tasks import EvalTask
 from para_jax.runs import train as runs
 from para_jax.runs.folder import (
     check_folder,
+    check_tenants,
     claim_folder,
     decided,
     identity,
@@ -26,7 +27,7 @@ from para_jax.runs.folder import (
     with_decided,
 )
 from para_jax.runs.plan import run_digests
-from para_jax.runs.tenants import Tenant
+from para_jax.runs.tenants import Tenant, tenant_configs
 from para_jax.training.checkpoint import differences
 
 
@@ -174,3 +175,33 @@ def test_a_digest_says_which_part_of_the_run_is_another():
     assert changed(examples, task._replace(choices=("x", "z")), task) == f"other validation data {same}"
     two = [run_digests({}, [tenant(examples, t, name=name) for name in ("acme", "globex")]) for t in (task, other)]
     assert differences(*two) == f"other validation data of acme {same}, other validation data of globex {same}"
+
+
+def test_a_run_that_has_begun_takes_no_other_tenants(config):
+    many = replace(config, data=replace(config.data, tenants="tenants"))
+    for name in ("acme", "globex"):
+        (Path(config.output_dir) / name).mkdir(parents=True)
+        save_config(config, Path(config.output_dir) / name / "config.yaml")
+    check_tenants(many, ["acme", "globex"])
+    check_tenants(many, ["acme", "globex", "new"])  # nothing is saved yet
+    with pytest.raises(ValueError, match="holds tenants that tenants lacks: .'globex'.\nput their data back"):
+        check_tenants(many, ["acme"])
+    (Path(config.output_dir) / "checkpoints" / "4").mkdir(parents=True)
+    check_tenants(many, ["acme", "globex"])
+    with pytest.raises(ValueError, match="has begun without .'new'.\ntrain new tenants in a run of their own"):
+        check_tenants(many, ["acme", "globex", "new"])
+
+
+def test_the_adapter_of_a_tenant_is_not_trained_from_the_start_in_its_place(folder, tmp_path):
+    """Its folder has a config, but no checkpoints: they are the run's, which is to be made longer instead."""
+    write_rows(tmp_path / "tenants" / "acme" / "train.jsonl", rows_of_text(8, seed=1))
+    many = run_config(folder, f"data.tenants={tmp_path / 'tenants'}", f"output_dir={tmp_path / 'run'}")
+    held = tenant_configs(many)["acme"]
+    own = replace(held, train=replace(held.train, max_steps=9))
+    for config, name in ((many, "run"), (held, "run/acme")):
+        (tmp_path / name).mkdir()
+        save_config(config, tmp_path / name / "config.yaml")
+        (tmp_path / name / ".lock").touch()
+    with pytest.raises(ValueError, match=f"acme holds a tenant of the run .*\ntrain {tmp_path}/run/config.yaml to"):
+        with locked_folder(own):
+            pass

@@ -157,7 +157,6 @@ def test_each_tenant_has_a_metric_of_its_own(folder, tmp_path, capsys):
     options = f"data.tenants={tmp_path / 'tenants'}", "data.validation=b.jsonl", "train.rows_per_tenant=4"
     result = train_tenants(own(folder, *options, f"output_dir={tmp_path / 'run'}"))
     said = capsys.readouterr().err
-    assert said.count("warning: data.validation=b.jsonl has no effect: data.tenants is set") == 1
     assert "training data (eval.metric): labels\n" in said and "eval.max_new_tokens): texts\n" in said
     assert "the longest 14; data.max_seq_length=16" in said
     assert {name: entry["metric"] for name, entry in result.tenants.items()} == {

@@ -49,7 +49,9 @@ def gguf_tokenizer(file: GgufFile):
     from transformers import PreTrainedTokenizerFast
 
     metadata = file.tokenizer
-    metadata["tokens"], metadata["token_type"] = metadata.get("tokens") or [], metadata.get("token_type") or []
+    if not metadata.get("tokens"):
+        raise ValueError("it has no tokenizer.ggml.tokens")
+    metadata["token_type"] = metadata.get("token_type") or []
     special = {kind: special_token(metadata, kind) for kind in ("bos", "eos", "unknown", "padding")}
     backend = build(file.architecture, metadata)
     add_tokens(backend, metadata)
