@@ -16,7 +16,7 @@ from para_jax.config import ADAPTER_CONFIGS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-PAGES.append(ROOT / "scripts" / "experiments" / "README.md")
+PAGES += [ROOT / "scripts" / "experiments" / "README.md", ROOT / "results" / "README.md"]
 CODE = sorted(file for folder in ("para_jax", "scripts") for file in (ROOT / folder).rglob("*.py"))
 CONFIGS, NOTEBOOKS = sorted((ROOT / "configs").glob("*.yaml")), sorted((ROOT / "notebooks").glob("*.ipynb"))
 
