@@ -17,7 +17,7 @@ extensions = [
 ]
 myst_enable_extensions, myst_heading_anchors = ["deflist"], 4
 exclude_patterns = ["_build"]
-html_theme, html_title = "furo", "para_jax"
+html_theme, html_title, html_show_copyright = "furo", "para_jax", False
 autodoc_member_order, autodoc_typehints = "bysource", "description"
 autodoc_preserve_defaults, default_role = True, "code"
 

@@ -37,7 +37,9 @@ def described(section: str, kind: type, values: Any, names: list[str] | None = N
         text = " ".join(texts.get(name, [])).strip()
         said = "null" if default is None else repr(default) if isinstance(default, str) else default
         yield f"`{section}{'.' * bool(section)}{name}`: {type_text(types[name])}, default {said}"
-        yield f": {text[:1].upper()}{text[1:]}" if text else ": "
+        if not text:
+            raise ValueError(f"{kind.__name__}.{name} has no text below it")
+        yield f": {text[:1].upper()}{text[1:]}"
         yield ""
 
 

@@ -36,7 +36,7 @@ HEAVY += "torch starlette uvicorn httptools prometheus_client pydantic ray".spli
 
 #: What may only go down, except by what an issue names.
 MOST = {
-    "lines of the package": 32_210,
+    "lines of the package": 32_230,
     "lines of tests": 35_550,
     "loose modules": 0,
     "modules and packages at the top": 19,

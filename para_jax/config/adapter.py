@@ -40,6 +40,7 @@ class ParaConfig(AdapterConfig):
 
     default_learning_rate: ClassVar[float] = 1e-3
     r: Rank = 12
+    """the generator's rank"""
     pooler: Literal["last", "mean", "max", "constant"] = "last"
     """constant learns one vector per layer instead of reading the prompt: the control that shows what reading the
     prompt is worth [our choice: all four]"""
@@ -48,6 +49,7 @@ class ParaConfig(AdapterConfig):
     activation: Literal["gelu", "gelu_tanh", "silu", "relu", "identity", "rational"] = "gelu"
     """gelu is the exact form, with erf"""
     target_modules: tuple[str, ...] = ("q_proj", "v_proj", "up_proj")
+    """the linear layers whose outputs are scaled"""
     layers_to_transform: tuple[int, ...] | None = None
     """the layers that have a generator, counted from 0; None: all layers [our choice]"""
     up_bias: bool = field(default=False, metadata=OPTIONAL)
@@ -95,10 +97,13 @@ class LoraConfig(AdapterConfig):
 
     default_learning_rate: ClassVar[float] = 3e-3
     r: Rank = 8
+    """the rank of each pair of matrices"""
     lora_alpha: PositiveFloat = 8
+    """what is added is scaled by lora_alpha / r"""
     use_rslora: bool = False
     """scale by lora_alpha / sqrt(r) (arXiv:2312.03732) instead of lora_alpha / r"""
     target_modules: tuple[str, ...] = ("q_proj", "v_proj")
+    """the linear layers that get a pair"""
     alora_invocation_tokens: tuple[Annotated[int, Bounds(at_least=0)], ...] | None = field(
         default=None, metadata=OPTIONAL
     )
@@ -125,6 +130,7 @@ class Ia3Config(AdapterConfig):
 
     default_learning_rate: ClassVar[float] = 3e-2
     target_modules: tuple[str, ...] = ("k_proj", "v_proj", "down_proj")
+    """the linear layers that are scaled"""
     feedforward_modules: tuple[str, ...] = ("down_proj",)
     """target modules whose input is scaled instead of their output; only down_proj can be one"""
 

@@ -55,7 +55,9 @@ class DataSection(Section):
     hf:NAME[@REVISION][:CONFIG[:SPLIT]], a folder or a data set of the Hugging Face hub (extra [hf]). "<python>" is
     written by train(config, data=...)"""
     validation: str | None = None
+    """as train: what scores are computed on while training"""
     test: str | None = None
+    """as train: what the end of a run is scored on"""
     validation_split: Annotated[float, Bounds(above=0, at_most=0.5)] | None = None
     """the share of the training rows to hold out as validation data, if there is none. A conversation is one row"""
     tenants: str | None = None
@@ -68,6 +70,7 @@ class DataSection(Section):
     prompt: str | None = None
     """a template over the columns, such as "{instruction}\\n{input}"; default: the column `prompt`"""
     completion: str | None = None
+    """the template of what follows the prompt"""
     chat_template_kwargs: JsonObject | None = None
     """variables of the tokenizer's chat template, for training and evaluation: {enable_thinking: false}. Serve such an
     adapter with the same ones (--chat-template-kwargs)"""
@@ -113,6 +116,7 @@ class TrainSection(Section):
     max_steps: PositiveInt | None = None
     """optimiser steps; default: num_epochs passes over the data. An override of num_epochs drops a file's max_steps"""
     num_epochs: Annotated[float, Bounds(above=0, below=1e9)] = 1.0
+    """passes over the training data; max_steps wins over it"""
     batch_size: PositiveInt | None = None
     """rows per optimiser step over all devices; the number of forward passes follows from it. Default:
     per_device_batch_size x gradient_accumulation_steps on each of the data x fsdp devices of the mesh, so the step
@@ -140,11 +144,15 @@ class TrainSection(Section):
     """the learning rate of PARA's biases (adapter.up_bias), as a multiple of learning_rate: by default (IA)^3's
     [our choice]"""
     max_grad_norm: Annotated[float, Bounds(above=0)] = 1.0
+    """gradients are clipped to this norm, each tenant's by itself"""
     weight_decay: Annotated[float, Bounds(at_least=0, below=1e9)] = 0.0
     """AdamW's, towards the adapter that changes nothing: (IA)^3's vectors go to 1 (in PEFT to 0), other weights to 0"""
     adam_b1: Fraction = 0.9
+    """the decay of Adam's mean"""
     adam_b2: Fraction = 0.999
+    """the decay of Adam's mean square"""
     adam_eps: Annotated[float, Bounds(above=0, below=1e9)] = 1e-8
+    """what Adam adds to the root"""
     remat: Literal["none", "dots", "block"] = "dots"
     """what the backward pass keeps of a layer: everything (nothing is recomputed), the outputs of the linear layers, or
     only the input of the layer"""
@@ -173,6 +181,7 @@ class SweepSection(Section):
     own defaults and learning rate. adapter.scope and scope_window apply to all of them. The adapter's other fields and
     train.learning_rate apply to adapter.method only"""
     learning_rate: tuple[NonNegativeFloat, ...] = ()
+    """the rates to train side by side"""
     seed: tuple[Seed, ...] = ()
     """for the initial weights of an adapter and the order of its examples"""
 
@@ -218,9 +227,11 @@ class MeshSection(Section):
     along fsdp as the memory of one device requires."""
 
     data: int = -1
+    """devices that split the rows and hold all weights; -1: all that remain"""
     fsdp: int | None = None
     """null: 1 where the whole run fits one device by its estimate (memory.py), else the smallest size that fits"""
     tensor: int = 1
+    """devices that split heads and widths"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,11 +256,13 @@ class ProfilerSection(Section):
     start_step: PositiveInt | None = None
     """the first step, counted from 1, that jax.profiler traces into output_dir/profile; default: no trace"""
     steps: PositiveInt = 3
+    """how many steps are traced"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeSection(Section):
     compilation_cache: bool = True
+    """keep compiled programs in ~/.cache/para_jax"""
     allow_cpu: bool = False
     """run on the CPU even if the machine has an accelerator"""
     deterministic: bool = False
@@ -287,7 +300,9 @@ class RunConfig:
     profiler: ProfilerSection = field(default_factory=ProfilerSection)
     runtime: RuntimeSection = field(default_factory=RuntimeSection)
     output_dir: str = "runs/run"
+    """the run's folder"""
     seed: Seed = 0
+    """of weights, data order and drawn answers"""
 
     def __post_init__(self):
         check_fields(self)
