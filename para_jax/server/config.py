@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from ..config.bounds import NonNegativeFloat, PositiveFloat, PositiveInt, check_fields
+from ..config.bounds import Bounds, NonNegativeFloat, PositiveFloat, PositiveInt, check_fields
 
 
 def flag(default: Any, text: str, metavar: str | None = None) -> Any:
@@ -24,7 +24,7 @@ class ServerConfig:
     )
     allow_hub: bool = flag(False, "with --adapter-root: let clients load adapters from the hub too")
     host: str = flag("127.0.0.1", "the address to listen at; 127.0.0.1 is this machine alone")
-    port: int = flag(8000, "0 picks a free one")
+    port: Annotated[int, Bounds(at_least=0, at_most=65535)] = flag(8000, "0 picks a free one")
     api_key_file: str | None = flag(
         None, "one key per line, optionally followed by the tenants that it may use (default: no keys)", "FILE"
     )
