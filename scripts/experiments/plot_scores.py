@@ -17,7 +17,7 @@ from para_jax.io.checks import expanded
 from para_jax.io.figures import run_names, save
 from para_jax.io.messages import warn
 from para_jax.runs.compare import COMPARISON_FILE
-from para_jax.training.metrics_file import is_log, read_metrics
+from para_jax.training.metrics_file import read_metrics
 from para_jax.training.scores_file import TENANTS as TENANTS_FILE
 from para_jax.training.scores_file import Records, read_entries
 from para_jax.training.scores_file import read_scores as read_records
@@ -36,7 +36,7 @@ def logged_records(log: Path, count: int | None = None) -> Records:
     Args:
         count: of the examples.
     """
-    rows, found = list(read_metrics(log)) if is_log(log) else [], {}
+    rows, found = list(read_metrics(log)) if log.is_file() else [], {}
     for name, prefix in zip(NAMES, ("validation_", "validation_", "test_before_", "test_after_"), strict=True):
         scored = [row for row in rows if f"{prefix}loss" in row]
         if prefix == "validation_":  # the base model's is that of step 0
@@ -87,7 +87,7 @@ def read_scores(folders: Sequence[str | Path]) -> dict[str, Scores]:
             found = merged([part for part in parts if part])
             prefix = "" if several else f"{name}: "
             panels = merged_panels(panels, {f"{prefix}{key}": value for key, value in found.items()})
-        elif is_log(folder / "metrics.jsonl"):
+        elif (folder / "metrics.jsonl").is_file():
             panels = merged_panels(panels, of_records(name, read_records(folder)) or of_log(name, folder))
         else:
             of_folder = of_evaluation(Path(folder))
