@@ -22,11 +22,9 @@ def bound(host: str, port: int) -> socket.socket:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, *_, address = min(found, key=lambda one: one[0] != socket.AF_INET)
         return socket.create_server(address, family=family)  # pyright: ignore[reportArgumentType]
-    except (OSError, OverflowError) as error:  # the latter for a port above 65535
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(
-            f"--host {host} --port {port}: {reason}\ngive an address of this machine and a free port"
-        ) from None
+    except OSError as error:
+        advice = "give an address of this machine and a free port"
+        raise ValueError(f"--host {host} --port {port}: {error.strerror or error}\n{advice}") from None
 
 
 def url_of(taken: socket.socket) -> str:

@@ -49,7 +49,7 @@ MISTAKES = [
     ("generate --prompt a --adapter runs/mine", r"runs/mine.*did you mean runs/mine/adapter\?"),
     ("serve --adapter runs/mine/adapter", r"--adapter'.*did you mean --adapters\?"),
     ("serve --backbone model --adapters model=runs/mine/adapter", "model is the base model's name"),
-    ("serve --backbone model --port 70000", "--port 70000"),
+    ("serve --backbone model --port 70000", "--port: .*70000"),
     ("serve --backbone model --api-key-file nope", "--api-key-file nope"),
     ("serve --backbone model --adapter-root nope", "--adapter-root nope"),
     ("plot --output x.png", "give RUN"),

@@ -216,7 +216,7 @@ def test_hosts_with_other_tenant_files_are_refused(folder, tmp_path, monkeypatch
         (tmp_path / str(host) / "acme" / "tenant.yaml").write_text(text)
         config = tenants_config(folder, tmp_path / "run", f"data.tenants={tmp_path / str(host)}")
         plan_run(config)
-    assert len({text for _, text in told}) == len(told) == 3
+    assert len({text for what, text in told if "tenant.yaml" in what}) == 3
 
 
 # --------------------------------------------------------------------------------------------------------------- resume
