@@ -69,7 +69,7 @@ def test_answers_equal_those_of_generate(model, bank):
 def test_a_prompt_may_be_token_ids(model, bank):
     engine, ids = engine_of(model, bank), tuple(encode_prompt(tokenizer(), prompt(1)))
     text, same = (engine.submit(Request(p, "A", max_new_tokens=7)) for p in (prompt(1), ids))
-    wrong = [engine.submit(Request(p, "A")) for p in ((), (1.5,), (-1,), (model.config.vocab_size,))]
+    wrong = [engine.submit(Request(p, "A")) for p in ((), (-1,), (model.config.vocab_size,))]
     found = answers(engine)
     assert plain(found[text, 0]) == plain(found[same, 0])
     assert all(found[id, 0].error.startswith("prompt") for id in wrong)
