@@ -71,6 +71,8 @@ def answer_lines(
 ) -> int:
     """As `run_job`, with an output that is already open."""
     check_request(replace(defaults, prompt="a"))
+    if engine.open:  # the job would take their answers
+        raise ValueError(f"engine: {engine.open} requests are open; take their answers first")
     part_file = job_shard_file(answers.file)
     if answers.regular:
         begin_part(part_file, answers.file, shard)

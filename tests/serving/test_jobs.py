@@ -604,3 +604,10 @@ def test_wrong_job_files_are_refused_before_anything_is_loaded(folder, tmp_path,
 def test_a_default_that_no_line_could_have_is_refused(folder, tmp_path, capsys):
     assert main([*command(folder, tmp_path / "out.jsonl"), "--top-p", "2"]) == 2
     assert "top_p is 2.0" in capsys.readouterr().err and not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_job_does_not_take_the_answers_of_open_requests(engine, folder, tmp_path):
+    engine.submit(Request("w20 w21", max_new_tokens=2, id="mine"))
+    with pytest.raises(ValueError, match="engine: 1 requests are open"):
+        run_job(engine, folder / "in.jsonl", tmp_path / "out.jsonl", Request(""))
+    assert [answer.id for answer in engine.run()] == ["mine"]
