@@ -2,15 +2,13 @@
 
 import doctest
 import inspect
-from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from guide_world import ADAPTERS, in_world, make_world
+from guide_world import ADAPTERS, in_world, opened_world
 
 import para_jax
-from para_jax import AdapterBank, load_adapter, load_backbone, load_tokenizer
+from para_jax import load_adapter
 
 FUNCTIONS = [name for name in para_jax._LATER if not inspect.isclass(getattr(para_jax, name))]
 
@@ -18,17 +16,11 @@ FUNCTIONS = [name for name in para_jax._LATER if not inspect.isclass(getattr(par
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """The names that the reference says the examples have, in a folder of their own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("world"))
-        make_world(Path.cwd())
-        model, tokenizer = load_backbone("backbone"), load_tokenizer("backbone")
-        bank = AdapterBank(model.config)
-        for name, folder in zip(("acme", "globex"), ADAPTERS, strict=False):
-            bank.add(name, folder)
-        tokens = np.array([tokenizer("The capital of France is")["input_ids"]])
+    with opened_world(tmp_path_factory.mktemp("world")) as (model, tokenizer, bank):
         names = {name: getattr(para_jax, name) for name in para_jax._LATER}
         yield names | {
-            "model": model, "tokenizer": tokenizer, "bank": bank, "tokens": tokens, "np": np, "jax": jax,
+            "model": model, "tokenizer": tokenizer, "bank": bank, "np": np,
+            "tokens": np.array([tokenizer("The capital of France is")["input_ids"]]),
             "adapter": load_adapter(ADAPTERS[0], model.config),
         }  # fmt: skip
 

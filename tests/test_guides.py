@@ -7,11 +7,11 @@ from pathlib import Path
 
 import matplotlib
 import pytest
-from guide_world import ADAPTERS, in_world, make_world
+from guide_world import in_world, opened_world
 from running_server import running
 from tiny_run import rows_of_text
 
-from para_jax import AdapterBank, Engine, load_backbone, load_tokenizer
+from para_jax import Engine
 
 ROOT = Path(__file__).parents[1]
 ELSEWHERE = {"adding_a_method", "other_servers"}
@@ -34,13 +34,7 @@ PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.m
 def world(tmp_path_factory):
     """What the reader has before a page begins."""
     matplotlib.use("agg")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("guides"))
-        make_world(Path.cwd())
-        model, tokenizer = load_backbone("backbone"), load_tokenizer("backbone")
-        bank = AdapterBank(model.config)
-        for name, folder in zip(("acme", "globex"), ADAPTERS, strict=False):
-            bank.add(name, folder)
+    with opened_world(tmp_path_factory.mktemp("guides")) as (model, tokenizer, bank):
         engine = Engine(model, bank, tokenizer, slots=4, max_length=128, max_logprobs=5)
         rows = rows_of_text(216, seed=0)
         yield {"engine": engine, "frame": rows, "train_frame": rows[:16], "validation_frame": rows[:4]}

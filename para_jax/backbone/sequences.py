@@ -36,11 +36,15 @@ def checked_sequences(
                 "the tokens per row or the model's positions"
             )
     if tokens.size and not isinstance(tokens, Tracer) and getattr(tokens, "is_fully_addressable", True):
-        ids = np.asarray(tokens)
-        lowest, highest = ids.min(), ids.max()
-        if lowest < 0 or highest >= vocab_size:
-            raise ValueError(
-                f"token ids {lowest} to {highest}: the vocabulary has ids 0 to {vocab_size - 1}; use its tokenizer"
-            )
+        require_in_vocabulary(np.asarray(tokens), vocab_size)
     prompt_length, length = (jnp.broadcast_to(jnp.asarray(n, jnp.int32), (batch,)) for n in lengths)
     return jnp.asarray(tokens, jnp.int32), prompt_length, length
+
+
+def require_in_vocabulary(ids: np.ndarray, vocab_size: int) -> None:
+    """Raises ValueError for ids that the vocabulary lacks: JAX would take the nearest one that there is."""
+    lowest, highest = ids.min(), ids.max()
+    if lowest < 0 or highest >= vocab_size:
+        raise ValueError(
+            f"token ids {lowest} to {highest}: the vocabulary has ids 0 to {vocab_size - 1}; use its tokenizer"
+        )

@@ -45,6 +45,8 @@ def run(options) -> None:
             f"{options.adapter}: a {found.method.label} adapter reads the prompt, and PEFT's adapters do not\n"
             "give --prompt TEXT, the prompt that the export is for"
         )
+    elif options.output.resolve() in (options.adapter.resolve(), folder.resolve()):
+        raise ValueError(f"--output {options.output} is the adapter itself, which would be lost\ngive another folder")
     else:
         export_factors(options, folder, found.base_model)
     print(f"wrote {options.output}")

@@ -68,7 +68,7 @@ def checked(options) -> tuple[dict[str, str], list[str | None] | None]:
             raise ValueError(
                 f"--adapter {options.adapter} excludes --adapters and --tenant\nleave it out, or both of the others"
             )
-        # one adapter is a bank of one, whose tenant answers all prompts
+        # A bank of this adapter alone, whose tenant answers all prompts.
         name, source = name_and_source(options.adapter)
         name = "adapter" if name == BASE else name  # in the lines of a file, base is the base model
         sources, options.tenant = {name: source}, [name]

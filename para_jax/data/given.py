@@ -79,6 +79,8 @@ def rows_split(label: str, data: Any) -> Split:
 def rows_of(label: str, data: Any) -> Callable[[], Iterable[Any]]:
     """Gives the rows of a list, a DataFrame (pandas or polars), a datasets.Dataset or an Arrow table."""
     if is_dataset(data):
+        if data.format["type"] == "custom":
+            raise ValueError(f"{label} has a transform, which would not be applied; use dataset.map instead")
         return partial(dataset_rows, data)
     if hasattr(data, "to_pylist") and hasattr(data, "schema"):
         return partial(batch_rows, data)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -22,7 +23,7 @@ from ..adapters.rows import Adjustments, Rows, Stack, check_fits, gather, reach_
 from ..adapters.scope import Reach
 from ..backbone.cache import attend_cached, attend_prefix, padded, with_tokens
 from ..backbone.layout import stack_trees, through_layers
-from ..backbone.sequences import checked_sequences
+from ..backbone.sequences import checked_sequences, require_in_vocabulary
 from ..backbone.transformer import Transformer
 from ..config import SITES, ModelConfig
 from ..runtime.sharding import traced_on_its_mesh
@@ -241,13 +242,16 @@ def prefill(
 def decode(model: Transformer, state: DecodeState, tokens) -> tuple[Float[Array, "batch vocab"], DecodeState]:
     """Logits float32 [batch, vocab] after one more token per row, int32 [batch], and the next state.
 
-    The given state is donated. A row that already has max_length tokens stays unchanged and gets NaN logits.
+    The given state is donated. A row that already has max_length tokens stays unchanged and gets NaN logits. Raises
+    ValueError for ids on the host that the vocabulary lacks.
 
     >>> logits, state = prefill(model, adapter, tokens, 5, max_length=16)
     >>> logits, state = decode(model, state, logits.argmax(-1))
     >>> state.length.tolist()
     [6]
     """
+    if not isinstance(tokens, jax.Array):  # a step does not wait for ids on a device
+        require_in_vocabulary(np.asarray(tokens), model.config.vocab_size)
     return _decode(model, state, jnp.asarray(tokens, jnp.int32))
 
 
@@ -412,5 +416,7 @@ def checked(model, adapters, tokens, prompt_length, length) -> tuple[jax.Array, 
     check_fits(adapters, model.config)
     if adapters is None:
         prompt_length = length
+    elif prompt_length is None:
+        raise ValueError("prompt_length is missing; adapters need it")
     limits = {"vocab_size": model.config.vocab_size, "positions": model.config.max_positions}
     return checked_sequences(tokens, prompt_length, length, **limits)

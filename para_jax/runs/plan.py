@@ -125,7 +125,7 @@ def planned(config: RunConfig, own: dict[str, RunConfig], layout: Layout, mesh, 
     Args:
         own: the config of each tenant.
     """
-    for one in own.values():  # a missing file is told before a backbone is fetched
+    for one in own.values():  # so that a missing file is an error before a backbone is fetched
         split_records(one.data, "train")
     resolve_backbone(config.backbone.source)
     tokenizer, model = run_tokenizer(config), load_model_config(config.backbone.source)

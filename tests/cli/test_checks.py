@@ -1,5 +1,4 @@
-"""A mistake in the options or the config is told before anything slow is loaded: neither JAX nor transformers is
-imported for it."""
+"""A mistake in the options or the config is an error before JAX or transformers is imported."""
 
 import json
 import re

@@ -55,6 +55,10 @@ def test_para_is_exported_for_its_prompt(tmp_path, export):
     save_adapter(para, tmp_path / "adapter", base_model=str(folder), model=model)
     code, said = export()
     assert code == 2 and "reads the prompt" in said and "--prompt" in said
+    before = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
+    code, said = export("--prompt", "w11", "--output", str(tmp_path / "x" / ".." / "adapter"))
+    assert code == 2 and "is the adapter itself" in said
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == before
     assert export("--prompt", "w11 w200\\nw37", "--base-model", "me/llama", "--allow-cpu")[0] == 0
     exported, tokens = load_adapter(tmp_path / "out", model.config), np.array([[11, 200, 37, 9, 10]], np.int32)
     np.testing.assert_allclose(forward(model, exported, tokens, 1), forward(model, para, tokens, 3), atol=2e-4)

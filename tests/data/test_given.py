@@ -49,6 +49,14 @@ def test_splits_of_a_dataset_dict_and_templates(tmp_path):
     assert load_records(section, "validation")[0][:2] == ("why 1?", "so")
 
 
+def test_a_dataset_with_a_transform_is_refused():
+    """Its rows would be read without the transform."""
+    rows = datasets.Dataset.from_list(ROWS)
+    for data in (rows.with_transform(lambda part: part), {"train": rows, "test": rows.with_transform(lambda p: p)}):
+        with pytest.raises(ValueError, match="has a transform, which would not be applied; use dataset.map"):
+            with_data(DataSection(), data)
+
+
 def test_nan_none_and_nat_are_missing_and_numpy_values_are_plain():
     frame = pd.DataFrame({"prompt": ["a", "b"], "completion": ["c", "d"], "label": [1.0, np.nan], "x": [pd.NA, pd.NaT]})
     found = load_records(with_data(DataSection(), frame), "train")

@@ -3,13 +3,16 @@ adapters where the examples have them."""
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from golden_models import strong
 from running_server import chat_tokenizer
 from tiny_run import backbone_folder, rows_of_text, run_config, write_rows, write_tenants
 
-from para_jax import ParaConfig, init_adapter, load_backbone, save_adapter, train
+from para_jax import AdapterBank, ParaConfig, init_adapter, load_backbone, load_tokenizer, save_adapter, train
 
 ADAPTERS = ("runs/a/adapter", "runs/b/adapter", "peft/acme")
 TENANTS = ("routing", "orders", "dates")
@@ -28,6 +31,19 @@ def make_world(folder: Path) -> Path:
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     train(run_config(folder, "data.train=data/mine", "output_dir=runs/mine", "train.max_steps=2", "eval.every=1"))
     return folder
+
+
+@contextmanager
+def opened_world(folder: Path) -> Iterator[tuple]:
+    """The model, the tokenizer and a bank with the tenants acme and globex, in such a folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        make_world(Path.cwd())
+        model, tokenizer = load_backbone("backbone"), load_tokenizer("backbone")
+        bank = AdapterBank(model.config)
+        for name, place in zip(("acme", "globex"), ADAPTERS, strict=False):
+            bank.add(name, place)
+        yield model, tokenizer, bank
 
 
 #: What makes a run of an example small.

@@ -368,6 +368,8 @@ def test_wrong_arguments_are_named():
     stack = stack_adapters([tenant, tenant])
     for call, message in (
         (lambda: forward(model, tenant, tokens, 0), "prompt_length"),
+        (lambda: forward(model, tenant, tokens, None), "prompt_length is missing"),
+        (lambda: decode(model, prefill(model, tenant, tokens, 5, max_length=16)[1], [256] * len(tokens)), "ids 256"),
         (lambda: forward(model, tenant, tokens, 5, 13), "prompt_length"),
         (lambda: forward(model, tenant, tokens + 256, 5), "token ids .* 0 to 255"),
         (lambda: prefill(model, tenant, tokens, 5, max_length=8), "max_length 8"),

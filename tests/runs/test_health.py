@@ -1,4 +1,4 @@
-"""A run whose adapter is worse than the base model says so at its end, and a sound one says nothing."""
+"""At its end, a run warns if its adapter is worse than the base model."""
 
 from tiny_run import run_config, run_folder
 

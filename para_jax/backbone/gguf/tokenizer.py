@@ -122,11 +122,17 @@ def sentencepiece(metadata: dict[str, Any], gemma: bool):
     return tokenizer
 
 
+#: The longest token, in characters: every place where a token could be cut is tried.
+MAX_TOKEN = 1024
+
+
 def score_merges(metadata: dict[str, Any]) -> list[tuple[str, str]]:
     """Every pair of tokens that joins to a token, in transformers' order: best score first, then longest left part.
 
     User-defined tokens come before all others, because SentencePiece never splits them.
     """
+    if max(map(len, metadata["tokens"])) > MAX_TOKEN:
+        raise ValueError(f"a token has more than {MAX_TOKEN} characters")
     scores, kinds = metadata.get("scores") or [], metadata["token_type"]
     usable = [i for i, kind in enumerate(kinds) if kind in (NORMAL, USER_DEFINED)]
     parts = {metadata["tokens"][i] for i in usable}

@@ -242,7 +242,7 @@ class BucketPath:
         part.write_bytes(data)
         try:
             while not self._join(part):
-                # Another writer was quicker, or gcsfs has repeated a request whose answer was lost.
+                # Another writer came first. Or this data was joined, but the answer was lost and gcsfs asked again.
                 found = self.stat()
                 if self.read_range(max(0, found.st_size - len(data)), found.st_size, found.generation) == data:
                     return

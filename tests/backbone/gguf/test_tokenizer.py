@@ -179,3 +179,9 @@ def test_a_converted_folder_has_the_same_tokenizer(tmp_path, kind):
             made.pad_token,
         )
         assert loaded.chat_template == made.chat_template and loaded.model_max_length == 64
+
+
+def test_a_very_long_gguf_token_is_refused(tmp_path):
+    file, _ = sentencepiece_gguf(tmp_path / "m.gguf", control=["<unk>", "<s>", "</s>"], spaces=[" " * 5000])
+    with pytest.raises(ValueError, match="m.gguf: .*more than 1024 characters"):
+        load_tokenizer(file)
