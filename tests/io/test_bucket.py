@@ -180,6 +180,20 @@ def test_data_is_added_once_although_the_answer_was_lost_or_another_writer_was_q
     assert file.read_bytes() == b"1\n2\nother\n2\n" and list(folder.iterdir()) == [file]
 
 
+def test_two_writers_that_create_one_file_at_once_keep_both_lines(folder, monkeypatch):
+    file, is_file = folder / "lines", BucketPath.is_file
+
+    def too_early(path):
+        monkeypatch.setattr(BucketPath, "is_file", is_file)
+        found = path.is_file()
+        file.append(b"other\n")
+        return found
+
+    monkeypatch.setattr(BucketPath, "is_file", too_early)
+    file.append(b"mine\n")
+    assert file.read_bytes() == b"other\nmine\n"
+
+
 class Killed(BaseException):
     pass
 
