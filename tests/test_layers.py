@@ -36,8 +36,8 @@ HEAVY += "torch starlette uvicorn httptools prometheus_client pydantic ray".spli
 
 #: What may only go down, except by what an issue names.
 MOST = {
-    "lines of the package": 32_246,
-    "lines of tests": 35_585,
+    "lines of the package": 32_261,
+    "lines of tests": 35_599,
     "loose modules": 0,
     "modules and packages at the top": 19,
     "checks per 1000 lines": 19,

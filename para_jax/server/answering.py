@@ -15,8 +15,8 @@ from .body import ClientLeft, read_body
 from .choices import Choice, choices_of
 from .config import ServerConfig
 from .engine_loop import Answer, EngineLoop
-from .engine_requests import engine_requests, refused, require_few
-from .errors import ApiError
+from .engine_requests import MAX_LOGPROBS, engine_requests, logprobs_of, refused, require_few
+from .errors import ApiError, retry_later
 from .metrics import Metrics
 from .models import Models
 from .protocol import Body, read
@@ -28,6 +28,8 @@ from .traffic import Outcome
 LAST_SECONDS = 1.0
 #: Seconds within which a body must have come.
 BODY_SECONDS = 30
+#: Log-probabilities that all open requests may ask for together, alternatives included.
+OPEN_LOGPROBS = 2 * MAX_LOGPROBS
 #: Characters of a prompt in the log, if prompts are logged.
 LOGGED = 2000
 
@@ -43,14 +45,16 @@ class Answering:
         models: Models,
         config: ServerConfig,
         metrics: Metrics,
+        logprobs: dict[Answer, int],
         loading: ThreadPoolExecutor,
     ):
         """
         Args:
+            logprobs: how many each open request of all endpoints asks for.
             loading: where adapters are loaded that the bank does not hold, so that other requests find a thread.
         """
         self.fields, self.shape, self.loop, self.models, self.config = fields, shape, loop, models, config
-        self.metrics, self.loading = metrics, loading
+        self.metrics, self.logprobs, self.loading = metrics, logprobs, loading
         self.tokens = TokenTexts(loop.engine.tokenizer)
 
     async def __call__(self, scope, receive, send) -> None:
@@ -78,6 +82,7 @@ class Answering:
                 body = await asyncio.to_thread(self._read, data)
                 if body.timeout is not None:
                     deadline.reschedule(began + min(body.timeout, self.config.timeout))
+                self._reserve_logprobs(body, answer)
                 tenant = None
                 if self.models.must_load(body.model, access):
                     resolve = asyncio.get_running_loop().run_in_executor
@@ -95,11 +100,21 @@ class Answering:
         finally:
             outcome.note_times(answer.streams)
             self.loop.close(answer)
+            self.logprobs.pop(answer, None)
             deadline = None  # noqa: F841  # it refers to the task of this frame, and the circle would keep the adapter
 
     def _read(self, data: bytes) -> Body:
         require_few(data, self.loop.engine.max_length)
         return read(self.fields, data)
+
+    def _reserve_logprobs(self, body: Body, answer: Answer) -> None:
+        """Raises ApiError 503 if these have no room next to the log-probabilities of other open requests."""
+        count = logprobs_of(body, self.loop.engine.max_length)
+        if count and self.logprobs and sum(self.logprobs.values()) + count > OPEN_LOGPROBS:
+            message = "open requests ask for as many log-probabilities as the memory has room for; try again"
+            raise retry_later(503, 1, message, "overloaded")
+        if count:
+            self.logprobs[answer] = count
 
     def _open(self, body: Body, tenant: tuple | None, access: Access, answer: Answer, outcome: Outcome) -> None:
         """Opens the streams of a request.

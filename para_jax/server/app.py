@@ -47,7 +47,7 @@ def create_app(
     metrics = Metrics(engine, models)
     loop = EngineLoop(engine, metrics.engine_failures.inc, config.timeout)
     loading = ThreadPoolExecutor(1, "para-jax-loading")
-    shared = (loop, models, config, metrics, loading)
+    shared = (loop, models, config, metrics, {}, loading)
 
     @asynccontextmanager
     async def lifespan(app):

@@ -693,3 +693,17 @@ def test_log_probabilities_of_a_request_are_bounded_before_anything_is_computed(
     body = {"model": "base", "temperature": 0, "prompt": [ids] * 5, "max_tokens": 6, "logprobs": 2, "echo": True}
     assert http.post("/v1/completions", json=body).status_code == 200  # 5 x (4 + 6) tokens x (2 + 1)
     assert error(http.post("/v1/completions", json=body | {"max_tokens": 7}), 400)["param"] == "logprobs"
+
+
+def test_log_probabilities_of_open_requests_are_bounded_together(server, http, monkeypatch):
+    monkeypatch.setattr(answering, "OPEN_LOGPROBS", 50)
+    body = LONG | {"model": "base", "max_tokens": 10, "logprobs": 2}
+    with server.held():
+        (first,) = post_all(server, [body])
+        eventually(lambda: server.engine.open == 1)
+        refused = http.post("/v1/completions", json=body)
+        assert error(refused, 503)["code"] == "overloaded" and int(refused.headers["retry-after"]) > 0
+        rest = post_all(server, [body | {"logprobs": 1}, LONG | {"model": "base"}])  # 30 and 20 have room
+        eventually(lambda: server.engine.open == 3)
+    assert [future.result().status_code for future in (first, *rest)] == [200, 200, 200]
+    assert http.post("/v1/completions", json=body | {"logprobs": 3, "max_tokens": 30}).status_code == 200  # alone
