@@ -92,16 +92,14 @@ def by_layer(adapters: Adapter | Rows | Adjustments) -> tuple[object, Callable]:
 
     The function takes (one layer's weights, x [batch, length, width], prompt_length [batch]) and gives an Adjustment
     whose arrays lead with the batch (or that is Shared), in float32. Only the batch's tenants are gathered, a layer at
-    a time. For packed rows it takes prompt_length and start [batch, segments], and its arrays lead with (batch,
-    segments).
+    a time. `start`, an argument after prompt_length, says where the prompts begin; default 0. For packed rows both are
+    [batch, segments], and the arrays lead with (batch, segments).
     """
     if isinstance(adapters, Rows):
         return of_stacks(adapters)
     if isinstance(adapters, Adjustments):
         return list(adapters.layers), lambda made, x, prompt_length: made
-    if adapters.shared:
-        return adapters, lambda layer, x, length, start=None: Shared(make_adjustment(layer, x[0], length.ravel()[0]))
-    return adapters.in_all_layers(), make_of_one
+    return adapters.in_all_layers(), make_of_all
 
 
 def of_stacks(rows: Rows) -> tuple[tuple[Adapter, ...], Callable]:
@@ -120,12 +118,21 @@ def of_stacks(rows: Rows) -> tuple[tuple[Adapter, ...], Callable]:
     return weights, make
 
 
+def make_of_all(layer: Adapter, x: jax.Array, prompt_length: jax.Array, start: jax.Array | None = None) -> Adjustment:
+    """One layer's adjustments of a batch in which all rows use one adapter."""
+    if layer.shared:
+        return Shared(make_adjustment(layer, x[0], prompt_length.ravel()[0]))
+    return make_of_one(layer, x, prompt_length, start)
+
+
 def make_of_one(layer: Adapter, x: jax.Array, prompt_length: jax.Array, start: jax.Array | None = None) -> Adjustment:
-    """One layer's adjustments of a batch whose rows, or whose segments of packed rows, use one adapter."""
+    """One layer's adjustments for each row, or for each segment of packed rows, with one adapter."""
     if start is None:
         return jax.vmap(make_adjustment, in_axes=(None, 0, 0))(layer, x, prompt_length)
-    of_segments = jax.vmap(make_adjustment, in_axes=(None, None, 0, 0))
-    return jax.vmap(of_segments, in_axes=(None, 0, 0, 0))(layer, x, prompt_length, start)
+    of_row = make_adjustment
+    if prompt_length.ndim > 1:
+        of_row = jax.vmap(make_adjustment, in_axes=(None, None, 0, 0))
+    return jax.vmap(of_row, in_axes=(None, 0, 0, 0))(layer, x, prompt_length, start)
 
 
 def of_groups(
@@ -146,7 +153,7 @@ def of_groups(
     streams, lengths, starts = jax.tree.map(
         lambda a: a.reshape(len(index), rows_each, *a.shape[1:]), (x, prompt_length, start)
     )
-    shared = layer.shared and (rows_each > 1 or start is not None)
+    shared = layer.shared and (rows_each > 1 or prompt_length.ndim > 1)
     if shared:  # the prompt is not read, so any row of a group will do
         made = jax.vmap(make_adjustment)(weights, streams[:, 0], lengths.reshape(len(index), -1)[:, 0])
     else:

@@ -17,17 +17,17 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from ..adapters.acting import batched_adjust, carried
 from ..adapters.adapter import Adapter, Adjustment, Factors, Shared, init
 from ..adapters.methods import is_adapter_config, method_of
 from ..adapters.rows import Adjustments, Rows, Stack, check_fits, gather, reach_of
-from ..adapters.scope import Reach
 from ..backbone.cache import attend_cached, attend_prefix, padded, with_tokens
 from ..backbone.layout import stack_trees, through_layers
 from ..backbone.sequences import checked_sequences, require_in_vocabulary
 from ..backbone.transformer import Transformer
 from ..config import SITES, ModelConfig
 from ..runtime.sharding import traced_on_its_mesh
-from .residual import batched_adjust, residual_stream, rotary_tables_by_kind
+from .residual import residual_stream, rotary_tables_by_kind
 from .tail import PromptStates, Tokens, tail_start, tail_stream
 
 
@@ -398,17 +398,6 @@ def continue_rows(
     adjustments = state.adjustments or (None,) * model.config.num_layers
     x, _ = through_layers(model, step, model.embed(tokens), list(zip(state.cache, adjustments, strict=True)))
     return model.final_norm(x)
-
-
-def carried(adjustment, reach: Reach | None, dtype):
-    """The adjustment in the compute dtype, as decode carries it: zeros for rows of scope `prompt`. In the
-    teacher-forced pass `adjust` rounds to the same dtype just before it applies them, so that their gradients stay
-    float32."""
-    if reach is not None and any(scope == "prompt" for scope, _ in reach.scopes) and reach.decodes:
-        adjustment = jax.tree.map(
-            lambda a: jnp.where((reach.after > 0).reshape(-1, *[1] * (a.ndim - 1)), a, 0), adjustment
-        )
-    return jax.tree.map(lambda a: a.astype(dtype), adjustment)
 
 
 def checked(model, adapters, tokens, prompt_length, length) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from ..adapters.rows import Rows, by_layer
 from ..backbone.block_pool import LayerPool, attend_blocks
 from ..backbone.layout import through_layers
-from .residual import acting, batched_adjust, plain, rotary_tables_by_kind
+from .residual import rotary_tables_by_kind
 
 #: Per layer: the keys and values of all blocks.
 Pool = tuple[LayerPool, ...]

@@ -12,9 +12,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from ..adapters.adapter import Adjustment, Shared
+from ..adapters.acting import acting, batched_adjust
 from ..adapters.rows import by_layer, reach_of
-from ..adapters.segments import Segments, adjust_segments
+from ..adapters.segments import Segments
 from ..backbone.kernels import self_attention
 from ..backbone.layout import through_layers
 from ..backbone.rotary import rotary_tables
@@ -68,30 +68,7 @@ def residual_stream(
     return through_layers(model, REMAT[remat](step), model.embed(tokens), weights)
 
 
-def acting(adjust: Callable, where: jax.Array | bool) -> Callable:
-    """adjust(site, x, y) at the tokens where the adapter acts (True: all of them), and y as it is at the others."""
-    if isinstance(where, bool):
-        return adjust
-    return lambda site, x, y: jnp.where(where[..., None], adjust(site, x, y), y)
-
-
-def plain(site: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """The adjustment of the plain backbone."""
-    return y
-
-
 def rotary_tables_by_kind(config: ModelConfig, positions: jax.Array) -> dict:
     """The rotary tables of every kind of layer, each computed once."""
     rotaries = dict.fromkeys(kind.rotary for kind in config.kinds)
     return {rotary: rotary_tables(rotary, positions) for rotary in rotaries}
-
-
-def batched_adjust(adjustment: Adjustment | None, segments: Segments | None = None) -> Callable:
-    """adjust(site, x, y) over a batch, from an adjustment whose arrays have a leading batch axis, or a Shared one."""
-    if adjustment is None:
-        return plain
-    if isinstance(adjustment, Shared):
-        return adjustment.adjust
-    if segments is not None:
-        return adjust_segments(adjustment, segments.segment)
-    return lambda site, x, y: jax.vmap(lambda a, x, y: a.adjust(site, x, y))(adjustment, x, y)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from ..adapters.acting import acting, batched_adjust, plain
 from ..adapters.rows import by_layer, reach_of
 from ..adapters.segments import Segments
 from ..backbone.attention import within
@@ -24,7 +25,7 @@ from ..backbone.kernel_choice import LANES, attention_kernel
 from ..backbone.kernels import platform, self_attention, splash_both
 from ..backbone.layout import stack_trees, through_layers
 from ..config import ModelConfig
-from .residual import REMAT, acting, batched_adjust, plain, residual_stream, rotary_tables_by_kind
+from .residual import REMAT, residual_stream, rotary_tables_by_kind
 
 
 class Tokens(NamedTuple):

@@ -45,6 +45,9 @@ class Request:
     ignore_eos: bool = False
     """decode past the end tokens of tokenizer, model and chat template: for benchmarks. `stop` and `stop_token_ids`
     still end an answer"""
+    keep_end: bool = False
+    """whether the answer's tokens, and their log-probabilities, include the token that ends it, as policy gradients need
+    it. The text never does"""
     strip: bool = True
     """whether the answer's text leaves out the white space at its ends, such as the space that training puts after a
     prompt. Its tokens, and where a stop text ends it, stay as they are"""
@@ -91,7 +94,7 @@ class Completion(NamedTuple):
     text: str
     """without white space at its ends, unless the request's `strip` is False"""
     tokens: list[int]
-    """without the token that ended it"""
+    """without the token that ended it, unless the request's `keep_end` is set"""
     finish_reason: str
     """stop | length | error"""
     error: str | None = None

@@ -267,10 +267,14 @@ class Rounds:
                 for i, token in enumerate(new):
                     if token == NO_TOKEN:
                         return self._requests.end(sample, "error", NO_TOKEN_MESSAGE)
-                    if token in sample.stops or (token in self._stops and not request.ignore_eos):
+                    is_end = token in sample.stops or (token in self._stops and not request.ignore_eos)
+                    if is_end and not request.keep_end:
                         return self._requests.end(sample, "stop")
                     sample.logprobs += logprobs[i : i + 1]
                     sample.tokens.append(token)
+                    if is_end:
+                        sample.kept_end = True
+                        return self._requests.end(sample, "stop")
                     if sample.text is not None and sample.text.add(token):
                         return self._requests.end(sample, "stop")
                     if len(sample.tokens) == request.max_new_tokens:

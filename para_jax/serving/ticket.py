@@ -66,6 +66,8 @@ class Sample:
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         """of each of `tokens`, if the request asks for them"""
+        self.kept_end = False
+        """whether the last of `tokens` is the one that ended the answer"""
         self.prompt_logprobs: list[TokenLogprob | None] | None = None
         """of the prompt, once it is scored"""
         self.text: AnswerText | None = None
@@ -110,7 +112,8 @@ class Sample:
         if self.text is not None:
             return str(self.text)
         try:
-            text = text_of(tokenizer, self.tokens, self.tokens_before(tokenizer))
+            tokens = self.tokens[:-1] if self.kept_end else self.tokens
+            text = text_of(tokenizer, tokens, self.tokens_before(tokenizer))
             return text.strip() if self.request.strip else text
         except BaseException as error:
             if not (partial and is_request_error(error)):
