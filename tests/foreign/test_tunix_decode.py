@@ -14,8 +14,9 @@ pytest.importorskip("tunix")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 from tunix.generate.sampler import CacheConfig, Sampler  # noqa: E402
+from tunix.generate.tokenizer_adapter import TokenizerAdapter  # noqa: E402
 from tunix.sft import utils  # noqa: E402
-from tunix_models import HEAD, LAYERS, VOCAB, Numbers, own_model, tunix_model  # noqa: E402
+from tunix_models import HEAD, LAYERS, VOCAB, number_tokenizer, own_model, tunix_model  # noqa: E402
 
 PROMPTS = [np.random.default_rng(2).integers(3, VOCAB, n).astype(np.int32) for n in (4, 7, 1, 6)]
 INDEX = [2, -1, 0, 1]
@@ -42,7 +43,7 @@ def sampled(model, steps=8, **options):
     cache = CacheConfig(cache_size=40, num_layers=LAYERS, num_kv_heads=c.num_kv_heads, head_dim=HEAD)
     texts = [" ".join(map(str, prompt)) for prompt in PROMPTS]
     # Tunix takes a sampled 0 for padding and masks it.
-    return Sampler(model, Numbers(), cache)(
+    return Sampler(model, TokenizerAdapter(number_tokenizer()), cache)(
         texts, max_generation_steps=steps, eos_tokens=[10**6], forbidden_tokens=[0], return_logprobs=True, **options
     )
 

@@ -25,7 +25,7 @@ from tunix.sft.dpo.dpo_trainer import DPOTrainer, DPOTrainingConfig, compute_log
 from tunix.sft.dpo.dpo_trainer import TrainingInput as Pairs  # noqa: E402
 from tunix.sft.metrics_logger import Mode  # noqa: E402
 from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig, TrainingInput  # noqa: E402
-from tunix_models import Numbers, own_model, tunix_model  # noqa: E402
+from tunix_models import number_tokenizer, own_model, tunix_model  # noqa: E402
 
 from para_jax.foreign.tunix import EngineRollout, ParaRollout, sft, sft_inputs, sft_loss, token_logps  # noqa: E402
 
@@ -132,9 +132,8 @@ def test_dpo_prefers_the_chosen_answers_of_prompts_it_has_not_seen():
 
     x = trainer._prepare_inputs(next(pairs(1, rows=32, seed=5)))
     inputs = x.input_ids, x.positions, x.attention_mask, x.logits_to_keep, x.completion_mask
-    found, of_reference = (compute_logps(one, *inputs)[0] for one in (model, reference))
-    gained = found - of_reference
-    assert np.mean(gained[:32] > gained[32:]) >= 0.8
+    (found, rejected), of_reference = (compute_logps(one, *inputs) for one in (model, reference))
+    assert np.mean(found - of_reference[0] > rejected - of_reference[1]) >= 0.8
     for row, theirs in zip(np.asarray(x.input_ids[:4]), found, strict=False):
         start = int(np.argmax(row != 0))
         logits = forward(own, adapter_of(model), row[None, start : P + 3], P - start)[0]
@@ -144,7 +143,7 @@ def test_dpo_prefers_the_chosen_answers_of_prompts_it_has_not_seen():
 
 def reward(prompts, completions, **kwargs):
     """The share of tokens under 40."""
-    return [float(np.mean([int(token) < 40 for token in text.split()] or [0])) for text in completions]
+    return [float(np.mean([token.isdigit() and int(token) < 40 for token in text.split()] or [0])) for text in completions]
 
 
 def grpo(model, rollout, mesh, other=None, steps=6, **options):
@@ -158,7 +157,7 @@ def grpo(model, rollout, mesh, other=None, steps=6, **options):
     cluster = rc.RLCluster(
         actor=model,
         reference=reference,
-        tokenizer=Numbers(),
+        tokenizer=number_tokenizer(),
         cluster_config=rc.ClusterConfig(
             role_to_mesh=roles, rollout_engine=rollout, training_config=training, rollout_config=rollout_config
         ),
@@ -192,3 +191,28 @@ def test_grpo_trains_the_adapter_and_gives_it_to_the_rollout(how):
     for one, two in zip(jax.tree.leaves(held), jax.tree.leaves(trained), strict=True):
         assert one.dtype == jnp.float32
         np.testing.assert_array_equal(one, two)
+
+
+def test_our_engine_is_the_rollout_with_the_trainers_log_probabilities():
+    model = tunix_model("llama3")
+    own = own_model(model, "llama3")
+    attach(model, strong(init_adapter(ParaConfig(r=8), own.config)))
+    seen, generate = [], EngineRollout.generate
+
+    class Noted(EngineRollout):
+        def generate(self, prompts, rollout_config, **kwargs):
+            out = generate(self, prompts, rollout_config, **kwargs)
+            tokens = np.zeros((len(prompts), 6), np.int32)
+            for row, answer in zip(tokens, out.tokens, strict=True):
+                row[: len(answer)] = answer
+            theirs = self.get_per_token_logps(jnp.asarray(out.left_padded_prompt_tokens), jnp.asarray(tokens))
+            seen.extend(zip(theirs, out.logprobs, out.tokens, strict=True))
+            return out
+
+    grpo(model, partial(Noted, backbone=own), one_device())
+    assert len(seen) == 6 * 2 * 8
+    for theirs, ours, tokens in seen:
+        assert len(ours) == len(tokens) <= 6 and (len(tokens) == 6 or tokens[-1] == 2)
+        before_pad = np.argmax(np.append(tokens, 0) == 0)  # a sampled 0 is padding to Tunix, and masked from there on
+        np.testing.assert_allclose(theirs[:before_pad], ours[:before_pad], atol=1e-4)
+    assert any(tokens[-1] == 2 for _, _, tokens in seen)

@@ -7,6 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
 
 from para_jax import LayerKind, ModelConfig, RotaryConfig, Transformer
 
@@ -132,23 +136,9 @@ def put(variable: nnx.Variable, value) -> None:
     variable.set_value(jnp.asarray(value).reshape(variable.get_value().shape))
 
 
-class Numbers:
-    """A tokenizer whose texts are token ids, as Tunix calls one."""
-
-    def encode(self, text):
-        return [int(token) for token in text.split()]
-
-    def decode(self, ids):
-        return " ".join(str(int(token)) for token in ids)
-
-    def dedup_bos_ids(self, ids):
-        return ids
-
-    def bos_id(self):
-        return 1
-
-    def eos_id(self):
-        return 2
-
-    def pad_id(self):
-        return 0
+def number_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer whose texts are token ids; 0 to 2 are special."""
+    names = ["<pad>", "<bos>", "<eos>", *map(str, range(3, VOCAB))]
+    words = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="<pad>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
