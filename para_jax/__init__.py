@@ -55,6 +55,14 @@ if TYPE_CHECKING:
     from .model.adapted import right_pad as right_pad
     from .model.adapted import vectors as vectors
 
+    # Transformers that are not ours
+    from .foreign.attach import adapter_of as adapter_of
+    from .foreign.attach import attach as attach
+    from .foreign.attach import detach as detach
+    from .foreign.attach import set_adapter as set_adapter
+    from .foreign.prompts import EndsWith as EndsWith
+    from .foreign.prompts import LeftPadded as LeftPadded
+
     # runs
     from .config import RunConfig as RunConfig
     from .config import load_config as load_config
@@ -95,6 +103,8 @@ _NAMES = {
     "adapters.files": "load_adapter save_adapter",
     "adapters.rows": "Rows Stack pick stack_adapters",
     "model.adapted": "adapt decode forward hidden_states init_adapter multi_tenant_forward prefill right_pad vectors",
+    "foreign.attach": "adapter_of attach detach set_adapter",
+    "foreign.prompts": "EndsWith LeftPadded",
     "io.messages": "log_to_stderr",
     "runtime.sharding": "make_mesh",
     "inference.export": "export_ia3",

@@ -123,7 +123,9 @@ def set_adapter(model: nnx.Module, adapter: Adapter | Stack) -> None:
     attached, scanned, of_layers = held_by(model)
     weights = by_layers(adapter)
     if weights.config != attached.config or weights.backbone != of_layers[0].backbone:
-        raise ValueError(f"the adapter's config is {weights.config}; attached is {attached.config}; use detach and attach")
+        raise ValueError(
+            f"the adapter's config is {weights.config}; attached is {attached.config}; use detach and attach"
+        )
     for place, held in enumerate(of_layers):
         for old, new in zip(variables(held), variables(weights), strict=True):
             value = new.get_value()
@@ -164,7 +166,9 @@ def check_layers(weights: Adapter, layers: list, scanned: bool, config: ModelCon
     if scanned and len(weights.layers(weights.config, config.num_layers)) < config.num_layers:
         raise ValueError("layers_to_transform: the model's layers are one module for a scan; leave it out")
     if not scanned and len(layers) != config.num_layers:
-        raise ValueError(f"{family.layers} has {len(layers)} layers, the config {config.num_layers}; pass the model's own")
+        raise ValueError(
+            f"{family.layers} has {len(layers)} layers, the config {config.num_layers}; pass the model's own"
+        )
     for i, layer in enumerate(layers):
         found = {site for linear in family.linears if module_at(layer, linear.path) for site in linear.sites}
         if missing := set(weights.config.target_modules) - found:

@@ -120,7 +120,9 @@ def layers_of(model: nnx.Module, family: Family) -> tuple[list[Any], bool]:
     layers = getattr(parent, name, None)
     if layers is None:  # MaxText without a scan: layers_0, layers_1, ...
         return list(numbered(parent, name)), False
-    return ([layers], True) if isinstance(layers, nnx.Module) and not hasattr(layers, "__len__") else (list(layers), False)
+    return (
+        ([layers], True) if isinstance(layers, nnx.Module) and not hasattr(layers, "__len__") else (list(layers), False)
+    )
 
 
 def numbered(parent: Any, name: str) -> Iterator[Any]:

@@ -106,7 +106,9 @@ def call_of(attached: Attached, tokens: jax.Array, arguments: dict, prompt_end: 
     rows, length = tokens.shape
     if attached.tenants != (tenants is not None) or (tenants is not None and tenants.shape != (rows,)):
         needs = f"int32[{rows}], an index for each row" if attached.tenants else "no index: it has one adapter"
-        raise ValueError(f"tenants is {tenants if tenants is None else tenants.shape}; the attached model needs {needs}")
+        raise ValueError(
+            f"tenants is {tenants if tenants is None else tenants.shape}; the attached model needs {needs}"
+        )
     tenants = None if tenants is None else jnp.asarray(tenants[...], jnp.int32)
     cache, reach = arguments.get("cache"), reach_of_config(attached.config, rows)
     zero = jnp.zeros(rows, jnp.int32)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ..adapters.acting import acting, batched_adjust, plain
 from ..adapters.rows import Rows, by_layer
 from ..backbone.block_pool import LayerPool, attend_blocks
 from ..backbone.layout import through_layers

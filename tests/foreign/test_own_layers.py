@@ -32,9 +32,7 @@ CONFIG = ModelConfig(
     attention_scale=8**-0.5,
     kinds=(LayerKind(rotary=RotaryConfig(dims=8)),) * 3,
 )  # fmt: skip
-LINEARS = tuple(
-    Linear(f"{'attention' if site[0] in 'qkvo' else 'feedforward'}.{site}", (site,)) for site in SITES
-)
+LINEARS = tuple(Linear(f"{'attention' if site[0] in 'qkvo' else 'feedforward'}.{site}", (site,)) for site in SITES)
 LISTED = Family(LINEARS, layers="decoder.layers", cache=None)
 SCANNED = Family(LINEARS, layers="decoder.layers", stacked=1, cache=None)
 METHODS = {
@@ -76,7 +74,9 @@ class Foreign(nnx.Module):
     def __call__(self, tokens, positions=None):
         tables = rotary_tables(RotaryConfig(dims=8), jnp.arange(tokens.shape[1]))
         attend = self_attention(CONFIG, self.own.dtype, tokens.shape[1], None, self.own.attention)[None]
-        return self.own.logits(self.own.final_norm(self.decoder(self.own.embed(jnp.asarray(tokens)), plain, tables, attend)))
+        return self.own.logits(
+            self.own.final_norm(self.decoder(self.own.embed(jnp.asarray(tokens)), plain, tables, attend))
+        )
 
 
 def backbone() -> Transformer:

@@ -44,7 +44,9 @@ METHODS = {
 }
 #: Every method on one model, and on the others what touches all of their linears.
 CASES = [("llama3", method) for method in METHODS]
-CASES += [(name, method) for name in KINDS if name not in ("llama3", "gemma4") for method in ("seven sites", "response")]
+CASES += [
+    (name, method) for name in KINDS if name not in ("llama3", "gemma4") for method in ("seven sites", "response")
+]
 LENGTHS, PROMPTS, WIDTH = np.array([12, 9, 11, 7]), np.array([5, 3, 1, 6]), 8
 MASK = np.arange(12) < LENGTHS[:, None]
 TOKENS = np.where(MASK, np.random.default_rng(1).integers(3, VOCAB, (4, 12)), 0).astype(np.int32)
@@ -125,7 +127,9 @@ def test_gradients_are_those_of_our_backbone(name, remat):
 
     grads = nnx.jit(nnx.grad(of_model, argnums=nnx.DiffState(0, nnx.LoRAParam)))(model)
     wanted = jax.grad(lambda adapter: loss(forward(own, adapter, TOKENS, PROMPTS)))(adapter)
-    found = jax.tree.map(lambda *a: jnp.stack(a), *(nnx.to_pure_dict(grads)["layers"][i]["para"] for i in range(LAYERS)))
+    found = jax.tree.map(
+        lambda *a: jnp.stack(a), *(nnx.to_pure_dict(grads)["layers"][i]["para"] for i in range(LAYERS))
+    )
     wanted = nnx.to_pure_dict(nnx.state(wanted))
     assert jax.tree.structure(found) == jax.tree.structure(wanted)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):

@@ -143,7 +143,9 @@ def test_dpo_prefers_the_chosen_answers_of_prompts_it_has_not_seen():
 
 def reward(prompts, completions, **kwargs):
     """The share of tokens under 40."""
-    return [float(np.mean([token.isdigit() and int(token) < 40 for token in text.split()] or [0])) for text in completions]
+    return [
+        float(np.mean([token.isdigit() and int(token) < 40 for token in text.split()] or [0])) for text in completions
+    ]
 
 
 def grpo(model, rollout, mesh, other=None, steps=6, **options):

@@ -82,7 +82,9 @@ def own_config(model, name: str) -> ModelConfig:
         own |= dict(attention_softcap=c.attn_logits_soft_cap, final_softcap=c.final_logit_softcap)
         return ModelConfig(**shape | own, kinds=kinds([1e4] * LAYERS, windows))
     thetas = [c.local_base_frequency if one else c.global_base_frequency for one in local]
-    return ModelConfig(**shape | own, model_type="gemma3_text", post_norm=True, qk_norm="head", kinds=kinds(thetas, windows))
+    return ModelConfig(
+        **shape | own, model_type="gemma3_text", post_norm=True, qk_norm="head", kinds=kinds(thetas, windows)
+    )
 
 
 def own_model(model, name: str) -> Transformer:

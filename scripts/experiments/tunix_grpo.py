@@ -1,0 +1,154 @@
+"""GRPO by Tunix on SmolLM2-135M: PARA, LoRA of its size and (IA)^3 learn to answer sums with the number alone.
+
+    python scripts/experiments/tunix_grpo.py para --steps 60 --output runs/grpo/para.json
+
+The reward is 0.5 if the answer begins with the right sum, and 0.5 if it is a number and nothing else. The backbone is
+Tunix's Qwen 2 with SmolLM2's weights and biases of zero, which is the same function. Rollouts come from our Engine.
+"""
+
+import argparse
+import json
+import re
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from tunix.models.qwen2 import model as qwen2
+from tunix.rl import rl_cluster as rc
+from tunix.rl.grpo.grpo_learner import GRPOConfig, GRPOLearner
+from tunix.rl.rollout.base_rollout import RolloutConfig
+
+from para_jax import (
+    AdapterBank,
+    Engine,
+    Ia3Config,
+    LoraConfig,
+    ParaConfig,
+    Request,
+    adapter_of,
+    attach,
+    load_backbone,
+    load_tokenizer,
+    save_adapter,
+)
+from para_jax.adapters.adapter import count_parameters
+from para_jax.foreign import compare_backbones
+from para_jax.foreign.tunix import EngineRollout
+
+METHODS = {"para": (ParaConfig(r=12), 1e-3), "lora": (LoraConfig(r=9), 1e-3), "ia3": (Ia3Config(), 1e-2)}
+PROMPT, ANSWER = 16, 8
+
+
+def in_tunix(own) -> nnx.Module:
+    """Tunix's Qwen 2 with the weights of a Llama of ours."""
+    c = own.config
+    config = qwen2.ModelConfig(
+        num_layers=c.num_layers, vocab_size=c.vocab_size, embed_dim=c.width, hidden_dim=c.hidden_width,
+        num_heads=c.num_heads, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim, norm_eps=c.norm_eps,
+        rope_theta=int(c.kinds[0].rotary.theta), use_tied_embedding=True,
+    )  # fmt: skip
+    model = qwen2.Qwen2(config, rngs=nnx.Rngs(0))
+
+    def put(variable, value):
+        variable.set_value(jnp.asarray(value[...], jnp.float32).reshape(variable.get_value().shape))
+
+    put(model.embedder.input_embedding, own.embedding)
+    put(model.final_norm.w, own.final_norm.weight)
+    for theirs, ours in zip(model.layers, own.layers, strict=True):
+        put(theirs.input_layernorm.w, ours.input_norm.weight)
+        put(theirs.post_attention_layernorm.w, ours.pre_feedforward_norm.weight)
+        for name in "qkvo":
+            put(getattr(theirs.attn, f"{name}_proj").w, getattr(ours.attention, f"{name}_proj").kernel)
+        for name in "qkv":
+            put(getattr(theirs.attn, f"{name}_bias"), jnp.zeros_like(getattr(theirs.attn, f"{name}_bias")[...]))
+        for name in ("gate", "up", "down"):
+            put(getattr(theirs.mlp, f"{name}_proj").kernel, getattr(ours.feedforward, f"{name}_proj").kernel)
+    return model
+
+
+def questions(count: int, seed: int) -> list[str]:
+    pairs = np.random.default_rng(seed).integers(1, 50, (count, 2))
+    return [f"What is {a} + {b}? Answer:" for a, b in pairs]
+
+
+def reward(prompts, completions, **_) -> list[float]:
+    def one(prompt: str, answer: str) -> float:
+        right = sum(map(int, re.findall(r"\d+", prompt)))
+        number = re.match(r"\s*(\d+)", answer)
+        return 0.5 * (number is not None and int(number[1]) == right) + 0.5 * answer.strip().isdigit()
+
+    return [one(*pair) for pair in zip(prompts, completions, strict=True)]
+
+
+def held_out(own, adapter, tokenizer) -> float:
+    """The mean reward of greedy answers to questions that training has not seen."""
+    texts = questions(128, seed=10**6)
+    engine = Engine(own, AdapterBank.holding({"policy": adapter}, own.config), tokenizer, slots=16, max_length=24)
+    for i, text in enumerate(texts):
+        engine.submit(Request(tuple(tokenizer(text)["input_ids"]), tenant="policy", max_new_tokens=ANSWER, id=i))
+    return float(np.mean(reward(texts, [answer.text for answer in sorted(engine.run(), key=lambda one: one.id)])))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("method", choices=METHODS)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rate", type=float)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    config, rate = METHODS[args.method]
+    own, tokenizer = load_backbone("smollm2-135m"), load_tokenizer("smollm2-135m")
+    model = in_tunix(own)
+    gap = compare_backbones(model, own, np.array([tokenizer(questions(1, 0)[0])["input_ids"]]))
+    attach(model, config, config=own.config)
+    before = held_out(own, adapter_of(model), tokenizer)
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
+    cluster = rc.RLCluster(
+        actor=model, tokenizer=tokenizer,
+        cluster_config=rc.ClusterConfig(
+            role_to_mesh={rc.Role.ACTOR: mesh, rc.Role.REFERENCE: mesh, rc.Role.ROLLOUT: mesh},
+            rollout_engine=partial(EngineRollout, backbone=own, slots=16),
+            training_config=rc.RLTrainingConfig(
+                actor_optimizer=optax.adamw(args.rate or rate, weight_decay=0.0), eval_every_n_steps=10**6,
+                max_steps=args.steps,
+            ),
+            rollout_config=RolloutConfig(
+                max_tokens_to_generate=ANSWER, max_prompt_length=PROMPT, temperature=1.0,
+                eos_tokens=[tokenizer.eos_token_id],
+            ),
+        ),
+    )  # fmt: skip
+    learner = GRPOLearner(
+        cluster, GRPOConfig(num_generations=8, beta=0.0, policy_loss_fn="para_grpo"), reward_fns=reward
+    )
+    rewards, times = [], [time.time()]
+
+    def note(prompts, completions, rewards_, advantages, **_):
+        rewards.append(float(np.mean(rewards_)))
+        times.append(time.time())
+        print(f"step {len(rewards)} reward {rewards[-1]:.3f} {times[-1] - times[-2]:.1f} s", flush=True)
+        return {}
+
+    learner.metric_fns = [
+        lambda prompts, completions, rewards, advantages, **_: note(prompts, completions, rewards, advantages)
+    ]
+    texts = questions(4 * args.steps, seed=args.seed)
+    learner.train([{"prompts": np.array(texts[4 * i : 4 * i + 4])} for i in range(args.steps)])
+    adapter = adapter_of(model)
+    save_adapter(adapter, args.output.with_suffix(""))
+    found = {"method": args.method, "config": repr(config), "parameters": count_parameters(adapter), "rate": args.rate or rate,
+             "seed": args.seed, "backbone_gap": gap, "reward_before": before, "reward_after": held_out(own, adapter, tokenizer),
+             "rewards": rewards, "seconds_per_step": float(np.median(np.diff(times)))}  # fmt: skip
+    args.output.write_text(json.dumps(found, indent=1))
+    print({name: value for name, value in found.items() if name != "rewards"})
+
+
+if __name__ == "__main__":
+    main()
