@@ -2,7 +2,7 @@
 
     python scripts/experiments/tunix_grpo.py para --steps 60 --output runs/grpo/para.json
 
-The reward is 0.5 if the answer begins with the right sum, and 0.5 if it is a number and nothing else. The backbone is
+The reward is 0 for a wrong sum, else 1 divided by the words of the answer: the number alone gets 1. The backbone is
 Tunix's Qwen 2 with SmolLM2's weights and biases of zero, which is the same function. Rollouts come from our Engine.
 """
 
@@ -42,7 +42,7 @@ from para_jax.foreign import compare_backbones
 from para_jax.foreign.tunix import EngineRollout
 
 METHODS = {"para": (ParaConfig(r=12), 1e-3), "lora": (LoraConfig(r=9), 1e-3), "ia3": (Ia3Config(), 1e-2)}
-PROMPT, ANSWER = 16, 8
+PROMPT, ANSWER = 20, 6
 
 
 def in_tunix(own) -> nnx.Module:
@@ -74,14 +74,14 @@ def in_tunix(own) -> nnx.Module:
 
 def questions(count: int, seed: int) -> list[str]:
     pairs = np.random.default_rng(seed).integers(1, 50, (count, 2))
-    return [f"What is {a} + {b}? Answer:" for a, b in pairs]
+    return [f"5 + 3 = 8, {a} + {b} =" for a, b in pairs]
 
 
 def reward(prompts, completions, **_) -> list[float]:
     def one(prompt: str, answer: str) -> float:
-        right = sum(map(int, re.findall(r"\d+", prompt)))
+        right = sum(map(int, re.findall(r"\d+", prompt)[-2:]))
         number = re.match(r"\s*(\d+)", answer)
-        return 0.5 * (number is not None and int(number[1]) == right) + 0.5 * answer.strip().isdigit()
+        return (number is not None and int(number[1]) == right) / max(1, len(answer.split()))
 
     return [one(*pair) for pair in zip(prompts, completions, strict=True)]
 
@@ -89,7 +89,9 @@ def reward(prompts, completions, **_) -> list[float]:
 def held_out(own, adapter, tokenizer) -> float:
     """The mean reward of greedy answers to questions that training has not seen."""
     texts = questions(128, seed=10**6)
-    engine = Engine(own, AdapterBank.holding({"policy": adapter}, own.config), tokenizer, slots=16, max_length=24)
+    engine = Engine(
+        own, AdapterBank.holding({"policy": adapter}, own.config), tokenizer, slots=16, max_length=PROMPT + ANSWER
+    )
     for i, text in enumerate(texts):
         engine.submit(Request(tuple(tokenizer(text)["input_ids"]), tenant="policy", max_new_tokens=ANSWER, id=i))
     return float(np.mean(reward(texts, [answer.text for answer in sorted(engine.run(), key=lambda one: one.id)])))
@@ -130,8 +132,8 @@ def main():
     )
     rewards, times = [], [time.time()]
 
-    def note(prompts, completions, rewards_, advantages, **_):
-        rewards.append(float(np.mean(rewards_)))
+    def note(prompts, completions, **of_step):
+        rewards.append(float(np.mean(of_step["rewards"])))
         times.append(time.time())
         print(f"step {len(rewards)} reward {rewards[-1]:.3f} {times[-1] - times[-2]:.1f} s", flush=True)
         return {}
