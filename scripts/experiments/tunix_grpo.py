@@ -138,9 +138,7 @@ def main():
         print(f"step {len(rewards)} reward {rewards[-1]:.3f} {times[-1] - times[-2]:.1f} s", flush=True)
         return {}
 
-    learner.metric_fns = [
-        lambda prompts, completions, rewards, advantages, **_: note(prompts, completions, rewards, advantages)
-    ]
+    learner.metric_fns = [note]
     texts = questions(4 * args.steps, seed=args.seed)
     learner.train([{"prompts": np.array(texts[4 * i : 4 * i + 4])} for i in range(args.steps)])
     adapter = adapter_of(model)
