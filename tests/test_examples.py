@@ -5,10 +5,11 @@ import inspect
 
 import numpy as np
 import pytest
+from foreign_model import LISTED, Foreign
 from guide_world import ADAPTERS, in_world, opened_world
 
 import para_jax
-from para_jax import load_adapter
+from para_jax import ParaConfig, attach, load_adapter, load_backbone
 
 FUNCTIONS = [name for name in para_jax._LATER if not inspect.isclass(getattr(para_jax, name))]
 
@@ -21,7 +22,8 @@ def world(tmp_path_factory):
         yield names | {
             "model": model, "tokenizer": tokenizer, "bank": bank, "np": np,
             "tokens": np.array([tokenizer("The capital of France is")["input_ids"]]),
-            "adapter": load_adapter(ADAPTERS[0], model.config),
+            "adapter": load_adapter(ADAPTERS[0], model.config), "their_model": Foreign(model), "family": LISTED,
+            "attached_model": attach(Foreign(load_backbone("backbone")), ParaConfig(r=12), config=model.config, family=LISTED),
         }  # fmt: skip
 
 

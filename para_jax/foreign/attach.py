@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -21,7 +21,6 @@ from ..runtime.sharding import is_variable, mesh_of, named_axes, partition
 from .compare import compare_backbones
 from .family import Family, config_of, family_of, layers_of, module_at
 from .hooks import Attached, hooked, layer_hook, linear_hook, root_hook
-from .prompts import Rule
 
 log = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nnx.Module)
@@ -31,7 +30,7 @@ def attach(
     model: Model,
     adapter: Any,
     *,
-    prompts: Rule | None = None,
+    prompts: Any = None,
     config: ModelConfig | None = None,
     family: Family | None = None,
     backbone: Transformer | None = None,
@@ -59,7 +58,9 @@ def attach(
     lacks, for an adapter with statistics (summary=standardised), and, with layers that are one module for a scan, for
     layers_to_transform. Calls raise ValueError where prompt_end or tenants are missing.
 
-    >>> model = attach(tunix_llama, ParaConfig(r=12), prompts=LeftPadded(512))  # doctest: +SKIP
+    >>> attached = attach(their_model, ParaConfig(r=12), prompts=LeftPadded(4), config=model.config, family=family)
+    >>> attached is their_model, attached(tokens).shape
+    (True, (1, 5, 256))
     """
     if attached_to(model):
         raise ValueError("the model has an adapter already; call detach(model) or set_adapter(model, adapter)")
@@ -71,7 +72,8 @@ def attach(
         adapter = init_adapter(adapter, config)
     if isinstance(adapter, Rows):
         (stack,), index = adapter.stacks, adapter.by_row().index[0]
-        model.para_tenants = nnx.Param(index)  # a variable, as Tunix's Sampler keeps those of its model
+        # A variable, as Tunix's Sampler keeps those of its model.
+        setattr(model, "para_tenants", nnx.Param(index))  # noqa: B010
         adapter = stack
     weights = by_layers(adapter)
     check_fits(weights, config)
@@ -95,7 +97,8 @@ def attach(
 def detach(model: Model) -> Model:
     """`model` itself, as it was before attach. Without an adapter it stays as it is.
 
-    >>> model = detach(model)
+    >>> detach(attached_model) is attached_model
+    True
     """
     for _, module in list(nnx.iter_graph(model)):
         if plain := getattr(type(module), "para_base", None):
@@ -107,7 +110,11 @@ def detach(model: Model) -> Model:
 
 def adapter_of(model: nnx.Module) -> Adapter | Stack:
     """The adapter of an attached model, as `save_adapter` and our own backbone take it; a Stack where attach got a Stack
-    or Rows. Raises ValueError for a model without one."""
+    or Rows. Raises ValueError for a model without one.
+
+    >>> forward(model, adapter_of(attached_model), tokens, 5).shape
+    (1, 5, 256)
+    """
     attached, scanned, of_layers = held_by(model)
     axis = attached.family.stacked
     if scanned:
@@ -119,13 +126,14 @@ def adapter_of(model: nnx.Module) -> Adapter | Stack:
 
 def set_adapter(model: nnx.Module, adapter: Adapter | Stack) -> None:
     """Replaces the weights of an attached model's adapter. Compiled functions stay valid. Raises ValueError for an
-    adapter of another config."""
+    adapter of another config.
+
+    >>> set_adapter(attached_model, adapter)
+    """
     attached, scanned, of_layers = held_by(model)
     weights = by_layers(adapter)
     if weights.config != attached.config or weights.backbone != of_layers[0].backbone:
-        raise ValueError(
-            f"the adapter's config is {weights.config}; attached is {attached.config}; use detach and attach"
-        )
+        raise ValueError(f"the adapter has {weights.config}, the model {attached.config}; use detach and attach")
     for place, held in enumerate(of_layers):
         for old, new in zip(variables(held), variables(weights), strict=True):
             value = new.get_value()
@@ -167,7 +175,7 @@ def check_layers(weights: Adapter, layers: list, scanned: bool, config: ModelCon
         raise ValueError("layers_to_transform: the model's layers are one module for a scan; leave it out")
     if not scanned and len(layers) != config.num_layers:
         raise ValueError(
-            f"{family.layers} has {len(layers)} layers, the config {config.num_layers}; pass the model's own"
+            f"{family.layers} has {len(layers)} layers, the config {config.num_layers}; pass one that fits"
         )
     for i, layer in enumerate(layers):
         found = {site for linear in family.linears if module_at(layer, linear.path) for site in linear.sites}
@@ -191,7 +199,7 @@ def placed(adapter: Adapter, mesh: Any, config: ModelConfig) -> Adapter:
     return jax.tree.map(one, adapter, is_leaf=is_variable)
 
 
-def variables(adapter: Adapter) -> Iterator[nnx.Variable]:
+def variables(adapter: Adapter) -> list[Any]:
     return jax.tree.leaves(adapter, is_leaf=is_variable)
 
 

@@ -21,7 +21,8 @@ def compare_backbones(foreign: nnx.Module, ours: Transformer, tokens: Any, *, fa
     Args:
         tokens: int [batch, T], without padding. Several windows of a model with sliding attention tell more.
 
-    >>> compare_backbones(tunix_llama, load_backbone("meta-llama/Llama-3.2-1B"), tokens)  # doctest: +SKIP
+    >>> compare_backbones(their_model, model, tokens, family=family) < 1e-4
+    True
     """
     tokens = jnp.asarray(tokens, jnp.int32)
     own = forward(ours, None, tokens, None)

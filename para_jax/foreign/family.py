@@ -113,16 +113,14 @@ def config_of(model: Any, family: Family) -> ModelConfig:
     )
 
 
-def layers_of(model: nnx.Module, family: Family) -> tuple[list[Any], bool]:
+def layers_of(model: Any, family: Family) -> tuple[list[Any], bool]:
     """The model's layers, and whether they are one module that holds all of them."""
     *parents, name = family.layers.split(".")
-    parent = reduce(getattr, parents, model)
-    layers = getattr(parent, name, None)
+    parent: Any = reduce(getattr, parents, model)
+    layers: Any = getattr(parent, name, None)
     if layers is None:  # MaxText without a scan: layers_0, layers_1, ...
         return list(numbered(parent, name)), False
-    return (
-        ([layers], True) if isinstance(layers, nnx.Module) and not hasattr(layers, "__len__") else (list(layers), False)
-    )
+    return (list(layers), False) if hasattr(layers, "__len__") else ([layers], True)
 
 
 def numbered(parent: Any, name: str) -> Iterator[Any]:

@@ -1,5 +1,5 @@
-"""The three hooks of an attached model: its root finds the prompts, its layers make adjustments from the residual stream,
-its linears apply them.
+"""The hooks of an attached model: its root finds the prompts, its layers make adjustments from the residual stream, its
+linears apply them.
 
 A hooked module keeps its object, attributes and state paths. Only its class becomes a subclass with another __call__,
 so isinstance, checkpoints and weight maps work as before. Root and layers talk to those below through context
@@ -25,7 +25,7 @@ from ..adapters.adapter import Adapter, Adjustment, Shared
 from ..adapters.rows import make_of_all, of_groups
 from ..adapters.scope import Reach, reach_of_config
 from .family import Family, Linear, module_at
-from .prompts import Rule, prompt_ends
+from .prompts import prompt_ends
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Attached:
     config: Any
     """of the adapters"""
     reads_prompt: bool
-    rule: Rule | None
+    rule: Any
+    """where prompts end in calls that do not say it: has ends(tokens int [batch, T]) -> int32 [batch]; or None"""
     tenants: bool
     """whether the weights lead with the tenants"""
 
@@ -75,8 +76,8 @@ def within(variable: ContextVar, value: Any) -> Iterator[None]:
 
 @cache
 def hooked(base: type, hook: Callable, spec: Any) -> type:
-    """The subclass of `base` whose __call__ is hook(base's __call__, spec). It has one base, because Python swaps classes
-    of one memory layout only."""
+    """The subclass of `base` whose __call__ is hook(base's __call__, spec). It has one base, because Python swaps
+    classes of one memory layout only."""
     call = hook(base.__call__, spec)
     names = {"__call__": call, "__module__": base.__module__, "__qualname__": base.__qualname__}
     return type(base)(base.__name__, (base,), names | {"para_base": base, "para_spec": spec})
@@ -130,7 +131,8 @@ def call_of(attached: Attached, tokens: jax.Array, arguments: dict, prompt_end: 
 
 
 def layer_hook(original: Callable, family: Family) -> Callable:
-    """The call of a layer. Its cache, a dict, gets the entry "para": the adjustment for decoding, or () if it needs none."""
+    """The call of a layer. Its cache gets the entry "para": the adjustment for decoding, or () where there is none."""
+    name_of_cache = family.cache or ""
     signature = inspect.signature(original)
 
     def __call__(self, *args, **kwargs):
@@ -139,14 +141,14 @@ def layer_hook(original: Callable, family: Family) -> Callable:
             return original(self, *args, **kwargs)
         bound = signature.bind(self, *args, **kwargs)
         stream = list(signature.parameters)[1 + family.stream]
-        x, of_layer = bound.arguments[stream], bound.arguments.get(family.cache)
+        x, of_layer = bound.arguments[stream], bound.arguments.get(name_of_cache)
         if call.known is not None:
             x = bound.arguments[stream] = jnp.where(call.known[:, None, None], x, jnp.nan)
         if call.decodes and of_layer is None:
             raise ValueError("a layer without a cache of its own (shared keys and values) can't decode with adapters")
         held = of_layer.get("para", ()) if of_layer else ()
         if of_layer:
-            bound.arguments[family.cache] = {name: value for name, value in of_layer.items() if name != "para"}
+            bound.arguments[name_of_cache] = {name: value for name, value in of_layer.items() if name != "para"}
         if call.decodes and not call.reach.decodes:
             adjustment = None
         else:

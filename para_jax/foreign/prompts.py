@@ -6,24 +6,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 
-class Rule(Protocol):
-    """Where prompts end in calls that do not say it."""
-
-    def ends(self, tokens: Int[Array, "batch T"]) -> Int[Array, " batch"]:
-        """The index of each prompt's last token."""
-        ...
-
-
 @dataclass(frozen=True)
 class LeftPadded:
-    """Prompts are padded on the left to `width` tokens, and completions follow them: Tunix's DPO batches."""
+    """Prompts are padded on the left to `width` tokens, and completions follow them: Tunix's DPO batches.
+
+    >>> LeftPadded(3).ends(np.zeros((2, 8), int)).tolist()
+    [2, 2]
+    """
 
     width: int
 
@@ -35,8 +31,12 @@ class LeftPadded:
 
 @dataclass(frozen=True)
 class EndsWith:
-    """A prompt ends where these token ids occur last, such as the start of the assistant's turn. The adjustment of a row
-    without them is NaN, so its loss is too: there is no error inside a compiled program."""
+    """A prompt ends where these token ids occur last, such as the start of the assistant's turn. A row without them gets
+    NaN, because a compiled program can raise no error.
+
+    >>> EndsWith((7, 8)).ends(np.array([[1, 7, 8, 5], [7, 8, 7, 8]])).tolist()
+    [2, 3]
+    """
 
     tokens: tuple[int, ...]
 
@@ -62,7 +62,7 @@ def prompt_width(width: int) -> Iterator[None]:
         WIDTH.reset(token)
 
 
-def prompt_ends(prompt_end: Any, rule: Rule | None, tokens: jax.Array, prefills: bool) -> Int[Array, " batch"]:
+def prompt_ends(prompt_end: Any, rule: Any, tokens: jax.Array, prefills: bool) -> Int[Array, " batch"]:
     """The index of each prompt's last token, from the first source that there is. Raises ValueError without one.
 
     Args:

@@ -6,7 +6,6 @@ ParaRollout or EngineRollout; vLLM and SGLang have no PARA, and RLCluster would 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -145,7 +144,7 @@ class EngineRollout(BaseRollout):
                     keep_end=True,
                 )
             )
-        answers = sorted(self.engine.run(), key=lambda answer: answer.id)
+        answers = sorted(self.engine.run(), key=lambda answer: answer.id)  # pyright: ignore
         if errors := [answer.error for answer in answers if answer.error]:
             raise ValueError(f"{len(errors)} of {len(answers)} rollouts failed; the first: {errors[0]}")
         return RolloutOutput(

@@ -46,8 +46,8 @@ class Request:
     """decode past the end tokens of tokenizer, model and chat template: for benchmarks. `stop` and `stop_token_ids`
     still end an answer"""
     keep_end: bool = False
-    """whether the answer's tokens, and their log-probabilities, include the token that ends it, as policy gradients need
-    it. The text never does"""
+    """whether the answer's tokens, and their log-probabilities, include the token that ends it, for policy gradients.
+    The text never does"""
     strip: bool = True
     """whether the answer's text leaves out the white space at its ends, such as the space that training puts after a
     prompt. Its tokens, and where a stop text ends it, stay as they are"""

@@ -2,10 +2,10 @@
 layers that are one module, as MaxText has them."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from foreign_model import LISTED, SCANNED, Foreign, by_site
 from golden_models import strong
 
 from para_jax import (
@@ -21,9 +21,6 @@ from para_jax import (
     pick,
     stack_adapters,
 )
-from para_jax.adapters.acting import plain
-from para_jax.backbone.kernels import self_attention
-from para_jax.backbone.rotary import rotary_tables
 from para_jax.config import SITES
 from para_jax.foreign import Family, Linear, adapter_of, attach, set_adapter
 
@@ -32,9 +29,6 @@ CONFIG = ModelConfig(
     attention_scale=8**-0.5,
     kinds=(LayerKind(rotary=RotaryConfig(dims=8)),) * 3,
 )  # fmt: skip
-LINEARS = tuple(Linear(f"{'attention' if site[0] in 'qkvo' else 'feedforward'}.{site}", (site,)) for site in SITES)
-LISTED = Family(LINEARS, layers="decoder.layers", cache=None)
-SCANNED = Family(LINEARS, layers="decoder.layers", stacked=1, cache=None)
 METHODS = {
     "para": ParaConfig(r=4, target_modules=SITES, up_bias=True),
     "response": ParaConfig(r=4, scope="response"),
@@ -43,40 +37,6 @@ METHODS = {
 }
 TOKENS = np.random.default_rng(0).integers(0, 64, (3, 10)).astype(np.int32)
 PROMPTS = np.array([4, 7, 1])
-
-
-class Decoder(nnx.Module):
-    def __init__(self, own: Transformer, scanned: bool):
-        self.scanned, self.layers = scanned, nnx.List(own.layers)
-        if scanned:
-            graph, _ = nnx.split(own.layers[0])
-            states = [nnx.split(layer)[1] for layer in own.layers]
-            self.layers = nnx.merge(graph, jax.tree.map(lambda *a: jnp.stack(a, 1), *states))
-
-    def __call__(self, x, *inputs):
-        if not self.scanned:
-            for layer in self.layers:
-                x = layer(x, *inputs)[0]
-            return x
-        graph, params, rest = nnx.split(self.layers, nnx.Param, ...)  # as MaxText 0.2.5's nnx_decoders.py does it
-
-        def step(x, params):
-            return nnx.merge(graph, params, rest)(x, *inputs)[0], None
-
-        return jax.lax.scan(jax.checkpoint(step), x, jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), params))[0]
-
-
-class Foreign(nnx.Module):
-    def __init__(self, scanned: bool = False):
-        self.own = backbone()
-        self.decoder = Decoder(self.own, scanned)
-
-    def __call__(self, tokens, positions=None):
-        tables = rotary_tables(RotaryConfig(dims=8), jnp.arange(tokens.shape[1]))
-        attend = self_attention(CONFIG, self.own.dtype, tokens.shape[1], None, self.own.attention)[None]
-        return self.own.logits(
-            self.own.final_norm(self.decoder(self.own.embed(jnp.asarray(tokens)), plain, tables, attend))
-        )
 
 
 def backbone() -> Transformer:
@@ -91,7 +51,7 @@ def own():
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", [LISTED, SCANNED], ids=["listed", "scanned"])
 def test_values_and_gradients_are_those_of_our_own_driver(own, family, method):
-    model = Foreign(family is SCANNED)
+    model = Foreign(backbone(), family is SCANNED)
     adapter = strong(init_adapter(METHODS[method], CONFIG))
     attach(model, METHODS[method], config=CONFIG, family=family)
     set_adapter(model, adapter)
@@ -113,7 +73,7 @@ def test_values_and_gradients_are_those_of_our_own_driver(own, family, method):
 @pytest.mark.parametrize("family", [LISTED, SCANNED], ids=["listed", "scanned"])
 def test_a_stack_serves_the_tenants_of_each_call(own, family):
     stack = stack_adapters([strong(init_adapter(METHODS["para"], CONFIG), seed=i) for i in range(2)])
-    model = attach(Foreign(family is SCANNED), stack, config=CONFIG, family=family)
+    model = attach(Foreign(backbone(), family is SCANNED), stack, config=CONFIG, family=family)
     rows = pick(stack, [1, -1, 0])
     found = model(TOKENS, prompt_end=PROMPTS - 1, tenants=np.array([1, -1, 0]))
     np.testing.assert_allclose(found, forward(own, rows, TOKENS, PROMPTS), atol=2e-5)
@@ -124,11 +84,13 @@ def test_a_stack_serves_the_tenants_of_each_call(own, family):
 
 
 def test_sites_and_layers_that_the_model_lacks_are_named():
-    attention = Family(LINEARS[:4], layers="decoder.layers", cache=None)
+    attention = Family(by_site()[:4], layers="decoder.layers", cache=None)
     with pytest.raises(ValueError, match="up_proj.*q_proj"):
-        attach(Foreign(), ParaConfig(r=4), config=CONFIG, family=attention)
+        attach(Foreign(backbone()), ParaConfig(r=4), config=CONFIG, family=attention)
     with pytest.raises(ValueError, match="layers_to_transform"):
-        attach(Foreign(scanned=True), ParaConfig(r=4, layers_to_transform=(1,)), config=CONFIG, family=SCANNED)
+        attach(
+            Foreign(backbone(), scanned=True), ParaConfig(r=4, layers_to_transform=(1,)), config=CONFIG, family=SCANNED
+        )
 
 
 class ByHead(nnx.Module):
@@ -151,10 +113,10 @@ class Inner(nnx.Module):
 
 @pytest.mark.parametrize("method", ["para", "lora"])
 def test_queries_with_the_attention_scale_in_their_weights_take_the_same_adapter(own, method):
-    model = Foreign()
+    model = Foreign(backbone())
     for layer in model.decoder.layers:
         layer.attention.q_proj, layer.attention.scale = ByHead(layer.attention.q_proj), 1.0
-    linears = Linear("attention.q_proj.inner", ("q_proj",), out_axes=2, folded=True), *LINEARS[1:]
+    linears = Linear("attention.q_proj.inner", ("q_proj",), out_axes=2, folded=True), *by_site()[1:]
     adapter = strong(init_adapter(METHODS[method], CONFIG))
     attach(model, adapter, config=CONFIG, family=Family(linears, layers="decoder.layers", cache=None))
     wanted = forward(own, adapter, TOKENS, PROMPTS)

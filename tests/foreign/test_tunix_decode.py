@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from golden_models import strong
 
 from para_jax import Ia3Config, LoraConfig, ParaConfig, forward, init_adapter, pick, stack_adapters

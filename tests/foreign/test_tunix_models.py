@@ -9,8 +9,17 @@ import pytest
 from flax import nnx
 from golden_models import strong
 
-from para_jax import Ia3Config, LoraConfig, ParaConfig, forward, init_adapter, load_adapter, pick, save_adapter
-from para_jax import stack_adapters
+from para_jax import (
+    Ia3Config,
+    LoraConfig,
+    ParaConfig,
+    forward,
+    init_adapter,
+    load_adapter,
+    pick,
+    save_adapter,
+    stack_adapters,
+)
 from para_jax.config import SITES
 from para_jax.foreign import (
     FAMILIES,

@@ -11,8 +11,8 @@ from flax import nnx
 from golden_models import strong
 from jax.sharding import Mesh
 
-from para_jax import ParaConfig, forward, init_adapter, load_adapter, make_mesh, save_adapter
-from para_jax.foreign import LeftPadded, adapter_of, attach, prompt_width, set_adapter
+from para_jax import ParaConfig, forward, init_adapter, load_adapter, save_adapter
+from para_jax.foreign import LeftPadded, adapter_of, attach
 
 pytest.importorskip("tunix")
 pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore")]
@@ -27,7 +27,7 @@ from tunix.sft.metrics_logger import Mode  # noqa: E402
 from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig, TrainingInput  # noqa: E402
 from tunix_models import number_tokenizer, own_model, tunix_model  # noqa: E402
 
-from para_jax.foreign.tunix import EngineRollout, ParaRollout, sft, sft_inputs, sft_loss, token_logps  # noqa: E402
+from para_jax.foreign.tunix import EngineRollout, ParaRollout, sft, sft_inputs, sft_loss  # noqa: E402
 
 P, C = 8, 4
 
