@@ -41,7 +41,7 @@ from para_jax.adapters.adapter import count_parameters
 from para_jax.foreign import compare_backbones
 from para_jax.foreign.tunix import EngineRollout
 
-METHODS = {"para": (ParaConfig(r=12), 1e-3), "lora": (LoraConfig(r=9), 1e-3), "ia3": (Ia3Config(), 1e-2)}
+METHODS = {"para": (ParaConfig(r=12), 1e-4), "lora": (LoraConfig(r=18), 1e-3), "ia3": (Ia3Config(), 1e-3)}
 PROMPT, ANSWER = 20, 6
 
 
@@ -141,11 +141,19 @@ def main():
     learner.metric_fns = [note]
     texts = questions(4 * args.steps, seed=args.seed)
     learner.train([{"prompts": np.array(texts[4 * i : 4 * i + 4])} for i in range(args.steps)])
-    adapter = adapter_of(model)
+    adapter = adapter_of(cluster.actor_trainer.model)  # RLCluster has moved the model to its mesh
     save_adapter(adapter, args.output.with_suffix(""))
-    found = {"method": args.method, "config": repr(config), "parameters": count_parameters(adapter), "rate": args.rate or rate,
-             "seed": args.seed, "backbone_gap": gap, "reward_before": before, "reward_after": held_out(own, adapter, tokenizer),
-             "rewards": rewards, "seconds_per_step": float(np.median(np.diff(times)))}  # fmt: skip
+    found = {
+        "method": args.method,
+        "parameters": count_parameters(adapter),
+        "rate": args.rate or rate,
+        "seed": args.seed,
+        "backbone_gap": gap,
+        "reward_before": before,
+        "reward_after": held_out(own, adapter, tokenizer),
+        "rewards": rewards,
+        "seconds_per_step": float(np.median(np.diff(times))),
+    }
     args.output.write_text(json.dumps(found, indent=1))
     print({name: value for name, value in found.items() if name != "rewards"})
 
