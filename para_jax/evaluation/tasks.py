@@ -28,7 +28,6 @@ from .defaults import (
     different_answers,
     is_there,
     longest_completion,
-    missing_answer,
     scoring_rule,
     without_answer,
 )
@@ -296,8 +295,6 @@ def task_of_records(
     ranked = metric == "accuracy" or (metric in LABEL_METRICS and len(choices) <= RANKED)
     if ranked:
         warn_of_unreachable(where, records[:limit], choices)
-    if limit and (missing := missing_answer(records, limit)):
-        warn(f"{where}: the first {limit} examples have no answer {missing}; shuffle them, or raise the limit")
     task = EvalTask(
         name,
         records[:limit],

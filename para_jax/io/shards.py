@@ -76,13 +76,10 @@ def write_part(file: Place, part: ShardOutput) -> None:
 
 
 def read_part(file: Place, output: Place) -> ShardOutput | None:
-    """What a shard file says; None if there is none. Raises ValueError for a file that is none."""
+    """What a shard file says; None if there is none."""
     if not file.is_file():
         return None
-    advice = "Remove it, and run the shard's command again"
-    found = atomic.read_json(file, advice)
-    if not {"shard", "settings", "ended", "content"} <= set(found):
-        raise ValueError(f"{file} does not describe a shard. {advice}")
+    found = atomic.read_json(file, "Remove it, and run the shard's command again")
     return ShardOutput(output, parse_shard(found["shard"]), found["settings"], found["ended"], found["content"])
 
 

@@ -54,16 +54,6 @@ def test_the_length_of_answers_to_a_file_follows_from_its_completions(folder, tm
     assert "per answer" not in capsys.readouterr().err
 
 
-def test_a_limit_that_leaves_one_answer_of_a_sorted_file_is_named(folder, tmp_path, capsys):
-    config = load_backbone(folder / "backbone").config
-    rows = [{"prompt": "w20", "completion": answer, "label": answer} for answer in ["w9"] * 20 + ["w10"] * 20]
-    file = write_rows(tmp_path / "test.jsonl", rows)
-    for limit in (10, 30, None):
-        file_task(str(file), tokenizer(), config, split="test", limit=limit)
-        said = f"{file}: the first {limit} examples have no answer 'w10', which 20 of all 40 have; "
-        assert (said in capsys.readouterr().err) == (limit == 10)
-
-
 def test_a_run_overrides_the_choices_and_metric_of_its_task(folder, tmp_path, capsys):
     data = write_rows(tmp_path / "test.jsonl", [{"sentence": "w3", "label": 1}])
 
