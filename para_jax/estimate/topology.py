@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, Mesh
 from ..backbone.load import load_model_config
 from ..config import RunConfig
 from ..io.checks import require
-from ..runtime.sharding import even_tenants, make_mesh, mesh_sizes, replicated_lines, tenants_sharding
+from ..runtime.sharding import make_mesh, mesh_sizes, replicated_lines, tenants_sharding
 from ..training.passes import lay_out
 from ..training.step import train_step
 from .longest_row import examples_in_row, kernel_of_run, longest_split
@@ -187,8 +187,7 @@ def tenants_line(config: RunConfig, mesh: Mesh | AbstractMesh, tenants: int) -> 
     spread = layout.slots // tenants_sharding(layout.slots, mesh).shard_shape((layout.slots,))[0]
     uneven = ""
     if spread < mesh.size:
-        better = even_tenants(layout.slots, mesh.size)
-        uneven = f", because {mesh.size} chips do not divide {layout.slots} tenants{better}"
+        uneven = f", because {mesh.size} chips do not divide {layout.slots} tenants"
     return (
         f"tenants    {tenants}, {layout.slots} at once; {layout.groups} of {layout.rows} rows each in a pass; weights "
         f"and optimiser state {each / 1e6:.1f} MB per tenant, {each / spread / 1e6:.2f} MB per tenant and chip, "

@@ -261,13 +261,9 @@ def error_of(values: Mapping, metric: str) -> float | None:
 
 
 def cell(text: str) -> str:
-    """A text for a Markdown table."""
-    return on_one_line(text).replace("|", "\\|")
-
-
-def on_one_line(text: str) -> str:
-    """A text with whatever is not printable escaped, such as the end of a line or half a character."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    """A text for a Markdown table: what is not printable is escaped, such as the end of a line or half a character."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text.replace("|", "\\|")
 
 
 # --------------------------------------------------------------------------------------------------------------- files

@@ -198,13 +198,9 @@ def with_room(task: EvalTask, examples: Sequence[Example], room: int) -> EvalTas
     fits = max(1, min(task.max_new_tokens, room - len(examples[longest].prompt_ids)))
     cut = sum(len(example.completion_ids) > fits for example in examples)
     said = f"{task.name}: at most {fits} tokens are written, and {cut} of {len(examples)} expected answers have more"
-    if cut and fits == task.max_new_tokens:
-        warn(f"{said}; eval.max_new_tokens sets another limit")
-    elif cut:
-        warn(
-            f"{said}: the prompt of {task.records[longest].place} leaves no more of the model's {room} positions. A "
-            "smaller data.max_seq_length with data.truncate=skip leaves it out, with left it cuts its start"
-        )
+    if cut:
+        where = task.records[longest].place
+        warn(f"{said}; set eval.max_new_tokens, or shorten the prompt of {where} (the model has {room} positions)")
     return task._replace(max_new_tokens=fits)
 
 

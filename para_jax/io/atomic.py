@@ -106,11 +106,6 @@ def sync_folder(folder: Path) -> None:
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def remedy(number: int | None) -> str:
-    """Advice on an error when writing, as an imperative."""
-    return "make room there" if number in FULL else "make sure that the folder can be written and renamed in"
-
-
 def temporary_name(path: Path) -> Path:
     """An unpredictable name in the same folder, for the file or folder that will replace the path."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}")

@@ -135,11 +135,15 @@ def local_adapter(source: str | Place) -> Path | None:
 
 
 def require_adapter(path: Path, source: str | Place) -> Path:
-    if not (path / "adapter_config.json").is_file():
-        raise ValueError(
-            f"{source_name(source)} has no adapter_config.json, so it is not an adapter; {adapter_near(path, source)}"
-        )
-    return path
+    if (path / "adapter_config.json").is_file():
+        return path
+    given, advice = expanded(source), "choose the folder of an adapter"
+    folder = given if given.is_dir() else path  # a copy of a bucket's folder lacks the rest of it
+    if (folder / "adapter" / "adapter_config.json").is_file():
+        advice = f"did you mean {source_name(source)}/adapter?"
+    if (folder / "tenants.json").is_file():
+        advice = "it is a run of many tenants; choose NAME/adapter in it (--adapters takes the whole run)"
+    raise ValueError(f"{source_name(source)} has no adapter_config.json, so it is not an adapter; {advice}")
 
 
 def backbone_of(adapter: str | Place) -> str:
@@ -150,21 +154,6 @@ def backbone_of(adapter: str | Place) -> str:
         return ""
     name = BUILT_IN if name == BUILT_IN_HUB_ID else name
     return f"{name}@{revision}" if isinstance(revision, str) and revision else name
-
-
-def adapter_near(folder: Place, source: str | Place) -> str:
-    """What to give in place of a folder that is not an adapter: the adapter of a run, or the run of many tenants.
-
-    Args:
-        folder: a local copy of the source, which may lack the rest of it.
-    """
-    given = expanded(source)
-    folder = given if given.is_dir() else folder
-    if (folder / "adapter" / "adapter_config.json").is_file():
-        return f"did you mean {source_name(source)}/adapter?"
-    if (folder / "tenants.json").is_file():
-        return "it is a run of many tenants; choose NAME/adapter in it (--adapters takes the whole run)"
-    return "choose the folder of an adapter"
 
 
 def resolve(source: str | Path, files: list[str]) -> Path:

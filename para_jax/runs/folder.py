@@ -21,7 +21,7 @@ Item = TypeVar("Item")
 #: Sections and fields that say where, how fast and how long a run computes. Its results don't depend on them but for
 #: rounding, and a longer run is the same run.
 FREE = frozenset(
-    "output_dir checkpoint logging profiler runtime mesh backbone.attention eval.base eval.batch_size "
+    "output_dir checkpoint logging runtime mesh backbone.attention eval.base eval.batch_size "
     "train.cache_prompts train.max_steps train.num_epochs train.remat".split()
 )
 #: With train.batch_size, these say only how a step is cut into passes.
@@ -158,9 +158,7 @@ def locked(folder: Place) -> Iterator[None]:
 def claim_folder(config: RunConfig) -> None:
     """Makes the output folder and writes the config into it; a folder that holds another run is refused."""
     check_folder(config)
-    folder = expanded(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_config(config, folder / "config.yaml")
+    claim_folders(config, ())
 
 
 def claim_folders(config: RunConfig, tenants: Sequence[Tenant]) -> None:

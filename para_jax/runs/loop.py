@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from typing import Any, NoReturn
 
@@ -62,7 +63,7 @@ def fit(
         try:
             train(run, prompts)
         finally:
-            run.close()
+            run.log.close()
         if stop.received is not None:  # after the last step; a program with several runs would go on with the next one
             say("stopped, and saved; the same command resumes")
             stop.end()
@@ -160,7 +161,7 @@ def save(run: TrainingRun, *, stopping: bool) -> None:
     standing.rows = run.log.rows.count
     for one, rows in zip(standing.tenants, run.rows, strict=False):
         one.rows = rows.count
-    save_checkpoint(run.checkpoints, run.state, standing.step, standing.to_json())
+    save_checkpoint(run.checkpoints, run.state, standing.step, asdict(standing))
     if ended != [one.ended for one in standing.tenants]:
         scoring.write_ended(run)
     run.saved = standing.marks
@@ -191,7 +192,6 @@ def step(run: TrainingRun) -> None:
     static: dict[str, Any] = dict(
         completion=bucket.completion, prompt=bucket.prompt, config=run.config.train, many=run.many
     )
-    run.profiler.before(number)
     # A new shape compiles alone, with the step before read: its time would count as that step's.
     with jax.profiler.StepTraceAnnotation("train", step_num=number):
         if bucket in run.compiled:
@@ -203,8 +203,6 @@ def step(run: TrainingRun) -> None:
             with devices.compiling(f"the training step for {shape_of(run, coming)}"):
                 run.state, values = jax.block_until_ready(train_step(run.state, *given, **static))
     read(run)
-    begun = None if run.profiler.on else begun  # nor is tracing one, and writing the trace
-    run.profiler.after(number, values)
     for turn in coming.turns:
         run.standing.tenants[turn.tenant].steps = turn.step + 1
     run.standing.step = number

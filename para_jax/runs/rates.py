@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ..config import CheckpointSection, EvalSection, ProfilerSection, RunConfig, SweepSection
+from ..config import CheckpointSection, EvalSection, RunConfig, SweepSection
 from ..data.batches import for_mixed_rows
 from ..evaluation.score import with_error
 from ..io.messages import say, warn
@@ -117,7 +117,6 @@ def trials_of(plan: Plan) -> Plan:
         eval=trial_eval(config.eval),
         checkpoint=CheckpointSection(every=SAVED_EVERY, keep=1),
         logging=replace(config.logging, report_to=()),
-        profiler=ProfilerSection(),
     )
     # A trial keeps the batches of its tenant, so that the rate is chosen on the steps that the run will take.
     buckets: Any = plan.buckets

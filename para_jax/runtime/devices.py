@@ -148,16 +148,13 @@ def unused_accelerator(root: Path = Path("/")) -> tuple[str, str] | None:
     """
     if jax.default_backend() != "cpu":
         return None
-    if any((root / "dev").glob("accel[0-9]*")) or (any((root / "dev/vfio").glob("[0-9]*")) and google_pci_device(root)):
+    vendors = {vendor.read_text().strip() for vendor in (root / "sys/bus/pci/devices").glob("*/vendor")}
+    by_vfio = any((root / "dev/vfio").glob("[0-9]*")) and "0x1ae0" in vendors
+    if any((root / "dev").glob("accel[0-9]*")) or by_vfio:
         return "TPU", "tpu"
     if any((root / "dev").glob("nvidia[0-9]*")):
         return "NVIDIA GPU", "cuda"
     return None
-
-
-def google_pci_device(root: Path) -> bool:
-    vendors = (root / "sys/bus/pci/devices").glob("*/vendor")
-    return any(vendor.read_text().strip() == "0x1ae0" for vendor in vendors)
 
 
 @contextmanager

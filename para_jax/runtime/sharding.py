@@ -190,29 +190,22 @@ def named_axes(variable, config) -> tuple[tuple[str | None, ...], tuple[int, ...
 
 
 def replicated_lines(tree, mesh: Mesh | AbstractMesh, config) -> list[str]:
-    """One line for each mesh axis that does not divide some axes of the parameters, with the bytes that this leaves
-    unsplit on each device. Empty if every parameter is split according to RULES.
+    """One line for each mesh axis that does not divide some axes of the parameters, which every device then holds
+    whole. Empty if every parameter is split according to RULES.
 
     Args:
         tree: as for tree_shardings; abstract arrays (jax.ShapeDtypeStruct) are enough.
     """
-    found: dict[str, tuple[set[str], int]] = {}
-    everything = 0
+    unsplit: dict[str, set[str]] = {}
     for variable in jax.tree.leaves(tree, is_leaf=is_variable):
-        array, (names, counts) = variable.get_value(), named_axes(variable, config)
-        spec = partition(names, counts, mesh.shape)
-        size = math.prod(NamedSharding(mesh, spec).shard_shape(array.shape)) * array.dtype.itemsize  # pyright: ignore[reportArgumentType]
-        everything += size
-        unsplit = {(str(RULES[name]), f"{name} {count}") for name, count, over in zip(names, counts, spec, strict=True)
-                 if name in RULES and over is None}  # fmt: skip
-        for axis in {axis for axis, _ in unsplit}:
-            of_axis, unsplit_bytes = found.get(axis, (set(), 0))
-            found[axis] = of_axis | {text for other, text in unsplit if other == axis}, unsplit_bytes + size
+        names, counts = named_axes(variable, config)
+        for name, count, over in zip(names, counts, partition(names, counts, mesh.shape), strict=True):
+            if name in RULES and over is None:
+                unsplit.setdefault(str(RULES[name]), set()).add(f"{name} {count}")
     return [
-        f"mesh.{axis}={mesh.shape[axis]} does not divide {', '.join(sorted(found[axis][0]))}: {found[axis][1]:,} of "
-        f"{everything:,} bytes of weights on each device are not split over it"
+        f"mesh.{axis}={mesh.shape[axis]} does not divide {', '.join(sorted(unsplit[axis]))}: not split over it"
         for axis in mesh.shape
-        if axis in found
+        if axis in unsplit
     ]
 
 
@@ -227,12 +220,6 @@ def tenant_axes(tenants: int, mesh_shape) -> tuple[str, ...]:
     choices = [axes for count in range(len(mesh_shape), -1, -1) for axes in combinations(mesh_shape, count)]
     devices = {axes: math.prod(mesh_shape[axis] for axis in axes) for axes in choices}
     return max((axes for axes in choices if tenants % devices[axes] == 0), key=lambda axes: devices[axes])
-
-
-def even_tenants(tenants: int, devices: int) -> str:
-    """What to do where the devices do not divide the number of tenants; empty for fewer tenants than devices."""
-    most = tenants // devices * devices
-    return f"; train.tenants_at_once={most} takes the least memory" if most else ""
 
 
 def tenants_sharding(tenants: int, mesh: Mesh | AbstractMesh) -> NamedSharding:

@@ -72,10 +72,11 @@ def serve(
         warn("the server has no API keys, and other machines can reach it; give --api-key-file, or a loopback --host")
     app = create_app(engine, models=models, keys=keys, config=config, local=local)
     loop: EngineLoop = app.state.loop
+    waiting = LONG_QUEUE if engine.queue_limit is None else engine.queue_limit
     options = uvicorn.Config(
         app,
         http="httptools",  # h11 needs a second for a body in a million pieces, and serves no one else meanwhile
-        limit_concurrency=most_connections(engine),
+        limit_concurrency=engine.slots + waiting + SPARE_CONNECTIONS,  # above these, uvicorn answers 503
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         ws="none",
         lifespan="on",
@@ -90,11 +91,6 @@ def serve(
         runner.run(run(server, own, config.drain_seconds, stop or threading.Event(), on_ready or (lambda url: None)))
     if loop.fatal is not None:
         raise loop.fatal
-
-
-def most_connections(engine: Engine) -> int:
-    """The connections above which uvicorn answers 503."""
-    return engine.slots + (LONG_QUEUE if engine.queue_limit is None else engine.queue_limit) + SPARE_CONNECTIONS
 
 
 class Server(uvicorn.Server):

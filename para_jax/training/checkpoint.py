@@ -269,7 +269,8 @@ def errors_in_one_line(checkpoints) -> Iterator[None]:
         yield
     except Exception as error:  # orbax raises what the file system or its threads raise
         said = reason(error)
-        what = atomic.remedy(next((number for number in atomic.FULL if os.strerror(number) == said), None))
+        full = said in map(os.strerror, atomic.FULL)
+        what = "make room there" if full else "make sure that the folder can be written and renamed in"
         raise ValueError(
             f"{checkpoints.directory}: a checkpoint could not be saved ({said}); what was saved before is kept: "
             f"{what}, and the same command resumes"

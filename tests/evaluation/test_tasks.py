@@ -31,10 +31,10 @@ def test_answers_that_are_cut_name_what_cuts_them(caplog):
     task = EvalTask("t", records, "exact_match", max_new_tokens=8)
     examples = [Example([7] * 3, list(range(20, 30)))] * 2
     assert with_room(task, examples, 100).max_new_tokens == 8
-    assert "2 of 2 expected answers have more; eval.max_new_tokens sets" in caplog.text
+    assert "2 of 2 expected answers have more; set eval.max_new_tokens" in caplog.text
     caplog.clear()
     assert with_room(task, examples, 7).max_new_tokens == 4
-    assert "the prompt of x:1 leaves no more of the model's 7 positions" in caplog.text
+    assert "shorten the prompt of x:1 (the model has 7 positions)" in caplog.text
 
 
 def test_a_run_without_a_split_has_no_task(folder):
@@ -185,7 +185,7 @@ def test_a_prompt_that_fits_with_the_longest_answer_is_not_cut(folder, tmp_path,
 def test_an_answer_that_leaves_no_room_for_a_prompt_is_named(folder, tmp_path, completion, more):
     write_rows(tmp_path / "test.jsonl", [{"prompt": "w8 w7", "completion": words([9] * completion)}])
     given = "eval.metric=exact_match", "data.max_seq_length=4096", "data.truncate=left", *more
-    with pytest.raises(ValueError, match=r"test.jsonl:1: .* 60\d tokens .* 512 positions.*eval.max_new_tokens"):
+    with pytest.raises(ValueError, match=r"test.jsonl:1: .* 60\d tokens .* 512 tokens.*eval.max_new_tokens"):
         task_of_run(run_config(folder, f"data.test={tmp_path / 'test.jsonl'}", *given), "test", tokenizer())
 
 
