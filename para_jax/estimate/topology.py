@@ -105,8 +105,8 @@ def topology_devices(topology: str, chips: int):
     """The devices of a slice, as its compiler sees them; JAX itself stays on the CPU."""
     from jax.experimental import topologies
 
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would ask a server that only TPU hosts have
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # two dry runs at once are harmless
     small = {1: (1, 1, 1), 2: (1, 2, 1), 4: (2, 2, 1)}
     options: dict[str, Any] = {}
     if topology.startswith(("v5e", "v6e")) and chips in small:
@@ -153,7 +153,7 @@ def ask_compiler(lowered: jax.stages.Lowered) -> Compiled:
     sizes: Any = compiled.memory_analysis()
     memory = ProgramMemory(
         arguments=sizes.argument_size_in_bytes,
-        outputs=sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
+        outputs=sizes.output_size_in_bytes - sizes.alias_size_in_bytes,  # donated arguments are counted once
         temporaries=sizes.temp_size_in_bytes,
         code=sizes.generated_code_size_in_bytes,
     )

@@ -74,7 +74,7 @@ class Results(NamedTuple):
         for task, panel in panels.items():
             if BASE in panel.bars and len(panel.bars) > 1:
                 others = {name: bar for name, bar in panel.bars.items() if name != BASE}
-                panels[task] = panel._replace(bars=others, base=panel.bars[BASE])
+                panels[task] = panel._replace(bars=others, base=panel.bars[BASE])  # a line across the others
         return scores_plot(panels)
 
 

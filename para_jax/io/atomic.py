@@ -51,9 +51,9 @@ def replacing(file: Path) -> Iterator[BinaryIO]:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(part, file)
-        sync_folder(file.parent)
+        sync_folder(file.parent)  # else a power failure may undo the rename
     finally:
-        part.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)  # after an error; a replaced file has left this name
 
 
 @contextmanager
@@ -132,7 +132,7 @@ def lock(stream: IO, name: str | Path) -> None:
     """
     try:
         if fcntl is not None:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it when the process dies
     except BlockingIOError:
         raise ValueError(f"{name}: another process is writing it; wait until it ends, or choose another") from None
 

@@ -29,7 +29,7 @@ def require_one_of(names: Iterable[object], name: str, value: object) -> None:
 def near_name(value: object, names: Iterable[object]) -> str:
     """ "; did you mean accuracy?" for acc, Accuracy and acuracy; nothing if no name is near."""
     text, known = str(value)[:100].lower(), list(map(str, names))
-    near = [name for name in known if len(text) > 1 and name.startswith(text)]
+    near = [name for name in known if len(text) > 1 and name.startswith(text)]  # to difflib, acc is not near accuracy
     near += difflib.get_close_matches(text, known, n=1)
     return f"; did you mean {near[0]}?" if near else ""
 

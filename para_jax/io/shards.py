@@ -86,7 +86,7 @@ def read_part(file: Place, output: Place) -> ShardOutput | None:
 def begin_part(file: Place, output: Place, shard: Shard | None) -> None:
     """Raises ValueError if the output is that of another shard, or of one although no shard is asked for."""
     before = read_part(file, output)
-    if before is not None and before.shard != shard:
+    if before is not None and before.shard != shard:  # the same one resumes
         advice = f"give --shard {before.shard}, or choose another output"
         raise ValueError(f"{output} is the output of shard {before.shard}; {advice}")
 

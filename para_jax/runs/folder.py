@@ -59,7 +59,7 @@ def decided(config: RunConfig) -> dict[str, Any]:
     held = load_config(file)
     fields = config_dict(held)
     values = {name: fields[name.split(".")[0]][name.split(".")[1]] for name in DECIDED}
-    there, here = identity(held), identity(with_decided(config, values))
+    there, here = identity(held), identity(with_decided(config, values))  # what was left open is no difference
     found = [name for name in there | here if there.get(name) != here.get(name)]
     if found:
         lines = [f"  {name} ({shorten(there.get(name))} there, {shorten(here.get(name))} here)" for name in found]

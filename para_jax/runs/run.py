@@ -81,7 +81,7 @@ class TrainingRun:
         if restored:
             self.state, self.standing = restored[0], Standing.from_json(restored[1])
         self.resumed = restored is not None
-        reopen(self.standing, tenants)
+        reopen(self.standing, tenants)  # a run may have been made longer
         if self.resumed:
             say(self.describe_position())
         self.open_logs()

@@ -62,7 +62,7 @@ def after_score(run: TrainingRun, tenant: int, score: Score | None) -> None:
                 raise NotFinite(f"step {one.steps}: the loss of the validation data is {score.loss}; {REMEDY}")
             kept = "its best adapter is kept" if one.best_score is not None else "its last one is kept"
             say(f"{one.name}: stopped at its step {one.steps}: the validation loss is {score.loss}; {kept}")
-            one.failed = run.standing.step - 1
+            one.failed = run.standing.step - 1  # so it ends at once, without another step
             return
         run.write(tenant, one.steps, scores("validation", score), show=True)
         if run.many:
@@ -86,7 +86,7 @@ def keep(run: TrainingRun, tenant: int, step: int, score: Score | None) -> None:
     adapter = full_arrays(adapter_of(run, tenant))
     given: dict[str, Any] = dict(base_model=run.config.backbone.source, model=run.model, card=card)
     on_first_process(lambda: save_adapter(adapter, own.folder / "adapter", **given, example=example_prompt(own)))
-    one.kept, one.best_step = weights_hash(adapter), step
+    one.kept, one.best_step = weights_hash(adapter), step  # a resume compares the folder with this
 
 
 def adapter_of(run: TrainingRun, tenant: int) -> Adapter:

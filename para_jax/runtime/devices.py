@@ -61,7 +61,7 @@ def start(runtime: RuntimeSection) -> None:
     wanted = runtime.compilation_cache and runtime.distributed != "given"
     if wanted and not jax.config.values["jax_compilation_cache_dir"]:  # JAX_COMPILATION_CACHE_DIR wins
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)  # quicker ones are not worth a file
     say(f"devices: {describe_devices()}")
     unused = unused_accelerator()
     if unused and not runtime.allow_cpu:
@@ -86,7 +86,7 @@ def make_deterministic() -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if DETERMINISTIC in flags.split():
         return
-    if not backends_are_initialized():
+    if not backends_are_initialized():  # XLA reads the flags when it starts
         os.environ["XLA_FLAGS"] = f"{flags} {DETERMINISTIC}".strip()
     elif jax.default_backend() == "gpu":
         raise ValueError(
@@ -102,7 +102,7 @@ def join(runtime: RuntimeSection) -> None:
     """
     if runtime.coordinator is None or runtime.distributed != "auto" or jax.distributed.is_initialized():
         return
-    address = None if runtime.coordinator == "auto" else runtime.coordinator
+    address = None if runtime.coordinator == "auto" else runtime.coordinator  # None: JAX asks the cluster
     given = address, runtime.num_processes, runtime.process_id
     say(f"joining the other processes (runtime.coordinator {runtime.coordinator}); JAX waits five minutes for them")
     try:

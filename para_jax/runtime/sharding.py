@@ -40,7 +40,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices=None) ->
     >>> dict(make_mesh(tensor=2).shape)
     {'data': 1, 'fsdp': 1, 'tensor': 2}
     """
-    must_use_all = devices is None and jax.process_count() > 1
+    must_use_all = devices is None and jax.process_count() > 1  # a process without a device would wait forever
     devices = jax.devices() if devices is None else list(devices)
     asked = {"data": data, "fsdp": fsdp, "tensor": tensor}
     sizes = mesh_sizes(asked, len(devices), must_use_all)
@@ -57,7 +57,7 @@ def mesh_sizes(asked: dict[str, int], devices: int, must_use_all: bool = True) -
     """The sizes with -1 filled in; None if they do not fit this number of devices. With a size of -1 they must always
     use every device."""
     known = math.prod(size for size in asked.values() if size != -1)
-    if known < 1 or list(asked.values()).count(-1) > 1:
+    if known < 1 or list(asked.values()).count(-1) > 1:  # 0, or two that are open
         return None
     sizes = {name: devices // known if size == -1 else size for name, size in asked.items()}
     total = math.prod(sizes.values())
@@ -143,7 +143,7 @@ def partition(axes: tuple[str | None, ...], counts: tuple[int, ...], mesh_shape)
         if wanted is None:
             return None
         size = math.prod(mesh_shape[axis] for axis in ((wanted,) if isinstance(wanted, str) else wanted))
-        return wanted if count % size == 0 else None
+        return wanted if count % size == 0 else None  # no head is cut in two
 
     return PartitionSpec(*map(mesh_axes, axes, counts))
 
@@ -256,7 +256,7 @@ def constrain_tenants(tree, axis: int = 0):
         return tree
 
     def one(leaf):
-        if leaf.shape[axis] == 1:
+        if leaf.shape[axis] == 1:  # split by its axis names, as place_tenants has placed it
             return leaf
         spec = tenants_sharding(leaf.shape[axis], mesh).spec
         return jax.lax.with_sharding_constraint(leaf, PartitionSpec(*[None] * axis, *spec))

@@ -66,7 +66,7 @@ def serve(
     config = config or ServerConfig()
     keys = read_keys(config.api_key_file) if config.api_key_file else None
     models = Models(engine.bank, config.served_model_name or BASE, sources)
-    own = taken or bound(config.host, config.port)
+    own = taken or bound(config.host, config.port)  # before the engine warms up
     local = not keys and is_loopback(own)
     if not keys and not local:
         warn("the server has no API keys, and other machines can reach it; give --api-key-file, or a loopback --host")
@@ -80,7 +80,7 @@ def serve(
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         ws="none",
         lifespan="on",
-        log_config=None,
+        log_config=None,  # Gate writes the log
         log_level="critical",
         access_log=False,
         server_header=False,
@@ -121,10 +121,10 @@ async def run(
         if loop.warm and server.started and not told:
             told = True
             on_ready(url_of(own))
-        server.should_exit |= stop.is_set() or loop.fatal is not None
+        server.should_exit |= stop.is_set() or loop.fatal is not None  # a failed engine ends the server too
         if server.should_exit and not until:
             say(f"the server stops; open requests have {drain_seconds:g} s to end")
             until = time.monotonic() + drain_seconds
         if until and time.monotonic() > until:
-            loop.fail_all(shutting_down)
+            loop.fail_all(shutting_down)  # uvicorn waits for their last bytes
     await serving
