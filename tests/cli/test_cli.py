@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from adapter_folder import LAYER, WEIGHTS, change_config, change_tensors, saved_config
 from golden_models import strong
+from long_cases import quick
 from safetensors.numpy import load_file
 from tiny_gguf import write_gguf
 from tiny_run import backbone_folder, tokenizer, write_rows
@@ -413,7 +414,7 @@ def test_help_is_there_for_the_program_and_each_command(capsys):
         assert re.search(rf"examples?:\n  para-jax {name} ", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("module", ["para_jax", "para_jax.cli"])
+@pytest.mark.parametrize("module", quick(["para_jax", "para_jax.cli"], "para_jax"))
 def test_the_command_line_runs_where_its_script_is_not_on_the_path(module):
     """As after `pip install --user` on many machines."""
     run = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True)
