@@ -270,8 +270,8 @@ def decode_plot(record: dict, file: str | Path) -> None:
         rounds = [[measured[points[n]] for measured in record["rounds"]] for n in tenants]
         reach = min(0.5, 0.98 / len(record["rounds"]) ** 0.5)  # of the ranks around the median, by the normal law
         low, middle, high = np.quantile(rounds, (0.5 - reach, 0.5, 0.5 + reach), axis=1)
-        shape = {"marker": marker, "color": method_colour(method), "label": method}
-        axes.errorbar(tenants, middle, (middle - low, high - middle), **shape)
+        errors, colour = (middle - low, high - middle), method_colour(method)
+        axes.errorbar(tenants, middle, errors, marker=marker, color=colour, label=method)
     axes.set_xscale("log", base=2)
     ticks = sorted({n for points in lines.values() for n in points})
     axes.set_xticks(ticks, [str(n) for n in ticks])
