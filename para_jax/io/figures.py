@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import atomic
 from .checks import expanded
@@ -22,7 +22,7 @@ LARGEST = 1e30
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7"]
 #: Each kind of method has one colour in all pictures. The first part that a method's name holds decides.
 METHODS = {"base": "black", "(IA)^3": "#0072B2", "constant": "#CC79A7", "PARA": "#009E73", "LoRA": "#D55E00"}
-STYLE = {
+STYLE: dict[Any, Any] = {
     "axes.prop_cycle": f"cycler(color={COLOURS})",
     "axes.axisbelow": True,
     "axes.grid": True,
