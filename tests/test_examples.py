@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from foreign_model import LISTED, Foreign
 from guide_world import ADAPTERS, in_world, opened_world
+from long_cases import long
 
 import para_jax
 from para_jax import ParaConfig, attach, load_adapter, load_backbone
@@ -35,7 +36,9 @@ def test_each_public_function_has_an_example():
     assert [name for name in [*FUNCTIONS, "Engine", "AdapterBank", "ParaLM"] if not examples(name)] == []
 
 
-@pytest.mark.parametrize("name", [name for name in para_jax._LATER if examples(name)])
+@pytest.mark.parametrize(
+    "name", [long(name) if name == "compare_methods" else name for name in para_jax._LATER if examples(name)]
+)
 def test_the_example_of_a_docstring_gives_what_it_says(name, world):
     test = doctest.DocTest(examples(name), dict(world), name, None, None, None)
     said: list[str] = []

@@ -68,16 +68,20 @@ def test_a_wheel_holds_the_package_and_the_configs_and_works_without_a_checkout(
 
 
 def first_cells():
-    """The cells that install para_jax, where it is missing."""
+    """Of each notebook the cell that installs para_jax, where it is missing, and the cell with the things to edit."""
     books = [json.loads(file.read_text()) for file in sorted((ROOT / "notebooks").glob("*.ipynb"))]
-    found = [cell for book in books for cell in book["cells"] if "install" in cell["metadata"].get("tags", [])]
+    cells = [cell for book in books for cell in book["cells"]]
+    found = [cell for cell in cells if {"install", "edit"} & set(cell["metadata"].get("tags", []))]
     return ["".join(cell["source"]) for cell in found]
 
 
 @pytest.mark.long
-def test_a_kernel_in_the_folder_above_an_editable_checkout_imports_it(tmp_path, above):
+@pytest.mark.parametrize("kind", ["editable", "wheel"])
+def test_a_kernel_above_a_checkout_or_without_one_runs_the_first_cells_of_the_notebooks(kind, tmp_path, above):
+    if kind == "wheel":  # as on Colab after `pip install`
+        (above / "para_jax").unlink()
     client = importlib.import_module("jupyter_client")
-    python = environment_with(built("editable", tmp_path / "dist"), tmp_path / "environment")
+    python = environment_with(built(kind, tmp_path / "dist"), tmp_path / "environment")
     launch = [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     kernels = tmp_path / "kernels"
     (kernels / "editable").mkdir(parents=True)
@@ -93,7 +97,7 @@ def test_a_kernel_in_the_folder_above_an_editable_checkout_imports_it(tmp_path, 
         kernel.start_channels()
         kernel.wait_for_ready(timeout=120)
         for code in (
-            "from para_jax import load_tokenizer",
+            "from para_jax import load_config, load_tokenizer; load_config('own-data')",
             *first_cells(),
         ):  # a cell that restarts the kernel would end it
             reply = kernel.execute_interactive(code, timeout=120, output_hook=print)

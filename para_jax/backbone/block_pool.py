@@ -74,7 +74,7 @@ def values_in_spans(
         keys, values = rows_of_blocks(pool, jax.lax.dynamic_slice_in_dim(table, number * blocks, blocks, axis=1))
         held = number * span + jnp.arange(span)
         values = jnp.where(before(held, end), values, 0)  # zero times NaN would be NaN
-        distance = here[:, :, None] - held
+        distance = here[:, :, None] - held  # negative for tokens to come
         seen = ((distance >= 0) & within(distance, window) & (held < end[:, None, None]))[:, None, None]
         scores = jnp.einsum("btkge,bkse->bkgts", grouped, keys, preferred_element_type=jnp.float32)
         return with_block(so_far, softcap(scores * scale, cap), seen, values, "bkgts,bkse->bkgte")

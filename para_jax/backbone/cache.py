@@ -65,7 +65,7 @@ def whole_values(
     """The mixed values of a new token at position length[row], read from the whole cache."""
     if layer is not None:
         keys, values = keys[layer], values[layer]
-    distance = length[:, None] - jnp.arange(keys.shape[2])
+    distance = length[:, None] - jnp.arange(keys.shape[2])  # the new token is in the cache already
     mask = ((distance >= 0) & within(distance, window))[:, None, :]
     return mixed_values(q, [(keys, values)], mask, scale, cap)
 
@@ -78,7 +78,7 @@ def attend_prefix(
 
     def attend(q, k, v, scale, cap):
         held = jnp.arange(cache[0].shape[2])
-        at = length[:, None] + jnp.arange(q.shape[1])
+        at = length[:, None] + jnp.arange(q.shape[1])  # positions of the new tokens
         position = jnp.concatenate([jnp.broadcast_to(held, (len(at), held.size)), at], axis=1)
         distance = at[:, :, None] - position[:, None, :]
         # Seen are the tokens that the row has in the cache, and the new ones.

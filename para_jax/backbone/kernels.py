@@ -49,7 +49,7 @@ def plain(length: int, window: int | None, segment: Int[Array, "batch length"] |
     mask = causal_mask(length, window)[None] if segment is None else causal_mask(length, window) & same_segment(segment)
 
     def attend(q, k, v, scale, cap):
-        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # heads first, as the cache holds them
         return mixed_values(q, [(k, v)], mask, scale, cap), (k, v)
 
     return attend
@@ -69,7 +69,7 @@ def cudnn(
         return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation=implementation, **reach)
 
     def attend(q, k, v, scale, cap):
-        assert cap is None
+        assert cap is None  # cuDNN has no soft cap; kernel_choice leaves it out then
         even = [padded_to(2, x, 1) for x in (q, k, v)]  # padding comes last, where no token sees it
         segments = None if segment is None else padded_to(2, segment, 1, -1)
         mixed = over_mesh(partial(rows, scale=scale), 2)(*even, segments)
@@ -141,7 +141,7 @@ def splash_rows(
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 
     heads, shape = q.shape[1], (q.shape[2], k.shape[2])
-    before = shape[1] - shape[0]
+    before = shape[1] - shape[0]  # the queries are the last tokens
     one = pallas.CausalMask(shape, before) if window is None else pallas.LocalMask(shape, (window - 1, 0), before)
     largest = [next(size for size in range(min(BLOCK, n), 0, -LANES) if n % size == 0) for n in shape]
     names = (("q", "q_dkv", "q_dq"), ("kv", "kv_compute", "kv_dkv", "kv_dkv_compute", "kv_dq"))
@@ -150,7 +150,7 @@ def splash_rows(
         pallas.MultiHeadMask([one] * heads),
         block_sizes=pallas.BlockSizes(**sizes),
         attn_logits_soft_cap=cap,
-        interpret=platform() != "tpu",
+        interpret=platform() != "tpu",  # for tests on a CPU
     )
     mixed: Any = jax.vmap(kernel)(q, k, v, None if segments is None else pallas.SegmentIds(*segments))
     return mixed

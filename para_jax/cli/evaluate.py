@@ -17,7 +17,6 @@ from ..io.checks import expanded
 from ..io.messages import say
 from ..io.storage.bucket import Place
 from . import options as shared
-from .results import write_results
 
 EXAMPLES = """
 examples:
@@ -103,7 +102,7 @@ def run(options) -> None:
         raise
     if options.results:
         scores = {name: record["results"] for name, record in results.records.items()}
-        write_results(options, config, scores, time.monotonic() - begun)
+        shared.write_results(options, config, scores, time.monotonic() - begun)
     print(results.table())
     if output is not None:
         say(f"wrote {output}")

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import islice
-
 from ..adapters.names import name_and_source, named_adapters, unknown
 from ..config import BASE
 from ..io.checks import expanded, nearest
 from ..io.messages import say
 from . import options as shared
-
-LISTED = 20  # names in an error
 
 
 def add(commands) -> None:
@@ -82,11 +78,8 @@ def tenants_of_prompts(options, sources: dict[str, str]) -> list[str | None] | N
     if not names and (options.input or not sources):
         return None
     if len(names) not in (1, prompts):
-        known = ", ".join([*islice(sources, LISTED), *(["..."] if len(sources) > LISTED else [])])
-        raise ValueError(
-            f"--tenant is given {len(names)} times for {prompts} prompts\ngive it once, or once for each: {known}, or "
-            f"{BASE} for no adapter"
-        )
+        advice = f"give it once, or once for each; {BASE} is no adapter"
+        raise ValueError(f"--tenant is given {len(names)} times for {prompts} prompts\n{advice}")
     if strangers := [name for name in names if name != BASE and name not in sources]:
         raise ValueError(f"--tenant: {unknown(strangers[0], tuple(sources))}")
     tenants = [None if name == BASE else name for name in names]

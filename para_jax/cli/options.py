@@ -296,6 +296,16 @@ def bank_within_memory(options, found: dict, model_config, load: Callable[[str],
     return bank
 
 
+def write_results(options, config, scores: dict, seconds: float) -> None:
+    """Writes the JSON file of --results. Call it before the command prints anything: a closed output can't lose
+    the scores."""
+    from ..io.record_file import write_record
+    from ..reports.inspect import results
+
+    write_record(options.results, results(options.command_line, config, scores, seconds))
+    say(f"wrote {options.results}")
+
+
 def with_newlines(text: str) -> str:
     r"""The text of an argument, in which \n is a newline."""
     return text.replace("\\n", "\n")

@@ -43,7 +43,4 @@ def factors_figure(options):
     adapter = load_adapter(options.adapter, model.config, model=model)
     prompts = [shared.with_newlines(text) for text in options.prompt]
     factors = {repr(prompt): factors_of(model, adapter, prompt, tokenizer) for prompt in prompts}
-    # (IA)^3's factors of down_proj's input are drawn at up_proj (adapters/ia3.py)
-    scaled = "down_proj" in getattr(adapter.config, "feedforward_modules", ())
-    notes = {"up_proj": "(factors of down_proj's input)"} if scaled else {}
-    return factors_plot(factors, f"Factors of {options.adapter} on {options.backbone}", notes)
+    return factors_plot(factors, f"Factors of {options.adapter} on {options.backbone}")

@@ -13,8 +13,7 @@ from ..adapters.names import named_adapters
 from ..config.bounds import Bounds, NonNegativeFloat, PositiveInt
 from ..io.checks import expanded
 from ..io.messages import say
-from ..server.config import ServerConfig
-from ..server.packages import require_packages
+from ..server.config import ServerConfig, require_packages
 from . import options as shared
 
 

@@ -6,7 +6,6 @@ import time
 
 from ..config import load_config
 from . import options as shared
-from .results import write_results
 
 
 def add(commands) -> None:
@@ -48,7 +47,7 @@ def train_one(options, config) -> None:
     if not is_first():
         return
     if options.results:
-        write_results(options, config, scores_of(result), time.monotonic() - begun)
+        shared.write_results(options, config, scores_of(result), time.monotonic() - begun)
     report = result.report()
     print(f"{report}\n" if report else "", end="\n" if report else "")
     print(f"{result.step} steps, {result.best}; the adapter is in {result.output_dir / 'adapter'}")
@@ -76,7 +75,7 @@ def train_many(options, config) -> int:
     if not is_first():
         return code
     if options.results:
-        write_results(options, config, result.tenants, time.monotonic() - begun)
+        shared.write_results(options, config, result.tenants, time.monotonic() - begun)
     print(f"{result.report()}\n\nthe adapters are in {result.output_dir}/NAME/adapter")
     for line in warning_lines(result.tenants):
         print(line)
@@ -97,7 +96,7 @@ def train_methods(options, config) -> int:
         return code
     if options.results:
         scores = {"methods": [row._asdict() for row in result.all]}
-        write_results(options, config, scores, time.monotonic() - begun)
+        shared.write_results(options, config, scores, time.monotonic() - begun)
     print(f"{result.report()}\nthe table is in {result.output_dir / 'comparison.md'}")
     for row in result.methods:
         if row.warning:

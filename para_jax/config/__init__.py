@@ -33,7 +33,6 @@ from .run import DataSection as DataSection
 from .run import EvalSection as EvalSection
 from .run import LoggingSection as LoggingSection
 from .run import MeshSection as MeshSection
-from .run import ProfilerSection as ProfilerSection
 from .run import RunConfig as RunConfig
 from .run import RuntimeSection as RuntimeSection
 from .run import SweepSection as SweepSection

@@ -34,7 +34,7 @@ def load_config(file: str | Path | None = None, overrides: list[str] | tuple[str
         changes = merged(changes, parse_override(text))
     train = changes.get("train")
     if isinstance(train, dict) and "num_epochs" in train:
-        changes["train"] = {"max_steps": None} | train
+        changes["train"] = {"max_steps": None} | train  # it would win over the override
     elif isinstance(train, dict) and train.get("max_steps") is not None:
         changes["train"] = {"num_epochs": TrainSection.num_epochs} | train
     # The file alone first, so that an error says whether the file has it or an override.

@@ -252,14 +252,6 @@ class CheckpointSection(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProfilerSection(Section):
-    start_step: PositiveInt | None = None
-    """the first step, counted from 1, that jax.profiler traces into output_dir/profile; default: no trace"""
-    steps: PositiveInt = 3
-    """how many steps are traced"""
-
-
-@dataclass(frozen=True, kw_only=True)
 class RuntimeSection(Section):
     compilation_cache: bool = True
     """keep compiled programs in ~/.cache/para_jax"""
@@ -297,7 +289,6 @@ class RunConfig:
     mesh: MeshSection = field(default_factory=MeshSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     logging: LoggingSection = field(default_factory=LoggingSection)
-    profiler: ProfilerSection = field(default_factory=ProfilerSection)
     runtime: RuntimeSection = field(default_factory=RuntimeSection)
     output_dir: str = "runs/run"
     """the run's folder"""

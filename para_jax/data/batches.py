@@ -77,7 +77,7 @@ def collate(examples: Sequence[Example], bucket: Bucket, rows: int) -> Batch:
     most = bucket.length if bucket.prompt is None else bucket.prompt
     assert all(len(prompt) <= most and len(answer) <= bucket.completion for prompt, answer in examples), bucket
     tokens, lengths = right_padded([[*prompt, *completion] for prompt, completion in examples], rows, bucket.length)
-    prompt_lengths = np.ones(rows, np.int32)
+    prompt_lengths = np.ones(rows, np.int32)  # 1 for padding rows, whose last token is read too
     prompt_lengths[: len(examples)] = [len(prompt) for prompt, _ in examples]
     return Batch(tokens, prompt_lengths, lengths)
 
@@ -150,7 +150,7 @@ def assign_buckets(lengths: Sequence[int], buckets: Sequence[Bucket]) -> np.ndar
 
 
 def epoch_batches(bucket_of: np.ndarray, rows: int, seed: int, epoch: int) -> list[tuple[int, list[int]]]:
-    bits = epoch_bits(seed, epoch)
+    bits = epoch_bits(seed, epoch)  # both permutations draw from one stream
     batches = list(cut_by_bucket(permutation(bits, len(bucket_of)), bucket_of, rows))
     return [batches[i] for i in permutation(bits, len(batches))]
 
@@ -197,11 +197,11 @@ def best_lengths(needed: np.ndarray, count: int) -> list[int]:
     for _ in range(min(count, len(lengths))):
         # entry [i, j]: another bucket, of length lengths[j - 1], for the lengths from i to j
         step = cost[:, None] + (below[None, :] - below[:, None]) * np.concatenate([[0], lengths])[None, :]
-        step[np.tril_indices(len(cost))] = np.inf
+        step[np.tril_indices(len(cost))] = np.inf  # a bucket holds at least one length
         cuts.append(step.argmin(axis=0))
         cost = step.min(axis=0)
     best, j = [], len(lengths)
-    for cut in reversed(cuts):
+    for cut in reversed(cuts):  # from the longest bucket down
         best.append(int(lengths[j - 1]))
         j = int(cut[j])
     return best[::-1]

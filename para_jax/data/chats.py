@@ -176,7 +176,7 @@ def with_thought(before: str, whole: str, answer: str) -> str:
     answer would not start with its generation prompt. The answer's own thought is put back, or else an empty one.
     """
     head, opened, rest = before.rpartition(THOUGHT)
-    if not opened or rest.strip() or whole.startswith(before) or not whole.startswith(head):
+    if not opened or rest.strip() or whole.startswith(before) or not whole.startswith(head):  # no thought begins there
         return whole
     thought = answer.rpartition(END_OF_THOUGHT)[0].strip().removeprefix(THOUGHT).strip()
     shown = whole[len(head) :].rpartition(END_OF_THOUGHT)[2].lstrip()

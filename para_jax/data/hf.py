@@ -73,7 +73,8 @@ def prepared_builder(name: str, config: str | None) -> Any:
             )
         builder.download_and_prepare()
     except Exception as error:  # of many kinds: the hub's, the network's and the library's
-        raise ValueError(f"{source}: {load_failure(error)}") from None
+        said = " ".join(str(error.__cause__ or error).split())  # the cause says more than the error that wraps it
+        raise ValueError(f"{source}: {printable(said, 300) or type(error).__name__}") from None
     return builder
 
 
@@ -87,11 +88,6 @@ def datasets_library(source: str) -> Any:
     except ImportError:
         raise ValueError(f"{source} needs the package datasets: pip install 'para_jax[hf]'") from None
     return datasets
-
-
-def load_failure(error: Exception) -> str:
-    """One line on why `datasets` failed. The cause says more than the error that wraps it."""
-    return printable(" ".join(str(error.__cause__ or error).split()), 300) or type(error).__name__
 
 
 def read_split(builder: Any, name: str, config: str | None, split: str) -> Split:

@@ -95,9 +95,9 @@ def pack(lengths: Sequence[int], row_length: int, seed: int) -> list[list[int]]:
 def first_fit(indices: np.ndarray, lengths: np.ndarray, row_length: int) -> list[list[int]]:
     rows: list[list[int]] = []
     room = np.zeros(len(indices), np.int64)
-    for i in indices[np.argsort(-lengths[indices], kind="stable")].tolist():
+    for i in indices[np.argsort(-lengths[indices], kind="stable")].tolist():  # longest first
         fits = room[: len(rows)] >= lengths[i]
-        row = int(fits.argmax()) if fits.any() else len(rows)
+        row = int(fits.argmax()) if fits.any() else len(rows)  # argmax: the first row that has room
         if row == len(rows):
             rows.append([])
             room[row] = row_length

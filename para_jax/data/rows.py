@@ -111,7 +111,9 @@ def open_file(path: Place) -> Split:
     tables = {".csv": csv_rows, ".tsv": csv_rows, ".parquet": parquet_rows}
     if rows := tables.get(path.suffix.lower()):
         return Split(str(path), f"{path}[", lambda: enumerate(named_rows(path, rows)))
-    if starts_array(path):
+    with path.open("rb") as file:
+        is_array = file.read(512).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    if is_array:
         return Split(str(path), f"{path}[", lambda: array_rows(path))
     return Split(str(path), f"{path}:", lambda: line_rows(path))
 
@@ -120,11 +122,6 @@ def split_file(folder: Place, split: str) -> Place | None:
     """The file of a split in a folder, such as train.jsonl or train.csv; None if there is none."""
     files = (folder / f"{split}{ending}" for ending in ENDINGS)
     return next((file for file in files if file.is_file()), None)
-
-
-def starts_array(path: Place) -> bool:
-    with path.open("rb") as file:
-        return file.read(512).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 
 def line_rows(path: Place) -> Iterator[tuple[int, Any]]:

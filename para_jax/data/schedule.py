@@ -72,7 +72,7 @@ def admitted(slots: Sequence[int], ended: Sequence[bool]) -> list[int]:
     whose tenant has ended."""
     held_already = set(slots)
     waiting = (t for t in range(len(ended)) if not ended[t] and t not in held_already)
-    return [next(waiting, held) if held < 0 or ended[held] else held for held in slots]
+    return [next(waiting, held) if held < 0 or ended[held] else held for held in slots]  # else it stays
 
 
 class Schedule:
@@ -112,10 +112,10 @@ class Schedule:
         """The batch of step i from here on, once; None after the last one. Several threads may call this at once."""
         with self.lock:
             while self.known <= i:
-                self.made[self.known] = next(self.coming, [])
+                self.made[self.known] = next(self.coming, [])  # in order, whichever thread asks
                 self.known += 1
-            chosen = self.made.pop(i)
-        return self.collated(chosen) if chosen else None
+            chosen = self.made.pop(i)  # once: the arrays would pile up
+        return self.collated(chosen) if chosen else None  # without the lock: this is the slow part
 
     def collated(self, chosen: list[Turn]) -> StepBatch:
         bucket = self.buckets[max(self.orders[turn.tenant].plan.batch_indices(turn.step)[0] for turn in chosen)]
@@ -152,7 +152,7 @@ def turns(
         before, held = held, {t: slot for slot, t in enumerate(slots) if t >= 0 and not ended[t]}
         if not held:
             return
-        for t in held.keys() - before.keys():
+        for t in held.keys() - before.keys():  # those that have just got a slot
             lengths[t] = length(t, steps[t])
         chosen = next_tenants(steps, shares, [t in held for t in range(len(steps))], groups, lengths)
         yield sorted((Turn(t, held[t], steps[t]) for t in chosen), key=lambda turn: turn.slot)
@@ -196,7 +196,7 @@ def next_tenants(
     """
     behind = (np.asarray(steps) + 0.5) / shares  # Webster's method; ties go to the first
     order = np.argsort(np.where(running, behind, np.inf), kind="stable")[: np.count_nonzero(running)]
-    if lengths is None or len(order) <= groups:
+    if lengths is None or len(order) <= groups:  # all of them, or no padding to save
         return order[:groups].tolist()
     late = (behind[order[groups - 1]] - behind[order]) * shares[order]  # in each tenant's own steps
     due, free = order[late >= SLACK], order[(-SLACK <= late) & (late < SLACK)]
@@ -213,13 +213,13 @@ def cheapest(due: np.ndarray, free: np.ndarray, lengths: np.ndarray, groups: int
     most_filled, best = -1.0, due
     shortest = lengths[due].max(initial=0)
     for length in np.unique(lengths[np.concatenate([due, free])]):
-        if length < shortest:
+        if length < shortest:  # those that are due would not fit
             continue
         fit = free[lengths[free] <= length]
         fit = fit[np.argsort(-lengths[fit], kind="stable")]
         chosen = np.concatenate([due, fit])[:groups]
         filled = lengths[chosen].sum() / (groups * length)
-        if filled > most_filled:
+        if filled > most_filled:  # of equal ones the shortest batch
             most_filled, best = filled, chosen
     return best.tolist()
 

@@ -65,16 +65,7 @@ def data_set_of(section: DataSection, source: str) -> DataSet | Place:
     if hf.is_hf(source):
         return hf.open_data_set(source)
     path = expanded(source)
-    if hf.is_saved(path):
-        return hf.saved_data_set(path)
-    return hf.open_data_set(f"{hf.SCHEME}{path}") if is_hub_folder(path) else path
-
-
-def is_hub_folder(folder: Place) -> bool:
-    """Whether a folder has the layout of a data set on the hub: files such as data/train-00000-of-00001.parquet."""
-    if not isinstance(folder, Path) or split_file(folder, "train") is not None:
-        return False
-    return any(any(folder.glob(pattern)) for pattern in ("train-*", "data/train*", "*/train-*.parquet"))
+    return hf.saved_data_set(path) if hf.is_saved(path) else path
 
 
 def task_of(section: DataSection) -> str | None:

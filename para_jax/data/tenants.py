@@ -19,7 +19,7 @@ from .rows import ENDINGS
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 #: Names that a run's folder uses itself, the name of the base model, and those of the splits of one tenant's data.
-RESERVED = ("adapter", BASE, "checkpoints", "config.yaml", "learning_rates", "metrics.jsonl", "profile")
+RESERVED = ("adapter", BASE, "checkpoints", "config.yaml", "learning_rates", "metrics.jsonl")
 RESERVED += ("tensorboard", "tenants.json", *SPLITS)
 #: Tenants' files that are read or written at once.
 AT_ONCE = 16

@@ -142,13 +142,10 @@ class Fit:
         self.cut += 1
         room = most - len(completion)
         if room < 1:
-            of_model = self.positions <= limit
-            where = (
-                f"the model's {self.positions} positions;" if of_model else f"data.max_seq_length {limit}; raise it,"
-            )
+            most = min(limit, self.positions)
             raise ValueError(
-                f"{place}: an answer of {longest} tokens leaves no room for a prompt in {where} shorten the answers "
-                "(eval.max_new_tokens), or set data.truncate to skip"
+                f"{place}: an answer of {longest} tokens leaves no room for a prompt in {most} tokens; "
+                "raise data.max_seq_length, shorten the answers (eval.max_new_tokens), or set data.truncate to skip"
             )
         start = 1 if room > 1 and prompt[0] == self.bos else 0  # some models fail without BOS
         return Example(prompt[:start] + prompt[len(prompt) - room + start :], completion)

@@ -95,7 +95,7 @@ def choose_mesh(
     if config.mesh.fsdp is not None:
         return MeshChoice(asked, "")
     possible = []
-    for fsdp in (n for n in range(1, count + 1) if count % n == 0):
+    for fsdp in (n for n in range(1, count + 1) if count % n == 0):  # the smallest first
         sizes = mesh_sizes(asked | {"fsdp": fsdp}, count, all_of_them)
         # Other sizes can't divide the batch.
         if sizes and (config.train.batch_size or 0) % (sizes["data"] * sizes["fsdp"]) == 0:
@@ -107,7 +107,7 @@ def choose_mesh(
         return MeshChoice(possible[0], why)
     needs: list[int] = []
     for sizes in possible:
-        needs.append(run_bytes(config, abstract_mesh(sizes), tenants))
+        needs.append(run_bytes(config, abstract_mesh(sizes), tenants))  # sizes after the first that fits are not tried
         if needs[-1] <= USABLE * room:
             break
     return MeshChoice(possible[len(needs) - 1], reason(possible, needs, room), needs[-1] <= USABLE * room)
@@ -214,7 +214,7 @@ def activation_bytes(config: RunConfig, model: ModelConfig, mesh: Mesh | Abstrac
     at_work += 4 * CHUNK
     if mesh.shape["fsdp"] > 1:
         layer = sum(model.site_input_width(site) * model.site_width(site) for site in SITES)
-        at_work += (layer + model.vocab_size * model.width) * dtype.itemsize / tensor
+        at_work += (layer + model.vocab_size * model.width) * dtype.itemsize / tensor  # those that are gathered
     return int(kept * model.num_layers + at_work)
 
 

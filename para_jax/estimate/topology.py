@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, Mesh
 from ..backbone.load import load_model_config
 from ..config import RunConfig
 from ..io.checks import require
-from ..runtime.sharding import even_tenants, make_mesh, mesh_sizes, replicated_lines, tenants_sharding
+from ..runtime.sharding import make_mesh, mesh_sizes, replicated_lines, tenants_sharding
 from ..training.passes import lay_out
 from ..training.step import train_step
 from .longest_row import examples_in_row, kernel_of_run, longest_split
@@ -105,8 +105,8 @@ def topology_devices(topology: str, chips: int):
     """The devices of a slice, as its compiler sees them; JAX itself stays on the CPU."""
     from jax.experimental import topologies
 
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would ask a server that only TPU hosts have
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # two dry runs at once are harmless
     small = {1: (1, 1, 1), 2: (1, 2, 1), 4: (2, 2, 1)}
     options: dict[str, Any] = {}
     if topology.startswith(("v5e", "v6e")) and chips in small:
@@ -153,7 +153,7 @@ def ask_compiler(lowered: jax.stages.Lowered) -> Compiled:
     sizes: Any = compiled.memory_analysis()
     memory = ProgramMemory(
         arguments=sizes.argument_size_in_bytes,
-        outputs=sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
+        outputs=sizes.output_size_in_bytes - sizes.alias_size_in_bytes,  # donated arguments are counted once
         temporaries=sizes.temp_size_in_bytes,
         code=sizes.generated_code_size_in_bytes,
     )
@@ -187,8 +187,7 @@ def tenants_line(config: RunConfig, mesh: Mesh | AbstractMesh, tenants: int) -> 
     spread = layout.slots // tenants_sharding(layout.slots, mesh).shard_shape((layout.slots,))[0]
     uneven = ""
     if spread < mesh.size:
-        better = even_tenants(layout.slots, mesh.size)
-        uneven = f", because {mesh.size} chips do not divide {layout.slots} tenants{better}"
+        uneven = f", because {mesh.size} chips do not divide {layout.slots} tenants"
     return (
         f"tenants    {tenants}, {layout.slots} at once; {layout.groups} of {layout.rows} rows each in a pass; weights "
         f"and optimiser state {each / 1e6:.1f} MB per tenant, {each / spread / 1e6:.2f} MB per tenant and chip, "

@@ -19,14 +19,11 @@ from ..data.examples import encode_completion
 from ..data.records import Record, split_records
 from ..data.sources import open_split, task_of
 from ..data.tasks import TASKS
-from ..io.checks import shorten
 from ..io.progress import Progress
 from .metrics import single_spaced
 
 #: Labels are ranked by their likelihoods if there are at most this many; otherwise the answer is written.
 RANKED = 20
-#: A missing answer is named if at least this many of the scored examples would have it in shuffled data.
-EXPECTED = 5
 #: Completions are labels if the training data has each this many times on average.
 REPEATED = 4
 #: Completions are free text if they have more than this many words on average, and at least this share are different.
@@ -133,17 +130,6 @@ def without_answer(records: Iterable[Record], choices: Iterable[str]) -> list[Re
     """The records that accept none of the choices as their answer."""
     answers = set(map(single_spaced, choices))
     return [record for record in records if answers.isdisjoint(map(single_spaced, record.references))]
-
-
-def missing_answer(records: Sequence[Record], limit: int) -> str | None:
-    """The most frequent answer that none of the first `limit` records has, if shuffled ones would have it."""
-    answers = [single_spaced(record.completion) for record in records]
-    scored = set(answers[:limit])
-    missing = Counter(answer for answer in answers if answer not in scored).most_common(1)
-    if not missing or missing[0][1] * limit < EXPECTED * len(answers):
-        return None
-    answer, often = missing[0]
-    return f"{shorten(answer)}, which {often} of all {len(answers)} have"
 
 
 def is_there(section: DataSection) -> bool:

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 from ..config import BASE
 from ..io import atomic
-from ..io.record_file import check_results_folder
 from ..io.shards import SHARD_FILE
 from ..io.storage.bucket import Place
 from ..runtime import devices
@@ -75,7 +74,7 @@ class Results(NamedTuple):
         for task, panel in panels.items():
             if BASE in panel.bars and len(panel.bars) > 1:
                 others = {name: bar for name, bar in panel.bars.items() if name != BASE}
-                panels[task] = panel._replace(bars=others, base=panel.bars[BASE])
+                panels[task] = panel._replace(bars=others, base=panel.bars[BASE])  # a line across the others
         return scores_plot(panels)
 
 
@@ -262,13 +261,9 @@ def error_of(values: Mapping, metric: str) -> float | None:
 
 
 def cell(text: str) -> str:
-    """A text for a Markdown table."""
-    return on_one_line(text).replace("|", "\\|")
-
-
-def on_one_line(text: str) -> str:
-    """A text with whatever is not printable escaped, such as the end of a line or half a character."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    """A text for a Markdown table: what is not printable is escaped, such as the end of a line or half a character."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text.replace("|", "\\|")
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -296,9 +291,7 @@ def names_of_samples(parts: Sequence[tuple[str, str]]) -> dict[tuple[str, str], 
 
 
 def check_results(folder: Place, files: Iterable[str], content: str) -> None:
-    """Raises ValueError for the folder of a run or an adapter, and if one of these files is there and does not hold
-    results of this backbone."""
-    check_results_folder(folder)
+    """Raises ValueError if one of these files is there and does not hold results of this backbone."""
     for file in (folder / name for name in files):
         with suppress(ValueError, KeyError, TypeError):  # another program's file
             if not file.exists() or json.loads(file.read_bytes())["config"]["backbone_content"] == content:

@@ -35,7 +35,7 @@ def logged_samples(encoded: EncodedTask, answers: Sequence[Answer]) -> list[dict
             for metric in (task.metric, *task.also):
                 sample |= example_score(metric, given[i], record.references) if metric != "loss" else {}
         if task.ranks:
-            own = nats[count:].reshape(count, -1)[i]
+            own = nats[count:].reshape(count, -1)[i]  # after the completions come the choices of each
             sample["choices"] = {choice: finite(-value) for choice, value in zip(task.choices, own, strict=True)}
         samples.append(sample | {"loss": finite(nats[i] / tokens[i]), "tokens": int(tokens[i])})
     return samples

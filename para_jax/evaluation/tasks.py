@@ -28,7 +28,6 @@ from .defaults import (
     different_answers,
     is_there,
     longest_completion,
-    missing_answer,
     scoring_rule,
     without_answer,
 )
@@ -125,7 +124,7 @@ def check_room(model: ModelConfig, encoded: EncodedTask) -> None:
         where, largest = record.place or task.name, max(*prompt, *completion)
         if largest >= known:
             raise ValueError(f"{where}: token id {largest}: the model's tokens are 0 to {known - 1}")
-        needed = max(len(prompt) + len(completion), len(prompt) + new)
+        needed = max(len(prompt) + len(completion), len(prompt) + new)  # scored and written, whichever is longer
         if needed > most:
             raise ValueError(f"{where}: {needed} tokens do not fit the model's {most} positions; shorten the prompt")
 
@@ -189,7 +188,7 @@ def task_of_run(
         room = dict(answer=answer_room(task, tokenizer), positions=of_model().max_positions)
     kept = encode_records(records, tokenizer, section, **room)
     task = task._replace(records=kept.records, examples=kept.examples, cut=kept.cut, skipped=kept.skipped)
-    chosen = config.eval.max_new_tokens is None and not known
+    chosen = config.eval.max_new_tokens is None and not known  # a number of the user or the task stays as it is
     return with_room(task, kept.examples, of_model().max_positions) if chosen and task.writes else task
 
 
@@ -199,13 +198,9 @@ def with_room(task: EvalTask, examples: Sequence[Example], room: int) -> EvalTas
     fits = max(1, min(task.max_new_tokens, room - len(examples[longest].prompt_ids)))
     cut = sum(len(example.completion_ids) > fits for example in examples)
     said = f"{task.name}: at most {fits} tokens are written, and {cut} of {len(examples)} expected answers have more"
-    if cut and fits == task.max_new_tokens:
-        warn(f"{said}; eval.max_new_tokens sets another limit")
-    elif cut:
-        warn(
-            f"{said}: the prompt of {task.records[longest].place} leaves no more of the model's {room} positions. A "
-            "smaller data.max_seq_length with data.truncate=skip leaves it out, with left it cuts its start"
-        )
+    if cut:
+        where = task.records[longest].place
+        warn(f"{said}; set eval.max_new_tokens, or shorten the prompt of {where} (the model has {room} positions)")
     return task._replace(max_new_tokens=fits)
 
 
@@ -287,17 +282,15 @@ def task_of_records(
     also = known.also if known and metric == known.metric else ()
     choices = choices_of(file, records, known) if metric in (None, "accuracy", *LABEL_METRICS) else ()
     if metric is None:
-        labelled = all(record.label is not None for record in records)
+        labelled = all(record.label is not None for record in records)  # then the completions are their texts
         metric = "accuracy" if labelled and 2 <= len(choices) <= RANKED else "exact_match"
         if metric == "exact_match" and completions_in(records).free_text:
             metric, also = "loss", ("f1",)
-    if metric == "accuracy" and not 2 <= len(choices) <= 100:
+    if metric == "accuracy" and not 2 <= len(choices) <= 100:  # each choice is scored for each example
         raise ValueError(f"{where}: {len(choices)} answers; accuracy ranks 2 to 100. Choose another metric")
     ranked = metric == "accuracy" or (metric in LABEL_METRICS and len(choices) <= RANKED)
     if ranked:
         warn_of_unreachable(where, records[:limit], choices)
-    if limit and (missing := missing_answer(records, limit)):
-        warn(f"{where}: the first {limit} examples have no answer {missing}; shuffle them, or raise the limit")
     task = EvalTask(
         name,
         records[:limit],

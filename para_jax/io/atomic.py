@@ -51,9 +51,9 @@ def replacing(file: Path) -> Iterator[BinaryIO]:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(part, file)
-        sync_folder(file.parent)
+        sync_folder(file.parent)  # else a power failure may undo the rename
     finally:
-        part.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)  # after an error; a replaced file has left this name
 
 
 @contextmanager
@@ -106,11 +106,6 @@ def sync_folder(folder: Path) -> None:
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def remedy(number: int | None) -> str:
-    """Advice on an error when writing, as an imperative."""
-    return "make room there" if number in FULL else "make sure that the folder can be written and renamed in"
-
-
 def temporary_name(path: Path) -> Path:
     """An unpredictable name in the same folder, for the file or folder that will replace the path."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
@@ -137,7 +132,7 @@ def lock(stream: IO, name: str | Path) -> None:
     """
     try:
         if fcntl is not None:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it when the process dies
     except BlockingIOError:
         raise ValueError(f"{name}: another process is writing it; wait until it ends, or choose another") from None
 

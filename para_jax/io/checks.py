@@ -29,7 +29,7 @@ def require_one_of(names: Iterable[object], name: str, value: object) -> None:
 def near_name(value: object, names: Iterable[object]) -> str:
     """ "; did you mean accuracy?" for acc, Accuracy and acuracy; nothing if no name is near."""
     text, known = str(value)[:100].lower(), list(map(str, names))
-    near = [name for name in known if len(text) > 1 and name.startswith(text)]
+    near = [name for name in known if len(text) > 1 and name.startswith(text)]  # to difflib, acc is not near accuracy
     near += difflib.get_close_matches(text, known, n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
@@ -83,7 +83,7 @@ def expanded(path: str | Path | BucketPath) -> Any:
 
 
 def nearest(path: Path) -> str:
-    """What stands where a missing path was looked for: "; did you mean runs/mine?", "; runs has a, b", or nothing."""
+    """The path that was probably meant by a missing one, as "; did you mean runs/mine?", or nothing."""
     missing = path
     try:
         while not missing.parent.is_dir():
@@ -91,13 +91,8 @@ def nearest(path: Path) -> str:
         names = sorted(entry.name for entry in islice(missing.parent.iterdir(), 1000) if entry.name[:1] != ".")
     except OSError:
         return ""
-    if missing.parent == Path("/") or not names:
-        return ""
     near = difflib.get_close_matches(missing.name, names, n=1, cutoff=0.5)
-    if near:
-        found = missing.parent / near[0] / path.relative_to(missing)
-        return f"; did you mean {printable(str(found if found.exists() else missing.parent / near[0]), 200)}?"
-    if missing.parent == Path("."):
+    if not near:
         return ""
-    listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-    return f"; {printable(str(missing.parent), 200)} has {printable(listed, 200)}"
+    found = missing.parent / near[0] / path.relative_to(missing)
+    return f"; did you mean {printable(str(found if found.exists() else missing.parent / near[0]), 200)}?"

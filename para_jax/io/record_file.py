@@ -11,14 +11,10 @@ from typing import IO
 
 from . import atomic
 from .messages import say
-from .storage.bucket import BucketPath, Place
+from .storage.bucket import BucketPath
 
-#: A record has at most this many bytes.
-MAX_BYTES = 2**28
 #: Errors of file systems that can't lock, such as some that hosts share.
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
-#: Files that only a run or an adapter has in its folder.
-OWNERS = {"config.yaml": "a run", "adapter_config.json": "an adapter"}
 
 
 def lock_output(stream: IO, name: str | Path) -> None:
@@ -35,39 +31,13 @@ def check_record_file(option: str, file: Path) -> None:
     """Raises ValueError or OSError if a record's file can't be written; called before the work for it begins."""
     if file.is_dir():
         raise ValueError(f"{option} {file}: a folder. Give the path of a file in it")
-    if file.is_file() and not is_record(file):
-        raise ValueError(f"{option} {file}: it holds no results, and would be overwritten; give another file")
     if isinstance(file, BucketPath) or written_in_place(file):
         return
-    check_writable(option, file, file.parent)
-
-
-def check_writable(option: str, path: Path, folder: Path) -> None:
-    """Raises OSError, which names the path, if nothing can be written to a folder, or where a missing one is made."""
     try:
-        near = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
+        near = next(one for one in file.absolute().parents if one.exists())
         tempfile.TemporaryFile(dir=near).close()
     except OSError as error:
-        raise OSError(f"{option} {path}: {error.strerror}. Give a path that can be written") from None
-
-
-def is_record(file: Place) -> bool:
-    """Whether a file is empty, or holds a record of an earlier command."""
-    with file.open("rb") as stream:
-        data = stream.read(MAX_BYTES + 1)
-    try:
-        found = json.loads(data or b'{"command": ""}')
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(found, dict) and "command" in found
-
-
-def check_results_folder(folder: Place) -> None:
-    """Raises ValueError for the folder of a run or an adapter. A run's scores.json could not be told from results, and
-    saving an adapter replaces its folder."""
-    for name, owner in OWNERS.items():
-        if (folder / name).is_file():
-            raise ValueError(f"--output {folder} is the folder of {owner} ({name}); choose another folder")
+        raise OSError(f"{option} {file}: {error.strerror}. Give a path that can be written") from None
 
 
 def write_record(file: Path, record: dict) -> None:

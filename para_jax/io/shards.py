@@ -76,20 +76,17 @@ def write_part(file: Place, part: ShardOutput) -> None:
 
 
 def read_part(file: Place, output: Place) -> ShardOutput | None:
-    """What a shard file says; None if there is none. Raises ValueError for a file that is none."""
+    """What a shard file says; None if there is none."""
     if not file.is_file():
         return None
-    advice = "Remove it, and run the shard's command again"
-    found = atomic.read_json(file, advice)
-    if not {"shard", "settings", "ended", "content"} <= set(found):
-        raise ValueError(f"{file} does not describe a shard. {advice}")
+    found = atomic.read_json(file, "Remove it, and run the shard's command again")
     return ShardOutput(output, parse_shard(found["shard"]), found["settings"], found["ended"], found["content"])
 
 
 def begin_part(file: Place, output: Place, shard: Shard | None) -> None:
     """Raises ValueError if the output is that of another shard, or of one although no shard is asked for."""
     before = read_part(file, output)
-    if before is not None and before.shard != shard:
+    if before is not None and before.shard != shard:  # the same one resumes
         advice = f"give --shard {before.shard}, or choose another output"
         raise ValueError(f"{output} is the output of shard {before.shard}; {advice}")
 

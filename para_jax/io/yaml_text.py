@@ -53,7 +53,7 @@ class PlainLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = set()
         for key, _ in node.value:
-            if key.tag == "tag:yaml.org,2002:merge":
+            if key.tag == "tag:yaml.org,2002:merge":  # <<, which may come several times
                 continue
             if key.tag != "tag:yaml.org,2002:str" or key.value in keys:
                 is_text = key.tag == "tag:yaml.org,2002:str"

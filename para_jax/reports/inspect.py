@@ -33,7 +33,6 @@ from ..model.adapted import init_adapter
 from ..runs.compare import TABLE, method_configs
 from ..runs.data_table import data_lines, tenant_lines
 from ..runs.plan import SharedResources, planned
-from ..runs.rates import FIRST, as_trials, is_auto
 from ..runs.report import sample_lines, score_table, tenants_table
 from ..runs.tenants import tenant_configs
 from ..runs.train import say_doubt
@@ -78,7 +77,7 @@ def dry_run(config: RunConfig, topology: str | None = None) -> str:
         f"{scope_outline(config.adapter)}",
         f"memory     weights {size(weights)} ({kept}), adapter {size(tree_size(adapter))}, "
         f"optimiser {size(tree_size(state.optimizer))}" + " of each tenant" * config.many,
-        *(topology_lines(config, own, topology) if topology else [step_line(config)]),
+        topology_report(config, topology, tenants_of(config)) if topology else step_line(config),
     ]
     return "\n".join(lines + source_lines(config, own))
 
@@ -86,17 +85,6 @@ def dry_run(config: RunConfig, topology: str | None = None) -> str:
 def configs_here(config: RunConfig) -> list[RunConfig]:
     """The config of each tenant; the run's alone if its tenants are not here yet."""
     return list(tenant_configs(config).values()) if tenants_are_here(config) else [config]
-
-
-def topology_lines(config: RunConfig, own: list[RunConfig], topology: str) -> list[str]:
-    """The report for a slice, of the trials if train.learning_rate=auto: they run first and at once, so they need more
-    than the training after them."""
-    tenants = tenants_of(config)
-    if not any(map(is_auto, own)):
-        return [topology_report(config, topology, tenants)]
-    trials = config if config.many else as_trials(config)
-    said = f"trials     what follows is of the {len(FIRST)} rates that train.learning_rate=auto tries first, at once"
-    return [said, topology_report(trials, topology, tenants * len(FIRST))]
 
 
 def tenants_of(config: RunConfig) -> int:

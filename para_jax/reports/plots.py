@@ -13,7 +13,7 @@ import numpy as np
 
 from ..evaluation.score_plots import shorten_name
 from ..io.checks import expanded
-from ..io.figures import drawable, escaped, explain, new_figure, run_names
+from ..io.figures import COLOURS, drawable, escaped, explain, method_colour, new_figure, run_names, style
 from ..io.figures import save as save
 from ..io.storage.bucket import BucketPath, Place
 from ..training.metrics_file import read_metrics
@@ -21,7 +21,6 @@ from ..training.metrics_file import read_metrics
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = {"base": "black", "PARA": "tab:green", "(IA)^3": "tab:blue"}
 #: Columns of a heat map: the units of a site are sorted by their factor, and averaged to this many values.
 BINS = 48
 
@@ -32,6 +31,7 @@ BINS = 48
 MAX_CURVES = 10
 
 
+@style()
 def curves_plot(folders: str | Place | Sequence[str | Place]) -> Figure:
     """The training loss, smoothed, and the validation loss and scores of one or more runs over the optimiser's steps,
     from their metrics.jsonl. A run of many tenants has a curve for each tenant; with more than MAX_CURVES, the median
@@ -58,7 +58,6 @@ def curves_plot(folders: str | Place | Sequence[str | Place]) -> Figure:
         plain_axes(axes)
         axes.set_xlim(panels[0].get_xlim())
     panels[-1].set_xlabel("optimiser step")
-    panels[0].set_title("Learning curves", fontsize=10)
     explain(
         figure,
         "A loss that falls is good; a validation loss that rises while training falls is overfitting. Bars are one "
@@ -68,12 +67,12 @@ def curves_plot(folders: str | Place | Sequence[str | Place]) -> Figure:
 
 
 def colours_of(count: int) -> list[str]:
-    """This number of different colours: those of matplotlib's cycle, or of a map if there are not enough."""
+    """This number of different colours: those of all pictures, or of a map if there are not enough."""
     from matplotlib import colormaps, colors
 
-    if count <= 10:
-        return [f"C{i}" for i in range(count)]
-    return [colors.to_hex(colormaps["turbo"](i / (count - 1))) for i in range(count)]
+    if count <= len(COLOURS):
+        return COLOURS[:count]
+    return [colors.to_hex(colormaps["viridis"](0.95 * i / (count - 1))) for i in range(count)]
 
 
 def draw_losses(axes, name: str, tenants: list[list[dict]], colour: str) -> None:
@@ -85,7 +84,7 @@ def draw_losses(axes, name: str, tenants: list[list[dict]], colour: str) -> None
     (rows,) = tenants
     axes.plot(*series(rows, "loss"), color=colour, alpha=0.2, linewidth=0.8)
     axes.plot(*smoothed_series(rows), color=colour, label=escaped(shorten_name(name, 60)))
-    axes.plot(*series(rows, "validation_loss"), color=colour, marker="o", markersize=4, linestyle="--")
+    axes.plot(*series(rows, "validation_loss"), color=colour, marker="o", linestyle="--")
 
 
 def draw_scores(axes, metric: str, tenants: list[list[dict]], colour: str) -> None:
@@ -96,7 +95,7 @@ def draw_scores(axes, metric: str, tenants: list[list[dict]], colour: str) -> No
     steps, scores = series(rows, f"validation_{metric}")
     held = dict(zip(*series(rows, f"validation_{metric}_stderr"), strict=True))
     errors = [held.get(step, np.nan) for step in steps]
-    axes.errorbar(steps, scores, errors, color=colour, marker="o", markersize=4, capsize=2)
+    axes.errorbar(steps, scores, errors, color=colour, marker="o")
 
 
 def draw_range(axes, curves: Sequence[tuple[list, Sequence[float] | np.ndarray]], colour: str, **look) -> None:
@@ -108,19 +107,15 @@ def draw_range(axes, curves: Sequence[tuple[list, Sequence[float] | np.ndarray]]
                 at.setdefault(step, []).append(value)
     steps = sorted(at)
     low, middle, high = ([of(at[step]) for step in steps] for of in (min, np.median, max))
-    axes.plot(steps, middle, color=colour, markersize=4, **look)
+    axes.plot(steps, middle, color=colour, **look)
     axes.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
 
 
 def name_curves(figure: Figure, losses) -> None:
-    """The legend of the losses' curves; above the picture if the panel has no room."""
+    """The legend of the losses' curves, above the picture."""
     losses.plot([], [], color="grey", label="training, smoothed")
-    losses.plot([], [], color="grey", marker="o", markersize=4, linestyle="--", label="validation")
-    handles, labels = losses.get_legend_handles_labels()
-    if len(labels) > 8 or max(map(len, labels)) > 40:
-        figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=7)
-    else:
-        losses.legend(fontsize=8)
+    losses.plot([], [], color="grey", marker="o", linestyle="--", label="validation")
+    figure.legend(*losses.get_legend_handles_labels(), loc="outside upper center", ncols=2)
 
 
 def plain_axes(axes) -> None:
@@ -128,7 +123,6 @@ def plain_axes(axes) -> None:
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
     low, high = axes.dataLim.intervaly
     if axes.get_ylabel().startswith("loss") and 0 < 5 * low < high:
         axes.set_yscale("log")
@@ -198,16 +192,14 @@ def smoothed(values: Sequence[float]) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------------- factors
 
 
-def factors_plot(
-    factors: Mapping[str, Mapping[str, np.ndarray]], title: str, notes: Mapping[str, str] | None = None
-) -> Figure:
+@style()
+def factors_plot(factors: Mapping[str, Mapping[str, np.ndarray]], title: str) -> Figure:
     """The factors of one prompt, or of two and their difference, as heat maps: layers down, the units of a site across,
     sorted by value. Colour is l - 1, white at 0, with one scale for all maps: where the difference is as strong as the
     factors themselves, they depend on the prompt.
 
     Args:
         factors: a prompt's name to its factors l, {site: [layers, site width]}.
-        notes: by site, a line under its name.
 
     >>> factors = {site: l[:, 0] for site, l in vectors(model, adapter, tokens, 5).items()}
     >>> factors_plot({"The capital of France is": factors}, "one tenant").savefig("factors.png")
@@ -233,13 +225,13 @@ def factors_plot(
                 interpolation="nearest",
                 extent=(0, 100, len(bins) - 0.5, -0.5),
             )
-            size = np.sqrt((maps[name][site] ** 2).mean())
-            axes.set_title(f"{with_note(site, notes)}, rms {size:.3g}", fontsize=8)
-        axes_row[0].set_ylabel(f"{escaped(shorten_name(name))}\nlayer", fontsize=8)
+            axes.set_title(f"{site}, rms {np.sqrt((maps[name][site] ** 2).mean()):.3g}")
+            axes.grid(visible=False)
+        axes_row[0].set_ylabel(f"{escaped(shorten_name(name))}\nlayer")
     for axes in grid[-1]:
-        axes.set_xlabel("units, sorted (%)", fontsize=8)
+        axes.set_xlabel("units, sorted (%)")
     figure.colorbar(image, ax=grid, label="l − 1", extend="both", extendfrac=0.02, aspect=30, pad=0.02)
-    figure.suptitle(title, fontsize=9, parse_math=False)
+    figure.suptitle(title, fontsize="medium", parse_math=False)
     said = (
         "A factor l multiplies one unit of a linear layer's output. l − 1 is 0 (white) where the adapter changes "
         "nothing. Units are sorted in each layer from the smallest factor to the largest; rms is the root mean square "
@@ -249,10 +241,6 @@ def factors_plot(
         said += " If the last row is as strong as the others, the factors depend on the prompt."
     explain(figure, said)
     return figure
-
-
-def with_note(site: str, notes: Mapping[str, str] | None) -> str:
-    return f"{site}\n{escaped(notes[site])}" if notes and site in notes else site
 
 
 def sorted_bins(values: np.ndarray) -> np.ndarray:
@@ -265,23 +253,25 @@ def sorted_bins(values: np.ndarray) -> np.ndarray:
 # -------------------------------------------------------------------------------------------------------- measurements
 
 
+@style()
 def decode_plot(record: dict, file: str | Path) -> None:
     """Draws the record of `para-jax bench decode`: time of a decode step over the number of different tenants in the
     largest batch."""
     rows = max(side["rows"] for side in record["sides"].values())
-    lines: dict[str, dict[int, float]] = {}
+    lines: dict[str, dict[int, str]] = {}
     for name, side in record["sides"].items():
         if side["rows"] == rows and "bank of 1" not in side["note"]:
-            lines.setdefault(side["method"], {})[side["tenants"]] = record["medians"][name]
+            lines.setdefault(side["method"], {})[side["tenants"]] = name
     figure = new_figure(6.4, 4)
     axes = figure.subplots()
-    base = lines.pop("base")[0]
-    axes.axhline(base, color=COLOURS["base"], linestyle="--", label="base")
-    greys = iter(("tab:orange", "tab:red", "tab:purple"))
-    for method, points in lines.items():
+    axes.axhline(record["medians"][lines.pop("base")[0]], color="black", linestyle="--", label="base")
+    for marker, (method, points) in zip("osD^v", lines.items(), strict=False):
         tenants = sorted(points)
-        colour = COLOURS.get(method) or next(greys)
-        axes.plot(tenants, [points[n] for n in tenants], marker="o", color=colour, label=method)
+        rounds = [[measured[points[n]] for measured in record["rounds"]] for n in tenants]
+        reach = min(0.5, 0.98 / len(record["rounds"]) ** 0.5)  # of the ranks around the median, by the normal law
+        low, middle, high = np.quantile(rounds, (0.5 - reach, 0.5, 0.5 + reach), axis=1)
+        errors, colour = (middle - low, high - middle), method_colour(method)
+        axes.errorbar(tenants, middle, errors, marker=marker, color=colour, label=method)
     axes.set_xscale("log", base=2)
     ticks = sorted({n for points in lines.values() for n in points})
     axes.set_xticks(ticks, [str(n) for n in ticks])
@@ -290,6 +280,7 @@ def decode_plot(record: dict, file: str | Path) -> None:
     axes.set_ylabel("milliseconds per decode step")
     _, _, backbone = record["command"].partition("--backbone ")
     title = f"{backbone.split(' ')[0]}; {record['context_tokens']} tokens of context; {record['device']}"
-    axes.set_title(title, fontsize=8)
+    axes.set_title(title)
     axes.legend()
+    explain(figure, "The medians of the rounds, with their 95 % intervals.")
     save(figure, file)

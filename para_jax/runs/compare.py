@@ -144,9 +144,11 @@ def compare_methods(config: RunConfig, data: Any = None) -> MethodsResult:
     for number, (method, own) in enumerate(method_configs(config).items(), 1):
         say(f"{method}: method {number} of {len(config.sweep.method)}, in {own.output_dir}")
         standing = train_method(own, shared)
-        rows = on_first_process(partial(method_scores, own, parameters_of(own, shared), standing))
+        (model,) = shared.backbones.values()  # the methods share one
+        size = count_parameters(jax.eval_shape(partial(init_adapter, own.adapter, model.config)))
+        rows = on_first_process(partial(method_scores, own, size, standing))
         result = compared([*result.all, *(MethodScore(*row) for row in rows)], folder)
-        on_first_process(partial(write_comparison, result))
+        on_first_process(partial(write_comparison, result))  # after each method, for those who look meanwhile
     return result
 
 
@@ -169,11 +171,6 @@ def train_method(config: RunConfig, shared: SharedResources) -> Standing | None:
     except NotFinite as error:
         warn(f"{adapter_method(config.adapter)}: {error}")
         return None
-
-
-def parameters_of(config: RunConfig, shared: SharedResources) -> int:
-    (model,) = shared.backbones.values()
-    return count_parameters(jax.eval_shape(lambda: init_adapter(config.adapter, model.config)))
 
 
 def method_configs(config: RunConfig) -> dict[str, RunConfig]:

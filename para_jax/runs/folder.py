@@ -21,7 +21,7 @@ Item = TypeVar("Item")
 #: Sections and fields that say where, how fast and how long a run computes. Its results don't depend on them but for
 #: rounding, and a longer run is the same run.
 FREE = frozenset(
-    "output_dir checkpoint logging profiler runtime mesh backbone.attention eval.base eval.batch_size "
+    "output_dir checkpoint logging runtime mesh backbone.attention eval.base eval.batch_size "
     "train.cache_prompts train.max_steps train.num_epochs train.remat".split()
 )
 #: With train.batch_size, these say only how a step is cut into passes.
@@ -59,7 +59,7 @@ def decided(config: RunConfig) -> dict[str, Any]:
     held = load_config(file)
     fields = config_dict(held)
     values = {name: fields[name.split(".")[0]][name.split(".")[1]] for name in DECIDED}
-    there, here = identity(held), identity(with_decided(config, values))
+    there, here = identity(held), identity(with_decided(config, values))  # what was left open is no difference
     found = [name for name in there | here if there.get(name) != here.get(name)]
     if found:
         lines = [f"  {name} ({shorten(there.get(name))} there, {shorten(here.get(name))} here)" for name in found]
@@ -158,9 +158,7 @@ def locked(folder: Place) -> Iterator[None]:
 def claim_folder(config: RunConfig) -> None:
     """Makes the output folder and writes the config into it; a folder that holds another run is refused."""
     check_folder(config)
-    folder = expanded(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_config(config, folder / "config.yaml")
+    claim_folders(config, ())
 
 
 def claim_folders(config: RunConfig, tenants: Sequence[Tenant]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from typing import Any, NoReturn
 
@@ -62,7 +63,7 @@ def fit(
         try:
             train(run, prompts)
         finally:
-            run.close()
+            run.log.close()
         if stop.received is not None:  # after the last step; a program with several runs would go on with the next one
             say("stopped, and saved; the same command resumes")
             stop.end()
@@ -81,10 +82,10 @@ def train(run: TrainingRun, prompts: Callable[[], PromptCache | None]) -> None:
     scoring.write_ended(run)
     try:
         if run.resumed:
-            scoring.check_best(run)
+            scoring.check_best(run)  # a kill may lie between a better adapter and its checkpoint
         elif run.config.eval.base and not run.quiet:  # those on test data are measured when a tenant ends
             scoring.score_backbone(run, "validation", list(range(len(run.tenants))))
-        if not all(run.standing.over):
+        if not all(run.standing.over):  # a finished run computes no prompts
             with run.stop.interrupting():
                 run.prompts = prompts()
     except Interrupted:
@@ -96,14 +97,14 @@ def train(run: TrainingRun, prompts: Callable[[], PromptCache | None]) -> None:
     with Progress("training", total, unit=unit, done=begun, keep=True) as run.bar:
         try:
             while True:
-                stopping = run.stop.reached(run.standing.step)
+                stopping = run.stop.reached(run.standing.step)  # all processes agree on this step
                 try:
                     if not stopping:
                         evaluate(run)
                         end_tenants(run)
                 except Interrupted:
                     stopping = True
-                save(run, stopping=stopping)
+                save(run, stopping=stopping)  # after the evaluation: a checkpoint knows its scores
                 if stopping:
                     end_stopped_run(run)
                 if all(run.standing.over):
@@ -129,9 +130,9 @@ def end_stopped_run(run: TrainingRun) -> NoReturn:
 
 def evaluate(run: TrainingRun) -> None:
     """Scores the adapters that are due after this step."""
-    if due_tenants(run) or leaving(run):
+    if due_tenants(run) or leaving(run):  # reading waits for the device, so not at every step
         read(run)
-    if due := due_tenants(run):
+    if due := due_tenants(run):  # again, because reading may have failed a tenant
         scoring.evaluate(run, due)
 
 
@@ -141,7 +142,7 @@ def end_tenants(run: TrainingRun) -> None:
     left = False
     for tenant, why in leaving(run):
         scoring.finish(run, tenant, why)
-        left |= run.standing.tenants[tenant].steps < run.tenants[tenant].order.total_steps
+        left |= run.standing.tenants[tenant].steps < run.tenants[tenant].order.total_steps  # it stopped early
     if left:  # the batches made ahead counted on these steps
         run.batches.close()
         run.batches = make_batches(run)
@@ -157,10 +158,10 @@ def save(run: TrainingRun, *, stopping: bool) -> None:
         return
     read(run)
     run.flush()
-    standing.rows = run.log.rows.count
+    standing.rows = run.log.rows.count  # a resume drops later rows, and writes them again
     for one, rows in zip(standing.tenants, run.rows, strict=False):
         one.rows = rows.count
-    save_checkpoint(run.checkpoints, run.state, standing.step, standing.to_json())
+    save_checkpoint(run.checkpoints, run.state, standing.step, asdict(standing))
     if ended != [one.ended for one in standing.tenants]:
         scoring.write_ended(run)
     run.saved = standing.marks
@@ -183,7 +184,7 @@ def step(run: TrainingRun) -> None:
     begun: float | None = time.monotonic()
     coming, states = next(run.batches)
     batch, tenant_of_group = in_passes(coming, run.layout)
-    batch = jax.tree.map(shard_rows, batch)
+    batch = jax.tree.map(shard_rows, batch)  # the copies overlap with the step under way
     states = None if states is None else shard_states(states)
     waited, number = time.monotonic() - begun, run.standing.step + 1
     given = run.model, batch, tenant_of_group, rates(run), states
@@ -191,7 +192,6 @@ def step(run: TrainingRun) -> None:
     static: dict[str, Any] = dict(
         completion=bucket.completion, prompt=bucket.prompt, config=run.config.train, many=run.many
     )
-    run.profiler.before(number)
     # A new shape compiles alone, with the step before read: its time would count as that step's.
     with jax.profiler.StepTraceAnnotation("train", step_num=number):
         if bucket in run.compiled:
@@ -203,8 +203,6 @@ def step(run: TrainingRun) -> None:
             with devices.compiling(f"the training step for {shape_of(run, coming)}"):
                 run.state, values = jax.block_until_ready(train_step(run.state, *given, **static))
     read(run)
-    begun = None if run.profiler.on else begun  # nor is tracing one, and writing the trace
-    run.profiler.after(number, values)
     for turn in coming.turns:
         run.standing.tenants[turn.tenant].steps = turn.step + 1
     run.standing.step = number
@@ -255,7 +253,7 @@ def shape_of(run: TrainingRun, coming: StepBatch) -> str:
 
 def rates(run: TrainingRun) -> LearningRates:
     """The learning rate schedules of the tenants in the slots."""
-    held = [run.tenants[max(tenant, 0)] for tenant in run.standing.slots]
+    held = [run.tenants[max(tenant, 0)] for tenant in run.standing.slots]  # an empty slot has no rows
     return learning_rates([t.config.train for t in held], [t.order.total_steps for t in held])
 
 
@@ -291,7 +289,7 @@ def read(run: TrainingRun) -> None:
 def fail(run: TrainingRun, step: int, turn: Turn, values: dict[str, float]) -> None:
     """Says that a tenant's step was not finite, and on which examples; raises it in a run of one adapter."""
     tenant = run.tenants[turn.tenant]
-    _, chosen = tenant.order.plan.batch_indices(turn.step)
+    _, chosen = tenant.order.plan.batch_indices(turn.step)  # the plan is pure, so they are known
     examples = "; ".join(sorted(tenant.data.places[i] for i in chosen))
     wrong = [f"the {name} is {value}" for name, value in values.items() if not math.isfinite(value)]
     what = wrong[0] if wrong else "the new weights are not finite"
@@ -309,7 +307,7 @@ def due_tenants(run: TrainingRun) -> list[int]:
     for tenant in run.standing.running:
         one, total = run.standing.tenants[tenant], run.tenants[tenant].order.total_steps
         every = run.tenants[tenant].config.eval.every
-        reached = one.steps == total or (one.steps > 0 and one.steps % every == 0)
+        reached = one.steps == total or (one.steps > 0 and one.steps % every == 0)  # the last step always counts
         if reached and one.evaluated < one.steps and one.failed is None:
             found.append(tenant)
     return found

@@ -1,4 +1,5 @@
-"""What a run says about its data before it trains: how much there is, and how it is scored."""
+"""What a run says about its data before it trains, how much there is and how it is scored; and at its end about an
+adapter that is worse than the base model."""
 
 from __future__ import annotations
 
@@ -7,20 +8,19 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ..config import RunConfig
-from ..data.sources import is_held_out
 from ..data.training_data import describe_lengths
 from ..evaluation.tasks import say_long
 from ..io.messages import say
 from ..io.untrusted import safe_names
+from ..training.scores_file import Records
 from .tenants import Tenant, TenantData
 
+#: The share by which a loss is above the base model's before that is said.
+ABOVE_BASE = 0.02
 
-def say_data(config: RunConfig, own: Mapping[str, RunConfig], data: Mapping[str, TenantData]) -> None:
-    """Describes the data of a run.
 
-    Args:
-        own: each tenant's config.
-    """
+def say_data(config: RunConfig, data: Mapping[str, TenantData]) -> None:
+    """Describes the data of a run."""
     train = {name: one.train for name, one in data.items()}
     counts = [len(one.examples) for one in train.values()]
     each = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else str(max(counts))
@@ -34,19 +34,9 @@ def say_data(config: RunConfig, own: Mapping[str, RunConfig], data: Mapping[str,
     if config.data.max_seq_length is None:
         lengths = np.concatenate([one.train.examples.lengths for one in distinct.values()])
         say(describe_lengths(lengths, config.data.packing))
-    say_held_out(own, data)
     say_long("validation", [one.validation for one in distinct.values()])
     say_long("test", [one.test for one in distinct.values()])
     say_scoring(data)
-
-
-def say_held_out(own: Mapping[str, RunConfig], data: Mapping[str, TenantData]) -> None:
-    """Says how many rows are held out."""
-    held_out = {id(data[name]): data[name].validation for name, one in own.items() if is_held_out(one.data)}
-    counts = [len(task.records) for task in held_out.values() if task]
-    if counts:
-        whose = f" of {len(counts)} tenants" if len(counts) > 1 else ""
-        say(f"validation data{whose}: {sum(counts)} examples held out of the training data (data.validation_split)")
 
 
 def say_scoring(data: Mapping[str, TenantData]) -> None:
@@ -72,3 +62,20 @@ def say_unscored(config: RunConfig, tenants: Sequence[Tenant]) -> None:
         say(f"no validation data{whose * (config.data.tenants is not None)}: {advice}")
     if config.eval.test and not any(tenant.test for tenant in tenants):
         say("eval.test=true scores nothing: there is no test data; set data.test")
+
+
+def worse_than_base(scores: Records, learning_rate: float) -> str | None:
+    """What is wrong with the adapter by its scores, and what to do about it; None if nothing is, or if it was not
+    compared. A loss may rise while the metric gets better: the model becomes too sure of the answers it gets wrong."""
+    for split in ("validation", "test"):
+        base, adapter = scores.get(f"{split}_base"), scores.get(split)
+        if base is None or adapter is None:
+            continue
+        before, after, metric = base["values"], adapter["values"], adapter["metric"]
+        better = metric != "loss" and after[metric] > before[metric]
+        if not better and after["loss"] > before["loss"] + ABOVE_BASE * abs(before["loss"]):
+            return (
+                f"{split} loss {after['loss']:.3g} is above the base model's {before['loss']:.3g}; lower "
+                f"train.learning_rate ({learning_rate:g})"
+            )
+    return None

@@ -136,7 +136,7 @@ def planned(config: RunConfig, own: dict[str, RunConfig], layout: Layout, mesh, 
             except ValueError as error:
                 raise ValueError(f"{name}: {error}" if name else str(error)) from None
     held = {name: shared.data[one.data, one.eval] for name, one in own.items()}
-    say_data(config, own, held)
+    say_data(config, held)
     buckets, plans = plan_batches(config, own, {name: one.train for name, one in held.items()}, layout.tenant_rows)
     tenants = []
     for name, one in own.items():

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ..config import CheckpointSection, EvalSection, ProfilerSection, RunConfig, SweepSection
+from ..config import CheckpointSection, EvalSection, RunConfig, SweepSection
 from ..data.batches import for_mixed_rows
 from ..evaluation.score import with_error
 from ..io.messages import say, warn
@@ -77,7 +77,7 @@ def choice(tenant: Tenant, found: dict[str, TenantStanding]) -> float:
         return default
     records = {rate: sound_record(found[trial_name(tenant, rate)]) for rate in rates}
     losses = {rate: held["values"]["loss"] for rate, held in records.items() if held}
-    chosen = min(losses, key=lambda rate: (losses[rate], rate)) if losses else rates[0]
+    chosen = min(losses, key=lambda rate: (losses[rate], rate)) if losses else rates[0]  # of equal ones the lowest
     rows = [["rate", "validation loss", ""]]
     for rate, held in records.items():
         loss = with_error(held["values"]["loss"], held["values"].get("loss_stderr")) if held else "diverged"
@@ -117,7 +117,6 @@ def trials_of(plan: Plan) -> Plan:
         eval=trial_eval(config.eval),
         checkpoint=CheckpointSection(every=SAVED_EVERY, keep=1),
         logging=replace(config.logging, report_to=()),
-        profiler=ProfilerSection(),
     )
     # A trial keeps the batches of its tenant, so that the rate is chosen on the steps that the run will take.
     buckets: Any = plan.buckets
@@ -139,7 +138,7 @@ def trial_of(tenant: Tenant, rate: float, folder: Place) -> Tenant:
     own = replace(tenant.config, output_dir=str(folder / name), train=train, eval=trial_eval(tenant.config.eval))
     assert tenant.validation is not None, "tenants without validation data have no trials"
     validation = tenant.validation._replace(metric="loss", choices=(), also=())
-    order = tenant.order._replace(total_steps=steps)
+    order = tenant.order._replace(total_steps=steps)  # the same batches, fewer of them
     return tenant._replace(name=name, config=own, order=order, validation=validation, test=None)
 
 

@@ -24,7 +24,6 @@ from ..runtime.sharding import replicated_lines, tenants_shardings
 from ..training.checkpoint import restore_checkpoint
 from ..training.log import Done, Log
 from ..training.metrics_file import MetricsWriter, keep_rows
-from ..training.profiler import Profiler
 from ..training.prompt_cache import PromptCache
 from ..training.step import TrainState, init_state
 from ..training.stop import StopSignal
@@ -63,7 +62,6 @@ class TrainingRun:
         self.prompts: PromptCache | None = None
         self.pending: Dispatched | None = None
         self.compiled: set[Any] = set()
-        self.profiler = Profiler(self.config.profiler, plan.folder)
 
     def restore(self, run: dict[str, str]) -> None:
         """Takes the state of the newest checkpoint, or a fresh one, and puts the folders into that state.
@@ -83,7 +81,7 @@ class TrainingRun:
         if restored:
             self.state, self.standing = restored[0], Standing.from_json(restored[1])
         self.resumed = restored is not None
-        reopen(self.standing, tenants)
+        reopen(self.standing, tenants)  # a run may have been made longer
         if self.resumed:
             say(self.describe_position())
         self.open_logs()
@@ -106,10 +104,6 @@ class TrainingRun:
         slow = math.inf if isinstance(self.plan.folder, BucketPath) else None
         counts = on_first_process(rows_kept)
         self.rows = [MetricsWriter(file, count, slow) for file, count in zip(files, counts, strict=True)]
-
-    def close(self) -> None:
-        self.profiler.close()
-        self.log.close()
 
     def describe_position(self) -> str:
         """Where a run resumes."""

@@ -28,7 +28,7 @@ from ..runtime.processes import broadcast_arrays, full_arrays, is_first, on_firs
 from ..runtime.sharding import place_tenants
 from ..training.scores_file import write_entries
 from ..training.step import put_adapter, tenant_of
-from .health import worse_than_base
+from .notices import worse_than_base
 from .report import record_of
 from .run import TrainingRun
 from .tenants import Tenant
@@ -62,7 +62,7 @@ def after_score(run: TrainingRun, tenant: int, score: Score | None) -> None:
                 raise NotFinite(f"step {one.steps}: the loss of the validation data is {score.loss}; {REMEDY}")
             kept = "its best adapter is kept" if one.best_score is not None else "its last one is kept"
             say(f"{one.name}: stopped at its step {one.steps}: the validation loss is {score.loss}; {kept}")
-            one.failed = run.standing.step - 1
+            one.failed = run.standing.step - 1  # so it ends at once, without another step
             return
         run.write(tenant, one.steps, scores("validation", score), show=True)
         if run.many:
@@ -86,7 +86,7 @@ def keep(run: TrainingRun, tenant: int, step: int, score: Score | None) -> None:
     adapter = full_arrays(adapter_of(run, tenant))
     given: dict[str, Any] = dict(base_model=run.config.backbone.source, model=run.model, card=card)
     on_first_process(lambda: save_adapter(adapter, own.folder / "adapter", **given, example=example_prompt(own)))
-    one.kept, one.best_step = weights_hash(adapter), step
+    one.kept, one.best_step = weights_hash(adapter), step  # a resume compares the folder with this
 
 
 def adapter_of(run: TrainingRun, tenant: int) -> Adapter:
@@ -230,10 +230,10 @@ def read_everywhere(read: Callable[[], Adapter], like: Adapter) -> Adapter:
 
 def card_lines(tenant: Tenant, steps: int, found: Score | None, base: float | None) -> list[str]:
     """What an adapter's model card says about its training and its validation score."""
-    config = tenant.config
+    config, train = tenant.config, tenant.config.data.train
     card = training_lines(
         method=method_of(config.adapter).label,
-        data=data_name(config.data.train),
+        data="data from Python" if is_given(train) else expanded(train or "").name,
         examples=len(tenant.data.examples),
         steps=steps,
         rows=tenant.order.plan.rows,
@@ -263,10 +263,6 @@ def example_prompt(tenant: Tenant) -> str | list[dict]:
     first = prompts[0][0]
     shared = first["role"] == "system" and all(prompt[0] == first for prompt in prompts)
     return [*([first] if shared else []), {"role": "user", "content": "a prompt"}]
-
-
-def data_name(train: str | None) -> str:
-    return "data from Python" if is_given(train) else expanded(train or "").name
 
 
 def card_score(split: str, found: Score, base: float | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..training.passes import Layout
@@ -75,9 +75,6 @@ class Standing:
     def from_json(cls, held: dict[str, Any]) -> Standing:
         tenants: Any = [TenantStanding(**one) for one in held["tenants"]]
         return cls(**held | {"tenants": tenants})
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
     @property
     def over(self) -> list[bool]:

@@ -61,7 +61,7 @@ class TrainResult(NamedTuple):
     scores: Records = {}
     """of base model and adapter, as training/scores_file.py describes them"""
     warning: str | None = None
-    """what went wrong without stopping the run (runs/health.py)"""
+    """what went wrong without stopping the run (runs/notices.py)"""
 
     def __repr__(self) -> str:
         return "\n\n".join(filter(None, (f"{self.output_dir}: {self.best}", self.report())))

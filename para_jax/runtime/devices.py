@@ -61,7 +61,7 @@ def start(runtime: RuntimeSection) -> None:
     wanted = runtime.compilation_cache and runtime.distributed != "given"
     if wanted and not jax.config.values["jax_compilation_cache_dir"]:  # JAX_COMPILATION_CACHE_DIR wins
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)  # quicker ones are not worth a file
     say(f"devices: {describe_devices()}")
     unused = unused_accelerator()
     if unused and not runtime.allow_cpu:
@@ -86,7 +86,7 @@ def make_deterministic() -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if DETERMINISTIC in flags.split():
         return
-    if not backends_are_initialized():
+    if not backends_are_initialized():  # XLA reads the flags when it starts
         os.environ["XLA_FLAGS"] = f"{flags} {DETERMINISTIC}".strip()
     elif jax.default_backend() == "gpu":
         raise ValueError(
@@ -102,7 +102,7 @@ def join(runtime: RuntimeSection) -> None:
     """
     if runtime.coordinator is None or runtime.distributed != "auto" or jax.distributed.is_initialized():
         return
-    address = None if runtime.coordinator == "auto" else runtime.coordinator
+    address = None if runtime.coordinator == "auto" else runtime.coordinator  # None: JAX asks the cluster
     given = address, runtime.num_processes, runtime.process_id
     say(f"joining the other processes (runtime.coordinator {runtime.coordinator}); JAX waits five minutes for them")
     try:
@@ -148,16 +148,13 @@ def unused_accelerator(root: Path = Path("/")) -> tuple[str, str] | None:
     """
     if jax.default_backend() != "cpu":
         return None
-    if any((root / "dev").glob("accel[0-9]*")) or (any((root / "dev/vfio").glob("[0-9]*")) and google_pci_device(root)):
+    vendors = {vendor.read_text().strip() for vendor in (root / "sys/bus/pci/devices").glob("*/vendor")}
+    by_vfio = any((root / "dev/vfio").glob("[0-9]*")) and "0x1ae0" in vendors
+    if any((root / "dev").glob("accel[0-9]*")) or by_vfio:
         return "TPU", "tpu"
     if any((root / "dev").glob("nvidia[0-9]*")):
         return "NVIDIA GPU", "cuda"
     return None
-
-
-def google_pci_device(root: Path) -> bool:
-    vendors = (root / "sys/bus/pci/devices").glob("*/vendor")
-    return any(vendor.read_text().strip() == "0x1ae0" for vendor in vendors)
 
 
 @contextmanager

@@ -76,7 +76,7 @@ def on_first_process(make: Callable[[], Any]) -> Any:
             said = {"value": make()}
         except (ValueError, OSError) as error:
             said = {"error": str(error)}
-    said = json.loads(broadcast_text(json.dumps(said)))
+    said = json.loads(broadcast_text(json.dumps(said)))  # an error too, or the others would wait
     if "error" in said:
         raise ValueError(said["error"])
     return said["value"]
@@ -92,7 +92,7 @@ def on_every_process(make: Callable[[], Any]) -> Any:
         value = make()
     except (ValueError, OSError) as error:
         problem = str(error) or type(error).__name__
-    for process, text in enumerate(gather_texts(problem)):
+    for process, text in enumerate(gather_texts(problem)):  # every process gathers, also after an error
         if text:
             raise ValueError(f"process {process}: {text}")
     return value
@@ -121,7 +121,7 @@ def gather_texts(text: str) -> list[str]:
 def broadcast_text(text: str) -> str:
     """The text of the first process, on all of them."""
     data = np.frombuffer(text.encode(), np.uint8)
-    size = int(broadcast_arrays(np.int64(data.size)))
+    size = int(broadcast_arrays(np.int64(data.size)))  # the others need arrays of this size
     return broadcast_arrays(data if is_first() else np.zeros(size, np.uint8)).tobytes().decode()
 
 

@@ -40,7 +40,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices=None) ->
     >>> dict(make_mesh(tensor=2).shape)
     {'data': 1, 'fsdp': 1, 'tensor': 2}
     """
-    must_use_all = devices is None and jax.process_count() > 1
+    must_use_all = devices is None and jax.process_count() > 1  # a process without a device would wait forever
     devices = jax.devices() if devices is None else list(devices)
     asked = {"data": data, "fsdp": fsdp, "tensor": tensor}
     sizes = mesh_sizes(asked, len(devices), must_use_all)
@@ -57,7 +57,7 @@ def mesh_sizes(asked: dict[str, int], devices: int, must_use_all: bool = True) -
     """The sizes with -1 filled in; None if they do not fit this number of devices. With a size of -1 they must always
     use every device."""
     known = math.prod(size for size in asked.values() if size != -1)
-    if known < 1 or list(asked.values()).count(-1) > 1:
+    if known < 1 or list(asked.values()).count(-1) > 1:  # 0, or two that are open
         return None
     sizes = {name: devices // known if size == -1 else size for name, size in asked.items()}
     total = math.prod(sizes.values())
@@ -143,7 +143,7 @@ def partition(axes: tuple[str | None, ...], counts: tuple[int, ...], mesh_shape)
         if wanted is None:
             return None
         size = math.prod(mesh_shape[axis] for axis in ((wanted,) if isinstance(wanted, str) else wanted))
-        return wanted if count % size == 0 else None
+        return wanted if count % size == 0 else None  # no head is cut in two
 
     return PartitionSpec(*map(mesh_axes, axes, counts))
 
@@ -190,29 +190,22 @@ def named_axes(variable, config) -> tuple[tuple[str | None, ...], tuple[int, ...
 
 
 def replicated_lines(tree, mesh: Mesh | AbstractMesh, config) -> list[str]:
-    """One line for each mesh axis that does not divide some axes of the parameters, with the bytes that this leaves
-    unsplit on each device. Empty if every parameter is split according to RULES.
+    """One line for each mesh axis that does not divide some axes of the parameters, which every device then holds
+    whole. Empty if every parameter is split according to RULES.
 
     Args:
         tree: as for tree_shardings; abstract arrays (jax.ShapeDtypeStruct) are enough.
     """
-    found: dict[str, tuple[set[str], int]] = {}
-    everything = 0
+    unsplit: dict[str, set[str]] = {}
     for variable in jax.tree.leaves(tree, is_leaf=is_variable):
-        array, (names, counts) = variable.get_value(), named_axes(variable, config)
-        spec = partition(names, counts, mesh.shape)
-        size = math.prod(NamedSharding(mesh, spec).shard_shape(array.shape)) * array.dtype.itemsize  # pyright: ignore[reportArgumentType]
-        everything += size
-        unsplit = {(str(RULES[name]), f"{name} {count}") for name, count, over in zip(names, counts, spec, strict=True)
-                 if name in RULES and over is None}  # fmt: skip
-        for axis in {axis for axis, _ in unsplit}:
-            of_axis, unsplit_bytes = found.get(axis, (set(), 0))
-            found[axis] = of_axis | {text for other, text in unsplit if other == axis}, unsplit_bytes + size
+        names, counts = named_axes(variable, config)
+        for name, count, over in zip(names, counts, partition(names, counts, mesh.shape), strict=True):
+            if name in RULES and over is None:
+                unsplit.setdefault(str(RULES[name]), set()).add(f"{name} {count}")
     return [
-        f"mesh.{axis}={mesh.shape[axis]} does not divide {', '.join(sorted(found[axis][0]))}: {found[axis][1]:,} of "
-        f"{everything:,} bytes of weights on each device are not split over it"
+        f"mesh.{axis}={mesh.shape[axis]} does not divide {', '.join(sorted(unsplit[axis]))}: not split over it"
         for axis in mesh.shape
-        if axis in found
+        if axis in unsplit
     ]
 
 
@@ -227,12 +220,6 @@ def tenant_axes(tenants: int, mesh_shape) -> tuple[str, ...]:
     choices = [axes for count in range(len(mesh_shape), -1, -1) for axes in combinations(mesh_shape, count)]
     devices = {axes: math.prod(mesh_shape[axis] for axis in axes) for axes in choices}
     return max((axes for axes in choices if tenants % devices[axes] == 0), key=lambda axes: devices[axes])
-
-
-def even_tenants(tenants: int, devices: int) -> str:
-    """What to do where the devices do not divide the number of tenants; empty for fewer tenants than devices."""
-    most = tenants // devices * devices
-    return f"; train.tenants_at_once={most} takes the least memory" if most else ""
 
 
 def tenants_sharding(tenants: int, mesh: Mesh | AbstractMesh) -> NamedSharding:
@@ -269,7 +256,7 @@ def constrain_tenants(tree, axis: int = 0):
         return tree
 
     def one(leaf):
-        if leaf.shape[axis] == 1:
+        if leaf.shape[axis] == 1:  # split by its axis names, as place_tenants has placed it
             return leaf
         spec = tenants_sharding(leaf.shape[axis], mesh).spec
         return jax.lax.with_sharding_constraint(leaf, PartitionSpec(*[None] * axis, *spec))

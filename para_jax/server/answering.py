@@ -61,10 +61,10 @@ class Answering:
         outcome: Outcome = scope["state"]["outcome"]
         work, watch = None, None
         try:
-            self.loop.require_ready()
+            self.loop.require_ready()  # before the body is read
             body = await read_body(scope, receive, most=self.config.max_body, seconds=BODY_SECONDS)
             work = asyncio.create_task(self._answer(body, scope["state"]["access"], outcome, send))
-            watch = asyncio.create_task(left(receive))
+            watch = asyncio.create_task(left(receive))  # nothing else would notice that it left
             await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
                 raise ClientLeft
@@ -79,7 +79,7 @@ class Answering:
         answer, began = Answer(), asyncio.get_running_loop().time()
         try:
             async with asyncio.timeout_at(began + self.config.timeout) as deadline:
-                body = await asyncio.to_thread(self._read, data)
+                body = await asyncio.to_thread(self._read, data)  # a long body must not hold up others
                 if body.timeout is not None:
                     deadline.reschedule(began + min(body.timeout, self.config.timeout))
                 self._reserve_logprobs(body, answer)
@@ -99,7 +99,7 @@ class Answering:
             await self._fail(error, outcome, send)
         finally:
             outcome.note_times(answer.streams)
-            self.loop.close(answer)
+            self.loop.close(answer)  # cancels what is still open
             self.logprobs.pop(answer, None)
             deadline = None  # noqa: F841  # it refers to the task of this frame, and the circle would keep the adapter
 
@@ -175,7 +175,7 @@ class Answering:
 
     async def _fail(self, error: ApiError, outcome: Outcome, send) -> None:
         """Raises the error, or makes it the end of a stream that has begun."""
-        if outcome.status is None:
+        if outcome.status is None:  # no byte has gone out, so a status can say it
             raise error
         outcome.error = error.code or "invalid_request"
         with suppress(TimeoutError):

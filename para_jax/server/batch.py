@@ -9,7 +9,7 @@ from ..serving.engine import Engine
 from ..serving.job_lines import URLS
 from ..serving.jobs import run_job
 from ..serving.request import Request
-from .packages import require_packages
+from .config import require_packages
 
 
 def run_batch(

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 from ..config.bounds import Bounds, NonNegativeFloat, PositiveFloat, PositiveInt, check_fields
+
+#: What the extra `serve` installs.
+PACKAGES = ("starlette", "uvicorn", "httptools", "prometheus_client", "pydantic")
+
+
+def require_packages(command: str) -> None:
+    """Raises ValueError with the packages that are missing and how to install them."""
+    missing = [name.replace("_", "-") for name in PACKAGES if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"{command} needs {', '.join(missing)}\nrun `pip install 'para_jax[serve]'`")
 
 
 def flag(default: Any, text: str, metavar: str | None = None) -> Any:

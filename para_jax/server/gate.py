@@ -36,7 +36,7 @@ class Gate:
         self.app, self.keys, self.metrics, self.local = app, keys, metrics, local
 
     async def __call__(self, scope, receive, send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != "http":  # the lifespan of the application
             return await self.app(scope, receive, send)
         headers = dict(scope["headers"])
         path = printable(scope["raw_path"].decode("latin-1"), 200)  # as it was sent: a decoded one may have spaces
@@ -77,7 +77,7 @@ class Gate:
             outcome.ended = time.monotonic()
             if outcome.error or outcome.path not in QUIET_PATHS:
                 say(outcome.line())
-            self.metrics.observe(outcome)
+            self.metrics.observe(outcome)  # also of those that were refused
 
 
 async def send_error(send, outcome: Outcome, error: ApiError) -> None:

@@ -83,7 +83,7 @@ class Metrics:
     def observe(self, outcome: Outcome) -> None:
         """Counts a request that has ended."""
         self.responses.labels("none" if outcome.status is None else str(outcome.status)).inc()
-        if not outcome.served:
+        if not outcome.served:  # refused ones have no tokens and no tenant
             return
         for reason in finished_reasons(outcome):
             self.finished[reason].inc()
@@ -100,7 +100,7 @@ class Metrics:
                 self.decode.observe(outcome.ended - outcome.first_token)
         for seconds, tokens in outcome.gaps:
             for _ in range(tokens):
-                self.token.observe(seconds / tokens)
+                self.token.observe(seconds / tokens)  # they came together, so each has its share
         if outcome.ended is not None:
             self.request.observe(outcome.ended - outcome.received)
 

@@ -70,7 +70,7 @@ T = TypeVar("T", bound=Fields)
 def read(model: type[T], body: bytes) -> T:
     """The fields of a body of JSON. Raises ApiError 400 that names the wrong field and its value."""
     try:
-        fields = from_json(body, allow_inf_nan=False)
+        fields = from_json(body, allow_inf_nan=False)  # json.loads would take NaN
     except ValueError as error:
         raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from None
     return validated(model, fields)
@@ -81,7 +81,7 @@ def validated(model: type[T], fields: object) -> T:
     try:
         return model.model_validate(fields)
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
+        problem = error.errors(include_url=False)[0]  # one is enough to be told at a time
     path = [part for part in problem["loc"] if not isinstance(part, str) or not part.startswith("function-")]
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)[1:]
     context, message = problem.get("ctx", {}), problem["msg"]
@@ -104,7 +104,7 @@ def read_prompts(value: Any) -> list[str | Ids]:
     if isinstance(value, list) and value:
         if is_ids(value):
             return [tuple(value)]
-        if len(value) > MAX_SAMPLES:
+        if len(value) > MAX_SAMPLES:  # before each of them is looked at
             raise ValueError(f"give at most {MAX_SAMPLES} prompts")
         if all(isinstance(one, str) for one in value):
             return list(value)

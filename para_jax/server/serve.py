@@ -66,20 +66,21 @@ def serve(
     config = config or ServerConfig()
     keys = read_keys(config.api_key_file) if config.api_key_file else None
     models = Models(engine.bank, config.served_model_name or BASE, sources)
-    own = taken or bound(config.host, config.port)
+    own = taken or bound(config.host, config.port)  # before the engine warms up
     local = not keys and is_loopback(own)
     if not keys and not local:
         warn("the server has no API keys, and other machines can reach it; give --api-key-file, or a loopback --host")
     app = create_app(engine, models=models, keys=keys, config=config, local=local)
     loop: EngineLoop = app.state.loop
+    waiting = LONG_QUEUE if engine.queue_limit is None else engine.queue_limit
     options = uvicorn.Config(
         app,
         http="httptools",  # h11 needs a second for a body in a million pieces, and serves no one else meanwhile
-        limit_concurrency=most_connections(engine),
+        limit_concurrency=engine.slots + waiting + SPARE_CONNECTIONS,  # above these, uvicorn answers 503
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         ws="none",
         lifespan="on",
-        log_config=None,
+        log_config=None,  # Gate writes the log
         log_level="critical",
         access_log=False,
         server_header=False,
@@ -90,11 +91,6 @@ def serve(
         runner.run(run(server, own, config.drain_seconds, stop or threading.Event(), on_ready or (lambda url: None)))
     if loop.fatal is not None:
         raise loop.fatal
-
-
-def most_connections(engine: Engine) -> int:
-    """The connections above which uvicorn answers 503."""
-    return engine.slots + (LONG_QUEUE if engine.queue_limit is None else engine.queue_limit) + SPARE_CONNECTIONS
 
 
 class Server(uvicorn.Server):
@@ -125,10 +121,10 @@ async def run(
         if loop.warm and server.started and not told:
             told = True
             on_ready(url_of(own))
-        server.should_exit |= stop.is_set() or loop.fatal is not None
+        server.should_exit |= stop.is_set() or loop.fatal is not None  # a failed engine ends the server too
         if server.should_exit and not until:
             say(f"the server stops; open requests have {drain_seconds:g} s to end")
             until = time.monotonic() + drain_seconds
         if until and time.monotonic() > until:
-            loop.fail_all(shutting_down)
+            loop.fail_all(shutting_down)  # uvicorn waits for their last bytes
     await serving

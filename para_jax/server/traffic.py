@@ -71,7 +71,7 @@ class Outcome:
         for name in ("queued", "started", "first_token"):
             times = [time for stream in streams if (time := getattr(stream.times, name)) is not None]
             setattr(self, name, min(times, default=None))
-        for counts in self.counts if waited and self.started is not None else ():
+        for counts in self.counts if waited and self.started is not None else ():  # once, when it starts
             counts.prompt_tokens += self.prompt_tokens
 
     def note_piece(self, choice: int, at: float, tokens: int, finish_reason: str | None) -> None:

@@ -41,7 +41,7 @@ class Admission:
         request = ticket.request
         check_request(request)
         if entry is None:
-            entry = self._entry(request.tenant)
+            entry = self._entry(request.tenant)  # fixed now: a later replacement does not change it
         elif self.bank is None or not self.bank.takes(entry):
             raise ValueError(f"entry: {shorten(entry)} does not fit the engine's bank; give bank.entry(name)")
         ids = self._ids(request.prompt)

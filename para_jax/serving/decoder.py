@@ -54,7 +54,7 @@ class Decoder:
         self.top = top
         self.model, self.bank, self.slots, self.max_length = model, bank, slots, max_length
         self.mesh = mesh_of(model)
-        self._leaves, self._treedef = jax.tree.flatten(model)
+        self._leaves, self._treedef = jax.tree.flatten(model)  # flattening it at each dispatch takes longer
         self._buckets = sorted({min(rounded_up(-(-max_length // part), 16), max_length) for part in (4, 2, 1)})
         """padded lengths of prompts that are computed whole: at most three, each its own program"""
         one, base = np.zeros((1, 1), np.int32), self._adapters(None)
@@ -63,7 +63,7 @@ class Decoder:
         self._state: Any = empty_slots(self.row, slots)
         """None once an exception has dropped it, until the next round"""
         longest = -(-max_length // block_size)
-        cached = max(slots * longest // 2, longest)
+        cached = max(slots * longest // 2, longest)  # half of what the slots hold, by default
         if cache_bytes is not None:
             cached = cache_bytes // (block_size * token_bytes(self.row))
         lanes = -(-chunk // block_size)
@@ -71,11 +71,11 @@ class Decoder:
 
     def drop(self) -> None:
         """Lets go of the slots and the prompts after an exception: each program donates them, so they may be lost."""
-        self._state = self.prefills.pool = None
+        self._state = self.prefills.pool = None  # memory is free before new arrays are made
 
     def reset(self) -> None:
         """Makes the slots and the prompts' blocks again, all empty, if they were dropped."""
-        if self._state is None:
+        if self._state is None:  # after `drop`
             self.prefills.reset()
             self._state = empty_slots(self.row, self.slots)
 
@@ -85,10 +85,10 @@ class Decoder:
         configs = self.bank.configs if self.bank is not None else []
         whole = self.bank is not None and not (configs and all(map(has_plain_prompts, configs)))
         buckets, scored = self._buckets if whole else [], self._buckets if self.top else []
-        variants = [False, True] if self.top else [False]
+        variants = [False, True] if self.top else [False]  # with and without log-probabilities are two programs
         with Progress("warming up the engine", len(buckets) + len(scored) + 1 + len(variants), unit="program") as bar:
             for bucket in buckets:
-                prefilled = self._prefill([0] * min(bucket, self.max_length - 1), None)
+                prefilled = self._prefill([0] * min(bucket, self.max_length - 1), None)  # with room to write
                 self.insert(0, prefilled, None, logprobs=self.top > 0)
                 bar.advance()
             for bucket in scored:
@@ -108,7 +108,7 @@ class Decoder:
         """Tokens, with padding, that have to be computed of a sample's prompt in one piece: to score it, and to prefill
         it if its adapter changes the prompt's own states."""
         whole = sample.decodes and not self.prefills.takes(sample.entry) and not self.keeps(sample)
-        return (sample.unscored + whole) * self._padded_length(sample.ids)
+        return (sample.unscored + whole) * self._padded_length(sample.ids)  # scoring and prefilling are two passes
 
     def prefilled(self, sample: Sample) -> WholePrompt | ChunkedPrompt:
         """A sample's prefilled prompt, kept for samples with the same adapter and the same whole prompt."""

@@ -84,11 +84,11 @@ class OpenRequests:
             if ticket.id is not None and ticket.id in self.tickets:
                 raise ValueError(f"id: {shorten(ticket.id)} belongs to an open request; choose another")
             tenant = ticket.request.tenant if isinstance(ticket.request.tenant, str) else None
-            self._require_room(tenant, len(samples) or 1)
+            self._require_room(tenant, len(samples) or 1)  # a request that is answered by an error counts too
             ticket.times.queued = time.monotonic()
             number, first = next(self._request_numbers), next(self._sample_numbers)
             if ticket.id is None:
-                numbers = itertools.chain([number], self._request_numbers)
+                numbers = itertools.chain([number], self._request_numbers)  # an id of a client may be this
                 ticket.id = next(n for n in numbers if n not in self.tickets)
             if ticket.request.seed is None:
                 ticket.request = replace(ticket.request, seed=derived_seed(self.seed, number))
@@ -166,7 +166,7 @@ class OpenRequests:
         for ticket in self.tickets.values():
             for sample in ticket.samples:
                 if sample.completion is None:
-                    sample.restart(self.tokenizer)
+                    sample.restart(self.tokenizer)  # the new tokens replace those it had
                     self.queue.put(sample.request.tenant, sample.number, sample)
 
     def _close(self, ticket: Ticket) -> None:

@@ -58,7 +58,7 @@ class Prefills:
         self.pool = None
         self.table.clear()
         self.cache.clear()
-        self._nothing = zeros_of(self.row.adjustments, 1)
+        self._nothing = zeros_of(self.row.adjustments, 1)  # what the base model decodes with
         self.pool = jax.tree.map(self._empty, self.row.cache)
 
     def takes(self, entry: Entry | None) -> bool:
@@ -81,7 +81,7 @@ class Prefills:
         try:
             finished = self._compute(working)
         except Exception as error:
-            self.table.suspect(working, error)
+            self.table.suspect(working, error)  # the next rounds find out whose prompt it was
             raise
         self.table.finish(finished)
         return self.chunk
@@ -101,7 +101,7 @@ class Prefills:
         """Compiles the programs. Returns a finished prompt."""
         made = []
         for entry in (None, *filter(self.takes, self.bank.blanks() if self.bank is not None else ())):
-            made.append(ChunkedPrompt((), [0], entry, 0))
+            made.append(ChunkedPrompt((), [0], entry, 0))  # one token takes the programs of any prompt
             self._compute(made[-1:])
             self.cache.release(made[-1].blocks)
         return made[0]
@@ -112,7 +112,7 @@ class Prefills:
         given: tuple = ()
         if adapted:
             assert self.bank is not None
-            entries = [prompt.entry for prompt in adapted]
+            entries = [prompt.entry for prompt in adapted]  # padded to ROWS, so that one program serves all
             given = self.bank.rows_of(entries + [None] * (ROWS - len(entries)), ROWS), tails
         self.pool, logits, adjustments = prefill_chunk(self._treedef, self._leaves, self.pool, lanes, *given)
         finished = [prompt for prompt in working if len(prompt.blocks) == self.cache.blocks_of(prompt.ids)]
@@ -137,30 +137,30 @@ class Prefills:
                 self._find_blocks(prompt)
                 number, plain = len(prompt.blocks), prompt.plain
                 tokens = prompt.ids[number * self.size : (number + 1) * self.size]
-                adapts = number * self.size + len(tokens) > plain
+                adapts = number * self.size + len(tokens) > plain  # the block reaches into the tail
                 if used == self.lanes or not tokens or (adapts and len({*adapted, prompt}) > ROWS):
                     continue
                 turns = True
-                prompt.blocks.append(self.cache.take())
+                prompt.blocks.append(self.cache.take())  # PromptTable.start has made sure of its room
                 if number < len(prompt.block_keys):  # others may find it now: this program computes it
                     self.cache.publish(prompt.blocks[-1], prompt.block_keys[number])
                 lanes.tokens[used, : len(tokens)] = tokens
                 lanes.row[used], lanes.number[used], lanes.count[used] = prompt.row, number, len(tokens)
                 lanes.last[prompt.row] = used * self.size + len(tokens) - 1
                 if adapts:
-                    adapted += [prompt] * (prompt not in adapted)
+                    adapted += [prompt] * (prompt not in adapted)  # a long tail may span several blocks
                     row = adapted.index(prompt)
                     tails.of_lane[used], tails.start[used] = row, plain
                     tails.lane[row], tails.count[row] = used, len(tokens)
                 used += 1
         for prompt in working:
-            lanes.table[prompt.row] = self._block_table(prompt)
+            lanes.table[prompt.row] = self._block_table(prompt)  # after all blocks of this chunk have places
         return lanes, tails, adapted
 
     def _find_blocks(self, prompt: ChunkedPrompt) -> None:
         while len(prompt.blocks) < self.cache.blocks_of(prompt.ids) - 1 and len(prompt.blocks) < len(prompt.block_keys):
             found = self.cache.find(prompt.block_keys[len(prompt.blocks)])
-            if found is None:
+            if found is None:  # a later block is of no use without this one
                 return
             prompt.blocks.append(found)
             prompt.found += self.size

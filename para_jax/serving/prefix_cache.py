@@ -55,7 +55,7 @@ class PrefixCache:
 
     def clear(self) -> None:
         """Forgets all blocks. The counts stay."""
-        self._free = list(range(self.blocks))[::-1]
+        self._free = list(range(self.blocks))[::-1]  # pop() then takes the lowest first
         self._of_key: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
         self._references = [0] * self.blocks
@@ -83,7 +83,7 @@ class PrefixCache:
         """The block of a key, with one more reference; None if it is not known."""
         block = self._of_key.get(key)
         if block is not None:
-            self._idle.pop(block, None)
+            self._idle.pop(block, None)  # in use again, so it can not be taken
             self._references[block] += 1
         return block
 
@@ -92,7 +92,7 @@ class PrefixCache:
         if self._free:
             block = self._free.pop()
         else:
-            block, _ = self._idle.popitem(last=False)
+            block, _ = self._idle.popitem(last=False)  # the least recently used
             del self._of_key[self._key_of.pop(block)]
         self._references[block] = 1
         return block
@@ -106,9 +106,9 @@ class PrefixCache:
         """Gives up a prompt's references to its blocks, which are in the order of its tokens."""
         for block in reversed(blocks):  # a later one is of use only with those before it, so it goes first
             self._references[block] -= 1
-            if self._references[block]:
+            if self._references[block]:  # another prompt shares it
                 continue
-            if block in self._key_of:
+            if block in self._key_of:  # its content may be found again
                 self._idle[block] = None
             else:
                 self._free.append(block)

@@ -68,7 +68,7 @@ class PromptTable:
             lanes: blocks that one program computes.
         """
         self.cache = cache
-        self.rows = max(ROWS, lanes)
+        self.rows = max(ROWS, lanes)  # else short prompts could not fill a chunk
         """prompts at work, at most"""
         self._room = ROWS * longest
         """their blocks and those of kept prompts, at most"""
@@ -108,7 +108,7 @@ class PromptTable:
             self._drop(next(self._kept_in_blocks()))
         row = min(set(range(self.rows)) - {prompt.row for prompt in self.working.values()})
         prompt = self.working[key] = ChunkedPrompt(key, ids, entry, row)
-        prompt.block_keys = self.cache.keys(ids[: prompt.plain], key[-1])
+        prompt.block_keys = self.cache.keys(ids[: prompt.plain], key[-1])  # key[-1] is the salt
         self.cache.queries += len(ids)
 
     def keep(self, wanted: Collection[tuple]) -> None:
@@ -126,7 +126,7 @@ class PromptTable:
         """Keeps prompts that are complete."""
         for prompt in prompts:
             self.kept[prompt.key] = self.working.pop(prompt.key)
-            self._suspects.pop(prompt.key, None)
+            self._suspects.pop(prompt.key, None)  # the error was of another prompt, or has passed
 
     def suspect(self, prompts: list[ChunkedPrompt], error: Exception) -> None:
         """Notes prompts whose program raised. Raises PromptFailed for one that was alone for the second time."""
@@ -134,7 +134,7 @@ class PromptTable:
         for prompt in prompts:
             self._suspects[prompt.key] = self._suspects.get(prompt.key, 0) + (len(prompts) == 1)
             if self._suspects[prompt.key] == 2:
-                del self._suspects[prompt.key]
+                del self._suspects[prompt.key]  # a later request of the same prompt is tried again
                 raise PromptFailed(prompt, error)
 
     def drop_old(self) -> None:

@@ -38,7 +38,7 @@ class FairQueue(Generic[T]):
         """Removes and returns a tenant's first item. Its next turn comes after all other tenants'."""
         line = self._lines[tenant]
         _, item = line.popitem(last=False)
-        self._lines.move_to_end(tenant)
+        self._lines.move_to_end(tenant)  # its turn is over, even if it waits with more
         if not line:
             del self._lines[tenant]
         self._count -= 1

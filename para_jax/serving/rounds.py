@@ -92,14 +92,14 @@ class Rounds:
         with self._round(wait) as begun:
             if not begun:
                 return False
-            self._requests.cancel_dropped()
+            self._requests.cancel_dropped()  # their slots are free for this round
             empty = [slot for slot, sample in enumerate(self._rows) if sample is None or sample.completion]
             started, self.decoding = Started(int(self._limit * min(PER_SLOT * max(len(empty), 1), 1))), 0
             if not self._fill(started, empty):
                 self._start_again()
                 return True
             active = [(slot, sample) for slot, sample in enumerate(self._rows) if sample and not sample.completion]
-            decoded, scored = self._decode(active) if active else None, started.scored
+            decoded, scored = self._decode(active) if active else None, started.scored  # dispatched, not yet waited for
             self.decoding = len(active)
             if scored or active:
                 prompts = [prompt for _, prompt in scored]
@@ -111,7 +111,7 @@ class Rounds:
             with self._requests.lock:
                 self._rows = [sample if sample and not sample.completion else None for sample in self._rows]
                 self._requests.news.notify_all()
-        if started.failed and not (active or scored or self._waiting):
+        if started.failed and not (active or scored or self._waiting):  # the device may be lost
             raise started.failed[0]
         return True
 
@@ -120,7 +120,7 @@ class Rounds:
         """A round of this thread: the body. If it raises, the next round starts again from the open requests. Gives
         False, without `wait`, if another thread is making one."""
         with interrupts_held_back(), using(self._decoder.mesh):
-            if not self._driving.acquire(blocking=wait):
+            if not self._driving.acquire(blocking=wait):  # another thread drives the engine already
                 yield False
                 return
             try:
@@ -156,7 +156,7 @@ class Rounds:
             self._start_samples(started)
             if not self._advance_prompts(started):
                 return False
-            if started.tokens == before:
+            if started.tokens == before:  # neither could go on
                 break
         return True
 
@@ -169,19 +169,19 @@ class Rounds:
                 sample = self._next(started)
                 if sample is None:
                     return
-                self._requests.queue.take(sample.request.tenant)
+                self._requests.queue.take(sample.request.tenant)  # under the lock, so that no cancel comes between
                 known = sample.decodes and self._decoder.keeps(sample)
                 in_chunks = sample.decodes and self._prefills.takes(sample.entry)
                 tokens = self._decoder.whole_tokens(sample)
                 sample.ticket.start(len(sample.ids) if known else None if in_chunks else 0)
             started.tokens += tokens
-            started.wholes += tokens > 0
+            started.wholes += tokens > 0  # only the first of a round may exceed its limit
             try:
                 if sample.unscored:
                     started.scored.append((sample, self._decoder.score(sample)))
                 if not sample.decodes:
                     continue
-                if in_chunks and not known:
+                if in_chunks and not known:  # its slot is reserved while others start
                     self._prompts.start(sample.key, sample.ids, sample.entry)
                     self._waiting[started.free.pop(0)] = sample
                     continue
@@ -206,7 +206,7 @@ class Rounds:
     def _advance_prompts(self, started: Started) -> bool:
         """Computes a chunk of the prompts that samples wait for, if the round may. Samples with a complete one move
         into their slots. Returns False if a prompt failed, which ends the round."""
-        if started.chunks and not started.has_room(self._prefills.chunk):
+        if started.chunks and not started.has_room(self._prefills.chunk):  # the first chunk of a round always runs
             return True
         try:
             computed = self._prefills.advance()
@@ -218,11 +218,11 @@ class Rounds:
             return False
         started.tokens += computed
         started.chunks += computed > 0
-        for slot, sample in list(self._waiting.items()):
+        for slot, sample in list(self._waiting.items()):  # entries are deleted on the way
             if self._decoder.keeps(sample):
                 prompt = self._decoder.prefilled(sample)
                 assert isinstance(prompt, ChunkedPrompt)
-                if sample.ticket.cached_tokens is None:
+                if sample.ticket.cached_tokens is None:  # the first of several samples of one request says it
                     sample.ticket.cached_tokens = prompt.found
                 self._insert(slot, sample, prompt, started)
                 del self._waiting[slot]
@@ -262,7 +262,7 @@ class Rounds:
             if sample.completion is not None:  # cancelled during the round
                 return
             if new:
-                times.first_token = times.first_token or time.monotonic()
+                times.first_token = times.first_token or time.monotonic()  # a request is timed by its first sample
             try:
                 for i, token in enumerate(new):
                     if token == NO_TOKEN:
@@ -270,7 +270,7 @@ class Rounds:
                     is_end = token in sample.stops or (token in self._stops and not request.ignore_eos)
                     if is_end and not request.keep_end:
                         return self._requests.end(sample, "stop")
-                    sample.logprobs += logprobs[i : i + 1]
+                    sample.logprobs += logprobs[i : i + 1]  # empty where none were asked for
                     sample.tokens.append(token)
                     if is_end:
                         sample.kept_end = True
@@ -280,7 +280,7 @@ class Rounds:
                     if len(sample.tokens) == request.max_new_tokens:
                         return self._requests.end(sample, "length")
             except BaseException as error:
-                if not is_request_error(error):
+                if not is_request_error(error):  # such as an interrupt, which ends the round
                     raise
                 message = f"the answer's tokens have no text: {shorten(str(error), 200)}"
                 self._requests.end(sample, "error", message)

@@ -119,7 +119,7 @@ def steps(
         top: alternatives per token; None: no log-probabilities.
     """
     length = slots.state.length
-    shortest = jnp.min(jnp.where(live, length, length.max())) * live.any()
+    shortest = jnp.min(jnp.where(live, length, length.max())) * live.any()  # 0 if no row is live
     slots = slots._replace(state=slots.state._replace(length=jnp.where(live, length, shortest)))
 
     def one(slots: Slots, _):
@@ -143,5 +143,5 @@ def zeros_of(row, rows: int):
 
 def drawn(logits, sampling: RowSampling, position) -> jax.Array:
     """Each row's token at `position` of its answer, int32 [rows]."""
-    keys = row_keys(jnp.asarray(sampling.seeds), position)
+    keys = row_keys(jnp.asarray(sampling.seeds), position)  # so a restart draws the same tokens
     return sample(logits, keys, sampling.temperature, sampling.top_k, sampling.top_p)

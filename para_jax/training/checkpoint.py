@@ -54,7 +54,7 @@ def open_checkpoints(folder: Place, *, keep: int = 2) -> Iterator[Any]:
         yield checkpoints
         finish_saving(checkpoints)
     finally:
-        with suppress(Exception):
+        with suppress(Exception):  # an error of the body must not be hidden
             checkpoints.close()
 
 
@@ -94,7 +94,7 @@ def start_saving(checkpoints, arrays: dict[str, Any], step: int, progress: dict[
         if step in steps_in(folder):
             atomic.write_text(progress_file(folder, step), json.dumps(about))
         else:
-            checkpoints.save(step, args=saved, force=True)
+            checkpoints.save(step, args=saved, force=True)  # whatever interval orbax would choose
 
 
 def finish_saving(checkpoints) -> None:
@@ -132,8 +132,8 @@ def restore_checkpoint(checkpoints, state: Any, run: dict[str, str]) -> tuple[An
         return None
     leaves = []
     for name, leaf in arrays_by_path(state).items():
-        leaves.append(placed_like(leaf, broadcast_arrays(arrays.pop(name))))
-        leaf.delete()
+        leaves.append(placed_like(leaf, broadcast_arrays(arrays.pop(name))))  # popped: the host lets go of it too
+        leaf.delete()  # one array at a time, not two states
     return jax.tree.unflatten(jax.tree.structure(state), leaves), progress
 
 
@@ -144,7 +144,7 @@ def newest_whole(
     for step in steps_in(folder):
         try:
             progress = json.loads(progress_file(folder, step).read_bytes())
-            other = differences(progress["run"], run)
+            other = differences(progress["run"], run)  # before the arrays, which are large
             arrays = {} if other else read_arrays(checkpoints, step, wanted, progress.pop("sha256"))
         except Exception as error:  # the readers below orbax raise anything for damaged files
             problems[step] = reason(error)
@@ -269,7 +269,8 @@ def errors_in_one_line(checkpoints) -> Iterator[None]:
         yield
     except Exception as error:  # orbax raises what the file system or its threads raise
         said = reason(error)
-        what = atomic.remedy(next((number for number in atomic.FULL if os.strerror(number) == said), None))
+        full = said in map(os.strerror, atomic.FULL)
+        what = "make room there" if full else "make sure that the folder can be written and renamed in"
         raise ValueError(
             f"{checkpoints.directory}: a checkpoint could not be saved ({said}); what was saved before is kept: "
             f"{what}, and the same command resumes"

@@ -79,7 +79,7 @@ class Log:
             details["tokens/s"] = f"{rates['tokens_per_second']:.0f}"
         if "model_flops_utilisation" in rates:
             details["utilisation"] = f"{rates['model_flops_utilisation']:.1%}"
-        bar.advance(advance, **details)
+        bar.advance(advance, **details)  # also for steps that are not logged
         if done.step % self.every == 0:
             self.write(done.step, values | rates)
 

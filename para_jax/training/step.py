@@ -166,12 +166,12 @@ def updated_alone(
     arrays. If the loss or gradient is not finite, the step has a gradient and a rate of zero: the weights stay, and the
     moments, which are not used again, decay. New weights are checked in a run of many: it goes on with the others. In a
     run of one, weights that overflow end it with the next loss."""
-    rate, count = rates.at(state.step, config.schedule), jnp.maximum(tokens, 1)
+    rate, count = rates.at(state.step, config.schedule), jnp.maximum(tokens, 1)  # no token, no division by zero
     old = jax.tree.map(lambda a: a[0], state)
     mean = jax.tree.map(lambda g: g / count[0], gradient)
     norm = optax.tree.norm(mean)
     finite = old.finite & jnp.isfinite(total[0]) & jnp.isfinite(norm)
-    usable = jax.tree.map(lambda g: jnp.where(finite, g, 0), clipped(mean, norm, config))
+    usable = jax.tree.map(lambda g: jnp.where(finite, g, 0), clipped(mean, norm, config))  # zero times NaN would be NaN
     direction, optimizer = make_direction(config).update(usable, old.optimizer, old.adapters)
     applied = jnp.where(finite, rate[0], 0)
     adapters = jax.tree.map(lambda w, d: w - applied * d, old.adapters, direction)
@@ -209,7 +209,7 @@ def updated(
         total, tokens: summed loss (nats) and its number of tokens, float32 [slots].
     """
     rate = rates.at(state.step, config.schedule)
-    order = jnp.argsort(tokens == 0, stable=True)
+    order = jnp.argsort(tokens == 0, stable=True)  # tenants with tokens first
 
     def step_of_one(i, carry):
         slot = order[i]
@@ -230,7 +230,7 @@ def updated_one(old: TrainState, rate, total, tokens, summed, *, config: TrainSe
     Where it is not, its weights, moments and step are the old ones."""
     mean = jax.tree.map(lambda g: g / tokens, summed)
     norm = optax.tree.norm(mean)
-    finite = old.finite & jnp.isfinite(total) & jnp.isfinite(norm)
+    finite = old.finite & jnp.isfinite(total) & jnp.isfinite(norm)  # once false, it stays false
     usable = clipped(mean, norm, config)
     direction, optimizer = make_direction(config).update(usable, old.optimizer, old.adapters)
     adapters = jax.tree.map(lambda w, d: w - rate * d, old.adapters, direction)

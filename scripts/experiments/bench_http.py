@@ -20,7 +20,7 @@ from para_jax.bench.decode import METHODS, bank_of
 from para_jax.bench.rounds import measurement, paired, single
 from para_jax.bench.serve import LONGEST, Workload, ragged, serve
 from para_jax.data.tokenizer import load_tokenizer
-from para_jax.server.packages import require_packages
+from para_jax.server.config import require_packages
 from para_jax.serving.engine import Engine
 from para_jax.serving.request import Request
 

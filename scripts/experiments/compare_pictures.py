@@ -7,18 +7,9 @@ from typing import NamedTuple
 from compare_statistics import LEVEL, Ranking, p_text
 from PIL import Image
 
-from para_jax.io.figures import escaped, explain, new_figure
+from para_jax.io.figures import escaped, explain, method_colour, new_figure, style
 from para_jax.io.figures import save as save_picture
 
-#: Colours that people with any colour vision tell apart (Okabe and Ito 2008), by how a method's name starts or goes on.
-COLOURS = {
-    "base": "#000000",
-    "(IA)^3": "#0072B2",
-    "constant": "#CC79A7",
-    "PARA": "#009E73",
-    "LoRA": "#D55E00",
-    "": "#E69F00",
-}
 #: Markers of the positions where an adapter acts.
 MARKERS = {"response": "s", "prompt": "^", "": "o"}
 LINES = {"s": "--", "^": ":", "o": "-"}
@@ -44,11 +35,7 @@ class Point(NamedTuple):
 def save(figure, file: Path) -> None:
     """Writes a picture with few colours, which takes a third of the bytes."""
     save_picture(figure, file)
-    Image.open(file).convert("RGB").quantize(64).save(file, optimize=True)
-
-
-def colour(name: str) -> str:
-    return next(shade for part, shade in COLOURS.items() if part in name)
+    Image.open(file).convert("RGB").quantize(64, Image.Quantize.MAXCOVERAGE).save(file, optimize=True)
 
 
 def marker(name: str) -> str:
@@ -59,6 +46,7 @@ def marker(name: str) -> str:
 # ------------------------------------------------------------------------------------------------------------- scores
 
 
+@style()
 def draw_bytes(panels: dict[str, list[Point]]):
     """Scores against bytes per tenant, a panel for each task."""
     figure, axes_of = panel_grid(panels)
@@ -73,17 +61,17 @@ def draw_bytes(panels: dict[str, list[Point]]):
             if point.x:
                 continue
             if point.y >= lowest - span / 2:  # a base model far below would hide the differences
-                axes.axhline(point.y, color=colour(point.name), linestyle=":", linewidth=1)
+                axes.axhline(point.y, color=method_colour(point.name), linestyle=":", linewidth=1)
                 found.append(point)
             else:
                 below.append(f"{point.name}: {point.y:.3f}")
         if below:
             said = escaped(f"far below: {'; '.join(below)}")
-            axes.text(0, 1.01, said, transform=axes.transAxes, fontsize=7, va="bottom", color="0.3")
+            axes.text(0, 1.01, said, transform=axes.transAxes, fontsize="small", va="bottom", color="0.3")
         axes.set_xticks(list(TICKS), TICKS.values())
         axes.minorticks_off()
         axes.set_xlim(sizes[0] / 1.6, sizes[-1] * 1.6)
-        axes.set_xlabel("size of a tenant's adapter in float32", fontsize=8)
+        axes.set_xlabel("size of a tenant's adapter in float32")
         name_points(axes, found)
     said = "The mean of the seeds, and their range. Up is better, left is smaller."
     explain(figure, f"{said} {SCOPES} Equal sizes are side by side.")
@@ -105,6 +93,7 @@ def side_by_side(points: Sequence[Point]) -> list[Point]:
     return spread
 
 
+@style()
 def draw_scopes(tasks: dict[str, dict[str, list[Point]]]):
     """What other scopes score less than `all`, by task and method: y of a point is the difference."""
     places, names, y = [], [], 0.0
@@ -121,25 +110,25 @@ def draw_scopes(tasks: dict[str, dict[str, list[Point]]]):
     axes = figure.subplots()
     axes.axvline(0, color="black", linewidth=0.8)
     for height, point in places:
-        shape = dict(color=colour(point.name), marker=marker(point.name), markersize=4.5, capsize=2, linewidth=1)
+        shape = dict(color=method_colour(point.name), marker=marker(point.name), linewidth=1)
         shape |= dict(markerfacecolor="white") if " w=" in point.name else {}
         axes.errorbar([point.y], [height], xerr=[[point.y - point.low], [point.high - point.y]], **shape)
-    axes.set_yticks([height for height, _ in names], [escaped(name) for _, name in names], fontsize=7)
+    axes.set_yticks([height for height, _ in names], [escaped(name) for _, name in names], fontsize="small")
     for (_, name), label in zip(names, axes.get_yticklabels(), strict=True):
         label.set_fontweight("bold" if name in tasks else "normal")
     axes.set_ylim(y, -0.7)
     low, high = min(point.y for _, point in places), max(point.y for _, point in places)
     axes.set_xlim(low - 0.08, high + 0.08)
-    axes.tick_params(axis="x", labelsize=7)
     axes.tick_params(axis="y", length=0)
-    axes.grid(axis="x", alpha=0.3)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.set_xlabel("score less that of scope all", fontsize=8)
+    axes.grid(axis="y", visible=False)
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel("score less that of scope all")
     shapes = "Squares act on the response only (hollow: also on a window before it), triangles on the prompt only."
     explain(figure, f"Left of 0: the scope costs. {shapes} Whiskers are 95 % intervals over test rows and seeds.")
     return figure
 
 
+@style()
 def draw_examples(panels: dict[str, list[Point]]):
     """Scores against training examples, a line for each method."""
     figure, axes_of = panel_grid(panels)
@@ -147,14 +136,14 @@ def draw_examples(panels: dict[str, list[Point]]):
         axes, last = axes_of[task], {}
         for name in dict.fromkeys(point.name for point in points):
             own = sorted((point for point in points if point.name == name), key=lambda point: point.x)
-            line = dict(color=colour(name), linestyle=LINES[marker(name)], linewidth=1)
+            line = dict(color=method_colour(name), linestyle=LINES[marker(name)], linewidth=1)
             axes.plot([point.x for point in own], [point.y for point in own], **line)
             scatter(axes, own)
             last[name] = own[-1]
         sizes = sorted({point.x for point in points})
         axes.set_xticks(sizes, [str(int(one)) for one in sizes])
         axes.minorticks_off()
-        axes.set_xlabel("training examples", fontsize=8)
+        axes.set_xlabel("training examples")
         name_points(axes, list(last.values()))
     explain(figure, f"The mean of the seeds, and their range; of several trainings the longest. {SCOPES}")
     return figure
@@ -170,18 +159,16 @@ def panel_grid(panels: dict[str, list[Point]]):
     for axes in every[len(panels) :]:
         axes.set_visible(False)
     for axes, task in zip(every, panels, strict=False):
-        axes.set_title(escaped(task), fontsize=9, pad=14)
+        axes.set_title(escaped(task), pad=14)
         axes.set_xscale("log")
-        axes.tick_params(labelsize=7)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_ylabel("score on test data", fontsize=8)
+        axes.set_ylabel("score on test data")
     return figure, dict(zip(panels, every, strict=False))
 
 
 def scatter(axes, points: Sequence[Point]) -> None:
     for point in points:
         whiskers = [[max(0.0, point.y - point.low)], [max(0.0, point.high - point.y)]]
-        shape = dict(color=colour(point.name), marker=marker(point.name), markersize=5, capsize=2, linewidth=1)
+        shape = dict(color=method_colour(point.name), marker=marker(point.name), linewidth=1)
         axes.errorbar([point.x], [point.y], whiskers, **shape)
 
 
@@ -196,11 +183,11 @@ def name_points(axes, points: Sequence[Point]) -> None:
             (point.x or right, point.y),
             (1.04, height),
             textcoords="axes fraction",
-            color=colour(point.name),
-            fontsize=7,
+            color=method_colour(point.name),
+            fontsize="small",
             va="center",
             annotation_clip=False,
-            arrowprops=dict(arrowstyle="-", color=colour(point.name), linewidth=0.4, alpha=0.6),
+            arrowprops=dict(arrowstyle="-", color=method_colour(point.name), linewidth=0.4, alpha=0.6),
         )
 
 
@@ -222,6 +209,7 @@ def dodged(heights: Sequence[float], gap: float) -> list[float]:
 # ---------------------------------------------------------------------------------------------------------------- ranks
 
 
+@style()
 def draw_ranks(found: Ranking):
     """Mean ranks over tasks, the best on top. Bars join methods that are not told apart."""
     names, groups = list(found.ranks), found.groups()
@@ -231,23 +219,23 @@ def draw_ranks(found: Ranking):
     step = 0.03 * worst
     for height, name in zip(reversed(range(worst)), names, strict=True):
         rank = found.ranks[name]
-        axes.plot([rank], [height], marker(name), color=colour(name), markersize=6)
+        axes.plot([rank], [height], marker(name), color=method_colour(name), markersize=6)
         axes.annotate(
             f"{escaped(name)}  {rank:.2f}", (rank, height), (8, 0), textcoords="offset points", va="center",
-            fontsize=8, color=colour(name), annotation_clip=False,
+            color=method_colour(name), annotation_clip=False,
         )  # fmt: skip
     for i, group in enumerate(groups):
         ends = [worst - 1 - names.index(name) for name in (group[0], group[-1])]
         x = 0.9 - step * (i + 1)
         axes.plot([x, x], [ends[0] + 0.2, ends[1] - 0.2], color="0.45", linewidth=3, solid_capstyle="butt")
     axes.plot([1, 1 + found.critical], [worst + 0.1] * 2, color="black", linewidth=2)
-    axes.annotate(f"critical difference {found.critical:.2f}", (1, worst + 0.35), fontsize=7)
+    axes.annotate(f"critical difference {found.critical:.2f}", (1, worst + 0.35))
     axes.set_ylim(-0.7, worst + 0.9)
     axes.set_xlim(0.8 - step * (len(groups) + 1), worst + 1.5)
     axes.set_xticks(range(1, worst + 1))
     axes.set_yticks([])
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.set_xlabel(f"mean rank over {found.tasks} tasks (1 is best)", fontsize=8)
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel(f"mean rank over {found.tasks} tasks (1 is best)")
     told = "Friedman's test does not tell the methods apart" if found.p > LEVEL else "Bars join methods not told apart"
     explain(figure, f"{told} (Nemenyi at {LEVEL:.0%}; Friedman {p_text(found.p)}).")
     return figure

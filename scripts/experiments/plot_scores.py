@@ -116,7 +116,7 @@ def of_records(name: str, records: Records) -> dict[str, Scores]:
     metric = records[split]["metric"]
     bar, base = (bar_of_record(records.get(part), metric) for part in (split, f"{split}_base"))
     title = "test" if split == "test" else "best validation"
-    return {f"{title} {metric}": Scores(metric, {name: bar}, {name: base} if base else None)} if bar else {}
+    return {f"{title} {metric}": Scores(metric, {name: bar}, base)} if bar else {}
 
 
 def bar_of_record(record: dict | None, metric: str) -> Bar | None:
@@ -136,14 +136,12 @@ def merged(parts: Sequence[Mapping[str, Scores]]) -> dict[str, Scores]:
 
 
 def merged_panels(panels: dict[str, Scores], more: Mapping[str, Scores]) -> dict[str, Scores]:
-    """The panels, with the bars of others added to those of the same title."""
+    """The panels, with the bars of others added to those of the same title, and the base score that all share."""
     found = dict(panels)
     for title, scores in more.items():
         if title in found:
-            held: dict[str, Bar] = {}
-            for base in (found[title].base, scores.base):
-                held |= base if isinstance(base, Mapping) else {}
-            found[title] = Scores(scores.metric, {**found[title].bars, **scores.bars}, held or None)
+            base = scores.base if scores.base == found[title].base else None
+            found[title] = Scores(scores.metric, {**found[title].bars, **scores.bars}, base)
         else:
             found[title] = scores
     return found
@@ -175,8 +173,7 @@ def of_evaluation(folder: Path) -> dict[str, Scores]:
     shared = []
     for task, (metric, bars, base) in own.items():
         (bar,) = bars.values()
-        held = {task: base} if isinstance(base, Bar) else None
-        shared.append({f"each tenant's own task, {metric}": Scores(metric, {task: bar}, held)})
+        shared.append({f"each tenant's own task, {metric}": Scores(metric, {task: bar}, base)})
     return others | merged(shared)
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_models import FIXTURES, backbone, prompts, strong
+from long_cases import long
 
 from para_jax import (
     AdapterBank,
@@ -89,16 +90,18 @@ def test_a_fitting_bank_has_the_programs_of_all_its_adapters_whichever_it_holds(
         assert bank.carried == whole.carried and "rank 8" in bank.carried
 
 
-def test_a_mixed_batch_of_all_methods_equals_each_tenant_alone(model, tenants, bank, lora_bank):
-    for held, names in ((bank, NAMES), (lora_bank, [*NAMES, "lora", "rslora", "lora", None])):
-        tokens = prompts(model, len(names))
-        mixed = forward(model, held.rows(names), tokens, 8)
-        base = forward(model, None, tokens, 8)
-        np.testing.assert_array_equal(mixed[2], base[2])
-        for i, name in enumerate(names):
-            alone = forward(model, tenants.get(name), tokens[i : i + 1], 8)
-            np.testing.assert_allclose(mixed[i], alone[0], atol=1e-4)
-            assert name is None or abs(mixed[i] - base[i]).max() > 0.3, name
+@pytest.mark.parametrize(
+    ("held", "names"), [("lora_bank", [*NAMES, "lora", "rslora", "lora", None]), long("bank", NAMES)], ids=str
+)
+def test_a_mixed_batch_of_all_methods_equals_each_tenant_alone(model, tenants, request, held, names):
+    tokens = prompts(model, len(names))
+    mixed = forward(model, request.getfixturevalue(held).rows(names), tokens, 8)
+    base = forward(model, None, tokens, 8)
+    np.testing.assert_array_equal(mixed[2], base[2])
+    for i, name in enumerate(names):
+        alone = forward(model, tenants.get(name), tokens[i : i + 1], 8)
+        np.testing.assert_allclose(mixed[i], alone[0], atol=1e-4)
+        assert name is None or abs(mixed[i] - base[i]).max() > 0.3, name
 
 
 @pytest.mark.long
@@ -360,7 +363,8 @@ def test_an_unused_config_is_dropped_and_its_rows_still_work(model):
     np.testing.assert_array_equal(before, after)
 
 
-def test_an_adapter_takes_its_own_rank_and_sites_in_memory_and_the_banks_in_rows(model):
+@pytest.mark.parametrize("compared", [False, long(True)])
+def test_an_adapter_takes_its_own_rank_and_sites_in_memory_and_the_banks_in_rows(model, compared):
     configs = [
         ParaConfig(r=2, late_r=7, up_bias=True),
         ParaConfig(r=4, layers_to_transform=(0, 2), target_modules=("q_proj",)),
@@ -376,6 +380,8 @@ def test_an_adapter_takes_its_own_rank_and_sites_in_memory_and_the_banks_in_rows
             small = AdapterBank.holding({"a": adapter}, model.config, dtype=dtype)
             own = 4 * sum(leaf.size for leaf in named_leaves(adapter).values())
             assert large.nbytes - before == small.nbytes <= own
+    if not compared:
+        return
     tokens = prompts(model, len(configs))
     mixed = forward(model, large.rows(adapters), tokens, 8)
     for i, adapter in enumerate(adapters.values()):

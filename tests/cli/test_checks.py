@@ -41,7 +41,7 @@ MISTAKES = [
     ("train run.yaml train.learningrate=1e-3", r"train\.learningrate.*learning_rate"),
     ("train run.yaml train.max_steps=-1", "train.max_steps.*-1"),
     ("train run.yaml eval.metric=bleu", "eval.metric.*'bleu'"),
-    ("train run.yaml --results run.yaml", "--results run.yaml: .* would be overwritten"),
+    ("train run.yaml --results runs", "--results runs: a folder"),
     ("generate", "generate takes prompts or a file"),
     ("generate --input nope.jsonl --output o.jsonl", "--input nope.jsonl: no such file"),
     ("generate --prompt a --backbone model --adapters mine=runs/mine/adapter --tenant mime", "'mime'.*mine"),

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from adapter_folder import LAYER, WEIGHTS, change_config, change_tensors, saved_config
 from golden_models import strong
+from long_cases import quick
 from safetensors.numpy import load_file
 from tiny_gguf import write_gguf
 from tiny_run import backbone_folder, tokenizer, write_rows
@@ -350,7 +351,7 @@ def test_generate_over_several_devices_answers_as_on_one(folder, trained, capsys
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--adapters", "acme=/x"], "--tenant is given 0 times.*: acme, or base for no adapter"),
+        (["--adapters", "acme=/x"], "--tenant is given 0 times.*.*base is no adapter"),
         (["--adapters", "acme=/x", "--tenant", "acne"], "--tenant: no tenant 'acne'; the nearest are acme"),
         (["--adapters", "a=x", "a=y", "--tenant", "a"], "--adapters 'a=y': the name 'a' is taken by x\ngive NAME=DIR"),
         (["--adapters", "acme=/nowhere", "--tenant", "acme"], "/nowhere"),
@@ -413,7 +414,7 @@ def test_help_is_there_for_the_program_and_each_command(capsys):
         assert re.search(rf"examples?:\n  para-jax {name} ", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("module", ["para_jax", "para_jax.cli"])
+@pytest.mark.parametrize("module", quick(["para_jax", "para_jax.cli"], "para_jax"))
 def test_the_command_line_runs_where_its_script_is_not_on_the_path(module):
     """As after `pip install --user` on many machines."""
     run = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True)
@@ -521,7 +522,7 @@ def test_a_hub_id_without_the_hub_is_named_with_what_to_do(capsys, folder, confi
         ("train", config, "backbone.source=someone/model", f"output_dir={tmp_path / 'run'}"),
         ("train", config, "backbone.source=someone/model", "--dry-run"),
     ):
-        assert_says(mistake(capsys, *line), "someone/model: .*hub can't be reached")
+        assert_says(mistake(capsys, *line), "someone/model: .*can't be fetched from the hub")
     assert not (tmp_path / "run").exists()
 
 

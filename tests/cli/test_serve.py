@@ -14,7 +14,7 @@ from tiny_run import backbone_folder
 from para_jax import Ia3Config, LoraConfig, ParaConfig, init_adapter, save_adapter
 from para_jax.adapters.preview import previews
 from para_jax.cli import main, options, parser, serve
-from para_jax.server import packages
+from para_jax.server import config as server_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,7 +34,7 @@ def test_a_port_in_use_is_told_before_anything_is_loaded(folder, capsys):
 
 
 def test_a_missing_package_is_told_with_the_extra(folder, capsys, monkeypatch):
-    monkeypatch.setattr(packages, "find_spec", lambda name: None if name == "uvicorn" else find_spec(name))
+    monkeypatch.setattr(server_config, "find_spec", lambda name: None if name == "uvicorn" else find_spec(name))
     assert main(["serve", "--backbone", str(folder / "model")]) == 2
     said = capsys.readouterr().err
     assert "uvicorn" in said and "para_jax[serve]" in said and "starlette" not in said

@@ -144,7 +144,7 @@ def saved(tmp_path, kind, rows=ROWS):
     if kind == "hub":
         (folder / "data").mkdir(parents=True)
         data.to_parquet(folder / "data" / "train-00000-of-00001.parquet")
-        return folder, f"hf:{folder}::train[0]"
+        return f"hf:{folder}", f"hf:{folder}::train[0]"
     (data if kind == "dataset" else datasets.DatasetDict(train=data, test=data)).save_to_disk(folder)
     return folder, f"{folder if kind == 'dataset' else folder / 'train'}[0]"
 

@@ -97,16 +97,7 @@ def test_the_dry_run_of_many_tenants_says_what_each_adds_to_a_chip(tmp_path, no_
     uneven = replace(config, train=replace(config.train, tenants_at_once=12))
     assert "spread over 1 chips, because 16 chips do not divide 12 tenants)" in dry_run(uneven, "v5e:4x4")
     uneven = replace(config, train=replace(config.train, tenants_at_once=50))
-    assert "do not divide 50 tenants; train.tenants_at_once=48 takes" in dry_run(uneven, "v5e:4x4")
-
-
-def test_the_dry_run_of_a_rate_that_is_chosen_is_of_its_trials(no_libtpu):
-    """They train at once, so they need more than the training after them."""
-    auto = load_config(ON_7B[0], [*ON_7B[1], "train.learning_rate=auto"])
-    swept = load_config(ON_7B[0], [*ON_7B[1], "sweep.learning_rate=[1,2,3,4]"])
-    shown, expected = (dry_run(config, "v5e:4x4").splitlines() for config in (auto, swept))
-    begin = next(i for i, line in enumerate(shown) if line.startswith("trials ") and "4 rates" in line)
-    assert shown[begin + 1 :] == expected[begin:] and any("4, 4 at once" in line for line in shown)
+    assert "do not divide 50 tenants" in dry_run(uneven, "v5e:4x4")
 
 
 def test_the_dry_run_says_that_it_assumes_the_length_of_rows(no_libtpu):
@@ -189,8 +180,7 @@ def test_without_libtpu_an_estimate_says_that_it_is_one_and_how_to_get_better(no
 @pytest.mark.long
 def test_the_dry_run_names_weights_that_the_mesh_can_not_split(no_libtpu):
     shown = topology_report(load_config("configs/gemma-2b-boolq.yaml", ["mesh.data=2", "mesh.tensor=8"]), "v5e:4x4")
-    whole = 18 * 2 * (2048 * 256) * 2  # the one head of keys and of values of 18 layers, in bfloat16
-    assert f"mesh.tensor=8 does not divide kv_heads 1: {whole:,} of " in shown
+    assert "mesh.tensor=8 does not divide kv_heads 1: not split over it" in shown
     assert "not split" not in topology_report(load_config("configs/gemma-2b-boolq.yaml"), "v5e:4x4")
 
 

@@ -15,7 +15,7 @@ from para_jax.evaluation.questions import Likelihood
 def test_a_score_is_that_of_the_teacher_forced_pass(family, layout):
     names = "ABCD" if family == "llama" else "A"
     long = [one for one in asked() if len(one.context) > 16] if family != "llama" else asked()
-    questions = [(tenant, one) for one in long[:6] for tenant in (*names, None)]
+    questions = [(tenant, one) for one in long[:6:2] for tenant in (*names, None)]
     for (tenant, one), found in zip(questions, answers(family, questions, names, layout=layout), strict=True):
         nats, greedy = by_hand(family, names, tenant, one)
         assert found.logprob == pytest.approx(nats, rel=2e-5, abs=2e-4)

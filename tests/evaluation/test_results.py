@@ -21,9 +21,6 @@ def test_an_output_folder_of_another_backbone_or_program_is_refused(whole, tmp_p
         (tmp_path / "A.json").write_bytes(other)
         with pytest.raises(ValueError, match="A.json holds no results of this"):
             check_results(tmp_path, names, content)
-    (tmp_path / "config.yaml").touch()
-    with pytest.raises(ValueError, match=f"--output {tmp_path} is the folder of a run"):
-        check_results(tmp_path, names, content)
 
 
 def test_the_error_of_the_loss_is_that_of_the_examples_whatever_choices_are_ranked(monkeypatch):

@@ -66,7 +66,7 @@ def test_a_tenants_score_in_a_mixed_pass_is_its_score_alone(tasks, metric):
     assert len({round(score.loss, 4) for score in found.values()}) == 3
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+@pytest.mark.parametrize("order", [(0, 1, 2), long((2, 0, 1))])
 def test_tenants_of_different_metrics_score_in_one_pass_as_they_do_alone(tasks, order):
     """One ranks choices, one writes short and one long answers, one has a loss only."""
     model, metrics = load_backbone(FIXTURES / "llama"), ("accuracy", "exact_match", "loss", "f1")

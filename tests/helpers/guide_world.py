@@ -22,7 +22,11 @@ def make_world(folder: Path) -> Path:
     model = load_backbone(backbone_folder(folder / "backbone"))
     chat_tokenizer().save_pretrained(folder / "backbone")
     for place in (*ADAPTERS, *(f"runs/quickstart-1/tenants/{name}/adapter" for name in TENANTS)):
-        save_adapter(strong(init_adapter(ParaConfig(r=12), model.config), len(place), 0.1), folder / place)
+        save_adapter(
+            strong(init_adapter(ParaConfig(r=12), model.config), len(place), 0.1),
+            folder / place,
+            base_model=folder / "backbone",
+        )
     for seed, (split, count) in enumerate({"train": 16, "validation": 4, "test": 4}.items()):
         write_rows(folder / "data" / "mine" / f"{split}.jsonl", rows_of_text(count, seed))
         write_rows(folder / "data" / "sst2" / f"{split}.jsonl", rows_of_text(count, seed))

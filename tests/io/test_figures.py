@@ -3,9 +3,10 @@
 import subprocess
 import sys
 
+import matplotlib
 import pytest
 
-from para_jax.io.figures import explain, new_figure, run_names
+from para_jax.io.figures import explain, new_figure, run_names, style
 
 
 def test_a_sentence_is_wrapped_to_the_width_and_is_no_mathematics():
@@ -30,6 +31,14 @@ def test_a_notebook_shows_a_figure_without_pyplot():
 
 
 def test_a_missing_matplotlib_is_named_with_what_to_do(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match=r"matplotlib is not installed; `pip install 'para_jax\[plot\]'`"):
-        new_figure(2, 2)
+        style()(new_figure)(2, 2)
+
+
+def test_the_style_lasts_while_a_picture_is_made_and_shown():
+    figure = new_figure(2, 2)
+    axes = style()(figure.subplots)()
+    figure.draw_without_rendering()
+    assert matplotlib.rcParams["font.size"] != 9
+    assert {tick.label1.get_fontsize() for tick in axes.xaxis.get_major_ticks()} == {9}

@@ -57,8 +57,7 @@ class Hub(BaseHTTPRequestHandler):
             commit = COMMITS.get(info[2] or "main")
             if commit is None:
                 return self.reply(404, b'{"error": "Invalid rev id"}', {"X-Error-Code": "RevisionNotFound"})
-            claimed = self.server.claimed
-            siblings = [{"rfilename": name, "size": claimed.get(name, len(data))} for name, data in files.items()]
+            siblings = [{"rfilename": name, "size": len(data)} for name, data in files.items()]
             return self.reply(200, json.dumps({"id": repository, "sha": commit, "siblings": siblings}).encode())
         if tree:
             found = [
@@ -92,7 +91,7 @@ class Hub(BaseHTTPRequestHandler):
 def server(tmp_path, monkeypatch):
     """A hub on loopback, in place of the real one, with empty caches; `.files()` says which files were asked for."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.requests, server.gated_status, server.claimed, server.failing = [], 403, {}, set()
+    server.requests, server.gated_status, server.failing = [], 403, set()
     server.url = f"http://127.0.0.1:{server.server_port}"
     server.files = lambda: {path.split("/", 5)[5] for path in server.requests if "/resolve/" in path}
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
@@ -174,7 +173,7 @@ def test_an_adapter_that_changes_on_the_hub_is_never_mixed_with_older_files(serv
     newer = {name: data + b" " for name, data in REPOSITORIES["user/adapter"].items()}
     monkeypatch.setitem(REPOSITORIES, "user/adapter", newer)
     server.failing = {failing}
-    with pytest.raises(ValueError, match=r"^user/adapter: can't be fetched from the hub[^\n]*$"):
+    with pytest.raises(ValueError, match=r"^user/adapter: .* can't be fetched from the hub[^\n]*$"):
         resolve_adapter("user/adapter")
     server.failing = set()
     found = content(resolve_adapter("user/adapter"))
@@ -209,22 +208,6 @@ def test_a_hub_that_can_not_be_reached_gives_one_line_with_the_name(server, monk
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"^user/gated: no such folder here[^\n]*hub[^\n]*network[^\n]*$"):
         resolve_backbone("user/gated")
-
-
-@pytest.mark.parametrize(("name", "resolve", "source"), [
-    ("tokenizer.json", resolve_backbone, "user/model"),
-    ("adapter_model.safetensors", resolve_adapter, "user/adapter"),
-])  # fmt: skip
-def test_a_file_that_is_too_large_is_refused_before_it_is_fetched(server, name, resolve, source):
-    server.claimed = {name: 2**40}
-    with pytest.raises(ValueError, match=f"{source}: {name} has {2**40} bytes"):
-        resolve(source)
-    assert not server.files()
-
-
-def test_backbone_weights_may_have_any_size(server):
-    server.claimed = {name: 2**40 for name in ("model.safetensors", "pytorch_model.bin", "README.md", "onnx/x.json")}
-    assert resolve_backbone("user/model").is_dir()
 
 
 @pytest.mark.parametrize("source", ["a\0b", "user/mo\0del", "user/model@\x1b]0;owned\x07", "\x1b[31m", "a/\nb"])

@@ -74,7 +74,7 @@ def test_blocks_give_what_prefill_gives(family, length):
     np.testing.assert_allclose(last[0], logits[0], atol=5e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", quick(FAMILIES, "gemma3_text", "olmo2"))
 def test_the_bits_depend_neither_on_the_cut_nor_on_the_company_nor_on_what_the_pool_held(family):
     model, length = backbone(family), 19
     pool, blocks, last = in_one_go(model, length)
@@ -119,7 +119,7 @@ def test_both_layouts_give_the_same():
         LoraConfig(r=4, scope="response", scope_window=2),
     ],
 )
-@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("together", quick([True, False], True))
 def test_an_adapter_acts_on_the_tail_as_in_prefill(family, length, config, together):
     """Three blocks at a time, or each alone; next to a prompt of the base model, which stays plain."""
     model, row = backbone(family), 1

@@ -1,13 +1,16 @@
 """A cluster gives the tables and answers of one process, byte for byte, also when it loses a worker."""
 
 import os
+import re
 import signal
 import sys
 import threading
 import time
 from _thread import interrupt_main
+from pathlib import Path
 
 import pytest
+from guide_world import in_world, opened_world
 from jax._src import xla_bridge
 from local_ray import cluster, only_worker, process_that_writes
 from stub_worker import StubWorker
@@ -121,6 +124,18 @@ def test_a_jobs_answers_do_not_depend_on_the_shards(folder, without_a_cluster, t
     counts = [generated(folder, tmp_path / f"{shards}.jsonl", shards=shards) for shards in (1, 25)]
     assert counts == [(24, 4), (24, 4)]  # shard 24/25 has no line
     assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "25.jsonl").read_bytes()
+
+
+@pytest.mark.long
+def test_the_code_of_the_guide_runs(request, tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()
+    code = in_world(next(re.finditer(r"^```python\n(.*?evaluate_on_ray.*?)^```", page, re.MULTILINE | re.DOTALL))[1])
+    with opened_world(tmp_path):
+        request.getfixturevalue("without_a_cluster")  # which takes the devices that the world needs
+        exec(
+            code.replace("shards=16, workers=4", "shards=2, workers=2").replace("smollm2-135m", "backbone"), names := {}
+        )
+        assert names["answers"] == 2 and "sst2" in names["table"]
 
 
 # ------------------------------------------------------------------------------------------------------- on a cluster

@@ -123,6 +123,7 @@ def test_a_worker_raises_what_ends_its_run(config, tmp_path, monkeypatch):
     assert Path.cwd() == there
 
 
+@pytest.mark.long
 def test_a_worker_compares_methods_as_the_command_does(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a worker goes to its folder; back afterwards
     own = run_config(run_folder(tmp_path), "sweep.method=[para,ia3]", "train.max_steps=1", "runtime.distributed=given")

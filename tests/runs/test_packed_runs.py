@@ -110,6 +110,7 @@ def test_packed_rows_of_a_tenant_do_not_depend_on_other_tenants(long_and_short):
     assert found["both"] == found["alone"] and found["alone"][0] > 2
 
 
+@pytest.mark.long
 def test_a_packed_tenant_gets_the_weights_that_it_gets_alone(long_and_short):
     weights = []
     for name in ("alone", "both"):

@@ -1,6 +1,5 @@
 """A run: what its folder holds, that it resumes as if nothing had happened, and that it spoils no other folder."""
 
-import gzip
 import json
 import os
 import re
@@ -31,7 +30,7 @@ from para_jax import (
     load_model_config,
     train,
 )
-from para_jax.config import CheckpointSection, ProfilerSection, load_config
+from para_jax.config import CheckpointSection, load_config
 from para_jax.data.batches import Bucket, plan_buckets
 from para_jax.data.examples import Example
 from para_jax.evaluation import likelihood as evaluation
@@ -455,17 +454,6 @@ def test_a_step_is_dispatched_before_the_values_of_the_one_before_are_read(confi
     monkeypatch.setattr(loop, "read", read)
     train(replace(config, eval=replace(config.eval, every=100)))
     assert order == ["step", "step", 1, "step", 2, "step", 3, "step", 4, "step", 5, 6]
-
-
-def test_a_run_writes_a_trace_of_the_steps_asked_for(config, capsys):
-    train(replace(config, profiler=ProfilerSection(start_step=2, steps=2)))
-    (trace,) = (Path(config.output_dir) / "profile").rglob("*.trace.json.gz")
-    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
-    steps = [event["args"]["step_num"] for event in events if "step_num" in event.get("args", {})]
-    assert steps == ["2", "3"]
-    assert "wrote a profile to" in capsys.readouterr().err
-    timed = [row["step"] for row in metrics(config) if "step_seconds" in row]
-    assert not {2, 3} & set(timed) and timed  # the time of tracing is no step's
 
 
 # ----------------------------------------------------------------------------------------------------------- the memory

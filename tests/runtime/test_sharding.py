@@ -28,7 +28,6 @@ from para_jax import (
 from para_jax.backbone.kernels import KERNELS
 from para_jax.model.adapted import adjustments_for
 from para_jax.runtime.sharding import (
-    RULES,
     constrain,
     partition,
     place,
@@ -132,28 +131,18 @@ def test_leading_axes_of_layers_and_tenants_are_replicated(cube):
 
 @pytest.mark.parametrize(("sizes", "said"), [
     ((1, 2, 2), None),
-    ((1, 3, 1), r"^mesh.fsdp=3 does not divide width 64: ([\d,]+) of ([\d,]+) bytes"),
-    ((1, 6, 1), r"^mesh.fsdp=6 does not divide width 64: ([\d,]+) of ([\d,]+) bytes"),
-    ((1, 1, 3), r"^mesh.tensor=3 does not divide heads 4, hidden 128, kv_heads 2, vocab 256: ([\d,]+) of ([\d,]+) b"),
-    ((1, 1, 4), r"^mesh.tensor=4 does not divide kv_heads 2: ([\d,]+) of ([\d,]+) bytes"),
+    ((1, 3, 1), r"^mesh.fsdp=3 does not divide width 64"),
+    ((1, 6, 1), r"^mesh.fsdp=6 does not divide width 64"),
+    ((1, 1, 3), r"^mesh.tensor=3 does not divide heads 4, hidden 128, kv_heads 2, vocab 256"),
+    ((1, 1, 4), r"^mesh.tensor=4 does not divide kv_heads 2"),
 ])  # fmt: skip
 @pytest.mark.parametrize("quantize", [None, "int8"])
-def test_weights_that_the_mesh_does_not_split_are_reported_in_bytes(sizes, said, quantize):
+def test_weights_that_the_mesh_does_not_split_are_named(sizes, said, quantize):
     mesh = make_mesh(*sizes)
     model = load_backbone(FIXTURES / "llama", mesh=mesh, layout="stacked", quantize=quantize)
     lines = replicated_lines(model, mesh, model.config)
     assert len(lines) == (said is not None)
-    if said is None:
-        return
-    whole, everything = (int(text.replace(",", "")) for text in re.search(said, lines[0]).groups())
-    axis = {"fsdp", "tensor"} & {name for name, size in mesh.shape.items() if size > 1}
-    unsplit = [  # what lies on the first device, of parameters that have a name for this axis and are not split by it
-        variable.get_value().addressable_shards[0].data.nbytes
-        for variable in jax.tree.leaves(model, is_leaf=lambda node: hasattr(node, "get_value"))
-        if any(RULES.get(name) in axis and over is None for name, over in named(variable))
-    ]
-    assert whole == sum(unsplit) > 0
-    assert everything == sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(model))
+    assert said is None or re.match(said, lines[0])
 
 
 def named(variable):

@@ -10,6 +10,7 @@ from pathlib import Path
 import golden_models
 import pytest
 from golden_models import FIXTURES
+from long_cases import quick
 from tiny_run import tokenizer
 
 from para_jax import LoraConfig, ParaConfig
@@ -93,7 +94,7 @@ def test_scores_of_a_folder_of_results_are_bars(tmp_path):
     assert scores.bars == {"acme": Bar(0.5, 0.05, 60)}
 
 
-@pytest.mark.parametrize("name", ["bench_http", "bench_packing", "compare_methods", "sweep_rates"])
+@pytest.mark.parametrize("name", quick(["bench_http", "bench_packing", "compare_methods", "sweep_rates"], "bench_http"))
 def test_a_script_tells_its_options(name):
     run = [sys.executable, str(EXPERIMENTS / f"{name}.py"), "--help"]
     assert "--output" in subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True).stdout

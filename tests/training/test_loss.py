@@ -179,7 +179,7 @@ def test_a_loss_in_chunks_gathers_the_head_once_a_step_and_nothing_of_every_row(
     assert collective_bytes(text) == {"all-reduce": 4, "all-gather": 256 * 1024 * 2}
 
 
-@pytest.mark.parametrize(("sizes", "chunks"), [((2, 2, 1), 4), ((1, 4, 2), 2), ((8, 1, 1), 2)])
+@pytest.mark.parametrize(("sizes", "chunks"), [long((2, 2, 1), 4), ((1, 4, 2), 2), long((8, 1, 1), 2)])
 def test_a_chunk_is_counted_by_what_one_device_holds_of_the_logits(sizes, chunks, monkeypatch):
     model, mesh = backbone("llama"), make_mesh(*sizes)
     hidden = jnp.asarray(np.random.default_rng(0).normal(size=(8, 8, model.config.width)), jnp.float32)

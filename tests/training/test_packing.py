@@ -129,7 +129,6 @@ def test_factors_wait_for_the_backward_pass_a_segment_and_never_a_token(remat):
     assert (theirs.count((layers, rows, tokens, hidden)) == 0) == (remat == "block")
 
 
-@pytest.mark.long
 def test_packed_rows_of_several_adapters_equal_each_adapter_alone():
     model, tenants = model_of("llama"), golden_tenants("llama")
     mixed, _ = completion_nll(model, pick(stack_adapters(tenants), jnp.array([1, 0, -1])), packed(), 6)

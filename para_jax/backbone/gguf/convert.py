@@ -33,7 +33,8 @@ def convert_gguf(file: str | Path, folder: str | Path, tokenizer) -> None:
     """
     source, folder = GgufFile(file), Path(folder).resolve()  # a link or "." can't be replaced
     recipes(model_config(source.config), source)  # raises for a file without the tensors of its model
-    check_new_folder(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not an empty folder; choose another")
     for left in folders_left(folder):  # of conversions that were killed: each is as large as the model
         shutil.rmtree(left, ignore_errors=True)
     unfinished = temporary_name(folder)
@@ -52,12 +53,6 @@ def convert_gguf(file: str | Path, folder: str | Path, tokenizer) -> None:
         sync_folder(folder.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def check_new_folder(folder: Path) -> None:
-    """Raises ValueError for a folder that holds files already."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not an empty folder; choose another")
 
 
 def write_safetensors(source: GgufFile, path: Path) -> None:

@@ -178,7 +178,7 @@ def record(task: HarnessTask, tokenizer, max_length: int, *, sampling_seed: int)
             why = f"requests of type {', '.join(other)} are refused, because later ones may depend on answers"
             raise ValueError(f"task {name}: {NO_PROMPT if other == ['loglikelihood_rolling'] else why}")
         for one in instances:
-            by_kind.setdefault(one.request_type, []).extend([one] * one.repeats)
+            by_kind.setdefault(one.request_type, []).extend([one] * one.repeats)  # in the order in which lm-eval asks
     try:
         for kind, requests in by_kind.items():
             getattr(recorder, kind)(requests)

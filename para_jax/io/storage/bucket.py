@@ -160,7 +160,7 @@ class BucketPath:
             for item in page.get("items", []):
                 found[item["name"][len(start) :]] = False
             for prefix in page.get("prefixes", []):
-                found.setdefault(prefix[len(start) :].rstrip("/"), True)
+                found.setdefault(prefix[len(start) :].rstrip("/"), True)  # an object may have the name of a folder
         return (BucketPath(self.bucket, start + name, folder) for name, folder in found.items() if is_file_name(name))
 
     def _pages(self, **settings) -> Iterator[dict[str, Any]]:
@@ -238,7 +238,7 @@ class BucketPath:
 
         An object can't grow. So the data becomes an object of its own, and the service joins both to one.
         """
-        part = self.with_name(f".{self.name}.{secrets.token_hex(4)}")
+        part = self.with_name(f".{self.name}.{secrets.token_hex(4)}")  # hidden, and no other writer has it
         part.write_bytes(data)
         try:
             while not self._join(part):
@@ -251,13 +251,13 @@ class BucketPath:
 
     def _join(self, part: BucketPath) -> bool:
         """Adds another object to the end of this one; False if this one changes meanwhile."""
-        generation = self.stat().generation if self.is_file() else 0
+        generation = self.stat().generation if self.is_file() else 0  # 0: it must not exist
         sources = [{"name": path.key} for path in ([self, part] if generation else [part])]
         joined = {"sourceObjects": sources, "destination": {"bucket": self.bucket, "name": self.key}}
-        only_if = {"ifGenerationMatch": str(generation)}
+        only_if = {"ifGenerationMatch": str(generation)}  # else another writer's data would be lost
         try:
             file_system().call("POST", "b/{}/o/{}/compose", self.bucket, self.key, json=joined, **only_if)
-        except FileExistsError:
+        except FileExistsError:  # what gcsfs makes of a failed precondition
             return False
         return True
 

@@ -163,9 +163,9 @@ def new_folder(place: Path) -> Iterator[Path]:
     part.mkdir()
     try:
         yield part
-        os.rename(part, place)
+        os.rename(part, place)  # at once: a kill leaves all of it or none
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(part, ignore_errors=True)  # after the rename there is nothing to remove
 
 
 def short_digest(*texts: str) -> str:
