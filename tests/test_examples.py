@@ -20,11 +20,12 @@ def world(tmp_path_factory):
     """The names that the reference says the examples have, in a folder of their own."""
     with opened_world(tmp_path_factory.mktemp("world")) as (model, tokenizer, bank):
         names = {name: getattr(para_jax, name) for name in para_jax._LATER}
+        other = load_backbone("backbone")
         yield names | {
             "model": model, "tokenizer": tokenizer, "bank": bank, "np": np,
             "tokens": np.array([tokenizer("The capital of France is")["input_ids"]]),
             "adapter": load_adapter(ADAPTERS[0], model.config), "their_model": Foreign(model), "family": LISTED,
-            "attached_model": attach(Foreign(load_backbone("backbone")), ParaConfig(r=12), config=model.config, family=LISTED),
+            "attached_model": attach(Foreign(other), ParaConfig(r=12), config=model.config, family=LISTED),
         }  # fmt: skip
 
 

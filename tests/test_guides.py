@@ -17,7 +17,7 @@ from para_jax import Engine, LoraConfig, init_adapter, save_adapter
 from para_jax.cli import main
 
 ROOT = Path(__file__).parents[1]
-ELSEWHERE = {"adding_a_method", "other_servers"}
+ELSEWHERE = {"adding_a_method", "other_servers", "foreign"}
 ON_RAY = "from para_jax.ray import"
 TASK = """{
     "task": "tiny", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "data/mine/test.jsonl"}},

@@ -20,7 +20,7 @@ LAYERS = [
     ["model"],
     ["training", "inference"],
     ["serving", "estimate"],
-    ["server", "evaluation"],
+    ["server", "evaluation", "foreign"],
     ["runs"],
     ["reports"],
     ["bench", "quickstart"],
@@ -36,13 +36,13 @@ HEAVY += "torch starlette uvicorn httptools prometheus_client pydantic ray".spli
 
 #: What may only go down, except by what an issue names.
 MOST = {
-    "lines of the package": 32_261,
-    "lines of tests": 35_599,
+    "lines of the package": 32_865,
+    "lines of tests": 36_562,
     "loose modules": 0,
-    "modules and packages at the top": 19,
+    "modules and packages at the top": 20,
     "checks per 1000 lines": 19,
-    "words of docs": 27_000,
-    "megabytes of results": 2.41,
+    "words of docs": 26_500,
+    "megabytes of results": 2.37,
 }
 
 
@@ -175,10 +175,11 @@ def test_the_public_names_are_all_there_and_no_other_answers():
     Transformer LayerKind ModelConfig ParaConfig RotaryConfig RunConfig load_config load_tokenizer
     adapt decode forward hidden_states init_adapter multi_tenant_forward prefill
     right_pad vectors make_mesh generate train train_tenants evaluate EvalOptions Results
-    compare_methods dry_run run_batch serve curves_plot factors_plot""".split()
+    compare_methods dry_run run_batch serve curves_plot factors_plot
+    attach detach adapter_of set_adapter EndsWith LeftPadded""".split()
     assert set(names) <= set(dir(para_jax))
     assert all(callable(getattr(para_jax, name)) for name in names)
-    assert set(para_jax._LATER) <= set(names) and len(names) <= 50
+    assert set(para_jax._LATER) <= set(names) and len(names) <= 56
     with pytest.raises(AttributeError, match="para_jax.*'generat'"):
         para_jax.generat  # noqa: B018
     with pytest.raises(ImportError):

@@ -97,7 +97,7 @@ def attach(
 def detach(model: Model) -> Model:
     """`model` itself, as it was before attach. Without an adapter it stays as it is.
 
-    >>> detach(attached_model) is attached_model
+    >>> detach(their_model) is their_model
     True
     """
     for _, module in list(nnx.iter_graph(model)):
@@ -109,7 +109,7 @@ def detach(model: Model) -> Model:
 
 
 def adapter_of(model: nnx.Module) -> Adapter | Stack:
-    """The adapter of an attached model, as `save_adapter` and our own backbone take it; a Stack where attach got a Stack
+    """The adapter of an attached model, as `save_adapter` and our own backbone take it; a Stack where attach got one
     or Rows. Raises ValueError for a model without one.
 
     >>> forward(model, adapter_of(attached_model), tokens, 5).shape
@@ -133,7 +133,7 @@ def set_adapter(model: nnx.Module, adapter: Adapter | Stack) -> None:
     attached, scanned, of_layers = held_by(model)
     weights = by_layers(adapter)
     if weights.config != attached.config or weights.backbone != of_layers[0].backbone:
-        raise ValueError(f"the adapter has {weights.config}, the model {attached.config}; use detach and attach")
+        raise ValueError(f"the adapter has {weights.config}, the model {attached.config}; detach, then attach")
     for place, held in enumerate(of_layers):
         for old, new in zip(variables(held), variables(weights), strict=True):
             value = new.get_value()
@@ -185,7 +185,7 @@ def check_layers(weights: Adapter, layers: list, scanned: bool, config: ModelCon
 
 
 def placed(adapter: Adapter, mesh: Any, config: ModelConfig) -> Adapter:
-    """One layer's weights, sharded over the backbone's mesh by our own rules. Its axis for `tensor` may be called tp."""
+    """One layer's weights, sharded over the backbone's mesh by our own rules. Its axis `tensor` may be called tp."""
     if mesh is None:
         return adapter
     names = {"tensor": "tp"} if "tp" in mesh.axis_names else {}

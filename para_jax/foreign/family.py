@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -89,8 +88,8 @@ def family_of(model: nnx.Module) -> Family:
         if kind.__module__ in FAMILIES:
             return FAMILIES[kind.__module__]
     raise ValueError(
-        f"{type(model).__module__}.{type(model).__name__} is none of the known models; pass attach(family=Family(...)), "
-        "which says where its layers and linears are"
+        f"{type(model).__module__}.{type(model).__name__} is none of the known models; pass family=Family(...), which "
+        "says where its layers and linears are"
     )
 
 
@@ -119,15 +118,9 @@ def layers_of(model: Any, family: Family) -> tuple[list[Any], bool]:
     parent: Any = reduce(getattr, parents, model)
     layers: Any = getattr(parent, name, None)
     if layers is None:  # MaxText without a scan: layers_0, layers_1, ...
-        return list(numbered(parent, name)), False
+        count = sum(child.removeprefix(f"{name}_").isdigit() for child in vars(parent))
+        return [getattr(parent, f"{name}_{i}") for i in range(count)], False
     return (list(layers), False) if hasattr(layers, "__len__") else ([layers], True)
-
-
-def numbered(parent: Any, name: str) -> Iterator[Any]:
-    i = 0
-    while (layer := getattr(parent, f"{name}_{i}", None)) is not None:
-        yield layer
-        i += 1
 
 
 def module_at(layer: nnx.Module, path: str) -> Any:

@@ -31,8 +31,8 @@ class LeftPadded:
 
 @dataclass(frozen=True)
 class EndsWith:
-    """A prompt ends where these token ids occur last, such as the start of the assistant's turn. A row without them gets
-    NaN, because a compiled program can raise no error.
+    """A prompt ends where these token ids occur last, such as the start of the assistant's turn. A row without them
+    gets NaN, because a compiled program can raise no error.
 
     >>> EndsWith((7, 8)).ends(np.array([[1, 7, 8, 5], [7, 8, 7, 8]])).tolist()
     [2, 3]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from golden_models import strong
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from para_jax import (
     Ia3Config,
@@ -201,6 +202,21 @@ def test_a_prompt_without_an_end_is_an_error():
         assert_close(run(model, TOKENS, MASK), forward(own, None, TOKENS, None))  # it needs no prompt
     finally:
         detach(model)
+
+
+def test_eight_devices_compute_what_one_computes():
+    model = attach(tunix_model("llama3"), strong(init_adapter(METHODS["seven sites"], models("llama3")[1].config)))
+    wanted, adapter = run(model, TOKENS, MASK, prompt_end=PROMPTS - 1), adapter_of(model)
+    detach(model)
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("fsdp", "tp"))
+    state = nnx.state(model)
+    specs = nnx.get_partition_spec(state)
+    nnx.update(model, jax.tree.map(lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec)), state, specs))
+    attach(model, adapter)
+    assert model.layers[0].para.down[...].sharding.spec == PartitionSpec("fsdp", None)
+    assert model.layers[0].para.up["q_proj"][...].sharding.spec == PartitionSpec(None, "tp")
+    with mesh:
+        assert_close(run(model, TOKENS, MASK, prompt_end=PROMPTS - 1), wanted)
 
 
 def test_packed_rows_are_refused_by_name():
