@@ -99,7 +99,7 @@ class EngineRollout(BaseRollout):
     """para_jax's Engine as the rollout, over a backbone of its own with the policy's weights:
     ClusterConfig(rollout_engine=functools.partial(EngineRollout, backbone=load_backbone(...))).
 
-    Every batch is drawn from the policy's adapter as it is then. An answer has its end token and that one's log-probability.
+    Every batch is drawn from the policy's adapter as it is then. An answer ends with its end token, with log-probability.
     """
 
     def __init__(
