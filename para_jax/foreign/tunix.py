@@ -99,7 +99,7 @@ class EngineRollout(BaseRollout):
     """para_jax's Engine as the rollout, over a backbone of its own with the policy's weights:
     ClusterConfig(rollout_engine=functools.partial(EngineRollout, backbone=load_backbone(...))).
 
-    Every batch is drawn from the policy's adapter as it is then. An answer ends with its end token, with log-probability.
+    Each batch is drawn from the policy's adapter as it is then. Answers include the end token and its log-probability.
     """
 
     def __init__(
