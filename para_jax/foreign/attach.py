@@ -90,7 +90,7 @@ def attach(
         for linear in family.linears:
             hook(module_at(layer, linear.path), linear_hook, linear)
         hook(layer, layer_hook, family)
-    hook(model, root_hook, Attached(family, weights.config, weights.reads_prompt, prompts, isinstance(adapter, Stack)))
+    hook(model, root_hook, Attached(family, weights.config, weights.reads_prompt, prompts, size_of(adapter)))
     return model
 
 
@@ -121,18 +121,19 @@ def adapter_of(model: nnx.Module) -> Adapter | Stack:
         adapter = jax.tree.map(lambda a: jnp.moveaxis(a, axis, 0), of_layers[0])
     else:
         adapter = jax.tree.map(lambda *leaves: jnp.stack(leaves), *of_layers)
-    return Stack(layers_first(adapter)) if attached.tenants else adapter
+    return adapter if attached.tenants is None else Stack(layers_first(adapter))
 
 
 def set_adapter(model: nnx.Module, adapter: Adapter | Stack) -> None:
     """Replaces the weights of an attached model's adapter. Compiled functions stay valid. Raises ValueError for an
-    adapter of another config.
+    adapter of another config or backbone, or another number of them.
 
     >>> set_adapter(attached_model, adapter)
     """
     attached, scanned, of_layers = held_by(model)
     weights = by_layers(adapter)
-    if weights.config != attached.config or weights.backbone != of_layers[0].backbone:
+    new, old = ((one.config, one.backbone) for one in (weights, of_layers[0]))
+    if new != old or size_of(adapter) != attached.tenants:
         raise ValueError(f"the adapter has {weights.config}, the model {attached.config}; detach, then attach")
     for place, held in enumerate(of_layers):
         for old, new in zip(variables(held), variables(weights), strict=True):
@@ -155,6 +156,10 @@ def held_by(model: nnx.Module) -> tuple[Attached, bool, list[Any]]:
         raise ValueError(f"{type(model).__name__} has no adapter; call attach(model, adapter)")
     layers, scanned = layers_of(model, attached.family)
     return attached, scanned, [layer.para for layer in layers if hasattr(layer, "para")]
+
+
+def size_of(adapter: Adapter | Stack) -> int | None:
+    return adapter.size if isinstance(adapter, Stack) else None
 
 
 def by_layers(adapter: Adapter | Stack) -> Adapter:

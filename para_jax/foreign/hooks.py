@@ -38,8 +38,8 @@ class Attached:
     reads_prompt: bool
     rule: Any
     """where prompts end in calls that do not say it: has ends(tokens int [batch, T]) -> int32 [batch]; or None"""
-    tenants: bool
-    """whether the weights lead with the tenants"""
+    tenants: int | None
+    """how many tenants the weights lead with; None: one adapter"""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ class Call:
     decodes: bool
     """whether the cache has the adjustments already"""
     known: Any
-    """bool [batch]: which rows have a prompt end; None: all"""
+    """bool [batch]: which rows have a prompt end and a tenant that there is; None: all. The others get NaN, because a
+    compiled program can raise no error"""
 
 
 CALL: ContextVar[Call | None] = ContextVar("call of the model", default=None)
@@ -105,19 +106,21 @@ def root_hook(original: Callable, attached: Attached) -> Callable:
 
 def call_of(attached: Attached, tokens: jax.Array, arguments: dict, prompt_end: Any, tenants: Any) -> Call:
     rows, length = tokens.shape
-    if attached.tenants != (tenants is not None) or (tenants is not None and tenants.shape != (rows,)):
-        needs = f"int32[{rows}], an index for each row" if attached.tenants else "no index: it has one adapter"
-        raise ValueError(
-            f"tenants is {tenants if tenants is None else tenants.shape}; the attached model needs {needs}"
-        )
-    tenants = None if tenants is None else jnp.asarray(tenants[...], jnp.int32)
+    if attached.tenants is None and tenants is not None:
+        raise ValueError("tenants: the attached model has one adapter; attach a Stack")
+    if attached.tenants is not None:
+        if tenants is None or tenants.shape != (rows,):
+            shape = getattr(tenants, "shape", None)
+            raise ValueError(f"tenants has shape {shape}; give int32[{rows}], an index for each row")
+        tenants = jnp.asarray(tenants[...], jnp.int32)
+    known = None if tenants is None else (tenants >= -1) & (tenants < attached.tenants)
     cache, reach = arguments.get("cache"), reach_of_config(attached.config, rows)
     zero = jnp.zeros(rows, jnp.int32)
     if cache is not None and any("para" in of_layer for of_layer in cache.values()):
         # Every token of a decode step follows its prompt, which no adapter of scope `prompt` reaches.
         return Call(reach, zero, zero + 1, True, tenants, True, None)
     if reach.everywhere and not attached.reads_prompt:
-        return Call(reach, zero, zero + 1, True, tenants, False, None)
+        return Call(reach, zero, zero + 1, True, tenants, False, known)
     if arguments.get("segment_ids") is not None and arguments.get("attention_mask") is None:
         raise ValueError("segment_ids without attention_mask: packed rows hold several prompts; turn packing off")
     end = prompt_ends(prompt_end, attached.rule, tokens, cache is not None)
@@ -127,7 +130,9 @@ def call_of(attached: Attached, tokens: jax.Array, arguments: dict, prompt_end: 
     of_end = jnp.take_along_axis(jnp.asarray(positions, jnp.int32), jnp.maximum(end, 0)[:, None], axis=1)[:, 0]
     start, prompt_length = end - of_end, of_end + 1
     acts = True if reach.everywhere else reach.acts(prompt_length, jnp.arange(length) - start[:, None], None)
-    return Call(reach, start, prompt_length, acts, tenants, False, end >= 0)
+    has_end = (end >= 0) & (end < length)
+    known = has_end if known is None else known & has_end
+    return Call(reach, start, prompt_length, acts, tenants, False, known)
 
 
 def layer_hook(original: Callable, family: Family) -> Callable:

@@ -53,8 +53,8 @@ WIDTH: ContextVar[int | None] = ContextVar("prompt width", default=None)
 
 @contextmanager
 def prompt_width(width: int) -> Iterator[None]:
-    """Within it, every call's prompts are padded on the left to `width` tokens. It may be set while a function is
-    traced: a width that comes from a shape is the same whenever the compiled function is."""
+    """Within it, every call's prompts are padded on the left to `width` tokens. Set it inside the function that is
+    compiled, from a shape, as `para_grpo` does: JAX does not see that it has changed."""
     token = WIDTH.set(width)
     try:
         yield

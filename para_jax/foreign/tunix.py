@@ -138,7 +138,9 @@ class EngineRollout(BaseRollout):
                     temperature=rollout_config.temperature,
                     top_p=rollout_config.top_p or 1.0,
                     top_k=max(rollout_config.top_k or 0, 0),
-                    seed=None if rollout_config.seed is None else int(jax.random.bits(rollout_config.seed)) + number,
+                    seed=None
+                    if rollout_config.seed is None
+                    else int(jax.random.bits(rollout_config.seed)) // 2 + number,
                     id=number,
                     logprobs=0,
                     keep_end=True,

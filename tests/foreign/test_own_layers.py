@@ -81,6 +81,8 @@ def test_a_stack_serves_the_tenants_of_each_call(own, family):
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), held, stack)))
     with pytest.raises(ValueError, match="tenants"):
         model(TOKENS, prompt_end=PROMPTS - 1)
+    unknown = model(TOKENS, prompt_end=np.array([3, 10, 2]), tenants=np.array([2, 0, 1]))
+    assert np.isnan(unknown[:2]).all() and np.isfinite(unknown[2]).all()  # no such tenant, no such token
 
 
 def test_sites_and_layers_that_the_model_lacks_are_named():
