@@ -21,7 +21,15 @@ from ..config import SITES, ModelConfig
 from ..runtime.sharding import is_variable
 
 
-class AdapterParam(nnx.LoRAParam):
+class Lazy(nnx.Variable):
+    """Is not placed when it is made, whatever Flax's setting is: Tunix changes it when one of its models is imported, and
+    trees from before and after would not match."""
+
+    def __init__(self, value: Any, **metadata: Any):
+        super().__init__(value, **{"eager_sharding": False, **metadata})
+
+
+class AdapterParam(Lazy, nnx.LoRAParam):
     """A trained adapter weight. Trainers that know Flax's LoRAParam select it by this type."""
 
 
@@ -29,7 +37,7 @@ class BiasParam(AdapterParam):
     """A trained constant that is added to what a prompt makes. It has no weight decay."""
 
 
-class Statistic(nnx.Variable):
+class Statistic(Lazy):
     """A value that is measured before training and stored with the adapter. It is never trained."""
 
 

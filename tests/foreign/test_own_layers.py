@@ -123,3 +123,12 @@ def test_queries_with_the_attention_scale_in_their_weights_take_the_same_adapter
     attach(model, adapter, config=CONFIG, family=Family(linears, layers="decoder.layers", cache=None))
     wanted = forward(own, adapter, TOKENS, PROMPTS)
     np.testing.assert_allclose(model(TOKENS, prompt_end=PROMPTS - 1), wanted, atol=2e-5)
+
+
+def test_adapters_from_before_and_after_tunix_is_imported_are_alike(own):
+    """A model of Tunix changes Flax's setting when it is imported."""
+    trees = []
+    for eager in (True, False):
+        with nnx.use_eager_sharding(eager):
+            trees.append(init_adapter(ParaConfig(r=2, summary="standardised", up_bias=True), CONFIG))
+    jax.tree.map(np.testing.assert_array_equal, *trees)
