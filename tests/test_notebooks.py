@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib
 import pytest
-from tiny_run import run_folder
+from golden_models import FIXTURES
+from tiny_run import run_folder, tokenizer
 
 import para_jax
 
@@ -37,18 +39,8 @@ def folder(tmp_path, monkeypatch):
     return folder
 
 
-EDITS = {
-    "finetune": {"MODEL": "backbone", "OUTPUT": "out", "STEPS": 4, "TOKENS": 8},
-    "many_tenants": {"MODEL": "backbone", "OUTPUT": "out", "STEPS": 3, "ROWS": 2, "TOKENS": 8},
-}
-
-
-each_notebook = pytest.mark.parametrize("name", EDITS)
-
-
-@pytest.mark.long
-@each_notebook
-def test_every_cell_of_a_notebook_runs(name, folder, capsys):
+def run_cells(name) -> dict:
+    """The names of a notebook after its last cell, with the values of EDITS."""
     matplotlib.use("agg")
     space: dict = {}
     for source, tags in cells(name):
@@ -63,6 +55,23 @@ def test_every_cell_of_a_notebook_runs(name, folder, capsys):
                 assert text in source or name != "finetune", text
                 source = source.replace(text, small)
         exec(compile(source, name, "exec"), space)
+    return space
+
+
+EDITS = {
+    "finetune": {"MODEL": "backbone", "OUTPUT": "out", "STEPS": 4, "TOKENS": 8},
+    "many_tenants": {"MODEL": "backbone", "OUTPUT": "out", "STEPS": 3, "ROWS": 2, "TOKENS": 8},
+    "tunix_grpo": {"MODEL": "backbone", "OUTPUT": "out", "STEPS": 2, "QUESTIONS": 1, "ANSWERS": 2, "ANSWER": 3},
+}
+
+
+each_notebook = pytest.mark.parametrize("name", EDITS)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["finetune", "many_tenants"])
+def test_every_cell_of_a_notebook_runs(name, folder, capsys):
+    space = run_cells(name)
     said = capsys.readouterr().out
     assert space["result"].output_dir == Path("out") and "base: " in said
     assert (
@@ -72,6 +81,20 @@ def test_every_cell_of_a_notebook_runs(name, folder, capsys):
     )
     assert "loss -" not in said and "score -" not in said
     assert Path("out/adapter.zip" if name == "finetune" else "out-adapters.zip").is_file()
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")
+def test_every_cell_of_the_notebook_for_tunix_runs(tmp_path, monkeypatch, capfd):
+    pytest.importorskip("tunix")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(FIXTURES / "qwen2", "backbone", ignore=lambda *_: ["variants"])
+    tokenizer().save_pretrained("backbone")
+    space = run_cells("tunix_grpo")
+    said = capfd.readouterr().out
+    assert len(space["history"]) == 2 and "the server ended with 0" in said
+    assert len(re.findall(r"^5 \+ 3 = 8, \d+ \+ \d+ = w", said, re.MULTILINE)) == 4
+    assert Path("out/adapter/adapter_config.json").is_file()
 
 
 @pytest.fixture
@@ -104,8 +127,8 @@ def test_run_all_neither_installs_nor_restarts_where_para_jax_is_there(name, ins
 @pytest.mark.parametrize(
     ("source", "installs"),
     [
-        (str(FOLDER.parent), rf'install -q "{FOLDER.parent}\[\w+,plot,hf\]"'),
-        ("git+https://host/para_jax", r'install -q "para_jax\[\w+,plot,hf\] @ git\+https://host/para_jax"'),
+        (str(FOLDER.parent), rf'install -q "{FOLDER.parent}\[\w+,\w+,\w+\]"'),
+        ("git+https://host/para_jax", r'install -q "para_jax\[\w+,\w+,\w+\] @ git\+https://host/para_jax"'),
     ],
     ids=["a checkout", "git"],
 )
@@ -122,7 +145,7 @@ def test_a_notebook_uses_only_public_names_and_keeps_no_output(name):
     for source, tags in cells(name):
         for names in re.findall(r"from para_jax import ([\w, ]+)", source):
             assert {each.strip() for each in names.split(",")} <= set(dir(para_jax))
-        assert "para_jax." not in source and ("install" in tags) == ("%pip" in source)
+        assert "para_jax." not in source.replace("para_jax.foreign.tunix", "") and ("install" in tags) == ("%pip" in source)
     assert all(not cell.get("outputs") for cell in json.loads((FOLDER / f"{name}.ipynb").read_text())["cells"])
 
 

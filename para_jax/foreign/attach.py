@@ -196,8 +196,8 @@ def placed(adapter: Adapter, mesh: Any, config: ModelConfig) -> Adapter:
     sizes = {axis: mesh.shape.get(names.get(axis, axis), 1) for axis in ("data", "fsdp", "tensor")}
 
     def one(variable):
-        split = partition(*named_axes(variable, config), sizes)
-        spec = PartitionSpec(*(axis if sizes.get(axis, 1) == 1 else names.get(axis, axis) for axis in split))
+        split = (names.get(axis, axis) for axis in partition(*named_axes(variable, config), sizes))
+        spec = PartitionSpec(*(axis if axis in mesh.axis_names else None for axis in split))
         return variable.replace(jax.device_put(variable.get_value(), NamedSharding(mesh, spec)))
 
     return jax.tree.map(one, adapter, is_leaf=is_variable)
