@@ -22,8 +22,8 @@ from ..runtime.sharding import is_variable
 
 
 class Lazy(nnx.Variable):
-    """Is not placed when it is made, whatever Flax's setting is: Tunix changes it when one of its models is imported, and
-    trees from before and after would not match."""
+    """Is not placed when it is made, whatever Flax's setting is. Tunix's models change the setting when they are
+    imported, and trees from before and after would not match."""
 
     def __init__(self, value: Any, **metadata: Any):
         super().__init__(value, **{"eager_sharding": False, **metadata})

@@ -37,11 +37,11 @@ def attach(
 ) -> Model:
     """`model` itself, with an adapter in every layer. A fresh adapter changes nothing.
 
-    The model is then called as before, with two arguments more, by name. prompt_end, int32 [batch], is the index of each
-    prompt's last token. A call that fills a cache needs none: its rows are prompts, padded on the left. Neither does a
-    decode step, nor an adapter that acts alike on all tokens. tenants, int32 [batch], with Rows or a Stack, is each
-    row's adapter; -1 is the base model. A row whose prompt has no end (`EndsWith` finds none) gets NaN. The new weights
-    are nnx.LoRAParam, the only ones that Tunix's trainers train and save.
+    The model is then called as before, with two arguments more, by name. prompt_end, int32 [batch], is the index of
+    each prompt's last token. A call that fills a cache needs none: its rows are prompts, padded on the left. Neither
+    does a decode step, nor an adapter that acts alike on all tokens. tenants, int32 [batch], with Rows or a Stack, is
+    each row's adapter; -1 is the base model. A row whose prompt has no end (`EndsWith` finds none) gets NaN. The new
+    weights are nnx.LoRAParam, the only ones that Tunix's trainers train and save.
 
     Args:
         model: of a class in `para_jax.foreign.FAMILIES`, or any with `family`.

@@ -2,8 +2,8 @@
 
     python scripts/experiments/tunix_grpo.py para --steps 60 --output runs/grpo/para.json
 
-The reward is 0 for a wrong sum, else 1 divided by the words of the answer: the number alone gets 1. The backbone is
-Tunix's Qwen 2 with SmolLM2's weights and biases of zero, which is the same function. Rollouts come from our Engine.
+The reward is 0 for a wrong sum, else 1 divided by the words of the answer: the number alone gets 1. Rollouts come from
+our Engine.
 """
 
 import argparse
@@ -14,15 +14,13 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jax.sharding import Mesh
-from tunix.models.qwen2 import model as qwen2
 from tunix.rl import rl_cluster as rc
 from tunix.rl.grpo.grpo_learner import GRPOConfig, GRPOLearner
 from tunix.rl.rollout.base_rollout import RolloutConfig
+from tunix_model import in_tunix
 
 from para_jax import (
     AdapterBank,
@@ -43,33 +41,6 @@ from para_jax.foreign.tunix import EngineRollout
 
 METHODS = {"para": (ParaConfig(r=12), 1e-4), "lora": (LoraConfig(r=18), 1e-3), "ia3": (Ia3Config(), 1e-3)}
 PROMPT, ANSWER = 20, 6
-
-
-def in_tunix(own) -> nnx.Module:
-    """Tunix's Qwen 2 with the weights of a Llama of ours."""
-    c = own.config
-    config = qwen2.ModelConfig(
-        num_layers=c.num_layers, vocab_size=c.vocab_size, embed_dim=c.width, hidden_dim=c.hidden_width,
-        num_heads=c.num_heads, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim, norm_eps=c.norm_eps,
-        rope_theta=int(c.kinds[0].rotary.theta), use_tied_embedding=True,
-    )  # fmt: skip
-    model = qwen2.Qwen2(config, rngs=nnx.Rngs(0))
-
-    def put(variable, value):
-        variable.set_value(jnp.asarray(value[...], jnp.float32).reshape(variable.get_value().shape))
-
-    put(model.embedder.input_embedding, own.embedding)
-    put(model.final_norm.w, own.final_norm.weight)
-    for theirs, ours in zip(model.layers, own.layers, strict=True):
-        put(theirs.input_layernorm.w, ours.input_norm.weight)
-        put(theirs.post_attention_layernorm.w, ours.pre_feedforward_norm.weight)
-        for name in "qkvo":
-            put(getattr(theirs.attn, f"{name}_proj").w, getattr(ours.attention, f"{name}_proj").kernel)
-        for name in "qkv":
-            put(getattr(theirs.attn, f"{name}_bias"), jnp.zeros_like(getattr(theirs.attn, f"{name}_bias")[...]))
-        for name in ("gate", "up", "down"):
-            put(getattr(theirs.mlp, f"{name}_proj").kernel, getattr(ours.feedforward, f"{name}_proj").kernel)
-    return model
 
 
 def questions(count: int, seed: int) -> list[str]:

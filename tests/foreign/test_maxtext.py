@@ -1,7 +1,8 @@
-"""MaxText's own Transformer under the hooks. MaxText needs Python 3.12, JAX 0.11 and hundreds of packages, so this runs in
-an environment of its own:
+"""MaxText's own Transformer under the hooks. MaxText needs Python 3.12, JAX 0.11 and hundreds of packages, so this runs
+in an environment of its own:
 
 pip install -e '.[test]' 'jax>=0.11' && pip install --no-deps maxtext==0.2.5 aqtp google-tunix==0.1.7
+pip install omegaconf pillow google-metrax perfetto pandas
 pytest -n 0 -m slow tests/foreign/test_maxtext.py
 """
 

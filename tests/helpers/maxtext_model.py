@@ -1,5 +1,5 @@
-"""A tiny Llama of MaxText 0.2.5, and our own Transformer with the same weights. MaxText imports hundreds of packages that
-such a model does not use: they are replaced by mocks where they are missing."""
+"""A tiny Llama of MaxText 0.2.5, and our own Transformer with the same weights. MaxText imports hundreds of packages
+that such a model does not use: they are replaced by mocks where they are missing."""
 
 import importlib.abc
 import importlib.machinery
@@ -51,7 +51,8 @@ def maxtext_model(folder, scan: bool):
         model_name="default", decoder_block="llama2", base_emb_dim=WIDTH, base_mlp_dim=HIDDEN,
         base_num_query_heads=HEADS, base_num_kv_heads=KV, head_dim=HEAD, base_num_decoder_layers=LAYERS,
         vocab_size=VOCAB, max_target_length=12, per_device_batch_size=4, dtype="float32", weight_dtype="float32",
-        mlp_activations=["silu", "linear"], attention="dot_product", scan_layers=scan, enable_checkpointing=False, logits_via_embedding=False,
+        mlp_activations=["silu", "linear"],
+        attention="dot_product", scan_layers=scan, enable_checkpointing=False, logits_via_embedding=False,
         normalization_layer_epsilon=1e-6, rope_max_timescale=10_000, enable_dropout=False, matmul_precision="highest",
         skip_jax_distributed_system=True,
     )  # fmt: skip
