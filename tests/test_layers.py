@@ -37,7 +37,7 @@ HEAVY += "torch starlette uvicorn httptools prometheus_client pydantic ray".spli
 #: What may only go down, except by what an issue names.
 MOST = {
     "lines of the package": 32_885,
-    "lines of tests": 36_575,
+    "lines of tests": 36_780,
     "loose modules": 0,
     "modules and packages at the top": 20,
     "checks per 1000 lines": 19,

@@ -20,7 +20,7 @@ from ..model.adapted import init_adapter
 from ..runtime.sharding import is_variable, mesh_of, named_axes, partition
 from .compare import compare_backbones
 from .family import Family, config_of, family_of, layers_of, module_at
-from .hooks import Attached, hooked, layer_hook, linear_hook, root_hook
+from .hooks import Attached, hooked, layer_hook, linear_hook, no_weight_map, root_hook
 
 log = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nnx.Module)
@@ -89,7 +89,8 @@ def attach(
         for linear in family.linears:
             hook(module_at(layer, linear.path), linear_hook, linear)
         hook(layer, layer_hook, family)
-    hook(model, root_hook, Attached(family, weights.config, weights.reads_prompt, prompts, size_of(adapter)))
+    attached = Attached(family, weights.config, weights.reads_prompt, prompts, size_of(adapter))
+    hook(model, root_hook, attached, to_hf_mappings=no_weight_map)
     return model
 
 
@@ -166,9 +167,9 @@ def by_layers(adapter: Adapter | Stack) -> Adapter:
     return layers_first(adapter.adapters) if isinstance(adapter, Stack) else adapter
 
 
-def hook(module: nnx.Module | None, hook: Callable, spec: Any) -> None:
+def hook(module: nnx.Module | None, hook: Callable, spec: Any, **methods: Callable) -> None:
     if module is not None:
-        module.__class__ = hooked(type(module), hook, spec)
+        module.__class__ = hooked(type(module), hook, spec, **methods)
 
 
 def check_layers(weights: Adapter, layers: list, scanned: bool, config: ModelConfig, family: Family) -> None:

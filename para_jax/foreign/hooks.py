@@ -76,12 +76,12 @@ def within(variable: ContextVar, value: Any) -> Iterator[None]:
 
 
 @cache
-def hooked(base: type, hook: Callable, spec: Any) -> type:
+def hooked(base: type, hook: Callable, spec: Any, **methods: Callable) -> type:
     """The subclass of `base` whose __call__ is hook(base's __call__, spec). It has one base, because Python swaps
     classes of one memory layout only."""
     call = hook(base.__call__, spec)
     names = {"__call__": call, "__module__": base.__module__, "__qualname__": base.__qualname__}
-    return type(base)(base.__name__, (base,), names | {"para_base": base, "para_spec": spec})
+    return type(base)(base.__name__, (base,), names | methods | {"para_base": base, "para_spec": spec})
 
 
 def root_hook(original: Callable, attached: Attached) -> Callable:
@@ -102,6 +102,11 @@ def root_hook(original: Callable, attached: Attached) -> Callable:
     # Tunix reads which arguments a model has.
     __call__.__signature__ = signature.replace(parameters=[*parameters[:last], *own, *parameters[last:]])
     return __call__
+
+
+def no_weight_map(self, backend: str = "a rollout engine"):
+    """Tunix asks a model for it when its rollouts go to vLLM or SGLang. They would answer for the base model."""
+    raise ValueError(f"{backend} has no PARA; use para_jax.foreign.tunix.EngineRollout or ParaRollout")
 
 
 def call_of(attached: Attached, tokens: jax.Array, arguments: dict, prompt_end: Any, tenants: Any) -> Call:

@@ -1,7 +1,7 @@
 """Tunix's trainers (extra `tunix`) over an attached model: SFT, DPO and GRPO. The only file that imports Tunix.
 
 Importing it registers the policy loss `para_grpo`, for GRPOConfig(policy_loss_fn="para_grpo"). Rollouts run by
-ParaRollout or EngineRollout; vLLM and SGLang have no PARA, and RLCluster would let them answer for the base model.
+ParaRollout or EngineRollout.
 """
 
 from __future__ import annotations

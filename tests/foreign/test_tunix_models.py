@@ -219,6 +219,15 @@ def test_eight_devices_compute_what_one_computes():
         assert_close(run(model, TOKENS, MASK, prompt_end=PROMPTS - 1), wanted)
 
 
+def test_a_rollout_without_the_adapter_is_refused():
+    from tunix.generate.mappings import MappingConfig
+
+    model = tunix_model("qwen3")
+    assert MappingConfig.build(model=model, backend="vllm_jax").to_hf_mappings
+    with pytest.raises(ValueError, match="vllm_jax.*EngineRollout"):
+        MappingConfig.build(model=attach(model, ParaConfig(r=4)), backend="vllm_jax")
+
+
 def test_packed_rows_are_refused_by_name():
     model = attach(tunix_model("qwen3"), ParaConfig(r=4))
     with pytest.raises(ValueError, match="segment_ids.*packing"):
