@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from ..config.bounds import Bounds, NonNegativeFloat, PositiveFloat, PositiveInt, check_fields
 
 #: What the extra `serve` installs.
-PACKAGES = ("starlette", "uvicorn", "httptools", "prometheus_client", "pydantic")
+PACKAGES = ("starlette", "uvicorn", "httptools", "prometheus_client", "pydantic", "llguidance")
 
 
 def require_packages(command: str) -> None:

@@ -58,6 +58,7 @@ def engine_requests(body: Body, tenant: str | None, engine: Engine, salt: str | 
                 logprobs=body.alternatives,
                 prompt_logprobs=(0 if body.only_echoes else body.alternatives) if body.echo else None,
                 context_length=context,
+                structured_outputs=body.structure,
                 cache_salt=salt,
             )
         )
@@ -125,6 +126,8 @@ def refused(error: ValueError, body: Body, max_length: int) -> ApiError:
     tokens = "max_completion_tokens" if "max_completion_tokens" in body.model_fields_set else "max_tokens"
     scores = "top_logprobs" if body.chat and body.alternatives else "logprobs"
     message = re.sub(r"\b(prompt_)?logprobs\b", scores, str(error).replace("max_new_tokens", tokens))
+    if body.response_format:
+        message = message.replace("structured_outputs", "response_format")
     param = message.split(":")[0].split(" ")[0]
     if param not in type(body).model_fields:
         param = "prompt"  # what the tokenizer or its chat template says of it

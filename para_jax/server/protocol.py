@@ -55,8 +55,9 @@ class Fields(BaseModel):
         if not isinstance(value, dict):
             raise ValueError("give a JSON object")
         fields = {name: field for name, field in value.items() if field not in (None, *cls.neutral.get(name, ()))}
-        for name in fields.keys() - cls.model_fields:  # one error: pydantic would make one for each of them
-            near = difflib.get_close_matches(name[:100], cls.model_fields, n=1)
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        for name in fields.keys() - known:  # one error: pydantic would make one for each of them
+            near = difflib.get_close_matches(name[:100], known, n=1)
             advice = f"did you mean {near[0]}?" if near else "leave it out"
             advice = "it is not supported; leave it out" if name in cls.neutral else advice
             error = {"name": shorten(name)[1:-1], "error": f"no field {shorten(name)}; {advice}"}
@@ -147,6 +148,25 @@ class StreamOptions(Fields):
     neutral = {"include_obfuscation": (False,)}
 
 
+class JsonSchema(Fields):
+    name: Label | None = None
+    description: str | None = None
+    strict: bool = True
+    """an answer keeps to its schema, also where this is false"""
+    definition: Annotated[dict, Field(alias="schema")] = {}
+
+
+class ResponseFormat(Fields):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @validator(mode="after")
+    def schema_is_there(self):
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema goes with the type json_schema")
+        return self
+
+
 class Body(Fields):
     """The fields of both endpoints. Whether the prompt fits the engine is seen later."""
 
@@ -162,6 +182,9 @@ class Body(Fields):
     stop: Annotated[list[StopText], Field(max_length=16), FailFast(), BeforeValidator(listed)] = []
     stop_token_ids: Annotated[list[Count], Field(max_length=1000), FailFast()] = []
     ignore_eos: bool = False
+    response_format: ResponseFormat | None = None
+    structured_outputs: dict | None = None
+    """vLLM's"""
     cache_salt: Annotated[str, Field(min_length=1, max_length=512)] | None = None
     """prompts share their beginnings only with those of the same salt"""
     stream: bool = False
@@ -204,6 +227,14 @@ class Body(Fields):
         raise NotImplementedError
 
     @property
+    def structure(self) -> dict | None:
+        """What the answer must be, as the engine takes it."""
+        wanted = self.response_format
+        if self.structured_outputs is not None or wanted is None or wanted.type == "text":
+            return self.structured_outputs
+        return {"json": wanted.json_schema.definition} if wanted.json_schema else {"json_object": True}
+
+    @property
     def only_echoes(self) -> bool:
         """Whether the answer is the prompt alone, without scores."""
         return self.echo and self.max_tokens == 0 and self.alternatives is None
@@ -229,7 +260,6 @@ class ChatBody(Body):
         **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
         **dict.fromkeys(("store", "continue_final_message", "add_special_tokens"), (False,)),
         "parallel_tool_calls": (True, False),
-        "response_format": ({"type": "text"},),
         "modalities": (["text"],),
         "verbosity": ("medium",),
         "service_tier": ("auto", "default"),

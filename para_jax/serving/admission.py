@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ..adapters.bank import AdapterBank, Entry
 from ..adapters.scope import require_invocation
 from ..backbone.transformer import Transformer
 from ..data.examples import Ids, Prompt, encode_prompt, most_characters, special_stop_ids, turn_stop_ids
+from ..inference.grammar import Grammars
 from ..io.checks import shorten
 from .request import Request, check_request
 from .ticket import Sample, Ticket
@@ -21,15 +24,19 @@ class Admission:
         tokenizer,
         max_length: int,
         max_logprobs: int,
+        ends: Iterable[int],
     ):
         """
         Args:
             max_length: tokens per row, prompt and answer.
             max_logprobs: alternatives per token; 0: no log-probabilities.
+            ends: token ids that end every answer.
         """
         self.max_logprobs = max_logprobs
         self.bank, self.tokenizer, self.max_length = bank, tokenizer, max_length
         self.vocab_size = model.config.vocab_size
+        turn = turn_stop_ids(tokenizer, [{"role": "user", "content": "a"}]) if tokenizer.chat_template else ()
+        self.grammars = Grammars(tokenizer, self.vocab_size, {*ends, *turn})
         self.most_characters = most_characters(tokenizer, max_length)
 
     def samples(self, ticket: Ticket, entry: Entry | None) -> list[Sample]:
@@ -55,8 +62,10 @@ class Admission:
         stops = special_stop_ids(self.tokenizer, request.stop_texts) + tuple(request.stop_token_ids)
         stops += () if request.ignore_eos else turn_stop_ids(self.tokenizer, request.prompt)
         samples = [Sample(ticket, index, ids, entry, stops) for index in range(request.n)]
+        guide = None if request.structured_outputs is None else self.grammars.guide(request.structured_outputs)
         for sample in samples:
             sample.follow_text(self.tokenizer)
+            sample.guide = guide and guide.copy()
         return samples
 
     def _check_logprobs(self, request: Request, ids: list[int], entry: Entry | None) -> None:

@@ -3,6 +3,7 @@ time may use it."""
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from ..adapters.rows import Rows
 from ..backbone.transformer import Transformer
 from ..data.batches import right_padded, rounded_up
 from ..inference.draw import row_sampling
+from ..inference.grammar import words_of
 from ..inference.logprobs import Logprobs
 from ..inference.sampling import Sampling
 from ..io.progress import Progress
@@ -43,6 +45,7 @@ class Decoder:
         chunk: int,
         cache_bytes: int | None,
         top: int,
+        guided: bool,
     ):
         """
         Args:
@@ -50,8 +53,11 @@ class Decoder:
             max_length: tokens per row, prompt and answer.
             block_size, chunk, cache_bytes, top: the engine's block_size, prefill_chunk, prefix_cache_bytes and
                 max_logprobs.
+            guided: whether answers may have to follow a grammar.
         """
-        self.top = top
+        self.top, self.guided = top, guided
+        self.all_tokens = np.full(words_of(model.config.vocab_size), -1, np.int32)
+        """the mask that allows all of them"""
         self.model, self.bank, self.slots, self.max_length = model, bank, slots, max_length
         self.mesh = mesh_of(model)
         self._leaves, self._treedef = jax.tree.flatten(model)  # flattening it at each dispatch takes longer
@@ -85,7 +91,9 @@ class Decoder:
         configs = self.bank.configs if self.bank is not None else []
         whole = self.bank is not None and not (configs and all(map(has_plain_prompts, configs)))
         buckets, scored = self._buckets if whole else [], self._buckets if self.top else []
-        variants = [False, True] if self.top else [False]  # with and without log-probabilities are two programs
+        masks = np.tile(self.all_tokens, (self.slots, 1))
+        # with and without log-probabilities are two programs, and so are guided and free rounds
+        variants = list(product([False, True] if self.top else [False], [None, masks] if self.guided else [None]))
         with Progress("warming up the engine", len(buckets) + len(scored) + 1 + len(variants), unit="program") as bar:
             for bucket in buckets:
                 prefilled = self._prefill([0] * min(bucket, self.max_length - 1), None)  # with room to write
@@ -96,8 +104,8 @@ class Decoder:
                 bar.advance()
             self.insert(0, self.prefills.warm_up(), None, logprobs=self.top > 0)
             bar.advance()
-            for logprobs in variants:
-                jax.block_until_ready(self.decode([None] * self.slots, logprobs=logprobs))
+            for logprobs, allowed in variants:
+                jax.block_until_ready(self.decode([None] * self.slots, logprobs=logprobs, allowed=allowed))
                 bar.advance()
 
     def keeps(self, sample: Sample) -> bool:
@@ -120,32 +128,43 @@ class Decoder:
         return prompt
 
     def insert(
-        self, slot: int, prefilled: WholePrompt | ChunkedPrompt, sampling: Sampling | None, *, logprobs: bool
+        self,
+        slot: int,
+        prefilled: WholePrompt | ChunkedPrompt,
+        sampling: Sampling | None,
+        *,
+        logprobs: bool,
+        allowed: np.ndarray | None = None,
     ) -> tuple[jax.Array, Logprobs | None]:
         """Puts a prefilled prompt into a slot, and returns its first token [1] and its log-probabilities.
 
         Args:
             logprobs: whether they are asked for.
+            allowed: int32 [words], the tokens that may be drawn; None: all.
         """
-        drawn = row_sampling([sampling])
+        drawn, allowed = row_sampling([sampling]), (self.all_tokens if allowed is None else allowed)[None]
         if isinstance(prefilled, ChunkedPrompt):
             prompt = self.prefills.for_slot(prefilled)
-            self._state, token = insert_prompt(self._state, slot, self.prefills.pool, prompt, drawn)
+            self._state, token = insert_prompt(self._state, slot, self.prefills.pool, prompt, drawn, allowed)
             logits, row = prompt.logits, prompt.row
         else:
-            self._state, token = insert(self._state, slot, *prefilled, drawn)
+            self._state, token = insert(self._state, slot, *prefilled, drawn, allowed)
             logits, row = prefilled.logits, 0
         return token, first_logprobs(logits, row, token, self.top) if logprobs else None
 
-    def decode(self, rows: list[Sampling | None], *, logprobs: bool) -> tuple[jax.Array, Logprobs | None]:
+    def decode(
+        self, rows: list[Sampling | None], *, logprobs: bool, allowed: np.ndarray | None = None
+    ) -> tuple[jax.Array, Logprobs | None]:
         """The next STEPS tokens of all slots, [STEPS, slots], and their log-probabilities. None is a slot without a
         sample.
 
         Args:
             logprobs: whether any slot needs them.
+            allowed: int32 [slots, words], the tokens that may be drawn. It holds for one step, so there is only one.
         """
         live, top = np.array([row is not None for row in rows]), self.top if logprobs else None
-        self._state, decoded = steps(self._treedef, self._leaves, self._state, row_sampling(rows), live, STEPS, top)
+        state, sampling, count = self._state, row_sampling(rows), STEPS if allowed is None else 1
+        self._state, decoded = steps(self._treedef, self._leaves, state, sampling, live, count, top, allowed)
         return decoded
 
     def score(self, sample: Sample) -> ScoredPrompt:

@@ -17,6 +17,7 @@ import jax
 from ..adapters.bank import AdapterBank, Entry
 from ..backbone.transformer import Transformer
 from ..data.examples import stop_token_ids
+from ..inference.grammar import has_grammars
 from ..io.checks import printable
 from ..io.messages import say
 from ..runtime.sharding import mesh_of, using
@@ -110,7 +111,7 @@ class Engine:
         self.queue_limit, self.queue_limit_per_tenant = queue_limit, queue_limit_per_tenant
         self.max_logprobs = max_logprobs
         self.stop_ids = ends
-        self._admission = Admission(model, bank, tokenizer, max_length, max_logprobs)
+        self._admission = Admission(model, bank, tokenizer, max_length, max_logprobs, ends)
         mesh = mesh_of(model)
         if mesh is not None and mesh.is_multi_process:
             raise ValueError("Engine: the model lies on devices of several hosts; an engine serves from those of one")
@@ -124,6 +125,7 @@ class Engine:
                 chunk=chunk,
                 cache_bytes=prefix_cache_bytes,
                 top=max_logprobs,
+                guided=has_grammars(),
             )
             self._prefills = self._decoder.prefills
             pool, cached = (blocks * block_size for blocks in (self._prefills.cache.blocks, self._prefills.cached))

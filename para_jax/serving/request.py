@@ -64,6 +64,10 @@ class Request:
     """with prompt_logprobs: how many of the prompt's tokens the adapter reads as its prompt. The others are scored as
     its completion, and at most one more token of it is drawn. Adapters whose result depends on where the prompt ends
     need it: those that read the prompt, and all scopes but `all`"""
+    structured_outputs: dict | None = None
+    """what the answer must be, as vLLM has it: {"json": schema}, {"json_object": True}, {"regex": pattern},
+    {"choice": texts} or {"grammar": rules in Lark's syntax}. One that ends by itself is of that form; one that
+    max_new_tokens cuts is the beginning of one. JSON is written as json.dumps does it"""
     cache_salt: str | None = None
     """The prompt shares its beginning only with prompts of the same salt. So no one without the
     salt can learn from times or cached_tokens what others have sent"""
@@ -130,6 +134,9 @@ def check_request(request: Request) -> None:
         raise ValueError(f"n is {shorten(n)}; give a whole number from 1 to {MAX_SAMPLES}")
     if scored and n > 1:
         raise ValueError(f"prompt_logprobs: the prompt of {n} samples is the same; ask for them with n=1")
+    if request.structured_outputs is not None and (scored or request.ignore_eos):
+        name = "prompt_logprobs" if scored else "ignore_eos"
+        raise ValueError(f"structured_outputs and {name} do not go together; leave one of them out")
     if request.context_length is not None and not scored:
         raise ValueError(
             f"context_length is {request.context_length}, but no scores are asked for; give prompt_logprobs too"

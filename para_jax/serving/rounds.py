@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import jax
+import numpy as np
 
 from ..inference.draw import NO_TOKEN, NO_TOKEN_MESSAGE
 from ..inference.logprobs import Logprobs, TokenLogprob
@@ -99,7 +100,8 @@ class Rounds:
                 self._start_again()
                 return True
             active = [(slot, sample) for slot, sample in enumerate(self._rows) if sample and not sample.completion]
-            decoded, scored = self._decode(active) if active else None, started.scored  # dispatched, not yet waited for
+            decoded = self._decode(active, started.first) if active else None  # dispatched, not yet waited for
+            scored = started.scored
             self.decoding = len(active)
             if scored or active:
                 prompts = [prompt for _, prompt in scored]
@@ -231,14 +233,34 @@ class Rounds:
 
     def _insert(self, slot: int, sample: Sample, prefilled: WholePrompt | ChunkedPrompt, started: Started) -> None:
         asked = sample.request.logprobs is not None
-        started.first[slot] = self._decoder.insert(slot, prefilled, sample.sampling, logprobs=asked)
+        allowed = sample.guide and sample.guide.first
+        first = self._decoder.insert(slot, prefilled, sample.sampling, logprobs=asked, allowed=allowed)
+        started.first[slot] = first
         self._rows[slot] = sample
 
-    def _decode(self, active: list[tuple[int, Sample]]) -> tuple[jax.Array, Logprobs | None]:
+    def _decode(
+        self, active: list[tuple[int, Sample]], first: dict[int, tuple]
+    ) -> tuple[jax.Array, Logprobs | None]:
         rows: list[Sampling | None] = [None] * len(self._rows)
         for slot, sample in active:
             rows[slot] = sample.sampling
-        return self._decoder.decode(rows, logprobs=any(sample.request.logprobs is not None for _, sample in active))
+        logprobs = any(sample.request.logprobs is not None for _, sample in active)
+        return self._decoder.decode(rows, logprobs=logprobs, allowed=self._allowed(active, first))
+
+    def _allowed(self, active: list[tuple[int, Sample]], first: dict[int, tuple]) -> np.ndarray | None:
+        """Which tokens each slot may draw next, int32 [slots, words]; None if no answer follows a grammar. A row that
+        begins waits for its first token here, on which its second one depends."""
+        guided = [(slot, sample) for slot, sample in active if sample.guide]
+        if not guided:
+            return None
+        allowed = np.tile(self._decoder.all_tokens, (len(self._rows), 1))
+        begun = jax.device_get({slot: first[slot][0] for slot, _ in guided if slot in first})
+        for slot, sample in guided:
+            try:
+                sample.guide.allow([*sample.tokens, *begun.get(slot, ())], allowed[slot])
+            except ValueError as error:
+                self._requests.end(sample, "error", str(error))
+        return allowed
 
     def _give_scores(self, sample: Sample, scored: ScoredPrompt) -> None:
         """Gives a sample the log-probabilities of its prompt and, if it needs no slot, the token that follows."""

@@ -52,15 +52,19 @@ def constrain_slots(slots: Slots) -> Slots:
 
 
 @partial(jax.jit, donate_argnums=0)
-def insert(slots: Slots, slot, logits, row: DecodeState, sampling: RowSampling) -> tuple[Slots, jax.Array]:
+def insert(slots: Slots, slot, logits, row: DecodeState, sampling: RowSampling, allowed) -> tuple[Slots, jax.Array]:
     """The slots with a prefilled row in `slot`, and its first token [1]. The given slots are donated; the row is not,
-    so it may be inserted again."""
+    so it may be inserted again.
+
+    Args:
+        allowed: int32 [1, words], which tokens may be drawn, one bit each.
+    """
 
     def put(held, new):
         room = [(0, 0), *((0, full - part) for full, part in zip(held.shape[1:], new.shape[1:], strict=True))]
         return jax.lax.dynamic_update_slice_in_dim(held, jnp.pad(new, room), slot, 0)
 
-    token = drawn(logits, sampling, jnp.zeros(1, jnp.int32))
+    token = drawn(logits, sampling, jnp.zeros(1, jnp.int32), allowed)
     return constrain_slots(jax.tree.map(put, slots, Slots(row, token, jnp.ones(1, jnp.int32)))), token
 
 
@@ -81,7 +85,7 @@ class PrefilledPrompt(NamedTuple):
 
 @partial(jax.jit, donate_argnums=0)
 def insert_prompt(
-    slots: Slots, slot, pool: Pool, prompt: PrefilledPrompt, sampling: RowSampling
+    slots: Slots, slot, pool: Pool, prompt: PrefilledPrompt, sampling: RowSampling, allowed
 ) -> tuple[Slots, jax.Array]:
     """`insert` for a prompt with its blocks in a pool."""
     most = jax.tree.leaves(slots.state.cache)[0].shape[2]
@@ -93,7 +97,7 @@ def insert_prompt(
         inside = before(jnp.arange(keys.shape[2]), length)  # zero times NaN, from another prompt, would be NaN
         return tuple(jnp.where(inside, held, 0)[:, :, :most] for held in (keys, values))
 
-    first = drawn(logits, sampling, jnp.zeros(1, jnp.int32))
+    first = drawn(logits, sampling, jnp.zeros(1, jnp.int32), allowed)
     state = DecodeState(tuple(map(of_layer, pool)), prompt.adjustments, length)
     put = lambda held, new: jax.lax.dynamic_update_slice_in_dim(held, new.astype(held.dtype), slot, 0)  # noqa: E731
     return constrain_slots(jax.tree.map(put, slots, Slots(state, first, jnp.ones(1, jnp.int32)))), first
@@ -108,7 +112,7 @@ def first_logprobs(logits, row, token, top: int) -> Logprobs:
 
 @partial(jax.jit, static_argnums=(0, 5, 6), donate_argnums=2)
 def steps(
-    treedef, leaves, slots: Slots, sampling: RowSampling, live, count: int, top: int | None
+    treedef, leaves, slots: Slots, sampling: RowSampling, live, count: int, top: int | None, allowed=None
 ) -> tuple[Slots, tuple[jax.Array, Logprobs | None]]:
     """Decodes `count` tokens in every slot, in one dispatch. Returns the slots, and the tokens [count, slots] with
     their log-probabilities. The model is passed flat; the given slots are donated.
@@ -117,6 +121,7 @@ def steps(
         live: bool [slots]. The other slots take the length of the shortest live row, so the cache is read only from
             where that row's window begins to the end of the longest one.
         top: alternatives per token; None: no log-probabilities.
+        allowed: int32 [slots, words], which tokens may be drawn, one bit each; then `count` is 1. None: all.
     """
     length = slots.state.length
     shortest = jnp.min(jnp.where(live, length, length.max())) * live.any()  # 0 if no row is live
@@ -124,7 +129,7 @@ def steps(
 
     def one(slots: Slots, _):
         logits, state = decode_step(jax.tree.unflatten(treedef, leaves), slots.state, slots.token)
-        token = drawn(logits, sampling, slots.position)
+        token = drawn(logits, sampling, slots.position, allowed)
         logprobs = None if top is None else logprobs_of(logits, token, top)
         slots = Slots(state, token, slots.position + 1)  # pyright: ignore[reportArgumentType]
         return constrain_slots(slots), (token, logprobs)
@@ -141,7 +146,10 @@ def zeros_of(row, rows: int):
     return jax.tree.map(lambda leaf: zeros((rows, *leaf.shape[1:]), leaf.dtype, (None,) * leaf.ndim), row)
 
 
-def drawn(logits, sampling: RowSampling, position) -> jax.Array:
-    """Each row's token at `position` of its answer, int32 [rows]."""
+def drawn(logits, sampling: RowSampling, position, allowed=None) -> jax.Array:
+    """Each row's token at `position` of its answer, int32 [rows], of those that are allowed."""
+    if allowed is not None:
+        bits = (allowed[:, :, None] >> jnp.arange(32)) & 1
+        logits = jnp.where(bits.reshape(len(bits), -1)[:, : logits.shape[1]] == 1, logits, -jnp.inf)
     keys = row_keys(jnp.asarray(sampling.seeds), position)  # so a restart draws the same tokens
     return sample(logits, keys, sampling.temperature, sampling.top_k, sampling.top_p)

@@ -8,6 +8,7 @@ from functools import cached_property
 
 from ..adapters.bank import Entry
 from ..inference.answer_text import AnswerText, text_of, word_tokens
+from ..inference.grammar import Guide
 from ..inference.logprobs import TokenLogprob
 from ..inference.sampling import Sampling
 from .prefix_cache import prompt_key
@@ -70,6 +71,8 @@ class Sample:
         """whether the last of `tokens` is the one that ended the answer"""
         self.prompt_logprobs: list[TokenLogprob | None] | None = None
         """of the prompt, once it is scored"""
+        self.guide: Guide | None = None
+        """what its tokens may be, if the request asks for structured outputs"""
         self.text: AnswerText | None = None
         """the text of the tokens so far, kept only where it is needed before the end: for stop texts and streams"""
         self.completion: Completion | None = None
@@ -89,6 +92,8 @@ class Sample:
         self.tokens, self.logprobs, self.text = [], [], None
         if not self.decodes:
             self.prompt_logprobs = None
+        if self.guide is not None:
+            self.guide.restart()
         self.follow_text(tokenizer)
 
     @property
