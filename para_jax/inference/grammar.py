@@ -1,5 +1,5 @@
-"""Answers that follow a grammar: which tokens may come next. llguidance (extra `serve`) compiles the grammar and reads the
-tokens, on the host."""
+"""Answers that follow a grammar: which tokens may come next. llguidance (extra `serve`) compiles the grammar and reads
+the tokens, on the host."""
 
 from __future__ import annotations
 
@@ -24,7 +24,12 @@ GIVEN = {
 #: Characters of a grammar, at most.
 LONGEST = 2**16
 #: What a token's mask may cost, about 5 ms, and what the states of one answer's lexer may take, about 40 MB.
-LIMITS = {"step_lexer_fuel": 50_000, "step_max_items": 20_000, "max_lexer_states": 20_000, "max_grammar_size": 100_000}
+LIMITS: dict[str, Any] = {
+    "step_lexer_fuel": 50_000,
+    "step_max_items": 20_000,
+    "max_lexer_states": 20_000,
+    "max_grammar_size": 100_000,
+}
 #: JSON is written as json.dumps does it. Free white space would let a small model write nothing else.
 STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 

@@ -23,7 +23,9 @@ from .request import Request, check_request
 #: Where the requests of a batch line go: chats, and texts.
 URLS = ("/v1/chat/completions", "/v1/completions")
 #: The fields of the short form.
-FIELDS = "custom_id prompt messages tenant max_new_tokens temperature top_k top_p seed stop n structured_outputs".split()
+FIELDS = (
+    "custom_id prompt messages tenant max_new_tokens temperature top_k top_p seed stop n structured_outputs".split()
+)
 #: Characters of an error in an answer.
 MAX_ERROR = 1000
 

@@ -238,9 +238,7 @@ class Rounds:
         started.first[slot] = first
         self._rows[slot] = sample
 
-    def _decode(
-        self, active: list[tuple[int, Sample]], first: dict[int, tuple]
-    ) -> tuple[jax.Array, Logprobs | None]:
+    def _decode(self, active: list[tuple[int, Sample]], first: dict[int, tuple]) -> tuple[jax.Array, Logprobs | None]:
         rows: list[Sampling | None] = [None] * len(self._rows)
         for slot, sample in active:
             rows[slot] = sample.sampling

@@ -1,5 +1,5 @@
-"""An answer with structured outputs that ends by itself is of that form; a cut one begins one. Free rows beside it, and a
-restart, change nothing."""
+"""An answer with structured outputs that ends by itself is of that form; a cut one begins one. Free rows beside it, and
+a restart, change nothing."""
 
 import json
 import random
