@@ -248,14 +248,14 @@ class Rounds:
     def _allowed(self, active: list[tuple[int, Sample]], first: dict[int, tuple]) -> np.ndarray | None:
         """Which tokens each slot may draw next, int32 [slots, words]; None if no answer follows a grammar. A row that
         begins waits for its first token here, on which its second one depends."""
-        guided = [(slot, sample) for slot, sample in active if sample.guide]
+        guided = [(slot, sample, sample.guide) for slot, sample in active if sample.guide]
         if not guided:
             return None
         allowed = np.tile(self._decoder.all_tokens, (len(self._rows), 1))
-        begun = jax.device_get({slot: first[slot][0] for slot, _ in guided if slot in first})
-        for slot, sample in guided:
+        begun = jax.device_get({slot: first[slot][0] for slot, *_ in guided if slot in first})
+        for slot, sample, guide in guided:
             try:
-                sample.guide.allow([*sample.tokens, *begun.get(slot, ())], allowed[slot])
+                guide.allow([*sample.tokens, *begun.get(slot, ())], allowed[slot])
             except ValueError as error:
                 self._requests.end(sample, "error", str(error))
         return allowed
