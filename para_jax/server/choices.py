@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..data.examples import Ids, Prompt
@@ -10,8 +11,9 @@ from ..inference.logprobs import TokenLogprob
 from ..serving.engine import Engine
 from ..serving.request import Piece
 from .engine_requests import one_token_is_scored
-from .protocol import Body
+from .protocol import Body, ChatBody
 from .token_text import TokenTexts
+from .tools import calls_of, certain
 
 
 class ChoicePart(NamedTuple):
@@ -30,6 +32,8 @@ class ChoicePart(NamedTuple):
     finish_reason: str | None
     first: bool = False
     """whether nothing of the choice came before"""
+    calls: Sequence[dict] = ()
+    """of functions, with the last part"""
 
 
 class Choice:
@@ -43,7 +47,7 @@ class Choice:
         self.index, self.tokens, self.finish_reason = index, tokens, None
         self._body, self._prompt, self._stream, self._engine = body, prompt, stream, engine
         self._text, self._ids, self._logprobs = "", [], []
-        self._begun = False
+        self._begun = self._has_text = False
         after = () if body.echo else word_tokens(engine.tokenizer)
         self._offsets = Offsets(engine.tokenizer, after, prompt if body.echo and isinstance(prompt, str) else "")
 
@@ -58,19 +62,27 @@ class Choice:
 
     def take(self) -> ChoicePart | None:
         """What is new; None for nothing that a client could see."""
-        scored, first = self._body.alternatives is not None, not self._begun
-        if not (self._text or self.finish_reason or (scored and self._ids)):
+        scored, first, finish = self._body.alternatives is not None, not self._begun, self.finish_reason
+        text, held, calls = self._text, "", []
+        if isinstance(self._body, ChatBody) and self._body.may_call:
+            if finish is None:
+                at = certain(text, self._body, self._has_text)
+                text, held = text[:at], text[at:]
+            else:
+                text, calls = calls_of(text, self._body)
+                finish = "tool_calls" if calls and finish == "stop" else finish
+        if not (text or finish or (scored and self._ids)):
             return None
-        self._begun = True
-        text, ids, logprobs, new = self._text, self._ids, self._logprobs, len(self._ids)
-        self._text, self._ids, self._logprobs = "", [], []
+        self._begun, self._has_text = True, self._has_text or bool(text)
+        ids, logprobs, new = self._ids, self._logprobs, len(self._ids)
+        self._text, self._ids, self._logprobs = held, [], []
         if first and self._body.echo:
             before, prompt = list(self._stream.prompt_ids), self._prompt
             text = (prompt if isinstance(prompt, str) else text_of(self._engine.tokenizer, before)) + text
             if scored:
                 ids, logprobs = before + ids, list(self._stream.prompt_logprobs) + logprobs
         offsets = [self._offsets.next(token) for token in ids] if scored else None
-        return ChoicePart(text, logprobs if scored else None, offsets, ids, new, self.finish_reason, first)
+        return ChoicePart(text, logprobs if scored else None, offsets, ids, new, finish, first, calls)
 
 
 class Offsets:

@@ -14,6 +14,7 @@ from ..serving.engine import Engine
 from ..serving.request import MAX_SAMPLES, Request
 from .errors import ApiError, wrong_field
 from .protocol import Body, ChatBody, CompletionBody
+from .tools import forced_call
 
 #: Log-probabilities that a request may ask for, alternatives included. Each takes up to 0.3 kB until it is answered.
 MAX_LOGPROBS = 2**21
@@ -33,6 +34,11 @@ def engine_requests(body: Body, tenant: str | None, engine: Engine, salt: str | 
     salt, requests = "\0".join(filter(None, (salt, body.cache_salt))) or None, []
     contexts = body.context_lengths if isinstance(body, CompletionBody) else [None]
     variables = body.variables if isinstance(body, ChatBody) else {}
+    structure = body.structure
+    if isinstance(body, ChatBody) and body.tools:
+        structure = forced_call(body) or structure
+        if "tools" not in engine.tokenizer.get_chat_template():
+            raise wrong_field("tools", "tools: the model's chat template has no place for them; leave them out")
     for i, (prompt, context) in enumerate(zip(body.prompts, contexts, strict=True)):
         stops, new = tuple(body.stop_token_ids), body.new_tokens
         if body.only_echoes:  # no score is shown, so all of the prompt is the adapter's
@@ -58,7 +64,7 @@ def engine_requests(body: Body, tenant: str | None, engine: Engine, salt: str | 
                 logprobs=body.alternatives,
                 prompt_logprobs=(0 if body.only_echoes else body.alternatives) if body.echo else None,
                 context_length=context,
-                structured_outputs=body.structure,
+                structured_outputs=structure,
                 cache_salt=salt,
             )
         )
@@ -126,8 +132,8 @@ def refused(error: ValueError, body: Body, max_length: int) -> ApiError:
     tokens = "max_completion_tokens" if "max_completion_tokens" in body.model_fields_set else "max_tokens"
     scores = "top_logprobs" if body.chat and body.alternatives else "logprobs"
     message = re.sub(r"\b(prompt_)?logprobs\b", scores, str(error).replace("max_new_tokens", tokens))
-    if body.response_format:
-        message = message.replace("structured_outputs", "response_format")
+    form = "response_format" if body.response_format else "tools" if body.may_call else "structured_outputs"
+    message = message.replace("structured_outputs", form)
     param = message.split(":")[0].split(" ")[0]
     if param not in type(body).model_fields:
         param = "prompt"  # what the tokenizer or its chat template says of it

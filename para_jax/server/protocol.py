@@ -23,7 +23,7 @@ from pydantic import (
 from pydantic import model_validator as validator
 from pydantic_core import PydanticCustomError, from_json
 
-from ..config import Variables, template_variables
+from ..config import template_variables
 from ..data.chats import is_text_part, joined_parts
 from ..data.examples import Ids, Prompt
 from ..io.checks import shorten
@@ -127,18 +127,67 @@ def read_content(content: Any) -> str:
     raise ValueError('give a text, or a list of parts {"type": "text", "text": ...} without other fields')
 
 
+class FunctionName(str):
+    """A tool_choice that names the function to call."""
+
+
+def read_tool_choice(value: Any) -> str:
+    if value in ("none", "auto", "required"):
+        return value
+    match value:
+        case {"type": "function", "function": {"name": str(name)}}:
+            return FunctionName(name)
+    raise ValueError('give "none", "auto", "required" or {"type": "function", "function": {"name": ...}}')
+
+
+class Function(Fields):
+    name: Annotated[str, Field(pattern="^[a-zA-Z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict = {}
+    """a JSON schema"""
+    strict: bool = True
+    """a forced call keeps to the schema, also where this is false"""
+
+
+class Tool(Fields):
+    type: Literal["function"]
+    function: Function
+
+
+class CalledFunction(Fields):
+    name: Name
+    arguments: str
+    """JSON"""
+
+
+class ToolCall(Fields):
+    id: Label
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    neutral = {"index": tuple(range(128))}
+
+
 class Message(Fields):
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[str, PlainValidator(read_content)]
     name: Name | None = None
     """for the chat template"""
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_SAMPLES), FailFast()] = []
+    tool_call_id: Label | None = None
     reasoning_content: Any = None
     reasoning: Any = None
     """the thoughts of an assistant, which no prompt has"""
-    neutral = {"tool_calls": ([],), "annotations": ([],), "type": ("text",)}  # lm-eval up to 0.4.9 sends the type
+    neutral = {"annotations": ([],), "type": ("text",)}  # lm-eval up to 0.4.9 sends the type
 
-    def for_template(self) -> dict[str, str]:
-        return {"role": self.role, "content": self.content} | ({"name": self.name} if self.name else {})
+    @validator(mode="before")
+    @classmethod
+    def calls_need_no_content(cls, value: Any) -> Any:
+        calls = isinstance(value, dict) and value.get("tool_calls") and value.get("content") is None
+        return value | {"content": ""} if calls else value
+
+    def for_template(self) -> dict[str, Any]:
+        fields = self.model_dump(include={"role", "content", "name", "tool_calls", "tool_call_id"}, exclude_none=True)
+        return fields if self.tool_calls else {name: value for name, value in fields.items() if name != "tool_calls"}
 
 
 class StreamOptions(Fields):
@@ -235,6 +284,11 @@ class Body(Fields):
         return {"json": wanted.json_schema.definition} if wanted.json_schema else {"json_object": True}
 
     @property
+    def may_call(self) -> bool:
+        """Whether an answer may call functions."""
+        return False
+
+    @property
     def only_echoes(self) -> bool:
         """Whether the answer is the prompt alone, without scores."""
         return self.echo and self.max_tokens == 0 and self.alternatives is None
@@ -250,21 +304,37 @@ class ChatBody(Body):
     top_logprobs: Count = 0
     chat_template_kwargs: Annotated[dict, PlainValidator(partial(template_variables, "it"))] = {}
     reasoning_effort: Literal["none"] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_SAMPLES), FailFast()] = []
+    tool_choice: Annotated[str, PlainValidator(read_tool_choice)] = "auto"
+    parallel_tool_calls: bool = True
     metadata: dict | None = None
     prompt_cache_options: dict | None = None
 
     echo: Literal[False] = False
     chat: ClassVar[bool] = True
     neutral = Body.neutral | {
-        **dict.fromkeys(("tools", "functions"), ([],)),
-        **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
         **dict.fromkeys(("store", "continue_final_message", "add_special_tokens"), (False,)),
-        "parallel_tool_calls": (True, False),
         "modalities": (["text"],),
         "verbosity": ("medium",),
         "service_tier": ("auto", "default"),
         "add_generation_prompt": (True,),
     }
+
+    @validator(mode="after")
+    def tools_go_together(self):
+        choice, names = self.tool_choice, [tool.function.name for tool in self.tools]
+        if choice not in ("none", "auto"):
+            if choice not in names if isinstance(choice, FunctionName) else not names:
+                raise wrong_field("tool_choice", f"tool_choice is {shorten(choice)}; tools has {shorten(names)}")
+            if self.structure is not None:
+                raise wrong_field("tool_choice", f"tool_choice is {shorten(choice)}; leave out the answer's own form")
+        return self
+
+    @property
+    def may_call(self) -> bool:
+        return bool(self.tools) and self.tool_choice != "none"
 
     @property
     def prompts(self) -> list[Prompt | Ids]:
@@ -279,10 +349,11 @@ class ChatBody(Body):
         return self.top_logprobs if self.logprobs or self.top_logprobs else None
 
     @property
-    def variables(self) -> Variables:
+    def variables(self) -> dict[str, Any]:
         """Of the chat template; the server's own hold for others."""
-        thinking: Variables = {"enable_thinking": False} if self.reasoning_effort is not None else {}
-        return thinking | self.chat_template_kwargs
+        thinking = {"enable_thinking": False} if self.reasoning_effort is not None else {}
+        tools = [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in self.tools]
+        return thinking | ({"tools": tools} if tools else {}) | self.chat_template_kwargs
 
 
 class CompletionBody(Body):

@@ -62,14 +62,18 @@ def event(data: bytes) -> bytes:
 
 
 def chat_choice(choice: Choice, part: ChoicePart) -> dict:
-    message = {"role": "assistant", "content": part.text}
+    message: dict = {"role": "assistant", "content": part.text}
+    if part.calls:
+        message = {"role": "assistant", "content": part.text or None, "tool_calls": part.calls}
     return {"index": choice.index, "message": message, "logprobs": chat_logprobs(choice.tokens, part)} | ended(part)
 
 
 def chat_deltas(choice: Choice, part: ChoicePart) -> list[dict]:
     """The first piece of a choice comes after one that names the role."""
     logprobs = chat_logprobs(choice.tokens, part) if part.logprobs else None
-    content = {"content": part.text} if part.text or logprobs else {}
+    content: dict = {"content": part.text} if part.text or logprobs else {}
+    if part.calls:
+        content["tool_calls"] = [{"index": i} | one for i, one in enumerate(part.calls)]
     delta = {"index": choice.index, "delta": content, "logprobs": logprobs} | ended(part)
     first = {"index": choice.index, "delta": {"role": "assistant", "content": ""}, "logprobs": None}
     return [first | {"finish_reason": None}, delta] if part.first else [delta]

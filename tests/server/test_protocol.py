@@ -177,12 +177,12 @@ def test_other_prompts_are_refused(prompt):
         ([], "messages"),
         (["Hi"], "messages[0]"),
         ([{"role": "user"}], "messages[0].content"),
-        ([{"role": "tool", "content": "a"}], "messages[0].role"),
+        ([{"role": "critic", "content": "a"}], "messages[0].role"),
         ([CHAT["messages"][0], {"role": "user", "content": 3}], "messages[1].content"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "messages[0].content"),
         ([{"role": "user", "content": [{"type": "text", "text": "a", "x": 1}]}], "messages[0].content"),
         ([{"role": "user", "content": "a", "mood": "good"}], "messages[0].mood"),
-        ([{"role": "assistant", "content": "a", "tool_calls": [{}]}], "messages[0].tool_calls"),
+        ([{"role": "assistant", "content": "a", "tool_calls": [{}]}], "messages[0].tool_calls[0].id"),
     ],
 )
 def test_a_wrong_message_is_refused_by_its_place(messages, param):
