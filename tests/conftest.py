@@ -73,7 +73,7 @@ def bucket():
 
 
 def pytest_addoption(parser):
-    parser.addoption("--first-cases", action="store_true", help="of each parametrized test, run the first case only")
+    parser.addoption("--first-cases", action="store_true", help="of each file, run the first case of four tests")
     parser.addoption("--soak-seconds", type=float, default=5, help="seconds of tests/server/test_soak.py's long day")
 
 
