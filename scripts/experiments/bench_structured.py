@@ -1,4 +1,4 @@
-"""What structured outputs cost: 8 rows decode greedily, free, with a pattern that allows any text, and with a JSON schema.
+"""What structured outputs cost: 8 rows decode greedily, free, with a pattern that allows any text, and with a schema.
 
     python scripts/experiments/bench_structured.py --rounds 5
 
