@@ -1,6 +1,6 @@
 """The picture of tunix_grpo.py's runs: the mean reward of each step, smoothed over five, and held-out values.
 
-python scripts/experiments/plot_grpo.py runs/grpo/*.json --output results/tunix_grpo.png --numbers results/tunix_grpo.json
+python scripts/experiments/plot_grpo.py runs/grpo/*.json --output results/tunix_grpo
 """
 
 import argparse
@@ -35,12 +35,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--numbers", type=Path, required=True)
     args = parser.parse_args()
     runs = [json.loads(file.read_text()) for file in args.runs]
-    save(draw(runs), args.output)
+    save(draw(runs), args.output.with_suffix(".png"))
     rounded = [run | {"rewards": [round(reward, 3) for reward in run["rewards"]]} for run in runs]
-    args.numbers.write_text("[\n" + ",\n".join(map(json.dumps, rounded)) + "\n]\n")
+    args.output.with_suffix(".json").write_text("[\n" + ",\n".join(map(json.dumps, rounded)) + "\n]\n")
     for run in runs:
         print(run["method"], run["seed"], f"{run['reward_before']:.3f} -> {run['reward_after']:.3f}")
 
