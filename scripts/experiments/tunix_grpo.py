@@ -39,7 +39,7 @@ from para_jax.adapters.adapter import count_parameters
 from para_jax.foreign import compare_backbones
 from para_jax.foreign.tunix import EngineRollout
 
-METHODS = {"para": (ParaConfig(r=12), 1e-4), "lora": (LoraConfig(r=18), 1e-3), "ia3": (Ia3Config(), 1e-3)}
+METHODS = {"para": (ParaConfig(r=12), 1e-4), "lora": (LoraConfig(r=18), 3e-4), "ia3": (Ia3Config(), 1e-3)}
 PROMPT, ANSWER = 20, 6
 
 
