@@ -60,8 +60,8 @@ def batch_request(line: dict, engine: Engine) -> Request:
         raise ValueError(f"url: give POST and {' or '.join(URLS)}; got {line.get('method')} {line.get('url')}")
     try:
         body = validated(ChatBody if line["url"] == URLS[0] else CompletionBody, line["body"])
-        if len(body.prompts) > 1 or body.stream or body.echo or body.alternatives is not None:
-            raise ValueError("body: a job takes one prompt per line, without stream, echo and logprobs")
+        if len(body.prompts) > 1 or body.stream or body.echo or body.alternatives is not None or body.may_call:
+            raise ValueError("body: a job takes one prompt per line, without stream, echo, logprobs and tools")
         return engine_requests(body, None if body.model == BASE else body.model, engine, None)[0]
     except ApiError as error:
         raise ValueError(error.message) from None

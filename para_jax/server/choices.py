@@ -69,7 +69,7 @@ class Choice:
                 at = certain(text, self._body, self._has_text)
                 text, held = text[:at], text[at:]
             else:
-                text, calls = calls_of(text, self._body)
+                text, calls = calls_of(text, self._body, self._has_text)
                 finish = "tool_calls" if calls and finish == "stop" else finish
         if not (text or finish or (scored and self._ids)):
             return None

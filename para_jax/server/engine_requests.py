@@ -132,7 +132,7 @@ def refused(error: ValueError, body: Body, max_length: int) -> ApiError:
     tokens = "max_completion_tokens" if "max_completion_tokens" in body.model_fields_set else "max_tokens"
     scores = "top_logprobs" if body.chat and body.alternatives else "logprobs"
     message = re.sub(r"\b(prompt_)?logprobs\b", scores, str(error).replace("max_new_tokens", tokens))
-    form = "response_format" if body.response_format else "tools" if body.may_call else "structured_outputs"
+    form = "response_format" if body.form else "tools" if body.structure is None else "structured_outputs"
     message = message.replace("structured_outputs", form)
     param = message.split(":")[0].split(" ")[0]
     if param not in type(body).model_fields:
@@ -141,5 +141,5 @@ def refused(error: ValueError, body: Body, max_length: int) -> ApiError:
     if "max_length" in message or "maximum number of tokens" in message:
         code, message = "context_length_exceeded", message + known_words(max_length)
     if isinstance(error, TemplateError) and isinstance(body, ChatBody) and body.variables:
-        message += f"; chat_template_kwargs is {shorten(body.variables)}"
+        message += f"; chat_template_kwargs is {shorten(body.chat_template_kwargs)}"
     return wrong_field("messages" if body.chat and param == "prompt" else param, message, code)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -127,16 +127,18 @@ def read_content(content: Any) -> str:
     raise ValueError('give a text, or a list of parts {"type": "text", "text": ...} without other fields')
 
 
-class FunctionName(str):
+class Named(NamedTuple):
     """A tool_choice that names the function to call."""
 
+    name: str
 
-def read_tool_choice(value: Any) -> str:
-    if value in ("none", "auto", "required"):
-        return value
+
+def read_tool_choice(value: Any) -> str | Named:
     match value:
+        case "none" | "auto" | "required":
+            return value
         case {"type": "function", "function": {"name": str(name)}}:
-            return FunctionName(name)
+            return Named(name)
     raise ValueError('give "none", "auto", "required" or {"type": "function", "function": {"name": ...}}')
 
 
@@ -276,12 +278,22 @@ class Body(Fields):
         raise NotImplementedError
 
     @property
+    def form(self) -> ResponseFormat | None:
+        """The response_format, unless it is any text."""
+        return None if self.response_format is None or self.response_format.type == "text" else self.response_format
+
+    @validator(mode="after")
+    def there_is_one_form(self):
+        if self.form and self.structured_outputs is not None:
+            raise wrong_field("structured_outputs", "structured_outputs and response_format: leave one of them out")
+        return self
+
+    @property
     def structure(self) -> dict | None:
         """What the answer must be, as the engine takes it."""
-        wanted = self.response_format
-        if self.structured_outputs is not None or wanted is None or wanted.type == "text":
+        if self.form is None:
             return self.structured_outputs
-        return {"json": wanted.json_schema.definition} if wanted.json_schema else {"json_object": True}
+        return {"json": self.form.json_schema.definition} if self.form.json_schema else {"json_object": True}
 
     @property
     def may_call(self) -> bool:
@@ -305,7 +317,7 @@ class ChatBody(Body):
     chat_template_kwargs: Annotated[dict, PlainValidator(partial(template_variables, "it"))] = {}
     reasoning_effort: Literal["none"] | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_SAMPLES), FailFast()] = []
-    tool_choice: Annotated[str, PlainValidator(read_tool_choice)] = "auto"
+    tool_choice: Annotated[str | Named, PlainValidator(read_tool_choice)] = "auto"
     parallel_tool_calls: bool = True
     metadata: dict | None = None
     prompt_cache_options: dict | None = None
@@ -325,11 +337,12 @@ class ChatBody(Body):
     @validator(mode="after")
     def tools_go_together(self):
         choice, names = self.tool_choice, [tool.function.name for tool in self.tools]
-        if choice not in ("none", "auto"):
-            if choice not in names if isinstance(choice, FunctionName) else not names:
-                raise wrong_field("tool_choice", f"tool_choice is {shorten(choice)}; tools has {shorten(names)}")
+        if isinstance(choice, Named) or choice == "required":
+            wanted = choice.name if isinstance(choice, Named) else choice
+            if wanted not in names if isinstance(choice, Named) else not names:
+                raise wrong_field("tool_choice", f"tool_choice is {shorten(wanted)}; tools has {shorten(names)}")
             if self.structure is not None:
-                raise wrong_field("tool_choice", f"tool_choice is {shorten(choice)}; leave out the answer's own form")
+                raise wrong_field("tool_choice", f"tool_choice is {shorten(wanted)}; leave out the answer's own form")
         return self
 
     @property

@@ -61,6 +61,7 @@ class Admission:
             )
         stops = special_stop_ids(self.tokenizer, request.stop_texts) + tuple(request.stop_token_ids)
         stops += () if request.ignore_eos else turn_stop_ids(self.tokenizer, request.prompt)
+        stops += () if request.structured_outputs is None else self.grammars.ends
         samples = [Sample(ticket, index, ids, entry, stops) for index in range(request.n)]
         guide = None if request.structured_outputs is None else self.grammars.guide(request.structured_outputs)
         for sample in samples:

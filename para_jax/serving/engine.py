@@ -139,6 +139,7 @@ class Engine:
         """Compiles everything. Afterwards nothing is compiled, unless an adapter joins whose config differs from all
         earlier ones in more than rank and sites. Raises ValueError while requests are open."""
         self._rounds.warm_up()
+        self._admission.grammars.prepare()
 
     @property
     def open(self) -> int:

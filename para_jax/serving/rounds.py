@@ -254,11 +254,18 @@ class Rounds:
         allowed = np.tile(self._decoder.all_tokens, (len(self._rows), 1))
         begun = jax.device_get({slot: first[slot][0] for slot, *_ in guided if slot in first})
         for slot, sample, guide in guided:
+            new = [int(token) for token in begun.get(slot, ())]
+            if any(token == NO_TOKEN or self._is_end(sample, token) for token in new):
+                continue  # the row ends, whatever it draws
             try:
-                guide.allow([*sample.tokens, *begun.get(slot, ())], allowed[slot])
+                guide.allow([*sample.tokens, *new], allowed[slot])
             except ValueError as error:
                 self._requests.end(sample, "error", str(error))
         return allowed
+
+    def _is_end(self, sample: Sample, token: int) -> bool:
+        """Whether a token ends a sample's answer."""
+        return token in sample.stops or (token in self._stops and not sample.request.ignore_eos)
 
     def _give_scores(self, sample: Sample, scored: ScoredPrompt) -> None:
         """Gives a sample the log-probabilities of its prompt and, if it needs no slot, the token that follows."""
@@ -287,7 +294,7 @@ class Rounds:
                 for i, token in enumerate(new):
                     if token == NO_TOKEN:
                         return self._requests.end(sample, "error", NO_TOKEN_MESSAGE)
-                    is_end = token in sample.stops or (token in self._stops and not request.ignore_eos)
+                    is_end = self._is_end(sample, token)
                     if is_end and not request.keep_end:
                         return self._requests.end(sample, "stop")
                     sample.logprobs += logprobs[i : i + 1]  # empty where none were asked for

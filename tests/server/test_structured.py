@@ -71,6 +71,8 @@ def test_each_field_says_what_an_answer_must_be(http, fields, texts):
         ({"response_format": FORMAT | {"json_schema": {"shema": {}}}}, "response_format.json_schema.shema", "schema"),
         ({"structured_outputs": {"regex": "("}}, "structured_outputs", "regex"),
         ({"structured_outputs": {"guided": 1}}, "structured_outputs", "guided"),
+        ({"structured_outputs": {"regex": "a"}, "response_format": FORMAT}, "structured_outputs", "response_format"),
+        ({"structured_outputs": {"regex": "("}, "response_format": {"type": "text"}}, "structured_outputs", "regex"),
         ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "structured_outputs", "ignore_eos"),
     ],
 )

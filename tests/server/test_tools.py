@@ -85,6 +85,17 @@ def test_a_forced_call_keeps_to_its_schema(server, choice, parallel):
         jsonschema.validate(json.loads(arguments), CITY if name == "weather" else {"type": "object"})
 
 
+def test_a_required_call_keeps_the_references_of_its_schema(http):
+    day = {"$defs": {"Day": {"enum": ["mon", "tue"]}}, "properties": {"day": {"$ref": "#/$defs/Day"}},
+           "required": ["day"], "additionalProperties": False}  # fmt: skip
+    tools = [{"type": "function", "function": {"name": name, "parameters": day}} for name in ("none", "open")]
+    for choice in ("required", {"type": "function", "function": {"name": "none"}}):
+        asked = GIVEN | {"tools": tools, "tool_choice": choice, "parallel_tool_calls": False}
+        (answer,) = http.post("/v1/chat/completions", json=asked).json()["choices"]
+        (made,) = answer["message"]["tool_calls"]
+        assert json.loads(made["function"]["arguments"])["day"] in ("mon", "tue")
+
+
 CALL = '{"name": "weather", "arguments": {"city": "Oslo", "days": 2}}'
 ANSWERS = {
     "plain": ("no call < here", "no call < here", []),
@@ -95,6 +106,12 @@ ANSWERS = {
     "unknown": ('<tool_call>{"name": "rm"}</tool_call>', '<tool_call>{"name": "rm"}</tool_call>', []),
     "json": ('{"team": "returns"}', '{"team": "returns"}', []),
     "cut": (f"<tool_call>{CALL[:20]}", f"<tool_call>{CALL[:20]}", []),
+    "a field name": ('{"name": {"first": "Al"}}', '{"name": {"first": "Al"}}', []),
+    "no object": ('{"name": "now", "arguments": 5}', '{"name": "now", "arguments": 5}', []),
+    "no JSON": ('{"name": "now", "arguments": {"a": NaN}}', '{"name": "now", "arguments": {"a": NaN}}', []),
+    "empty list": ("[]", "[]", []),
+    "later JSON": ("Sure: " + CALL, "Sure: " + CALL, []),
+    "text after": (f"x <tool_call>{CALL}</tool_call> tail\n", "x tail", ["weather"]),
 }  # fmt: skip
 
 
@@ -107,11 +124,12 @@ def test_calls_of_a_free_answer_are_the_same_whole_and_in_pieces(name, cuts):
     assert (rest, [one["function"]["name"] for one in calls]) == (content, names)
     assert all(json.loads(one["function"]["arguments"]) in ({"city": "Oslo", "days": 2}, {}) for one in calls)
     given, held, last = "", "", 0
+    assert calls or rest == text
     for cut in sorted(cuts):
         held, last = held + text[last:cut], max(last, cut)
         at = certain(held, body, bool(given))
         given, held = given + held[:at], held[at:]
-    rest, found = calls_of(held + text[last:], body)
+    rest, found = calls_of(held + text[last:], body, bool(given))
     assert given + rest == content and [one["function"] for one in found] == [one["function"] for one in calls]
 
 
@@ -149,6 +167,7 @@ def test_the_prompt_has_tools_calls_and_their_results(http):
     [
         ({"tool_choice": "must"}, "tool_choice", "must"),
         ({"tool_choice": {"type": "function", "function": {"name": "rm"}}}, "tool_choice", "rm"),
+        ({"tool_choice": {"type": "function", "function": {"name": "auto"}}}, "tool_choice", "auto"),
         ({"tool_choice": "required", "tools": []}, "tool_choice", "required"),
         ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice", "required"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type", "web_search"),

@@ -6,6 +6,8 @@ import random
 import re
 import time
 
+import jax
+import jax.numpy as jnp
 import jsonschema
 import pytest
 from characters import character_tokenizer
@@ -15,6 +17,7 @@ from tiny_engine import answers, bank_of, tenants_of
 
 from para_jax import Engine, Request
 from para_jax.inference.grammar import Grammars
+from para_jax.serving.ticket import Ticket
 
 LENGTH = 96
 
@@ -139,13 +142,43 @@ def test_a_round_that_fails_changes_no_answer(engine, monkeypatch):
         ({"json_object": False}, "json_object"),
         ({"jsn": {}}, "jsn"),
         ({"regex": "a", "choice": ["b"]}, "regex"),
-        ({"regex": "a" * 70_000}, "70000"),
+        ({"regex": "a" * 2001}, "2001"),
+        ({"grammar": "start: A & B\nA: /a/\nB: /b/"}, "&"),
+        ({"json": {"allOf": [{"pattern": "a" * n} for n in range(1, 12)]}}, "11 patterns"),
+        ({"json": {"properties": {"a": {"patternProperties": {"a" * 2001: {}}}}}}, "patterns"),
+        ({"choice": ["\ud800"]}, "surrogates"),
+        ({"choice": ["a"], "json": {}}, "choice"),
     ],
 )
 def test_a_wrong_structure_is_refused_by_name(engine, structure, said):
     (answer,) = answered(engine, Request("a", structured_outputs=structure))
     assert answer.finish_reason == "error" and "structured_outputs" in answer.error and said in answer.error
     assert "\n" not in answer.error
+
+
+def test_an_adapter_whose_logits_are_not_finite_ends_its_own_answer_alone(engine):
+    adapter = tenants_of(engine.model)["A"]
+    engine.bank.add("broken", jax.tree.map(lambda a: jnp.full_like(a, 1e30), adapter))
+    structure = {"regex": "[ab]{3,}"}
+    requests = [Request("a", tenant, max_new_tokens=8, structured_outputs=structure) for tenant in ("A", "broken")]
+    good, bad = answered(engine, *requests)
+    assert good.error is None and re.fullmatch("[ab]+", good.text) and "not finite" in bad.error
+
+
+def test_a_turns_end_ends_a_text_too(engine):
+    """After the form is complete the grammar allows each end token, also that of a chat."""
+    ends = engine._admission.grammars.ends
+    (answer,) = answered(engine, Request("a", structured_outputs={"choice": ["ab"]}, keep_end=True))
+    assert answer.text == "ab" and answer.tokens[-1] in ends
+    (sample,) = engine._admission.samples(Ticket(Request("a", structured_outputs={"choice": ["ab"]}), False), None)
+    assert sample.stops >= set(ends)
+    (empty,) = answered(engine, Request("a", structured_outputs={"regex": ""}))
+    assert (empty.text, empty.finish_reason) == ("", "stop")
+
+
+def test_a_tokenizer_may_have_more_tokens_than_the_model():
+    guide = Grammars(character_tokenizer(), 250, [2]).guide({"regex": "a+"})
+    assert guide.first.shape == (8,) and guide.first.any()
 
 
 def test_what_does_not_go_together_is_refused(engine):
@@ -157,7 +190,10 @@ def test_what_does_not_go_together_is_refused(engine):
 
 HOSTILE = {
     "nested repeats": {"regex": "((((a{1,99}){1,99}){1,99}b?){1,99}c?){1,99}"},
-    "alternatives": {"regex": "|".join(f"(a|b|c){{{n}}}d" for n in range(1, 400))},
+    "alternatives": {"regex": "|".join(f"(a|b|c){{{n}}}d" for n in range(1, 150))},
+    "unicode": {"regex": "\\p{L}{0,99}" * 150},
+    "intersections": {"json": {"allOf": [{"type": "string", "pattern": f"a.{{{n}}}b.{{{n}}}"} for n in range(10)]}},
+    "choices": {"choice": [str(n) for n in range(5000)]},
     "ambiguous": {"grammar": 'start: x\nx: "a" | x x | x x x'},
     "deep": {"json": json.loads('{"items":' * 400 + "{}" + "}" * 400)},
     "patterns": {"json": {"anyOf": [{"type": "string", "pattern": f".*a.{{{n}}}$"} for n in range(1, 200)]}},
