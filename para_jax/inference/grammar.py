@@ -7,6 +7,7 @@ import json
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from importlib.util import find_spec
 from threading import Lock
@@ -60,9 +61,9 @@ class Grammars:
         self._kept: OrderedDict[str, Guide] = OrderedDict()
 
     def prepare(self) -> None:
-        """Reads the tokenizer's tokens, which takes a second or two."""
+        """Reads the tokenizer's tokens, which takes a second or two. If llguidance can't, `guide` says so."""
         if has_grammars():
-            with self._lock:
+            with self._lock, suppress(ValueError):
                 _ = self._tokens
 
     @cached_property

@@ -13,7 +13,7 @@ import pytest
 from characters import character_tokenizer
 from golden_models import backbone
 from pydantic_core import from_json
-from tiny_engine import answers, bank_of, tenants_of
+from tiny_engine import answers, bank_of, engine_of, tenants_of
 
 from para_jax import Engine, Request
 from para_jax.inference.grammar import Grammars
@@ -174,6 +174,15 @@ def test_a_turns_end_ends_a_text_too(engine):
     assert sample.stops >= set(ends)
     (empty,) = answered(engine, Request("a", structured_outputs={"regex": ""}))
     assert (empty.text, empty.finish_reason) == ("", "stop")
+
+
+def test_a_tokenizer_that_cant_be_read_serves_what_is_free():
+    made = engine_of(backbone("llama"), None)
+    made.warm_up()
+    bound, free = answered(
+        made, Request("w9", max_new_tokens=2, structured_outputs={"regex": "a"}), Request("w9", max_new_tokens=2)
+    )
+    assert "structured_outputs" in bound.error and len(free.tokens) == 2
 
 
 def test_a_tokenizer_may_have_more_tokens_than_the_model():
