@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import optax
+from tunix.sft.metrics_logger import Mode
 from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig, TrainingInput
 from tunix_model import in_tunix
 
@@ -56,18 +57,15 @@ def main():
         # Tunix's padding is marked by its id, which prompts do not hold
         tokens = np.where(place < batch.length[:, None], batch.tokens, 0)
         batches.append(TrainingInput(input_tokens=tokens, input_mask=answer))
-    losses = []
-
-    class Noting(PeftTrainer):
-        def _post_process_train_step(self, aux):
-            losses.append(float(self._buffered_train_metrics.losses[-1]))
-
     model = attach(in_tunix(own), ParaConfig(r=12), config=own.config, backbone=own)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(args.rate, weight_decay=0.0))
-    sft(Noting(model, optimizer, TrainingConfig(eval_every_n_steps=10**6, max_steps=args.steps))).train(batches)
+    trainer = sft(PeftTrainer(model, optimizer, TrainingConfig(eval_every_n_steps=10**6, max_steps=args.steps)))
+    trainer.train(batches)
+    history = trainer.metrics_logger.get_metric_history(trainer.metrics_prefix, "loss", Mode.TRAIN)
+    losses = [float(loss) for loss in history]
     adapters = {"ours": load_adapter(ours.output_dir / "adapter", own.config), "tunix": adapter_of(model)}
     scores = evaluate(
-        own, adapters, args.data / "test.jsonl", tokenizer=tokenizer, options=EvalOptions(limit=1000), output=None
+        own, adapters, f"{args.data}/test.jsonl:exact_match", tokenizer=tokenizer, options=EvalOptions(limit=500)
     )
     rows = [json.loads(line) for line in (ours.output_dir / "metrics.jsonl").open()]
     own_losses = [row["loss"] for row in rows if "loss" in row]
