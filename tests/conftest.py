@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import tempfile
 
 import quick_compiler
@@ -44,6 +45,15 @@ def messages():
 
 
 @pytest.fixture
+def own_signals():
+    """Puts back the signals' handlers, which Tunix's GRPO replaces."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
 def compiled():
     """The names of the programs that XLA has compiled since the test began."""
     found = []
@@ -73,7 +83,7 @@ def bucket():
 
 
 def pytest_addoption(parser):
-    parser.addoption("--first-cases", action="store_true", help="of each file, run the first case of four tests")
+    parser.addoption("--first-cases", action="store_true", help="of each file, run the first case of three tests")
     parser.addoption("--soak-seconds", type=float, default=5, help="seconds of tests/server/test_soak.py's long day")
 
 

@@ -170,7 +170,7 @@ def test_the_first_shard_may_have_no_adapter_and_so_nothing_to_ask(folder, adapt
     assert (tmp_path / "merged/table.csv").read_bytes() == (tmp_path / "one/table.csv").read_bytes()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_killed_shard_is_taken_over_by_another_host_from_a_bucket(
     folder, adapters, one, bucket, tmp_path, monkeypatch
 ):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_models import strong
+from long_cases import slow
 
 from para_jax import Ia3Config, LoraConfig, ParaConfig, forward, init_adapter, pick, stack_adapters
 from para_jax.foreign import adapter_of, attach, set_adapter
@@ -57,7 +58,7 @@ def rows_of(out):
         yield np.concatenate([[1], prompt, tokens]).astype(np.int32), len(prompt) + 1  # Tunix adds the first token
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [slow(case) if case == "gemma4" else case for case in CASES])
 def test_decoding_equals_the_teacher_forced_pass(case):
     name, method = CASES[case]
     model = tunix_model(name)

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from golden_models import strong
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from long_cases import slow
 
 from para_jax import (
     Ia3Config,
@@ -54,9 +55,9 @@ METHODS = {
 }
 #: Every method on one model, and on the others what touches all of their linears.
 CASES = [("llama3", method) for method in METHODS]
-CASES += [
-    (name, method) for name in KINDS if name not in ("llama3", "gemma4") for method in ("seven sites", "response")
-]
+OTHERS = [name for name in KINDS if name not in ("llama3", "gemma4")]
+CASES += [(name, "seven sites") for name in OTHERS]
+CASES += [(name, "response") if name == "gemma3" else slow(name, "response") for name in OTHERS]
 LENGTHS, PROMPTS, WIDTH = np.array([12, 9, 11, 7]), np.array([5, 3, 1, 6]), 8
 MASK = np.arange(12) < LENGTHS[:, None]
 TOKENS = np.where(MASK, np.random.default_rng(1).integers(3, VOCAB, (4, 12)), 0).astype(np.int32)

@@ -10,12 +10,13 @@ import pytest
 from flax import nnx
 from golden_models import strong
 from jax.sharding import Mesh
+from long_cases import slow
 
 from para_jax import ParaConfig, forward, init_adapter, load_adapter, save_adapter
 from para_jax.foreign import LeftPadded, adapter_of, attach
 
 pytest.importorskip("tunix")
-pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("own_signals"), pytest.mark.filterwarnings("ignore")]
 
 import orbax.checkpoint as ocp  # noqa: E402
 from tunix.rl import rl_cluster as rc  # noqa: E402
@@ -181,7 +182,7 @@ def one_device(i=0):
     return Mesh(np.array(jax.devices()[i : i + 1]).reshape(1, 1), ("fsdp", "tp"))
 
 
-@pytest.mark.parametrize("how", ["shared", "bfloat16, copied", "two iterations"])
+@pytest.mark.parametrize("how", ["shared", "bfloat16, copied", slow("two iterations")])
 def test_grpo_trains_the_adapter_and_gives_it_to_the_rollout(how):
     model = tunix_model("llama3")
     if "bfloat16" in how:

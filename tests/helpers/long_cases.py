@@ -12,7 +12,7 @@ def quick(values: Iterable, *chosen, slow: tuple = ()) -> list:
     return [value if value in chosen else pytest.param(value, marks=marked[value in slow]) for value in values]
 
 
-def first_cases(items: Iterable[pytest.Item], whole: str, most: int = 4) -> list[pytest.Item]:
+def first_cases(items: Iterable[pytest.Item], whole: str, most: int = 3) -> list[pytest.Item]:
     """The first case of each file's first tests: enough for a second Python, where a first one runs all.
 
     Args:

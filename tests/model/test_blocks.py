@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_models import backbone, strong
-from long_cases import long, quick, slow
+from long_cases import quick, slow
 
 from para_jax import Ia3Config, LoraConfig, ParaConfig, init_adapter, prefill, stack_adapters
 from para_jax.adapters.rows import Rows
@@ -108,7 +108,7 @@ def test_both_layouts_give_the_same():
 
 @pytest.mark.parametrize(
     ("family", "length"),
-    [("llama", 1), ("llama", 18), long("gemma3_text", 18), slow("llama", 3), slow("gemma3_text", 1)],
+    [("llama", 1), ("llama", 18), slow("gemma3_text", 18), slow("llama", 3), slow("gemma3_text", 1)],
 )
 @pytest.mark.parametrize(
     "config",

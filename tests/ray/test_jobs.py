@@ -224,7 +224,7 @@ def heeds_ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_killed_worker_and_ctrl_c_lose_nothing_of_a_job(folder, two_workers, tmp_path, heeds_ctrl_c):
     shards = tmp_path / "out.jsonl.shards"
     killed = AfterLines(shards / "1.jsonl", 1, kill)
