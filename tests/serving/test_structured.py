@@ -109,7 +109,9 @@ def test_free_rows_are_as_alone_and_nothing_is_compiled(engine, compiled):
 
 def test_a_round_that_fails_changes_no_answer(engine, monkeypatch):
     requests = [
-        Request("a", max_new_tokens=12, temperature=1.0, seed=i, structured_outputs={"regex": "[a-z]{2}[0-9]{3}[A-Z]{9}"})
+        Request(
+            "a", max_new_tokens=12, temperature=1.0, seed=i, structured_outputs={"regex": "[a-z]{2}[0-9]{3}[A-Z]{9}"}
+        )
         for i in range(3)
     ]
     wanted = [answer.tokens for answer in answered(engine, *requests)]
