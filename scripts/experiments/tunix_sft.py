@@ -1,6 +1,6 @@
 """SFT of SmolLM2-135M by Tunix's PeftTrainer and by `para-jax train`, with the same batches: losses and test scores.
 
-python scripts/experiments/tunix_sft.py ../shared/data/banking77 --output runs/tunix_sft
+python scripts/experiments/tunix_sft.py data/banking77 --output runs/tunix_sft
 """
 
 import argparse
