@@ -43,6 +43,8 @@ def unpacked(tmp_path_factory):
 @pytest.mark.parametrize("script", sorted(EXPERIMENTS.glob("*.py")), ids=lambda file: file.stem)
 def test_every_script_finds_what_it_imports(script, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # one script sets it for its process
+    if script.stem.startswith("tunix_"):
+        pytest.importorskip("tunix")
     if script.stem.endswith("_worker"):  # needs torch and PEFT
         compile(script.read_text(), script, "exec")
     else:
