@@ -35,11 +35,12 @@ def main():
     for _ in range(args.rounds):
         for kind, structure in KINDS.items():
             for i in range(ROWS):
-                prompt = f"Tell a story about the number {i}."
+                prompt = [{"role": "user", "content": f"Tell a long story about the number {i}."}]
                 engine.submit(Request(prompt, "tenant", max_new_tokens=TOKENS, structured_outputs=structure, id=i))
             began = time.perf_counter()
             answers = {answer.id: answer for answer in engine.run()}
             seconds = time.perf_counter() - began
+            assert not any(answer.error for answer in answers.values()), answers[0].error
             speeds[kind].append(sum(len(answer.tokens) for answer in answers.values()) / seconds)
             texts[kind] = [answers[i].tokens for i in range(ROWS)]
     free = median(speeds["free"])
