@@ -85,7 +85,7 @@ class Grammars:
                     matcher = LLMatcher(self._tokens, text, log_level=0, limits=LLParserLimits(**LIMITS))
                 except ValueError as error:  # of a tokenizer that llguidance can't read
                     raise wrong(str(error)) from None
-                self._kept[text] = Guide(matcher, np.zeros(self.words, np.int32), words_of(self._size))
+                self._kept[text] = Guide(matcher, self.words, words_of(self._size))
                 if len(self._kept) > KEPT:
                     self._kept.popitem(last=False)
             self._kept.move_to_end(text)
@@ -95,18 +95,19 @@ class Grammars:
 class Guide:
     """What may follow the tokens of one answer."""
 
-    def __init__(self, matcher: Any, first: np.ndarray, words: int):
+    def __init__(self, matcher: Any, words: int, tokenizer_words: int):
         """
         Args:
-            first: zeros, for the mask of the tokens that the answer may begin with.
-            words: of the tokenizer's masks. The model may have fewer tokens.
+            words, tokenizer_words: of the model's masks, and of the tokenizer's, which may have more tokens.
         """
-        self.matcher, self.first = matcher, first
-        self._mask, self._read = np.zeros((1, words), np.int32), 0
-        self.allow([], first)
+        self.matcher, self._read = matcher, 0
+        self._mask = np.zeros((1, tokenizer_words), np.int32)
+        self.first = np.zeros(words, np.int32)
+        """the tokens that the answer may begin with"""
+        self.allow([], self.first)
 
     def copy(self) -> Guide:
-        return Guide(self.matcher.deep_copy(), np.zeros_like(self.first), self._mask.size)
+        return Guide(self.matcher.deep_copy(), len(self.first), self._mask.size)
 
     def allow(self, tokens: Sequence[int], mask: np.ndarray) -> None:
         """Writes which tokens may follow these into a mask, int32 [words], one bit a token. `tokens` are the answer so

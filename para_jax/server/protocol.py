@@ -166,7 +166,7 @@ class ToolCall(Fields):
     id: Label
     type: Literal["function"] = "function"
     function: CalledFunction
-    neutral = {"index": tuple(range(128))}
+    neutral = {"index": tuple(range(MAX_SAMPLES))}  # some clients send the pieces of a stream back
 
 
 class Message(Fields):
@@ -337,12 +337,13 @@ class ChatBody(Body):
     @validator(mode="after")
     def tools_go_together(self):
         choice, names = self.tool_choice, [tool.function.name for tool in self.tools]
-        if isinstance(choice, Named) or choice == "required":
-            wanted = choice.name if isinstance(choice, Named) else choice
-            if wanted not in names if isinstance(choice, Named) else not names:
-                raise wrong_field("tool_choice", f"tool_choice is {shorten(wanted)}; tools has {shorten(names)}")
-            if self.structure is not None:
-                raise wrong_field("tool_choice", f"tool_choice is {shorten(wanted)}; leave out the answer's own form")
+        if choice in ("none", "auto"):
+            return self
+        wanted, missing = (choice.name, choice.name not in names) if isinstance(choice, Named) else (choice, not names)
+        if missing:
+            raise wrong_field("tool_choice", f"tool_choice is {shorten(wanted)}; tools has {shorten(names)}")
+        if self.structure is not None:
+            raise wrong_field("tool_choice", f"tool_choice is {shorten(wanted)}; leave out the answer's own form")
         return self
 
     @property
