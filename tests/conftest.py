@@ -83,7 +83,7 @@ def bucket():
 
 
 def pytest_addoption(parser):
-    parser.addoption("--first-cases", action="store_true", help="of each file, run the first case of three tests")
+    parser.addoption("--first-cases", action="store_true", help="of each file, run the first case")
     parser.addoption("--soak-seconds", type=float, default=5, help="seconds of tests/server/test_soak.py's long day")
 
 

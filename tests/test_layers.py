@@ -36,12 +36,12 @@ HEAVY += "torch starlette uvicorn httptools prometheus_client pydantic ray".spli
 
 #: What may only go down, except by what an issue names.
 MOST = {
-    "lines of the package": 33_405,
-    "lines of tests": 37_345,
+    "lines of the package": 33_661,
+    "lines of tests": 37_508,
     "loose modules": 0,
     "modules and packages at the top": 20,
     "checks per 1000 lines": 19,
-    "words of docs": 26_720,
+    "words of docs": 26_910,
     "megabytes of results": 2.4,
 }
 

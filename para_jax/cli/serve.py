@@ -113,6 +113,7 @@ def engine_of(options, sources: dict[str, str]):
         slots=options.slots,
         max_length=shared.engine_length(options, model.config),
         max_prefill_tokens=options.max_prefill_tokens,
+        speculative_tokens=options.speculative_tokens,
         queue_limit=options.queue_limit,
         queue_limit_per_tenant=options.queue_limit_per_tenant,
         seed=secrets.randbits(32),

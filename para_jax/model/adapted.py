@@ -21,7 +21,7 @@ from ..adapters.acting import batched_adjust, carried
 from ..adapters.adapter import Adapter, Adjustment, Factors, Shared, init
 from ..adapters.methods import is_adapter_config, method_of
 from ..adapters.rows import Adjustments, Rows, Stack, check_fits, gather, reach_of
-from ..backbone.cache import attend_cached, attend_prefix, padded, with_tokens
+from ..backbone.cache import attend_cached, attend_prefix, attend_several, padded, with_tokens
 from ..backbone.layout import stack_trees, through_layers
 from ..backbone.sequences import checked_sequences, require_in_vocabulary
 from ..backbone.transformer import Transformer
@@ -377,6 +377,24 @@ def decode_step(
 
 
 _decode = jax.jit(decode_step, donate_argnums=1)
+
+
+def decode_several(
+    model: Transformer, state: DecodeState, tokens: Int[Array, "batch k"]
+) -> tuple[Float[Array, "batch k vocab"], DecodeState]:
+    """decode_step for k tokens per row in one pass, for use inside a compiled program. The state keeps its length: the
+    caller says how many of the tokens count, and the next ones are written over the others. Logits of tokens beyond
+    max_length mean nothing."""
+    tables = rotary_tables_by_kind(model.config, state.length[:, None] + jnp.arange(tokens.shape[1]))
+
+    def step(x, layer, inputs):
+        cache, adjustment = inputs
+        attend = attend_several(cache, state.length, layer.kind.window)
+        return layer(x, batched_adjust(adjustment), tables[layer.kind.rotary], attend)
+
+    adjustments = state.adjustments or (None,) * model.config.num_layers
+    x, cache = through_layers(model, step, model.embed(tokens), list(zip(state.cache, adjustments, strict=True)))
+    return model.logits(model.final_norm(x)), state._replace(cache=tuple(cache))
 
 
 def continue_rows(

@@ -114,10 +114,14 @@ class Metrics:
         """What others count, and labels that change."""
         engine, base, labels = self._engine, self._models.base, ["model_name"]
         cache, total, counts = engine.prefix_cache, self.traffic.total, self.traffic.by_tenant()
+        speculation = engine.speculation
         counters = {
             "prefix_cache_queries": ("Prompt tokens that were looked for in the prefix cache.", cache.queries),
             "prefix_cache_hits": ("Prompt tokens that were found in the prefix cache.", cache.hits),
             "prompt_tokens": ("Tokens of prompts, with those from the prefix cache.", total.prompt_tokens),
+            "spec_decode_num_drafts": ("Drafts that were verified.", speculation.drafts),
+            "spec_decode_num_draft_tokens": ("Tokens of these drafts.", speculation.drafted),
+            "spec_decode_num_accepted_tokens": ("Those of them that the model wrote too.", speculation.accepted),
             "generation_tokens": ("Tokens of answers.", total.new_tokens),
         }
         for name, (text, value) in counters.items():

@@ -3,8 +3,10 @@ time may use it."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,18 +19,32 @@ from ..data.batches import right_padded, rounded_up
 from ..inference.draw import row_sampling
 from ..inference.grammar import words_of
 from ..inference.logprobs import Logprobs
-from ..inference.sampling import Sampling
+from ..inference.sampling import GREEDY, Sampling
 from ..io.progress import Progress
 from ..model.adapted import prefill
 from ..runtime.sharding import mesh_of
 from .prefills import Prefills, token_bytes
 from .prompt_table import ChunkedPrompt, WholePrompt
 from .scoring import ScoredPrompt, score_prompt
-from .slots import empty_slots, first_logprobs, insert, insert_prompt, steps
+from .slots import empty_slots, first_logprobs, insert, insert_prompt, steps, verify
+from .speculation import UNMEASURED, draft_array
 from .ticket import Sample
 
 #: Decode steps per dispatch, after which the tokens are fetched.
 STEPS = 4
+#: Runs of a program that are timed; the fastest counts.
+TIMED = 5
+
+
+class Decoded(NamedTuple):
+    """New tokens of all slots."""
+
+    tokens: jax.Array
+    """int32 [steps, slots]"""
+    logprobs: Logprobs | None
+    """of them, if asked for"""
+    counts: Any
+    """[slots], how many of them count"""
 
 
 class Decoder:
@@ -46,6 +62,7 @@ class Decoder:
         cache_bytes: int | None,
         top: int,
         guided: bool,
+        drafted: int,
     ):
         """
         Args:
@@ -54,8 +71,11 @@ class Decoder:
             block_size, chunk, cache_bytes, top: the engine's block_size, prefill_chunk, prefix_cache_bytes and
                 max_logprobs.
             guided: whether answers may have to follow a grammar.
+            drafted: the engine's speculative_tokens.
         """
-        self.top, self.guided = top, guided
+        self.top, self.guided, self.drafted = top, guided, drafted
+        self.verify_cost = UNMEASURED
+        """of a pass over drafts, in decode steps"""
         self.all_tokens = np.full(words_of(model.config.vocab_size), -1, np.int32)
         """the mask that allows all of them"""
         self.model, self.bank, self.slots, self.max_length = model, bank, slots, max_length
@@ -94,7 +114,9 @@ class Decoder:
         masks = np.tile(self.all_tokens, (self.slots, 1))
         # with and without log-probabilities are two programs, and so are guided and free rounds
         variants = list(product([False, True] if self.top else [False], [None, masks] if self.guided else [None]))
-        with Progress("warming up the engine", len(buckets) + len(scored) + 1 + len(variants), unit="program") as bar:
+        passes = ([False, True] if self.top else [False]) if self.drafted else []
+        programs = len(buckets) + len(scored) + 1 + len(variants) + len(passes)
+        with Progress("warming up the engine", programs, unit="program") as bar:
             for bucket in buckets:
                 prefilled = self._prefill([0] * min(bucket, self.max_length - 1), None)  # with room to write
                 self.insert(0, prefilled, None, logprobs=self.top > 0)
@@ -107,6 +129,13 @@ class Decoder:
             for logprobs, allowed in variants:
                 jax.block_until_ready(self.decode([None] * self.slots, logprobs=logprobs, allowed=allowed))
                 bar.advance()
+            for logprobs in passes:
+                jax.block_until_ready(self.verify([GREEDY] * self.slots, {}, logprobs=logprobs))
+                bar.advance()
+        if self.drafted:
+            rows: list[Sampling | None] = [GREEDY] * self.slots
+            step = seconds_of(lambda: self.decode(rows, logprobs=False)) / STEPS
+            self.verify_cost = seconds_of(lambda: self.verify(rows, {}, logprobs=False)) / step
 
     def keeps(self, sample: Sample) -> bool:
         """Whether the sample's prompt is prefilled already."""
@@ -152,11 +181,8 @@ class Decoder:
             logits, row = prefilled.logits, 0
         return token, first_logprobs(logits, row, token, self.top) if logprobs else None
 
-    def decode(
-        self, rows: list[Sampling | None], *, logprobs: bool, allowed: np.ndarray | None = None
-    ) -> tuple[jax.Array, Logprobs | None]:
-        """The next STEPS tokens of all slots, [STEPS, slots], and their log-probabilities. None is a slot without a
-        sample.
+    def decode(self, rows: list[Sampling | None], *, logprobs: bool, allowed: np.ndarray | None = None) -> Decoded:
+        """The next STEPS tokens of all slots. None is a slot without a sample.
 
         Args:
             logprobs: whether any slot needs them.
@@ -165,7 +191,20 @@ class Decoder:
         live, top = np.array([row is not None for row in rows]), self.top if logprobs else None
         state, sampling, count = self._state, row_sampling(rows), STEPS if allowed is None else 1
         self._state, decoded = steps(self._treedef, self._leaves, state, sampling, live, count, top, allowed)
-        return decoded
+        return Decoded(*decoded, np.full(self.slots, count))
+
+    def verify(self, rows: list[Sampling | None], drafts: dict[int, list[int]], *, logprobs: bool) -> Decoded:
+        """The next tokens of all slots from one pass over drafts: one of each slot, and those that were drafted right.
+
+        Args:
+            rows, logprobs: as in `decode`.
+            drafts: tokens by slot, at most `drafted` each.
+        """
+        live, top = np.array([row is not None for row in rows]), self.top if logprobs else None
+        drafts_array = draft_array(drafts, self.slots, self.drafted)
+        given = self._state, row_sampling(rows), live, drafts_array, top
+        self._state, decoded = verify(self._treedef, self._leaves, *given)
+        return Decoded(*decoded)
 
     def score(self, sample: Sample) -> ScoredPrompt:
         """The log-probabilities of the sample's prompt, and the token after it."""
@@ -190,3 +229,13 @@ class Decoder:
 
     def _adapters(self, entry: Entry | None) -> Rows | None:
         return None if self.bank is None else self.bank.rows_of([entry])
+
+
+def seconds_of(dispatch: Callable) -> float:
+    """The shortest time that a program took."""
+    found = []
+    for _ in range(TIMED):
+        began = time.perf_counter()
+        jax.block_until_ready(dispatch())
+        found.append(time.perf_counter() - began)
+    return min(found)

@@ -29,6 +29,7 @@ from .prefills import token_bytes
 from .prefix_cache import PrefixCacheStats
 from .request import Completion, Piece, Request
 from .rounds import Rounds
+from .speculation import SpeculationStats
 from .stream import Stream
 from .ticket import Sample, Ticket, is_request_error
 
@@ -69,6 +70,7 @@ class Engine:
         max_prefill_tokens: int | None = None,
         block_size: int = 16,
         max_logprobs: int = 0,
+        speculative_tokens: int = 0,
     ):
         """
         Args:
@@ -94,6 +96,9 @@ class Engine:
             max_logprobs: alternatives per token that a request may ask for. Above 0, warm_up compiles a second decode
                 program, for rounds in which a row asks for log-probabilities, and those that score prompts. 0: such
                 requests are refused.
+            speculative_tokens: tokens that one pass verifies at most, drafted for each row from its prompt and its
+                answer so far. The answers stay the same, but where two tokens are equally likely up to rounding. A
+                round decodes without drafts where they would not pay. 0: none.
 
         Reports the memory that the slots need and, where the free memory is known, how many slots would fit.
         """
@@ -104,6 +109,8 @@ class Engine:
             raise ValueError(
                 f"max_length is {max_length}; give 2 to {model.config.max_positions}, the model's positions"
             )
+        if not 0 <= speculative_tokens < max_length:
+            raise ValueError(f"speculative_tokens is {speculative_tokens}; give 0 to {max_length - 1}")
         ends = stop_token_ids(tokenizer, model.config.eos_token_ids) if stop_ids is None else tuple(stop_ids)
         if bank is not None:
             bank.fingerprint = model.fingerprint
@@ -126,6 +133,7 @@ class Engine:
                 cache_bytes=prefix_cache_bytes,
                 top=max_logprobs,
                 guided=has_grammars(),
+                drafted=speculative_tokens,
             )
             self._prefills = self._decoder.prefills
             pool, cached = (blocks * block_size for blocks in (self._prefills.cache.blocks, self._prefills.cached))
@@ -172,6 +180,11 @@ class Engine:
         """The statistics of the prefix cache since the engine was made."""
         cache, each = self._prefills.cache, self._prefills.size * token_bytes(self._decoder.row)
         return PrefixCacheStats(cache.queries, cache.hits, cache.known * each)
+
+    @property
+    def speculation(self) -> SpeculationStats:
+        """What was drafted and accepted since the engine was made."""
+        return self._rounds.speculated
 
     # ------------------------------------------------------------------------------------------- calls from any thread
 

@@ -15,14 +15,15 @@ import jax
 import numpy as np
 
 from ..inference.draw import NO_TOKEN, NO_TOKEN_MESSAGE
-from ..inference.logprobs import Logprobs, TokenLogprob
+from ..inference.logprobs import TokenLogprob
 from ..inference.sampling import Sampling
 from ..io.checks import shorten
 from ..runtime.sharding import using
-from .decoder import Decoder
+from .decoder import Decoded, Decoder
 from .open_requests import OpenRequests, interrupts_held_back
 from .prompt_table import ChunkedPrompt, PromptFailed, WholePrompt
 from .scoring import ScoredPrompt
+from .speculation import Lookup, SpeculationStats
 from .ticket import Sample, is_request_error
 
 #: The share of max_prefill_tokens that a round may compute for each slot that does not decode. So one long prompt does
@@ -67,6 +68,7 @@ class Rounds:
         self._stops, self._limit = stops, limit
         self.decoding = 0
         """rows that decoded in the last round"""
+        self.speculated = SpeculationStats(0, 0, 0)
         self._driving = threading.Lock()
         """held during a round; guards the decoder and what follows"""
         self._rows: list[Sample | None] = [None] * decoder.slots
@@ -100,7 +102,10 @@ class Rounds:
                 self._start_again()
                 return True
             active = [(slot, sample) for slot, sample in enumerate(self._rows) if sample and not sample.completion]
-            decoded = self._decode(active, started.first) if active else None  # dispatched, not yet waited for
+            drafts = self._drafts(active, started.first)
+            speculates = self._pays(active, drafts)
+            # dispatched, not yet waited for
+            decoded = self._decode(active, started.first, drafts if speculates else {}) if active else None
             scored = started.scored
             self.decoding = len(active)
             if scored or active:
@@ -109,7 +114,10 @@ class Rounds:
                 for (sample, _), prompt in zip(scored, prompts, strict=True):
                     self._give_scores(sample, prompt)
                 for slot, sample in active:
-                    self._extend(sample, *new_tokens(sample, first.get(slot), decoded, slot))
+                    tokens, records = new_tokens(sample, first.get(slot), decoded, slot)
+                    if slot in drafts:
+                        self._learn(sample, drafts[slot], tokens, speculates)
+                    self._extend(sample, tokens, records)
             with self._requests.lock:
                 self._rows = [sample if sample and not sample.completion else None for sample in self._rows]
                 self._requests.news.notify_all()
@@ -238,11 +246,41 @@ class Rounds:
         started.first[slot] = first
         self._rows[slot] = sample
 
-    def _decode(self, active: list[tuple[int, Sample]], first: dict[int, tuple]) -> tuple[jax.Array, Logprobs | None]:
+    def _drafts(self, active: list[tuple[int, Sample]], first: dict[int, tuple]) -> dict[int, list[int]]:
+        """By slot, the tokens that are likely to follow. Rows that begin have none: their first token is on the device.
+        Next to a row that follows a grammar, no row has any: a mask holds for one step."""
+        if not self._decoder.drafted or any(sample.guide for _, sample in active):
+            return {}
+        drafts = {}
+        for slot, sample in active:
+            if slot not in first:
+                sample.lookup = sample.lookup or Lookup(sample.ids, self._decoder.drafted)
+                if draft := sample.lookup.draft(sample.tokens):
+                    drafts[slot] = draft
+        return drafts
+
+    def _pays(self, active: list[tuple[int, Sample]], drafts: dict[int, list[int]]) -> bool:
+        """Whether a pass over the drafts brings more tokens than decode steps do in the same time."""
+        won = sum(sample.lookup.expected for slot, sample in active if slot in drafts and sample.lookup)
+        return bool(drafts) and won + len(active) > self._decoder.verify_cost * len(active)
+
+    def _learn(self, sample: Sample, draft: list[int], tokens: list[int], verified: bool) -> None:
+        """Compares a draft with the tokens that the round gave."""
+        assert sample.lookup is not None
+        right = sample.lookup.compare(draft, tokens)
+        if verified:
+            drafts, drafted, accepted = self.speculated
+            self.speculated = SpeculationStats(drafts + 1, drafted + len(draft), accepted + right)
+
+    def _decode(
+        self, active: list[tuple[int, Sample]], first: dict[int, tuple], drafts: dict[int, list[int]]
+    ) -> Decoded:
         rows: list[Sampling | None] = [None] * len(self._rows)
         for slot, sample in active:
             rows[slot] = sample.sampling
         logprobs = any(sample.request.logprobs is not None for _, sample in active)
+        if drafts:
+            return self._decoder.verify(rows, drafts, logprobs=logprobs)
         return self._decoder.decode(rows, logprobs=logprobs, allowed=self._allowed(active, first))
 
     def _allowed(self, active: list[tuple[int, Sample]], first: dict[int, tuple]) -> np.ndarray | None:
@@ -313,15 +351,18 @@ class Rounds:
                 self._requests.end(sample, "error", message)
 
 
-def new_tokens(sample: Sample, first: tuple | None, decoded: tuple, slot: int) -> tuple[list[int], list[TokenLogprob]]:
+def new_tokens(
+    sample: Sample, first: tuple | None, decoded: Decoded, slot: int
+) -> tuple[list[int], list[TokenLogprob]]:
     """The tokens that a round gave a sample, and their log-probabilities if its request asks for them.
 
     Args:
         first: its first token and that one's Logprobs, if the round began with it.
-        decoded: the tokens [steps, slots] of all slots, and their Logprobs.
     """
     parts, asked = [first] if first else [], sample.request.logprobs
-    parts.append((decoded[0][:, slot], asked is not None and jax.tree.map(lambda a: a[:, slot], decoded[1])))
+    count, logprobs = decoded.counts[slot], decoded.logprobs
+    own = asked is not None and jax.tree.map(lambda a: a[:count, slot], logprobs)
+    parts.append((decoded.tokens[:count, slot], own))
     tokens, records = [], []
     for of_part, logprobs in parts:
         new = of_part.tolist()

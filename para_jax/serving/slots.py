@@ -16,7 +16,7 @@ from ..backbone.block_pool import before, rows_of_blocks
 from ..backbone.cache import constrain_held, empty_held
 from ..inference.draw import RowSampling, row_keys, sample
 from ..inference.logprobs import Logprobs, logprobs_of
-from ..model.adapted import DecodeState, decode_step
+from ..model.adapted import DecodeState, decode_several, decode_step
 from ..model.blocks import Pool
 from ..runtime.sharding import replicate, zeros
 
@@ -135,6 +135,32 @@ def steps(
         return constrain_slots(slots), (token, logprobs)
 
     return jax.lax.scan(one, slots, length=count)
+
+
+@partial(jax.jit, static_argnums=(0, 6), donate_argnums=2)
+def verify(
+    treedef, leaves, slots: Slots, sampling: RowSampling, live, drafts, top: int | None
+) -> tuple[Slots, tuple[jax.Array, Logprobs | None, jax.Array]]:
+    """One pass over the drafted tokens of every slot. Each row takes the drafted tokens that it draws itself, and one
+    more: the tokens that `steps` would give. Returns the slots, the tokens [drafted + 1, slots] with their
+    log-probabilities, and how many of them count, [slots]. The given slots are donated.
+
+    Args:
+        live, top: as in `steps`.
+        drafts: int32 [slots, drafted], `speculation.NOTHING` where a row has none.
+    """
+    state, position = slots.state, jnp.arange(drafts.shape[1] + 1)
+    tokens = jnp.concatenate([slots.token[:, None], jnp.maximum(drafts, 0)], axis=1)
+    logits, state = decode_several(jax.tree.unflatten(treedef, leaves), state, tokens)
+    logits = logits.swapaxes(0, 1)  # [drafted + 1, slots, vocab]
+    token = jax.lax.map(lambda at: drawn(at[0], sampling, slots.position + at[1]), (logits, position))
+    logprobs = None if top is None else jax.lax.map(lambda at: logprobs_of(*at, top), (logits, token))
+    right = jnp.cumprod(token[:-1] == drafts.T, axis=0).sum(axis=0)
+    count = jnp.where(live, right + 1, 0)
+    last = jnp.take_along_axis(token, right[None], axis=0)[0]
+    most = jax.tree.leaves(state.cache)[0].shape[2]
+    state = state._replace(length=jnp.minimum(state.length + count, most))
+    return constrain_slots(Slots(state, last, slots.position + count)), (token, logprobs, count)
 
 
 def zeros_of(row, rows: int):

@@ -13,6 +13,7 @@ from ..inference.logprobs import TokenLogprob
 from ..inference.sampling import Sampling
 from .prefix_cache import prompt_key
 from .request import Completion, Piece, Request
+from .speculation import Lookup
 
 
 @dataclass
@@ -73,6 +74,8 @@ class Sample:
         """of the prompt, once it is scored"""
         self.guide: Guide | None = None
         """what its tokens may be, if the request asks for structured outputs"""
+        self.lookup: Lookup | None = None
+        """what may follow its tokens, where the engine speculates"""
         self.text: AnswerText | None = None
         """the text of the tokens so far, kept only where it is needed before the end: for stop texts and streams"""
         self.completion: Completion | None = None
@@ -89,7 +92,7 @@ class Sample:
     def restart(self, tokenizer) -> None:
         """Forgets the tokens, which will be decoded again. Keeps the prompt's scores, which a stream may be about to
         show, unless the pass that gave them has to give its token too."""
-        self.tokens, self.logprobs, self.text = [], [], None
+        self.tokens, self.logprobs, self.text, self.lookup = [], [], None, None
         if not self.decodes:
             self.prompt_logprobs = None
         if self.guide is not None:
