@@ -44,13 +44,15 @@ def messages():
     log_to_stderr()
 
 
-@pytest.fixture
-def own_signals():
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
     """Puts back the signals' handlers, which Tunix's GRPO replaces."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    try:
+        return (yield)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -84,7 +84,6 @@ def test_every_cell_of_a_notebook_runs(name, folder, capsys):
 
 
 @pytest.mark.long
-@pytest.mark.usefixtures("own_signals")
 @pytest.mark.filterwarnings("ignore")
 def test_every_cell_of_the_notebook_for_tunix_runs(tmp_path, monkeypatch, capfd):
     pytest.importorskip("tunix")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from ..data.batches import right_padded, rounded_up
 from ..inference.draw import row_sampling
 from ..inference.grammar import words_of
 from ..inference.logprobs import Logprobs
-from ..inference.sampling import GREEDY, Sampling
+from ..inference.sampling import Sampling
 from ..io.progress import Progress
 from ..model.adapted import prefill
 from ..runtime.sharding import mesh_of
@@ -74,8 +75,8 @@ class Decoder:
             drafted: the engine's speculative_tokens.
         """
         self.top, self.guided, self.drafted = top, guided, drafted
-        self.verify_cost = UNMEASURED
-        """of a pass over drafts, in decode steps"""
+        self.verify_cost = {False: UNMEASURED, True: UNMEASURED}
+        """of a pass over drafts, in decode steps; True: where rows are sampled, which a pass does for each position"""
         self.all_tokens = np.full(words_of(model.config.vocab_size), -1, np.int32)
         """the mask that allows all of them"""
         self.model, self.bank, self.slots, self.max_length = model, bank, slots, max_length
@@ -130,12 +131,12 @@ class Decoder:
                 jax.block_until_ready(self.decode([None] * self.slots, logprobs=logprobs, allowed=allowed))
                 bar.advance()
             for logprobs in passes:
-                jax.block_until_ready(self.verify([GREEDY] * self.slots, {}, logprobs=logprobs))
+                jax.block_until_ready(self.verify([None] * self.slots, {}, logprobs=logprobs))
                 bar.advance()
-        if self.drafted:
-            rows: list[Sampling | None] = [GREEDY] * self.slots
-            step = seconds_of(lambda: self.decode(rows, logprobs=False)) / STEPS
-            self.verify_cost = seconds_of(lambda: self.verify(rows, {}, logprobs=False)) / step
+        for sampled in self.verify_cost if self.drafted else ():
+            rows: list[Sampling | None] = [Sampling(temperature=float(sampled))] * self.slots
+            step = seconds_of(partial(self.decode, rows, logprobs=False)) / STEPS
+            self.verify_cost[sampled] = seconds_of(partial(self.verify, rows, {}, logprobs=False)) / step
 
     def keeps(self, sample: Sample) -> bool:
         """Whether the sample's prompt is prefilled already."""
@@ -190,8 +191,8 @@ class Decoder:
         """
         live, top = np.array([row is not None for row in rows]), self.top if logprobs else None
         state, sampling, count = self._state, row_sampling(rows), STEPS if allowed is None else 1
-        self._state, decoded = steps(self._treedef, self._leaves, state, sampling, live, count, top, allowed)
-        return Decoded(*decoded, np.full(self.slots, count))
+        self._state, new = steps(self._treedef, self._leaves, state, sampling, live, count, top, allowed)
+        return Decoded(new[0], new[1], np.full(self.slots, count))
 
     def verify(self, rows: list[Sampling | None], drafts: dict[int, list[int]], *, logprobs: bool) -> Decoded:
         """The next tokens of all slots from one pass over drafts: one of each slot, and those that were drafted right.
@@ -201,10 +202,9 @@ class Decoder:
             drafts: tokens by slot, at most `drafted` each.
         """
         live, top = np.array([row is not None for row in rows]), self.top if logprobs else None
-        drafts_array = draft_array(drafts, self.slots, self.drafted)
-        given = self._state, row_sampling(rows), live, drafts_array, top
-        self._state, decoded = verify(self._treedef, self._leaves, *given)
-        return Decoded(*decoded)
+        state, sampling, drafted = self._state, row_sampling(rows), draft_array(drafts, self.slots, self.drafted)
+        self._state, new = verify(self._treedef, self._leaves, state, sampling, live, drafted, top)
+        return Decoded(new[0], new[1], new[2])
 
     def score(self, sample: Sample) -> ScoredPrompt:
         """The log-probabilities of the sample's prompt, and the token after it."""

@@ -262,7 +262,8 @@ class Rounds:
     def _pays(self, active: list[tuple[int, Sample]], drafts: dict[int, list[int]]) -> bool:
         """Whether a pass over the drafts brings more tokens than decode steps do in the same time."""
         won = sum(sample.lookup.expected for slot, sample in active if slot in drafts and sample.lookup)
-        return bool(drafts) and won + len(active) > self._decoder.verify_cost * len(active)
+        cost = self._decoder.verify_cost[any(sample.request.temperature > 0 for _, sample in active)]
+        return bool(drafts) and won + len(active) > cost * len(active)
 
     def _learn(self, sample: Sample, draft: list[int], tokens: list[int], verified: bool) -> None:
         """Compares a draft with the tokens that the round gave."""

@@ -154,7 +154,7 @@ def verify(
     logits, state = decode_several(jax.tree.unflatten(treedef, leaves), state, tokens)
     logits = logits.swapaxes(0, 1)  # [drafted + 1, slots, vocab]
     token = jax.lax.map(lambda at: drawn(at[0], sampling, slots.position + at[1]), (logits, position))
-    logprobs = None if top is None else jax.lax.map(lambda at: logprobs_of(*at, top), (logits, token))
+    logprobs = None if top is None else jax.lax.map(lambda at: logprobs_of(at[0], at[1], top), (logits, token))
     right = jnp.cumprod(token[:-1] == drafts.T, axis=0).sum(axis=0)
     count = jnp.where(live, right + 1, 0)
     last = jnp.take_along_axis(token, right[None], axis=0)[0]

@@ -7,7 +7,7 @@ costs. Rounds that do not speculate compare their tokens with the drafts as well
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -85,7 +85,7 @@ class Lookup:
         return right
 
 
-def draft_array(drafts: dict[int, Sequence[int]], slots: int, most: int) -> np.ndarray:
+def draft_array(drafts: Mapping[int, Sequence[int]], slots: int, most: int) -> np.ndarray:
     """int32 [slots, most]: the drafts by slot, filled up with NOTHING."""
     array = np.full((slots, most), NOTHING, np.int32)
     for slot, draft in drafts.items():

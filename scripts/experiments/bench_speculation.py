@@ -47,7 +47,7 @@ def main():
     engines = {n: Engine(model, bank, tokenizer, **sizes, speculative_tokens=n) for n in (0, args.drafted)}
     for engine in engines.values():
         engine.warm_up()
-    cost = engines[args.drafted]._decoder.verify_cost
+    cost = engines[args.drafted]._decoder.verify_cost[False]
     print(f"{args.rows} rows, a pass over {args.drafted} drafted tokens costs {cost:.2f} steps")
     for kind in args.tasks:
         asked, seconds, answers = requests_of(kind, args, max(8, 2 * args.rows)), {n: [] for n in engines}, {}

@@ -16,7 +16,7 @@ from para_jax import ParaConfig, forward, init_adapter, load_adapter, save_adapt
 from para_jax.foreign import LeftPadded, adapter_of, attach
 
 pytest.importorskip("tunix")
-pytestmark = [pytest.mark.long, pytest.mark.usefixtures("own_signals"), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore")]
 
 import orbax.checkpoint as ocp  # noqa: E402
 from tunix.rl import rl_cluster as rc  # noqa: E402

@@ -4,15 +4,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_models import FIXTURES, backbone
+from golden_models import FIXTURES, backbone, strong
 from tiny_engine import answers, answers_despite, bank_of, engine_of, fail_after, plain, prompt, tenants_of
 from tiny_run import tokenizer
 
-from para_jax import Request, load_backbone, make_mesh, pick, prefill, stack_adapters
+from para_jax import (
+    LoraConfig,
+    ParaConfig,
+    Request,
+    init_adapter,
+    load_backbone,
+    make_mesh,
+    pick,
+    prefill,
+    stack_adapters,
+)
 from para_jax.data.examples import encode_prompt
 from para_jax.model.adapted import decode_several, decode_step
 from para_jax.serving import decoder, rounds
-from para_jax.serving.speculation import Lookup
+from para_jax.serving.speculation import UNMEASURED, Lookup
 
 DRAFTED = 3
 
@@ -61,10 +71,15 @@ def both(model, bank, drafted):
         ids = [tuple(encode_prompt(tokenizer(), request.prompt)) for request in asked]
         drafted({key: answer.tokens for key, answer in zip(ids, expected, strict=True)}, wrong=7)
         engine = engine_of(model, bank, speculative_tokens=DRAFTED, **options)
-        engine._decoder.verify_cost = cost
+        engine._decoder.verify_cost = at(cost)
         return engine, expected
 
     return answer
+
+
+def at(cost):
+    """What a pass over drafts is taken to cost, in steps."""
+    return {False: cost, True: cost}
 
 
 def answered(engine, asked):
@@ -104,10 +119,10 @@ def test_log_probabilities_are_those_without_it(both):
 def test_nothing_is_compiled_after_warm_up(both, compiled):
     engine, _ = both(requests(), max_logprobs=1)
     engine.warm_up()
-    assert engine._decoder.verify_cost > 0  # measured
+    assert UNMEASURED not in engine._decoder.verify_cost.values()
     compiled.clear()
     for cost in 0, 100:
-        engine._decoder.verify_cost = cost
+        engine._decoder.verify_cost = at(cost)
         answered(engine, requests())
         answered(engine, requests(logprobs=1))
     assert compiled == []
@@ -117,7 +132,7 @@ def test_it_is_off_while_it_does_not_pay(both):
     engine, expected = both(requests(), cost=DRAFTED + 2)  # more than a whole draft brings
     assert list(map(plain, answered(engine, requests()))) == list(map(plain, expected))
     assert engine.speculation.drafts == 0
-    engine._decoder.verify_cost = 1.25  # rounds without drafts show first that they would be right
+    engine._decoder.verify_cost = at(1.25)  # rounds without drafts show first that they would be right
     answered(engine, requests())
     assert engine.speculation.accepted > engine.speculation.drafts > 0
 
@@ -134,7 +149,7 @@ def test_a_mesh_speculates_as_one_device_does(both):
     engine, expected = both(requests())
     model = load_backbone(FIXTURES / "llama", dtype="float32", mesh=make_mesh(tensor=2))
     over = engine_of(model, bank_of(model, tenants_of(model)), speculative_tokens=DRAFTED)
-    over._decoder.verify_cost = 0.0
+    over._decoder.verify_cost = at(0.0)
     assert list(map(plain, answered(over, requests()))) == list(map(plain, expected))
     assert over.speculation.accepted > over.speculation.drafts
 
@@ -145,10 +160,14 @@ def test_a_wrong_number_is_named(model, bank, count):
         engine_of(model, bank, speculative_tokens=count)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])  # the second has windows of a few tokens
-def test_several_tokens_in_a_pass_equal_one_by_one(family):
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [("llama", ParaConfig(r=4)), ("llama", LoraConfig(r=4)), ("gemma3_text", ParaConfig(r=4))],  # it has windows
+    ids=["PARA", "LoRA", "windows"],
+)
+def test_several_tokens_in_a_pass_equal_one_by_one(family, config):
     model = backbone(family)
-    rows = pick(stack_adapters([tenants_of(model)["A"]]), [0, -1])
+    rows = pick(stack_adapters([strong(init_adapter(config, model.config), 0, 0.3)]), [0, -1])
     tokens = jnp.asarray(np.random.default_rng(0).integers(20, 250, (2, 16)), jnp.int32)
     _, state = prefill(model, rows, tokens[:, :8], [8, 6], max_length=20)
     logits, after = jax.jit(decode_several)(model, state, tokens[:, 8:13])
