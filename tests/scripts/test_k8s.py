@@ -28,6 +28,7 @@ from para_jax.server.config import ServerConfig
 from para_jax.server.models import Models
 from para_jax.server.serve import LAST_BYTES_SECONDS
 from para_jax.serving.capacity import ROWS
+from para_jax.serving.speculation import SpeculationStats
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "scripts" / "k8s"
@@ -98,7 +99,6 @@ tpu.running_in_cloud_tpu_vm = True
 tpu.get_metadata = lambda key: ("", 404)  # what a node's metadata server says where it knows nothing of TPUs
 from para_jax.config import RuntimeSection
 from para_jax.runtime.devices import join
-from para_jax.serving.speculation import SpeculationStats
 join(RuntimeSection(coordinator="auto"))
 import jax
 print(jax.process_index(), jax.process_count(), jax.device_count())
@@ -157,9 +157,9 @@ def test_each_volume_is_mounted_where_the_cache_is():
 def test_the_server_s_options_probes_and_metrics_exist():
     options = parse(arguments(SERVE))
     ServerConfig(**{one.name: getattr(options, one.name) for one in fields(ServerConfig)})
-    cache, speculation = SimpleNamespace(queries=0, hits=0), SpeculationStats(0, 0, 0)
+    cache = SimpleNamespace(queries=0, hits=0)
     counts = {"running": {}, "waiting": {}, "kv_usage": 0.0, "prefix_cache": cache, "slots": 3}
-    counts["speculation"] = speculation
+    counts["speculation"] = SpeculationStats(0, 0, 0)
     engine: Any = SimpleNamespace(tokenizer=tokenizer(), **counts)
     app = create_app(engine, models=Models(None, "the-base"))  # not started yet
     said = container(SERVE)

@@ -173,7 +173,8 @@ def test_on_a_tpu_decode_splits_the_cache_and_reduces_twice_per_layer(on_tpu, dr
         lowered = verify.lower(*given, drafts, None) if drafted else steps.lower(*given, 1, None)
         compiled = lowered.compile()
     moved = collective_bytes(compiled.as_text())
-    assert 2 * CONFIG.num_layers <= collectives_run(compiled.as_text())["all-reduce"] <= 2 * CONFIG.num_layers + 4
+    of_draws = 9 if drafted else 4  # of a few numbers per row
+    assert 0 <= collectives_run(compiled.as_text())["all-reduce"] - 2 * CONFIG.num_layers <= of_draws
     assert sum(moved.values()) < ONE_CACHE / 8, moved
     assert compiled.memory_analysis().argument_size_in_bytes < 2 * CONFIG.num_layers * ONE_CACHE * 1.2 + weights_on_one(
         leaves
