@@ -36,7 +36,7 @@ HEAVY += "torch starlette uvicorn httptools prometheus_client pydantic ray".spli
 
 #: What may only go down, except by what an issue names.
 MOST = {
-    "lines of the package": 33662,
+    "lines of the package": 33_662,
     "lines of tests": 37533,
     "loose modules": 0,
     "modules and packages at the top": 20,
