@@ -53,7 +53,7 @@ def attend_cached(
 
 
 def whole_values(
-    q: Float[Array, "b 1 h e"],
+    q: Float[Array, "b t h e"],
     keys: Float[Array, "*layers b k max e"],
     values: Float[Array, "*layers b k max e"],
     length: Int[Array, " b"],
@@ -61,12 +61,12 @@ def whole_values(
     scale: float,
     cap: float | None,
     layer: Int[Array, ""] | None = None,
-) -> Float[Array, "b 1 h e"]:
-    """The mixed values of a new token at position length[row], read from the whole cache."""
+) -> Float[Array, "b t h e"]:
+    """The mixed values of new tokens from position length[row] on. Reads the whole cache, which holds them already."""
     if layer is not None:
         keys, values = keys[layer], values[layer]
-    distance = length[:, None] - jnp.arange(keys.shape[2])  # the new token is in the cache already
-    mask = ((distance >= 0) & within(distance, window))[:, None, :]
+    distance = (length[:, None] + jnp.arange(q.shape[1]))[:, :, None] - jnp.arange(keys.shape[2])
+    mask = (distance >= 0) & within(distance, window)
     return mixed_values(q, [(keys, values)], mask, scale, cap)
 
 
@@ -98,11 +98,9 @@ def attend_several(
     """As `attend_cached` for several new tokens per row, from position length[row] on. Reads the whole cache."""
 
     def attend(q, k, v, scale, cap):
-        at = length[:, None] + jnp.arange(q.shape[1])  # positions of the new tokens
+        at = length[:, None] + jnp.arange(q.shape[1])
         keys, values = (with_tokens(held, new.swapaxes(1, 2), at) for held, new in zip(cache, (k, v), strict=True))
-        distance = at[:, :, None] - jnp.arange(keys.shape[2])
-        mask = (distance >= 0) & within(distance, window)
-        return mixed_values(q, [(keys, values)], mask, scale, cap), (keys, values)
+        return whole_values(q, keys, values, length, window, scale, cap), (keys, values)
 
     return attend
 

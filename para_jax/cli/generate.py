@@ -156,6 +156,5 @@ def engine_of(options, model, tokenizer, bank, tenants) -> tuple:
         slots=options.slots,
         max_length=shared.engine_length(options, model.config),
         max_prefill_tokens=options.max_prefill_tokens,
-        speculative_tokens=options.speculative_tokens,
     )
     return engine, Request("", tenants[0] if tenants else None, **sampling_of(options))

@@ -132,13 +132,11 @@ def add_chat_template_kwargs(group) -> None:
 
 
 def add_engine_size(group) -> None:
-    """The options --slots, --max-length, --max-prefill-tokens and --speculative-tokens."""
+    """The options --slots, --max-length and --max-prefill-tokens."""
     option(group, "--slots", "rows that decode together", PositiveInt, SLOTS)
     text = f"tokens per row, prompt and answer (default: {MAX_LENGTH}, or the model's positions if it has fewer)"
     option(group, "--max-length", text, Annotated[int, Bounds(at_least=2)])
     add_prefill_tokens(group)
-    text = "tokens that one pass verifies, drafted from a prompt and its answer so far, where that pays; 0: none"
-    option(group, "--speculative-tokens", text, Annotated[int, Bounds(at_least=0)], 0)
 
 
 def add_prefill_tokens(group) -> None:

@@ -45,6 +45,8 @@ def served() -> shared.Parser:
     shared.option(group, "--prefix-cache-gb", text, NonNegativeFloat, metavar="GB")
     text = "alternatives per token that a request may ask for; 0: no log-probabilities"
     shared.option(group, "--max-logprobs", text, Annotated[int, Bounds(at_least=0)], 20)
+    text = "tokens that may be drafted from a prompt and its answer so far, for one pass to verify; 0: none"
+    shared.option(group, "--speculative-tokens", text, Annotated[int, Bounds(at_least=0)], 0)
     shared.option(group, "--queue-limit", "answers that may wait in the queue", PositiveInt, 1024)
     text = "answers of each tenant that may wait (default: no limit)"
     shared.option(group, "--queue-limit-per-tenant", text, PositiveInt)

@@ -8,6 +8,7 @@ cost nor its compiled program can depend on the number of tenants. Where in a ro
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -385,16 +386,8 @@ def decode_several(
     """decode_step for k tokens per row in one pass, for use inside a compiled program. The state keeps its length: the
     caller says how many of the tokens count, and the next ones are written over the others. Logits of tokens beyond
     max_length mean nothing."""
-    tables = rotary_tables_by_kind(model.config, state.length[:, None] + jnp.arange(tokens.shape[1]))
-
-    def step(x, layer, inputs):
-        cache, adjustment = inputs
-        attend = attend_several(cache, state.length, layer.kind.window)
-        return layer(x, batched_adjust(adjustment), tables[layer.kind.rotary], attend)
-
-    adjustments = state.adjustments or (None,) * model.config.num_layers
-    x, cache = through_layers(model, step, model.embed(tokens), list(zip(state.cache, adjustments, strict=True)))
-    return model.logits(model.final_norm(x)), state._replace(cache=tuple(cache))
+    hidden, cache = continued(model, state, state.length, tokens, attend_several)
+    return model.logits(hidden), state._replace(cache=tuple(cache))
 
 
 def continue_rows(
@@ -402,20 +395,29 @@ def continue_rows(
 ) -> Float[Array, "n C width"]:
     """The hidden states, after the final norm, of tokens that continue rows of a state: tokens[i] follows the tokens of
     row[i], with that row's adjustments. The state is unchanged. For use inside a compiled program."""
-    length = state.length[row]
+    return continued(model, state, state.length[row], tokens, attend_prefix, lambda leaf: leaf[row])[0]
+
+
+def continued(model, state: DecodeState, length, tokens, attend: Callable, take: Callable = lambda leaf: leaf):
+    """The hidden states, after the final norm, of tokens from position length[row] on, and what `attend` keeps of each
+    layer.
+
+    Args:
+        attend: attend(cache, length, window), as in cache.py.
+        take: gives the rows of `tokens` from an array of the state's rows.
+    """
     tables = rotary_tables_by_kind(model.config, length[:, None] + jnp.arange(tokens.shape[1]))
 
     def step(x, layer, inputs):
         cache, adjustment = inputs
-        cache = jax.tree.map(lambda a: a[row], cache)
         if not isinstance(adjustment, Shared):
-            adjustment = jax.tree.map(lambda a: a[row], adjustment)
-        attend = attend_prefix(cache, length, layer.kind.window)
-        return layer(x, batched_adjust(adjustment), tables[layer.kind.rotary], attend)
+            adjustment = jax.tree.map(take, adjustment)
+        own = attend(jax.tree.map(take, cache), length, layer.kind.window)
+        return layer(x, batched_adjust(adjustment), tables[layer.kind.rotary], own)
 
     adjustments = state.adjustments or (None,) * model.config.num_layers
-    x, _ = through_layers(model, step, model.embed(tokens), list(zip(state.cache, adjustments, strict=True)))
-    return model.final_norm(x)
+    x, kept = through_layers(model, step, model.embed(tokens), list(zip(state.cache, adjustments, strict=True)))
+    return model.final_norm(x), kept
 
 
 def checked(model, adapters, tokens, prompt_length, length) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -76,7 +76,7 @@ class Decoder:
         """
         self.top, self.guided, self.drafted = top, guided, drafted
         self.verify_cost = {False: UNMEASURED, True: UNMEASURED}
-        """of a pass over drafts, in decode steps; True: where rows are sampled, which a pass does for each position"""
+        """of a pass over drafts, in decode steps, by whether rows are sampled: a pass draws at each of its positions"""
         self.all_tokens = np.full(words_of(model.config.vocab_size), -1, np.int32)
         """the mask that allows all of them"""
         self.model, self.bank, self.slots, self.max_length = model, bank, slots, max_length
@@ -114,8 +114,9 @@ class Decoder:
         buckets, scored = self._buckets if whole else [], self._buckets if self.top else []
         masks = np.tile(self.all_tokens, (self.slots, 1))
         # with and without log-probabilities are two programs, and so are guided and free rounds
-        variants = list(product([False, True] if self.top else [False], [None, masks] if self.guided else [None]))
-        passes = ([False, True] if self.top else [False]) if self.drafted else []
+        asked = [False, True] if self.top else [False]
+        variants = list(product(asked, [None, masks] if self.guided else [None]))
+        passes = asked if self.drafted else []
         programs = len(buckets) + len(scored) + 1 + len(variants) + len(passes)
         with Progress("warming up the engine", programs, unit="program") as bar:
             for bucket in buckets:

@@ -96,9 +96,9 @@ class Engine:
             max_logprobs: alternatives per token that a request may ask for. Above 0, warm_up compiles a second decode
                 program, for rounds in which a row asks for log-probabilities, and those that score prompts. 0: such
                 requests are refused.
-            speculative_tokens: tokens that one pass verifies at most, drafted for each row from its prompt and its
-                answer so far. The answers stay the same, but where two tokens are equally likely up to rounding. A
-                round decodes without drafts where they would not pay. 0: none.
+            speculative_tokens: tokens that are drafted for a row at most, from its prompt and its answer so far, for
+                one pass to verify. The answers stay the same, except where two tokens are equally likely up to
+                rounding. Passes are made only while they are likely to save time. 0: none.
 
         Reports the memory that the slots need and, where the free memory is known, how many slots would fit.
         """

@@ -247,8 +247,8 @@ class Rounds:
         self._rows[slot] = sample
 
     def _drafts(self, active: list[tuple[int, Sample]], first: dict[int, tuple]) -> dict[int, list[int]]:
-        """By slot, the tokens that are likely to follow. Rows that begin have none: their first token is on the device.
-        Next to a row that follows a grammar, no row has any: a mask holds for one step."""
+        """The drafts by slot. A row that begins has none, because its first token is still on the device. If any row
+        follows a grammar, no row has one: a mask holds for one step."""
         if not self._decoder.drafted or any(sample.guide for _, sample in active):
             return {}
         drafts = {}
@@ -260,7 +260,7 @@ class Rounds:
         return drafts
 
     def _pays(self, active: list[tuple[int, Sample]], drafts: dict[int, list[int]]) -> bool:
-        """Whether a pass over the drafts brings more tokens than decode steps do in the same time."""
+        """Whether a pass over the drafts is likely to give more tokens than decode steps would in the same time."""
         won = sum(sample.lookup.expected for slot, sample in active if slot in drafts and sample.lookup)
         cost = self._decoder.verify_cost[any(sample.request.temperature > 0 for _, sample in active)]
         return bool(drafts) and won + len(active) > cost * len(active)

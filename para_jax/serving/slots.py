@@ -146,7 +146,8 @@ def verify(
     log-probabilities, and how many of them count, [slots]. The given slots are donated.
 
     Args:
-        live, top: as in `steps`.
+        live: bool [slots]. No token of the other slots counts.
+        top: as in `steps`.
         drafts: int32 [slots, drafted], `speculation.NOTHING` where a row has none.
     """
     state, position = slots.state, jnp.arange(drafts.shape[1] + 1)

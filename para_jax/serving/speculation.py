@@ -1,8 +1,9 @@
-"""Speculation by prompt lookup: an answer often repeats what its prompt or its own beginning says. Tokens that followed
-the last tokens before are drafted, and one pass verifies them.
+"""Speculation by prompt lookup: an answer often repeats its prompt or its own beginning. If its last tokens occurred
+before, those that came after them then are drafted, and one pass verifies the drafts of all rows.
 
-A round speculates only if that pays: if the rows' drafts held so far would bring more tokens than the longer pass
-costs. Rounds that do not speculate compare their tokens with the drafts as well, so trying costs nothing.
+A pass takes longer than a decode step, so a round makes one only if it is likely to give more tokens in that time. Each
+row has an estimate of how many drafted tokens will be right. Rounds without a pass also compare their tokens with the
+drafts, so learning the estimate costs no pass.
 """
 
 from __future__ import annotations
@@ -12,10 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-#: Tokens that must have occurred before, the longest first. Pairs and triples of tokens say what follows far better
-#: than one token does.
+#: How many of the last tokens must have occurred before. The longest match counts.
 NGRAMS = 3, 2
-#: What the last draft counts in a row's estimate.
+#: The weight of the latest draft in a row's estimate.
 WEIGHT = 0.3
 #: In place of a drafted token: no token, and not draw.NO_TOKEN.
 NOTHING = -2
@@ -24,19 +24,19 @@ UNMEASURED = 2.0
 
 
 class SpeculationStats(NamedTuple):
-    """What an engine has speculated since it was made. Accepted divided by drafted is the share of drafted tokens that
-    the model would have written too."""
+    """What passes over drafts did since the engine was made. Accepted divided by drafted is the share of drafted tokens
+    that were right."""
 
     drafts: int
-    """that were verified"""
+    """how many were verified, one per row and pass"""
     drafted: int
-    """tokens of them"""
+    """tokens of these drafts"""
     accepted: int
-    """tokens that the model wrote too"""
+    """drafted tokens that the model chose too"""
 
 
 class Lookup:
-    """A prompt and its answer so far, and what followed each of its n-grams the last time."""
+    """A prompt and its answer so far, with the place of each n-gram."""
 
     def __init__(self, ids: Sequence[int], most: int):
         """
@@ -44,7 +44,7 @@ class Lookup:
             most: tokens of a draft.
         """
         self.most, self.expected = most, 0.0
-        """expected: drafted tokens that the next draft is likely to have right"""
+        """expected: how many tokens of the next draft are likely to be right"""
         self._prompt, self._tokens = len(ids), []
         self._after: dict[tuple[int, ...], int] = {}
         """the position after the last occurrence of each n-gram"""
@@ -52,13 +52,16 @@ class Lookup:
 
     def _add(self, tokens: Sequence[int]) -> None:
         for token in tokens:
-            for count in NGRAMS:  # known from now on: something follows it
+            for count in NGRAMS:  # n-grams that this token follows
                 if len(self._tokens) >= count:
                     self._after[tuple(self._tokens[-count:])] = len(self._tokens)
             self._tokens.append(token)
 
     def draft(self, answer: Sequence[int]) -> list[int]:
-        """The tokens that are likely to follow the answer so far; none if its last ones have not occurred before.
+        """A guess at the tokens that come next. Empty if the last tokens have not occurred before.
+
+        Args:
+            answer: all its tokens so far.
 
         >>> Lookup([5, 6, 7, 8, 5], most=3).draft([6])
         [7, 8, 5]
@@ -69,16 +72,12 @@ class Lookup:
         if start is None:
             return []
         tokens = self._tokens[start : start + self.most]
-        while len(tokens) < self.most:  # the draft itself goes on where the text ends
+        while len(tokens) < self.most:  # a match near the end: what lies between repeats
             tokens.append(tokens[len(tokens) - (len(self._tokens) - start)])
         return tokens
 
     def compare(self, draft: Sequence[int], tokens: Sequence[int]) -> int:
-        """How many drafted tokens the model wrote; the estimate learns from it.
-
-        Args:
-            tokens: what the model wrote after the draft was made.
-        """
+        """How many tokens of a draft are right, from the tokens that the model wrote instead. Updates the estimate."""
         seen = min(len(draft), len(tokens))
         right = next((i for i in range(seen) if draft[i] != tokens[i]), seen)
         self.expected += WEIGHT * (right - self.expected)

@@ -1,7 +1,6 @@
 """Parameters of a test that repeats its law: `pytest` takes some of them, `pytest -m long` and `-m slow` the others."""
 
 from collections.abc import Iterable
-from pathlib import Path
 
 import pytest
 
@@ -12,14 +11,14 @@ def quick(values: Iterable, *chosen, slow: tuple = ()) -> list:
     return [value if value in chosen else pytest.param(value, marks=marked[value in slow]) for value in values]
 
 
-def first_cases(items: Iterable[pytest.Item], whole: str) -> list[pytest.Item]:
+def first_cases(items: list[pytest.Item], whole: str) -> list[pytest.Item]:
     """The first case of each file: enough for a second Python, where a first one runs all.
 
     Args:
         whole: the name of a file that keeps all its cases.
     """
-    found: set[Path] = set()
-    return [item for item in items if item.path.name == whole or not (item.path in found or found.add(item.path))]
+    first = {item.path: item for item in reversed(items)}
+    return [item for item in items if item.path.name == whole or item is first[item.path]]
 
 
 def long(*case) -> object:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_tokenizers
-from golden_models import backbone, strong
+from golden_models import strong
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_engine import (
@@ -35,11 +35,6 @@ from para_jax.serving.decoder import STEPS
 from para_jax.serving.open_requests import QueueFull
 from para_jax.serving.prefills import ROWS
 from para_jax.serving.ticket import Sample, Ticket
-
-
-@pytest.fixture(scope="module")
-def model():
-    return backbone("llama")
 
 
 @pytest.fixture(scope="module")

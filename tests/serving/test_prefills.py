@@ -33,11 +33,6 @@ IN_BLOCKS = ("w1", "w4", "constant", "ia3", "lora", None)
 
 
 @pytest.fixture(scope="module")
-def model():
-    return backbone("llama")
-
-
-@pytest.fixture(scope="module")
 def tenants(model):
     return tenants_of(model, CONFIGS)
 

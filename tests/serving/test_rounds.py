@@ -5,7 +5,6 @@ from statistics import mean
 
 import numpy as np
 import pytest
-from golden_models import backbone
 from tiny_engine import bank_of, engine_of, tenants_of
 
 from para_jax import Request
@@ -13,11 +12,6 @@ from para_jax.serving import decoder, prefills
 
 PADDED = 16
 """the shortest padded length of a prompt that is prefilled whole"""
-
-
-@pytest.fixture(scope="module")
-def model():
-    return backbone("llama")
 
 
 @pytest.fixture(scope="module")

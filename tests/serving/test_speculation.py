@@ -28,11 +28,6 @@ DRAFTED = 3
 
 
 @pytest.fixture(scope="module")
-def model():
-    return backbone("llama")
-
-
-@pytest.fixture(scope="module")
 def bank(model):
     return bank_of(model, tenants_of(model))
 
@@ -98,6 +93,19 @@ def test_answers_are_those_without_it(both, options):
     assert list(map(plain, found)) == list(map(plain, expected))
     stats = engine.speculation
     assert stats.drafted > stats.accepted > stats.drafts > 0  # wrong drafts were met too
+
+
+def test_what_follows_a_wrong_token_does_not_count(model, bank, monkeypatch):
+    engine, ids = engine_of(model, bank), tuple(encode_prompt(tokenizer(), prompt(0)))
+    asked = [Request(ids, max_new_tokens=12, ignore_eos=True)]
+    (expected,) = answered(engine, asked)
+    begun, wrong = expected.tokens[: 1 + decoder.STEPS], (expected.tokens[1 + decoder.STEPS] + 1) % 256
+    (after,) = answered(engine, [Request((*ids, *begun, wrong), max_new_tokens=DRAFTED - 1, ignore_eos=True)])
+    drafts = {len(begun): [wrong, *after.tokens]}  # the model itself continues the wrong token like this
+    monkeypatch.setattr(Lookup, "draft", lambda self, answer: drafts.get(len(answer), []))
+    engine = engine_of(model, bank, speculative_tokens=DRAFTED)
+    engine._decoder.verify_cost = at(0.0)
+    assert plain(answered(engine, asked)[0]) == plain(expected) and engine.speculation == (1, DRAFTED, 0)
 
 
 def test_an_answer_may_fill_its_row(both):

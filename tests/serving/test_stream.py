@@ -5,7 +5,6 @@ import threading
 import time
 
 import pytest
-from golden_models import backbone
 from tiny_engine import BLOCK, LENGTH, SLOTS, answers, bank_of, engine_of, prompt, tenants_of
 from tiny_run import tokenizer
 
@@ -14,11 +13,6 @@ from para_jax.data.examples import encode_prompt
 from para_jax.serving.open_requests import QueueFull
 from para_jax.serving.queue import FairQueue
 from para_jax.serving.stream import Stream
-
-
-@pytest.fixture(scope="module")
-def model():
-    return backbone("llama")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from contextlib import closing
 
 import jax
 import pytest
-from golden_models import backbone, strong
+from golden_models import strong
 from tiny_engine import (
     CONFIGS,
     LENGTH,
@@ -37,11 +37,6 @@ PLACES = {
     "prefill": decoder, "insert": decoder, "steps": decoder, "insert_prompt": decoder, "prefill_chunk": prefills,
     "take_rows": prefills, "one_row": prefills,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def model():
-    return backbone("llama")
 
 
 @pytest.fixture(scope="module")
