@@ -24,6 +24,7 @@ import jax
 import pytest
 from long_cases import first_cases
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background ignores it
 hypothesis.settings.register_profile("ours", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("ours")  # the same examples in every session, however slow the machine is
 
@@ -42,17 +43,6 @@ def messages():
     from para_jax import log_to_stderr
 
     log_to_stderr()
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item):
-    """Puts back the signals' handlers, which Tunix's GRPO replaces."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        return (yield)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @pytest.fixture
