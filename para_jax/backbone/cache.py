@@ -92,19 +92,6 @@ def attend_prefix(
     return attend
 
 
-def attend_several(
-    cache: tuple[Float[Array, "b k max e"], Float[Array, "b k max e"]], length: Int[Array, " b"], window: int | None
-):
-    """As `attend_cached` for several new tokens per row, from position length[row] on. Reads the whole cache."""
-
-    def attend(q, k, v, scale, cap):
-        at = length[:, None] + jnp.arange(q.shape[1])
-        keys, values = (with_tokens(held, new.swapaxes(1, 2), at) for held, new in zip(cache, (k, v), strict=True))
-        return whole_values(q, keys, values, length, window, scale, cap), (keys, values)
-
-    return attend
-
-
 def attend_both(prompt: tuple[Float[Array, "b k p e"], Float[Array, "b k p e"]], mask: Bool[Array, "b t s"]):
     """Attention of new tokens to keys and values of their prompt and to each other. Keeps the new ones.
 

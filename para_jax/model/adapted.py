@@ -22,7 +22,7 @@ from ..adapters.acting import batched_adjust, carried
 from ..adapters.adapter import Adapter, Adjustment, Factors, Shared, init
 from ..adapters.methods import is_adapter_config, method_of
 from ..adapters.rows import Adjustments, Rows, Stack, check_fits, gather, reach_of
-from ..backbone.cache import attend_cached, attend_prefix, attend_several, padded, with_tokens
+from ..backbone.cache import attend_cached, attend_prefix, padded, with_tokens
 from ..backbone.layout import stack_trees, through_layers
 from ..backbone.sequences import checked_sequences, require_in_vocabulary
 from ..backbone.transformer import Transformer
@@ -378,16 +378,6 @@ def decode_step(
 
 
 _decode = jax.jit(decode_step, donate_argnums=1)
-
-
-def decode_several(
-    model: Transformer, state: DecodeState, tokens: Int[Array, "batch k"]
-) -> tuple[Float[Array, "batch k vocab"], DecodeState]:
-    """decode_step for k tokens per row in one pass, for use inside a compiled program. The state keeps its length: the
-    caller says how many of the tokens count, and the next ones are written over the others. Logits of tokens beyond
-    max_length mean nothing."""
-    hidden, cache = continued(model, state, state.length, tokens, attend_several)
-    return model.logits(hidden), state._replace(cache=tuple(cache))
 
 
 def continue_rows(

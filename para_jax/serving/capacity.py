@@ -8,52 +8,67 @@ import jax
 
 from ..adapters.bank import AdapterBank
 from ..backbone.cache import HELD
-from ..backbone.kernel_choice import describe_decode
 from ..model.adapted import DecodeState
 from ..runtime.sharding import shard_sizes
 from .prefills import token_bytes
-from .prompt_table import ROWS
 
 
-def capacity(
-    bank: AdapterBank | None,
-    row: DecodeState,
-    slots: int,
-    max_length: int,
-    *,
-    prompts: int,
-    pool: int,
-    cached: int,
-) -> str:
-    """The memory of the engine's slots and prompts, how many slots would fit into the free memory, and the methods that
-    may join.
+def blocks_for(
+    slots: int, size: int, kv_bytes: int | None, prefix_bytes: int | None, row: DecodeState, longest: int
+) -> int:
+    """How many blocks an engine has. Raises ValueError if a longest row does not fit.
+
+    Args:
+        size: tokens per block.
+        kv_bytes, prefix_bytes: the engine's kv_cache_bytes and prefix_cache_bytes.
+        row: the abstract state of one row.
+        longest: blocks of the longest row.
+    """
+    each, prefixes = size * token_bytes(row) // devices_of_heads(row), slots * longest // 2
+    if prefix_bytes is not None:
+        prefixes = prefix_bytes // each
+    # A row more, for a prompt that is prefilled while all slots decode
+    blocks, most = (slots + 1) * longest + prefixes, kv_bytes if kv_bytes is not None else default_bytes()
+    if kv_bytes is not None or (most is not None and most // each < blocks):
+        blocks = most // each - 1  # block 0 is no row's
+    if blocks <= longest:  # a row has a copy of its prompt's last block
+        raise ValueError(
+            f"kv_cache_bytes: {most} bytes are {most // each} blocks of {size} tokens; give at least "
+            f"{(longest + 2) * each}, for one row of max_length, or lower max_length"
+        )
+    return blocks
+
+
+def default_bytes() -> int | None:
+    """The memory for keys and values, at most; None: unknown."""
+    if jax.default_backend() != "cpu":
+        free = free_memory()
+        return None if free is None else int(0.9 * free)
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    except (ValueError, OSError, AttributeError):  # not on this system
+        return None
+
+
+def capacity(bank: AdapterBank | None, row: DecodeState, slots: int, max_length: int, blocks: int, size: int) -> str:
+    """The memory of the engine's keys and values and of what it decodes with, and the methods that may join.
 
     Args:
         row: the abstract state of one row.
-        prompts: how many are prefilled in blocks at the same time, at most.
-        pool: tokens of prompts that are held in blocks.
-        cached: how many of them are the prefix cache's.
+        blocks: of keys and values.
+        size: tokens per block.
     """
-    devices, row_bytes = devices_of_heads(row), bytes_per_row(row, max_length)
-    text = f"engine: {slots} slots of {max_length} tokens and up to {ROWS} kept prompts, "
-    text += f"{(slots + ROWS) * row_bytes / 1e9:.2f} GB ({row_bytes / 1e6:.2f} MB per row)"
-    text += f"; {prompts} prompts at work and a prefix cache of {cached} tokens, "
-    text += f"{pool * token_bytes(row) / devices / 1e9:.2f} GB"
+    devices, each = devices_of_heads(row), token_bytes(row) // devices_of_heads(row)
+    adjustments = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(row.adjustments))
+    text = f"engine: {slots} slots of up to {max_length} tokens; KV cache of {blocks} blocks of {size} tokens, "
+    text += f"{blocks * size * each / 1e9:.2f} GB ({max_length * each / 1e6:.2f} MB for a longest row)"
+    text += f"; adapters' adjustments {slots * adjustments / 1e9:.2f} GB"
     text += f"; on each of {devices} devices" if devices > 1 else ""
     free = free_memory()
-    if free is not None:
-        fit = max(free // row_bytes - ROWS, 0)
-        text += f"; {fit} such slots fit into the {free / 1e9:.1f} GB that are free, next to the kept prompts"
-    text += f"; decode attention: {describe_decode(jax.default_backend())}"
+    text += f"; {free / 1e9:.1f} GB are free" if free is not None else ""
     if bank is not None:
         text += f"; methods that may join: {', '.join(bank.methods)}"
     return text
-
-
-def bytes_per_row(row: DecodeState, tokens: int) -> int:
-    """Bytes of a row's adjustments, and of the keys and values of its tokens, on each device."""
-    adjustments = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(row.adjustments))
-    return adjustments + tokens * token_bytes(row) // devices_of_heads(row)
 
 
 def devices_of_heads(row: DecodeState) -> int:

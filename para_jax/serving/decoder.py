@@ -22,12 +22,13 @@ from ..inference.grammar import words_of
 from ..inference.logprobs import Logprobs
 from ..inference.sampling import Sampling
 from ..io.progress import Progress
-from ..model.adapted import prefill
+from ..model.adapted import DecodeState, prefill
 from ..runtime.sharding import mesh_of
-from .prefills import Prefills, token_bytes
+from .prefills import Prefills
 from .prompt_table import ChunkedPrompt, WholePrompt
+from .row_blocks import RowBlocks
 from .scoring import ScoredPrompt, score_prompt
-from .slots import empty_slots, first_logprobs, insert, insert_prompt, steps, verify
+from .slots import PrefilledPrompt, empty_slots, first_logprobs, insert, insert_prompt, steps, verify
 from .speculation import UNMEASURED, draft_array
 from .ticket import Sample
 
@@ -59,8 +60,9 @@ class Decoder:
         max_length: int,
         *,
         block_size: int,
+        blocks: Callable[[DecodeState, int], int],
         chunk: int,
-        cache_bytes: int | None,
+        shared: bool,
         top: int,
         guided: bool,
         drafted: int,
@@ -69,8 +71,9 @@ class Decoder:
         Args:
             slots: rows that decode together.
             max_length: tokens per row, prompt and answer.
-            block_size, chunk, cache_bytes, top: the engine's block_size, prefill_chunk, prefix_cache_bytes and
-                max_logprobs.
+            block_size, chunk, top: the engine's block_size, prefill_chunk and max_logprobs.
+            blocks: blocks(the abstract state of one row, blocks of the longest row) gives the number of all blocks.
+            shared: whether prompts share blocks.
             guided: whether answers may have to follow a grammar.
             drafted: the engine's speculative_tokens.
         """
@@ -90,11 +93,9 @@ class Decoder:
         self._state: Any = empty_slots(self.row, slots)
         """None once an exception has dropped it, until the next round"""
         longest = -(-max_length // block_size)
-        cached = max(slots * longest // 2, longest)  # half of what the slots hold, by default
-        if cache_bytes is not None:
-            cached = cache_bytes // (block_size * token_bytes(self.row))
-        lanes = -(-chunk // block_size)
-        self.prefills = Prefills(model, bank, self.row, size=block_size, longest=longest, lanes=lanes, cached=cached)
+        counts = {"size": block_size, "longest": longest, "chunk": chunk, "blocks": blocks(self.row, longest)}
+        self.prefills = Prefills(model, bank, self.row, shared=shared, **counts)
+        self.rows = RowBlocks(self.prefills.table, slots, longest)
 
     def drop(self) -> None:
         """Lets go of the slots and the prompts after an exception: each program donates them, so they may be lost."""
@@ -105,6 +106,7 @@ class Decoder:
         if self._state is None:  # after `drop`
             self.prefills.reset()
             self._state = empty_slots(self.row, self.slots)
+            self.rows = RowBlocks(self.prefills.table, self.slots, self.prefills.longest)
 
     def warm_up(self) -> None:
         """Compiles everything that the base model and the bank's adapters need, held or expected; for an empty bank,
@@ -121,12 +123,12 @@ class Decoder:
         with Progress("warming up the engine", programs, unit="program") as bar:
             for bucket in buckets:
                 prefilled = self._prefill([0] * min(bucket, self.max_length - 1), None)  # with room to write
-                self.insert(0, prefilled, None, logprobs=self.top > 0)
+                self.insert(0, prefilled, 1, None, logprobs=self.top > 0)
                 bar.advance()
             for bucket in scored:
                 jax.block_until_ready(self._score([0] * bucket, None, bucket, None))
                 bar.advance()
-            self.insert(0, self.prefills.warm_up(), None, logprobs=self.top > 0)
+            self.insert(0, self.prefills.warm_up(), 1, None, logprobs=self.top > 0)
             bar.advance()
             for logprobs, allowed in variants:
                 jax.block_until_ready(self.decode([None] * self.slots, logprobs=logprobs, allowed=allowed))
@@ -138,6 +140,7 @@ class Decoder:
             rows: list[Sampling | None] = [Sampling(temperature=float(sampled))] * self.slots
             step = seconds_of(partial(self.decode, rows, logprobs=False)) / STEPS
             self.verify_cost[sampled] = seconds_of(partial(self.verify, rows, {}, logprobs=False)) / step
+        self.rows.release(0)
 
     def keeps(self, sample: Sample) -> bool:
         """Whether the sample's prompt is prefilled already."""
@@ -158,29 +161,46 @@ class Decoder:
             self.prefills.table.keep_whole(sample.key, prompt)
         return prompt
 
+    def blocks_to_begin(self, sample: Sample) -> int:
+        """How many blocks the pool must have to begin a sample: of its prompt, unless it is kept in the pool, of what
+        was decoded of its answer already, and one more."""
+        kept = self.prefills.table.kept.get(sample.key)
+        shared = len(sample.ids) // self.prefills.size if isinstance(kept, ChunkedPrompt) else 0
+        return self.prefills.cache.blocks_of(len(sample.ids) + sample.reached) - shared + 1
+
     def insert(
         self,
         slot: int,
         prefilled: WholePrompt | ChunkedPrompt,
+        tokens: int,
         sampling: Sampling | None,
         *,
         logprobs: bool,
         allowed: np.ndarray | None = None,
     ) -> tuple[jax.Array, Logprobs | None]:
-        """Puts a prefilled prompt into a slot, and returns its first token [1] and its log-probabilities.
+        """Puts a prefilled prompt into a slot, and returns its first token [1] and its log-probabilities. The pool must
+        have room for its blocks.
 
         Args:
+            tokens: of the prompt.
             logprobs: whether they are asked for.
             allowed: int32 [words], the tokens that may be drawn; None: all.
         """
         drawn, allowed = row_sampling([sampling]), (self.all_tokens if allowed is None else allowed)[None]
         if isinstance(prefilled, ChunkedPrompt):
-            prompt = self.prefills.for_slot(prefilled)
-            self._state, token = insert_prompt(self._state, slot, self.prefills.pool, prompt, drawn, allowed)
-            logits, row = prompt.logits, prompt.row
+            assert prefilled.made is not None
+            row, logits, _ = prefilled.made
+            blocks = self.rows.begin(slot, prefilled.blocks, tokens)
+            prompt = PrefilledPrompt(tokens, *prefilled.made)
+            self._state, self.prefills.pool, token = insert_prompt(
+                self._state, self.prefills.pool, slot, *blocks, prompt, drawn, allowed
+            )
         else:
-            self._state, token = insert(self._state, slot, *prefilled, drawn, allowed)
-            logits, row = prefilled.logits, 0
+            row, logits = 0, prefilled.logits
+            self.rows.begin(slot, (), tokens)
+            self._state, self.prefills.pool, token = insert(
+                self._state, self.prefills.pool, slot, self.rows.of(slot), *prefilled, drawn, allowed
+            )
         return token, first_logprobs(logits, row, token, self.top) if logprobs else None
 
     def decode(self, rows: list[Sampling | None], *, logprobs: bool, allowed: np.ndarray | None = None) -> Decoded:
@@ -190,9 +210,8 @@ class Decoder:
             logprobs: whether any slot needs them.
             allowed: int32 [slots, words], the tokens that may be drawn. It holds for one step, so there is only one.
         """
-        live, top = np.array([row is not None for row in rows]), self.top if logprobs else None
-        state, sampling, count = self._state, row_sampling(rows), STEPS if allowed is None else 1
-        self._state, new = steps(self._treedef, self._leaves, state, sampling, live, count, top, allowed)
+        count, top = STEPS if allowed is None else 1, self.top if logprobs else None
+        self._state, self.prefills.pool, new = steps(*self._given(rows), count, top, allowed)
         return Decoded(new[0], new[1], np.full(self.slots, count))
 
     def verify(self, rows: list[Sampling | None], drafts: dict[int, list[int]], *, logprobs: bool) -> Decoded:
@@ -202,10 +221,15 @@ class Decoder:
             rows, logprobs: as in `decode`.
             drafts: tokens by slot, at most `drafted` each.
         """
-        live, top = np.array([row is not None for row in rows]), self.top if logprobs else None
-        state, sampling, drafted = self._state, row_sampling(rows), draft_array(drafts, self.slots, self.drafted)
-        self._state, new = verify(self._treedef, self._leaves, state, sampling, live, drafted, top)
+        drafted, top = draft_array(drafts, self.slots, self.drafted), self.top if logprobs else None
+        self._state, self.prefills.pool, new = verify(*self._given(rows), drafted, top)
         return Decoded(new[0], new[1], new[2])
+
+    def _given(self, rows: list[Sampling | None]) -> tuple:
+        """What both programs take of the rows."""
+        live = np.array([row is not None for row in rows])
+        state = self._treedef, self._leaves, self._state, self.prefills.pool
+        return *state, self.rows.table(), row_sampling(rows), live
 
     def score(self, sample: Sample) -> ScoredPrompt:
         """The log-probabilities of the sample's prompt, and the token after it."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import partial
 
 import jax
 
@@ -22,7 +23,7 @@ from ..io.checks import printable
 from ..io.messages import say
 from ..runtime.sharding import mesh_of, using
 from .admission import Admission
-from .capacity import capacity
+from .capacity import blocks_for, capacity
 from .decoder import Decoder
 from .open_requests import OpenRequests
 from .prefills import token_bytes
@@ -65,10 +66,11 @@ class Engine:
         queue_limit_per_tenant: int | None = None,
         seed: int = 0,
         stop_ids: Sequence[int] | None = None,
+        kv_cache_bytes: int | None = None,
         prefix_cache_bytes: int | None = None,
         prefill_chunk: int | None = None,
         max_prefill_tokens: int | None = None,
-        block_size: int = 16,
+        block_size: int = 64,
         max_logprobs: int = 0,
         speculative_tokens: int = 0,
     ):
@@ -83,16 +85,20 @@ class Engine:
             queue_limit_per_tenant: the same for each tenant. Waiting tenants are served in turn.
             seed: requests without a seed get one derived from this and their number, the order of submission.
             stop_ids: token ids that end every answer. None: the end tokens of the tokenizer and the model.
+            kv_cache_bytes: memory for the keys and values of all rows and prompts, on each device. Rows take blocks of
+                it as they grow. Where none is left, the youngest row gives up its slot, and starts again when there is
+                room. None: enough for every slot to reach max_length, and for prefix_cache_bytes, but at most a
+                quarter of a CPU's memory, or 0.9 of what is free on another device.
             prefix_cache_bytes: memory for the beginnings of prompts, which later prompts of the base model and of
-                adapters with scope `response` share. None: half of what the slots' caches take. 0: no blocks are
-                shared.
+                adapters with scope `response` share; they may also take what rows do not need. None: half of what the
+                slots can take. 0: no blocks are shared.
             prefill_chunk: tokens of such prompts that one program computes. None: 64 on a CPU, else 256.
             max_prefill_tokens: tokens of prompts, with padding, that are computed in a round, at most: rows that decode
                 wait for no more. More fill empty slots sooner. For each slot that does not decode, and each prompt
                 that is only scored, a round computes at most a quarter of them. One chunk and one prompt that can't
                 be cut (of scope `all`, or one to score) may run in each round, whatever their lengths. None: 1024 on
                 a CPU, else 4096.
-            block_size: tokens per block. Prompts share complete blocks.
+            block_size: tokens per block. Prompts share complete blocks, and each row wastes half a block on average.
             max_logprobs: alternatives per token that a request may ask for. Above 0, warm_up compiles a second decode
                 program, for rounds in which a row asks for log-probabilities, and those that score prompts. 0: such
                 requests are refused.
@@ -100,7 +106,7 @@ class Engine:
                 one pass to verify. The answers stay the same, except where two tokens are equally likely up to
                 rounding. Passes are made only while they are likely to save time. 0: none.
 
-        Reports the memory that the slots need and, where the free memory is known, how many slots would fit.
+        Reports the memory that this takes.
         """
         cpu = jax.default_backend() == "cpu"
         chunk = prefill_chunk or (CPU_CHUNK if cpu else CHUNK)
@@ -129,16 +135,15 @@ class Engine:
                 slots,
                 max_length,
                 block_size=block_size,
+                blocks=partial(blocks_for, slots, block_size, kv_cache_bytes, prefix_cache_bytes),
                 chunk=chunk,
-                cache_bytes=prefix_cache_bytes,
+                shared=prefix_cache_bytes != 0,
                 top=max_logprobs,
                 guided=has_grammars(),
                 drafted=speculative_tokens,
             )
             self._prefills = self._decoder.prefills
-            pool, cached = (blocks * block_size for blocks in (self._prefills.cache.blocks, self._prefills.cached))
-            sizes = {"prompts": self._prefills.table.rows, "pool": pool, "cached": cached}
-            say(capacity(bank, self._decoder.row, slots, max_length, **sizes))
+            say(capacity(bank, self._decoder.row, slots, max_length, self._prefills.cache.blocks, block_size))
 
         self._requests = OpenRequests(tokenizer, seed, queue_limit, queue_limit_per_tenant)
         self._rounds = Rounds(self._decoder, self._requests, frozenset(ends), prefill_tokens)
@@ -171,9 +176,14 @@ class Engine:
 
     @property
     def kv_usage(self) -> float:
-        """The share of the slots' cache positions that running samples use for prompt and answer, from 0 to 1."""
+        """The share of the KV cache's positions that running samples use for prompt and answer, from 0 to 1."""
         used = sum(len(sample.ids) + len(sample.tokens) for sample in self._requests.running)
-        return min(used / (self.slots * self.max_length), 1.0)
+        return min(used / (self._prefills.cache.blocks * self._prefills.size), 1.0)
+
+    @property
+    def preemptions(self) -> int:
+        """How often a sample gave up its slot because the KV cache was full, since the engine was made."""
+        return self._rounds.preempted
 
     @property
     def prefix_cache(self) -> PrefixCacheStats:

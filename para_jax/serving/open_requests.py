@@ -169,6 +169,12 @@ class OpenRequests:
                     sample.restart(self.tokenizer)  # the new tokens replace those it had
                     self.queue.put(sample.request.tenant, sample.number, sample)
 
+    def put_back(self, sample: Sample) -> None:
+        """Queues a sample again that has given up its slot, as its tenant's next one."""
+        with self.lock:
+            sample.restart(self.tokenizer)
+            self.queue.put(sample.request.tenant, sample.number, sample, first=True)
+
     def _close(self, ticket: Ticket) -> None:
         ticket.times.ended = time.monotonic()
         alone = copy(ticket)

@@ -1,4 +1,4 @@
-"""Prompts that are prefilled in blocks, some blocks per round, so that decoding rows never wait for longer than that.
+"""Prompts that are prefilled in pieces, some per round, so that decoding rows never wait for longer than that.
 
 They are the prompts of the base model and of scope `response`. They run through the plain backbone, and share the
 blocks in which they agree (prefix_cache.py). An adapter acts on the last tokens alone, the tail of its prompt
@@ -8,6 +8,7 @@ blocks in which they agree (prefix_cache.py). An adapter acts on the last tokens
 from __future__ import annotations
 
 from functools import partial
+from math import gcd
 
 import jax
 import numpy as np
@@ -21,11 +22,15 @@ from ..model.blocks import Lanes, Tails, prefill_blocks
 from ..runtime.sharding import constrain, replicate
 from .prefix_cache import PrefixCache
 from .prompt_table import ROWS, ChunkedPrompt, PromptTable
-from .slots import PrefilledPrompt, zeros_of
+from .slots import zeros_of
+
+
+#: Tokens of a piece, at most. A block has one piece or several: a short prompt shall not be padded to a block.
+PIECE = 16
 
 
 class Prefills:
-    """The pool of blocks on the device, and the programs that fill it."""
+    """The pool of blocks on the device, and the programs that fill it with prompts."""
 
     def __init__(
         self,
@@ -35,22 +40,26 @@ class Prefills:
         *,
         size: int,
         longest: int,
-        lanes: int,
-        cached: int,
+        chunk: int,
+        blocks: int,
+        shared: bool,
     ):
         """
         Args:
             row: the abstract state of one row.
             size: tokens per block.
-            longest: blocks of the longest prompt.
-            lanes: blocks that one program computes.
-            cached: blocks beyond those of the prompts at work; 0: prompts share nothing.
+            longest: blocks of the longest row.
+            chunk: tokens that one program computes.
+            blocks: of all rows and prompts.
+            shared: whether prompts share blocks.
         """
-        self.bank, self.row, self.size, self.lanes, self.cached = bank, row, size, lanes, cached
+        self.bank, self.row, self.size, self.longest = bank, row, size, longest
+        self.piece = gcd(size, PIECE)
+        """tokens per lane"""
+        self.lanes = -(-chunk // self.piece)
         self._leaves, self._treedef = jax.tree.flatten(model)
-        self._longest = longest
-        self.cache = PrefixCache(ROWS * longest + cached, size, model.fingerprint or "", enabled=cached > 0)
-        self.table = PromptTable(self.cache, longest, lanes)
+        self.cache = PrefixCache(blocks, size, model.fingerprint or "", enabled=shared)
+        self.table = PromptTable(self.cache, self.lanes)
         self.reset()
 
     def reset(self) -> None:
@@ -68,10 +77,10 @@ class Prefills:
     @property
     def chunk(self) -> int:
         """Tokens that one program computes, with padding."""
-        return self.lanes * self.size
+        return self.lanes * self.piece
 
     def advance(self) -> int:
-        """Computes the next blocks of the prompts, in one program. Returns the tokens that this took, with padding.
+        """Computes the next pieces of the prompts, in one program. Returns the tokens that this took, with padding.
 
         Raises PromptFailed, or what the program raised. Only `reset` may follow: the program had donated the pool.
         """
@@ -86,17 +95,6 @@ class Prefills:
         self.table.finish(finished)
         return self.chunk
 
-    def for_slot(self, prompt: ChunkedPrompt) -> PrefilledPrompt:
-        """A finished prompt, to be inserted into a slot."""
-        assert prompt.made is not None
-        return PrefilledPrompt(self._block_table(prompt), len(prompt.ids), *prompt.made)
-
-    def _block_table(self, prompt: ChunkedPrompt) -> np.ndarray:
-        """The pool's blocks of a prompt, int32 [blocks of the longest prompt]."""
-        table = np.zeros(self._longest, np.int32)
-        table[: len(prompt.blocks)] = prompt.blocks
-        return table
-
     def warm_up(self) -> ChunkedPrompt:
         """Compiles the programs. Returns a finished prompt."""
         made = []
@@ -107,7 +105,7 @@ class Prefills:
         return made[0]
 
     def _compute(self, working: list[ChunkedPrompt]) -> list[ChunkedPrompt]:
-        """Computes the next blocks of the prompts. Returns the prompts that are then finished."""
+        """Computes the next pieces of the prompts. Returns the prompts that are then finished."""
         lanes, tails, adapted = self._planned(working)
         given: tuple = ()
         if adapted:
@@ -115,7 +113,7 @@ class Prefills:
             entries = [prompt.entry for prompt in adapted]  # padded to ROWS, so that one program serves all
             given = self.bank.rows_of(entries + [None] * (ROWS - len(entries)), ROWS), tails
         self.pool, logits, adjustments = prefill_chunk(self._treedef, self._leaves, self.pool, lanes, *given)
-        finished = [prompt for prompt in working if len(prompt.blocks) == self.cache.blocks_of(prompt.ids)]
+        finished = [prompt for prompt in working if prompt.done == len(prompt.ids)]
         for start in range(0, len(finished), ROWS):
             # A kept prompt holds the logits of ROWS prompts, not of all rows of the program: these may be many.
             together, chosen = finished[start : start + ROWS], np.zeros(ROWS, np.int32)
@@ -127,56 +125,72 @@ class Prefills:
         return finished
 
     def _planned(self, working: list[ChunkedPrompt]) -> tuple[Lanes, Tails, list[ChunkedPrompt]]:
-        """The next blocks of the prompts, which take turns, where their adapters act, and the prompts in which they do.
+        """The next pieces of the prompts, which take turns, where their adapters act, and the prompts in which they do.
         Blocks that are known are not computed again, except a prompt's last one: its last token gives the logits."""
         lanes, tails, adapted, used, turns = self._no_lanes(), self._no_tails(), [], 0, True
-        # One block each, and again: a short prompt is finished in its first chunk, whatever long ones are at work.
+        # One piece each, and again: a short prompt is finished in its first chunk, whatever long ones are at work.
         while turns and used < self.lanes:
             turns = False
             for prompt in working:
                 self._find_blocks(prompt)
-                number, plain = len(prompt.blocks), prompt.plain
-                tokens = prompt.ids[number * self.size : (number + 1) * self.size]
-                adapts = number * self.size + len(tokens) > plain  # the block reaches into the tail
-                if used == self.lanes or not tokens or (adapts and len({*adapted, prompt}) > ROWS):
+                start, plain = prompt.done, prompt.plain
+                tokens = prompt.ids[start : start + self.piece]
+                adapts = start + len(tokens) > plain  # the piece reaches into the tail
+                full = adapts and len({*adapted, prompt}) > ROWS
+                if used == self.lanes or not tokens or full or self._is_coming(prompt, working):
                     continue
                 turns = True
-                prompt.blocks.append(self.cache.take())  # PromptTable.start has made sure of its room
-                if number < len(prompt.block_keys):  # others may find it now: this program computes it
+                if start % self.size == 0:
+                    prompt.blocks.append(self.cache.take())  # Rounds has made sure of its room
+                prompt.done += len(tokens)
+                number = len(prompt.blocks) - 1
+                if prompt.done % self.size == 0 and number < len(prompt.block_keys):
+                    # Others may find it now: this program computes it, if not an earlier one.
                     self.cache.publish(prompt.blocks[-1], prompt.block_keys[number])
                 lanes.tokens[used, : len(tokens)] = tokens
-                lanes.row[used], lanes.number[used], lanes.count[used] = prompt.row, number, len(tokens)
-                lanes.last[prompt.row] = used * self.size + len(tokens) - 1
+                lanes.row[used], lanes.number[used] = prompt.row, start // self.piece
+                lanes.count[used], lanes.last[prompt.row] = len(tokens), used * self.piece + len(tokens) - 1
                 if adapts:
-                    adapted += [prompt] * (prompt not in adapted)  # a long tail may span several blocks
+                    adapted += [prompt] * (prompt not in adapted)  # a long tail may span several pieces
                     row = adapted.index(prompt)
                     tails.of_lane[used], tails.start[used] = row, plain
                     tails.lane[row], tails.count[row] = used, len(tokens)
                 used += 1
         for prompt in working:
-            lanes.table[prompt.row] = self._block_table(prompt)  # after all blocks of this chunk have places
+            lanes.table[prompt.row, : len(prompt.blocks)] = prompt.blocks  # after all pieces have places
         return lanes, tails, adapted
 
     def _find_blocks(self, prompt: ChunkedPrompt) -> None:
-        while len(prompt.blocks) < self.cache.blocks_of(prompt.ids) - 1 and len(prompt.blocks) < len(prompt.block_keys):
-            found = self.cache.find(prompt.block_keys[len(prompt.blocks)])
+        """Takes the known blocks that continue a prompt."""
+        while prompt.done % self.size == 0 and prompt.done + self.size < len(prompt.ids):
+            number = len(prompt.blocks)
+            found = self.cache.find(prompt.block_keys[number]) if number < len(prompt.block_keys) else None
             if found is None:  # a later block is of no use without this one
                 return
             prompt.blocks.append(found)
+            prompt.done += self.size
             prompt.found += self.size
             self.cache.hits += self.size
 
+    def _is_coming(self, prompt: ChunkedPrompt, working: list[ChunkedPrompt]) -> bool:
+        """Whether another prompt has begun the block that a prompt needs next."""
+        number = len(prompt.blocks)
+        if prompt.done % self.size or prompt.done + self.size >= len(prompt.ids) or number >= len(prompt.block_keys):
+            return False
+        begun = (one for one in working if one.done % self.size and self.cache.enabled)
+        return any(one.block_keys[len(one.blocks) - 1 : len(one.blocks)] == [prompt.block_keys[number]] for one in begun)
+
     def _no_lanes(self) -> Lanes:
         row, number, count = (np.zeros(self.lanes, np.int32) for _ in range(3))
-        tokens, rows = np.zeros((self.lanes, self.size), np.int32), self.table.rows
-        return Lanes(tokens, row, number, count, np.zeros((rows, self._longest), np.int32), np.zeros(rows, np.int32))
+        tokens, rows = np.zeros((self.lanes, self.piece), np.int32), self.table.rows
+        return Lanes(tokens, row, number, count, np.zeros((rows, self.longest), np.int32), np.zeros(rows, np.int32))
 
     def _no_tails(self) -> Tails:
         start, lane = (np.zeros(count, np.int32) for count in (self.lanes, ROWS))
         return Tails(np.full(self.lanes, -1, np.int32), start, lane, np.ones(ROWS, np.int32))
 
     def _empty(self, leaf) -> jax.Array:
-        return empty_held((self.cache.blocks, leaf.shape[1], self.size, leaf.shape[3]), leaf.dtype)
+        return empty_held((1 + self.cache.blocks, leaf.shape[1], self.size, leaf.shape[3]), leaf.dtype)
 
 
 def token_bytes(row: DecodeState) -> int:

@@ -1,8 +1,8 @@
-"""Which blocks of the engine's pool hold which tokens: the prefix cache, without its arrays.
+"""Which blocks of the engine's pool are in use, and which tokens they hold: the prefix cache, without its arrays.
 
 A block is identified by a hash of the backbone, of all tokens before it and of its own tokens, so it is found only if
-the whole prompt up to its end is the same. Prompts at work refer to their blocks. A block that no prompt refers to
-stays until its room is needed; the least recently used is dropped first.
+the whole prompt up to its end is the same. Prompts at work and rows refer to their blocks. A known block that nothing
+refers to stays until its room is needed; the least recently used is dropped first.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def prompt_key(adapter: str | None, ids: Sequence[int], salt: str | None = None)
 
 
 class PrefixCache:
-    """The blocks of a pool. Used by one thread at a time."""
+    """The blocks of a pool, from 1 on: block 0 is nobody's. Used by one thread at a time."""
 
     def __init__(self, blocks: int, size: int, content: str, *, enabled: bool = True):
         """
@@ -55,16 +55,21 @@ class PrefixCache:
 
     def clear(self) -> None:
         """Forgets all blocks. The counts stay."""
-        self._free = list(range(self.blocks))[::-1]  # pop() then takes the lowest first
+        self._free = list(range(self.blocks, 0, -1))  # pop() then takes the lowest first
         self._of_key: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
-        self._references = [0] * self.blocks
+        self._references = [0] * (self.blocks + 1)
         self._idle: OrderedDict[int, None] = OrderedDict()
-        """known blocks that no prompt refers to, the least recently used first"""
+        """known blocks that nothing refers to, the least recently used first"""
 
-    def blocks_of(self, ids: Sequence[int]) -> int:
-        """How many blocks a prompt takes, with the last, incomplete one."""
-        return -(-len(ids) // self.size)
+    @property
+    def available(self) -> int:
+        """How many blocks can be taken."""
+        return len(self._free) + len(self._idle)
+
+    def blocks_of(self, tokens: int) -> int:
+        """How many blocks so many tokens take, with the last, incomplete one."""
+        return -(-tokens // self.size)
 
     def keys(self, ids: Sequence[int], salt: str | None = None) -> list[bytes]:
         """The keys of a prompt's complete blocks: each hashes the key before it and its own tokens. With a salt, they
@@ -87,8 +92,13 @@ class PrefixCache:
             self._references[block] += 1
         return block
 
+    def share(self, blocks: Sequence[int]) -> None:
+        """Adds a reference to blocks that are in use."""
+        for block in blocks:
+            self._references[block] += 1
+
     def take(self) -> int:
-        """A block to write, with one reference. The pool has room for it: see `Prefills`."""
+        """A block to write, with one reference. There must be one: see `available`."""
         if self._free:
             block = self._free.pop()
         else:
@@ -103,10 +113,10 @@ class PrefixCache:
             self._of_key[key], self._key_of[block] = block, key
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Gives up a prompt's references to its blocks, which are in the order of its tokens."""
+        """Gives up references to blocks, which are in the order of their tokens."""
         for block in reversed(blocks):  # a later one is of use only with those before it, so it goes first
             self._references[block] -= 1
-            if self._references[block]:  # another prompt shares it
+            if self._references[block]:  # others share it
                 continue
             if block in self._key_of:  # its content may be found again
                 self._idle[block] = None

@@ -4,7 +4,7 @@ computes those in blocks."""
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,8 +14,8 @@ from ..adapters.scope import scope_of
 from ..model.adapted import DecodeState
 from .prefix_cache import PrefixCache
 
-#: Prompts of the longest length that the pool has blocks for, and how many prompts are kept for the next request of the
-#: same one. If a chunk has blocks for more prompts, that many may be at work. Adapters act on ROWS at a time.
+#: Prompts that are kept for the next request of the same one. Adapters act on ROWS at a time. So many prompts may be at
+#: work, or as many as have a lane in a chunk.
 ROWS = 4
 
 
@@ -45,7 +45,9 @@ class ChunkedPrompt:
         self.block_keys: list[bytes] = []
         """of its complete plain blocks"""
         self.blocks: list[int] = []
-        """the pool's blocks of its first tokens: those that are computed, or found"""
+        """the pool's blocks of its first tokens"""
+        self.done = 0
+        """tokens that are computed, or found"""
         self.found = 0
         """tokens in blocks that were found"""
         self.made: tuple | None = None
@@ -61,17 +63,14 @@ class ChunkedPrompt:
 class PromptTable:
     """The prompts at work, and those that are kept. Their blocks are the cache's."""
 
-    def __init__(self, cache: PrefixCache, longest: int, lanes: int):
+    def __init__(self, cache: PrefixCache, lanes: int):
         """
         Args:
-            longest: blocks of the longest prompt.
-            lanes: blocks that one program computes.
+            lanes: pieces of prompts that one program computes.
         """
         self.cache = cache
         self.rows = max(ROWS, lanes)  # else short prompts could not fill a chunk
         """prompts at work, at most"""
-        self._room = ROWS * longest
-        """their blocks and those of kept prompts, at most"""
         self.working: dict[tuple, ChunkedPrompt] = {}
         """by Sample.key"""
         self.kept: OrderedDict[tuple, WholePrompt | ChunkedPrompt] = OrderedDict()
@@ -92,20 +91,23 @@ class PromptTable:
     def keep_whole(self, key: tuple, prompt: WholePrompt) -> None:
         """Keeps a prompt that was prefilled in one piece."""
         self.kept[key] = prompt
-        self.drop_old()
 
-    def has_room(self, key: tuple, ids: Sequence[int]) -> bool:
-        """Whether a prompt may start now, or has started."""
-        return key in self.kept or key in self.working or self._fits(ids, self.working.values())
+    @property
+    def room(self) -> int:
+        """How many blocks can be taken, without those that the prompts at work will take: none of them ever waits for a
+        block. Each counts one more, for the row that it begins."""
+        wanted = (self.cache.blocks_of(len(one.ids)) + 1 - len(one.blocks) for one in self.working.values())
+        return self.cache.available - sum(wanted)
+
+    @property
+    def has_row(self) -> bool:
+        """Whether one more prompt can be at work."""
+        return len(self.working) < self.rows
 
     def start(self, key: tuple, ids: Sequence[int], entry: Entry | None) -> None:
-        """Gives a prompt a row, unless it has one. The least recently used kept prompts make room."""
+        """Gives a prompt a row, unless it has one. There must be room for it."""
         if key in self.working or key in self.kept:
             return
-        # Kept prompts hold blocks that the cache can't take back, so room is counted with them: a prompt that has
-        # started never waits for a block, and no two prompts can wait for each other.
-        while not self._fits(ids, [*self.working.values(), *self._kept_in_blocks()]):
-            self._drop(next(self._kept_in_blocks()))
         row = min(set(range(self.rows)) - {prompt.row for prompt in self.working.values()})
         prompt = self.working[key] = ChunkedPrompt(key, ids, entry, row)
         prompt.block_keys = self.cache.keys(ids[: prompt.plain], key[-1])  # key[-1] is the salt
@@ -137,22 +139,18 @@ class PromptTable:
                 del self._suspects[prompt.key]  # a later request of the same prompt is tried again
                 raise PromptFailed(prompt, error)
 
-    def drop_old(self) -> None:
-        """Drops kept prompts but the last ROWS. Those that samples wait for must be in their slots by then."""
-        for key in list(self.kept)[:-ROWS]:
-            prompt = self.kept[key]
-            if isinstance(prompt, ChunkedPrompt):
-                self._drop(prompt)
-            else:
-                del self.kept[key]
-
-    def _fits(self, ids: Sequence[int], others: Iterable[ChunkedPrompt]) -> bool:
-        """Whether there are a row and blocks for one more prompt next to these."""
-        blocks = [self.cache.blocks_of(one.ids) for one in others]
-        return len(blocks) < self.rows and sum(blocks) + self.cache.blocks_of(ids) <= self._room
-
-    def _kept_in_blocks(self) -> Iterator[ChunkedPrompt]:
-        return (prompt for prompt in self.kept.values() if isinstance(prompt, ChunkedPrompt))
+    def drop_kept(self, wanted: Collection[tuple], left: int = ROWS) -> bool:
+        """Drops the least recently used kept prompt, unless only `left` are kept. Those with these keys stay. Returns
+        whether one was dropped."""
+        key = next((key for key in self.kept if key not in wanted), None)
+        if key is None or len(self.kept) <= left:
+            return False
+        prompt = self.kept[key]
+        if isinstance(prompt, ChunkedPrompt):
+            self._drop(prompt)
+        else:
+            del self.kept[key]
+        return True
 
     def _drop(self, prompt: ChunkedPrompt) -> None:
         del (self.kept if prompt.made is not None else self.working)[prompt.key]

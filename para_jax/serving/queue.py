@@ -22,11 +22,12 @@ class FairQueue(Generic[T]):
         self._lines: OrderedDict[Hashable, OrderedDict[int, T]] = OrderedDict()
         self._count = 0
 
-    def put(self, tenant: Hashable, number: int, item: T) -> None:
-        """Adds an item to the end of its tenant's queue. `number` identifies it."""
+    def put(self, tenant: Hashable, number: int, item: T, *, first: bool = False) -> None:
+        """Adds an item to the end of its tenant's queue, or to its beginning. `number` identifies it."""
         line = self._lines.setdefault(tenant, OrderedDict())
         self._count += number not in line
         line[number] = item
+        line.move_to_end(number, last=not first)
 
     def head(self, fits: Callable[[T], bool] = lambda item: True) -> T | None:
         """The first item of the tenant whose turn it is, or of the next one whose first item fits; None if none of the

@@ -1,4 +1,5 @@
 """One round of the engine: free slots are filled, prompts are computed up to a bound, and all rows decode a few tokens.
+Where the pool has no room for these, the youngest rows give up their slots, and start again when there is room.
 
 After an exception in a round, the next one starts again from the open requests. Ctrl-C waits for the end of the round.
 """
@@ -19,9 +20,10 @@ from ..inference.logprobs import TokenLogprob
 from ..inference.sampling import Sampling
 from ..io.checks import shorten
 from ..runtime.sharding import using
-from .decoder import Decoded, Decoder
+from .decoder import STEPS, Decoded, Decoder
 from .open_requests import OpenRequests, interrupts_held_back
 from .prompt_table import ChunkedPrompt, PromptFailed, WholePrompt
+from .row_blocks import RowBlocks
 from .scoring import ScoredPrompt
 from .speculation import Lookup, SpeculationStats
 from .ticket import Sample, is_request_error
@@ -69,6 +71,8 @@ class Rounds:
         self.decoding = 0
         """rows that decoded in the last round"""
         self.speculated = SpeculationStats(0, 0, 0)
+        self.preempted = 0
+        """samples that gave up their slots, since the engine was made"""
         self._driving = threading.Lock()
         """held during a round; guards the decoder and what follows"""
         self._rows: list[Sample | None] = [None] * decoder.slots
@@ -96,11 +100,13 @@ class Rounds:
             if not begun:
                 return False
             self._requests.cancel_dropped()  # their slots are free for this round
-            empty = [slot for slot, sample in enumerate(self._rows) if sample is None or sample.completion]
+            self._let_go()
+            empty = [slot for slot, sample in enumerate(self._rows) if sample is None]
             started, self.decoding = Started(int(self._limit * min(PER_SLOT * max(len(empty), 1), 1))), 0
             if not self._fill(started, empty):
                 self._start_again()
                 return True
+            self._make_room(started)
             active = [(slot, sample) for slot, sample in enumerate(self._rows) if sample and not sample.completion]
             drafts = self._drafts(active, started.first)
             speculates = self._pays(active, drafts)
@@ -119,11 +125,50 @@ class Rounds:
                         self._learn(sample, drafts[slot], tokens, speculates)
                     self._extend(sample, tokens, records)
             with self._requests.lock:
-                self._rows = [sample if sample and not sample.completion else None for sample in self._rows]
+                self._let_go()
                 self._requests.news.notify_all()
         if started.failed and not (active or scored or self._waiting):  # the device may be lost
             raise started.failed[0]
         return True
+
+    @property
+    def _blocks(self) -> RowBlocks:
+        return self._decoder.rows
+
+    def _let_go(self) -> None:
+        """Empties the slots of ended samples."""
+        for slot, sample in enumerate(self._rows):
+            if sample and sample.completion:
+                self._rows[slot] = None
+                self._blocks.release(slot)
+
+    def _make_room(self, started: Started) -> None:
+        """Gives each row blocks for the tokens of this round, the oldest first."""
+        new = max(STEPS, self._decoder.drafted + 1)
+        rows = [(slot, sample) for slot, sample in enumerate(self._rows) if sample and not sample.completion]
+        for slot, sample in sorted(rows, key=lambda row: row[1].number):
+            most = len(sample.ids) + sample.request.max_new_tokens - 1  # the last token is never in the pool
+            tokens = min(len(sample.ids) + max(len(sample.tokens) - 1, 0) + new, most)
+            while self._rows[slot] is sample and not self._blocks.grow(slot, tokens):
+                if not self._prompts.drop_kept(self._wanted, left=0):
+                    self._preempt(started)
+
+    def _preempt(self, started: Started) -> None:
+        """Takes the slot of the youngest sample. The oldest one always stays: the pool has room for any single one."""
+        held = {slot: sample for slot, sample in enumerate(self._rows) if sample and not sample.completion}
+        slot, sample = max((held | self._waiting).items(), key=lambda row: row[1].number)
+        self._requests.put_back(sample)
+        self.preempted += 1
+        self._waiting.pop(slot, None)
+        self._prompts.keep(self._wanted)
+        self._rows[slot] = None
+        started.first.pop(slot, None)
+        self._blocks.release(slot)
+
+    @property
+    def _wanted(self) -> set[tuple]:
+        """The keys of the prompts that samples wait for."""
+        return {sample.key for sample in self._waiting.values()}
 
     @contextmanager
     def _round(self, wait: bool = True) -> Iterator[bool]:
@@ -159,7 +204,7 @@ class Rounds:
             empty: slots that do not decode.
         """
         self._waiting = {slot: sample for slot, sample in self._waiting.items() if not sample.completion}
-        self._prompts.keep({sample.key for sample in self._waiting.values()})
+        self._prompts.keep(self._wanted)
         started.free = [slot for slot in empty if slot not in self._waiting]
         while True:  # whole prompts and chunks take turns, so that neither uses up the tokens of the other
             before = started.tokens
@@ -210,8 +255,17 @@ class Rounds:
         sample = self._requests.queue.head(lambda sample: bool(started.free) or not sample.decodes)
         if sample is None or (started.wholes and not started.has_room(self._decoder.whole_tokens(sample))):
             return None
-        in_blocks = sample.decodes and self._prefills.takes(sample.entry)
-        return sample if not in_blocks or self._prompts.has_room(sample.key, sample.ids) else None
+        return sample if not sample.decodes or self._has_room(sample) else None
+
+    def _has_room(self, sample: Sample) -> bool:
+        """Whether a sample may begin: there are blocks for it, and for each row to grow by one. Kept prompts make room.
+        """
+        live = sum(row is not None and not row.completion for row in self._rows)
+        while self._prompts.room < self._decoder.blocks_to_begin(sample) + live:
+            if not self._prompts.drop_kept(self._wanted | {sample.key}, left=0):
+                return False
+        in_chunks = self._prefills.takes(sample.entry) and not self._decoder.keeps(sample)
+        return not in_chunks or sample.key in self._prompts.working or self._prompts.has_row
 
     def _advance_prompts(self, started: Started) -> bool:
         """Computes a chunk of the prompts that samples wait for, if the round may. Samples with a complete one move
@@ -229,20 +283,22 @@ class Rounds:
         started.tokens += computed
         started.chunks += computed > 0
         for slot, sample in list(self._waiting.items()):  # entries are deleted on the way
-            if self._decoder.keeps(sample):
+            if self._decoder.keeps(sample) and self._prompts.room >= 1:
                 prompt = self._decoder.prefilled(sample)
                 assert isinstance(prompt, ChunkedPrompt)
                 if sample.ticket.cached_tokens is None:  # the first of several samples of one request says it
                     sample.ticket.cached_tokens = prompt.found
                 self._insert(slot, sample, prompt, started)
                 del self._waiting[slot]
-        self._prompts.drop_old()
+        while self._prompts.drop_kept(self._wanted):
+            pass
         return True
 
     def _insert(self, slot: int, sample: Sample, prefilled: WholePrompt | ChunkedPrompt, started: Started) -> None:
         asked = sample.request.logprobs is not None
         allowed = sample.guide and sample.guide.first
-        first = self._decoder.insert(slot, prefilled, sample.sampling, logprobs=asked, allowed=allowed)
+        tokens, sampling = len(sample.ids), sample.sampling
+        first = self._decoder.insert(slot, prefilled, tokens, sampling, logprobs=asked, allowed=allowed)
         started.first[slot] = first
         self._rows[slot] = sample
 

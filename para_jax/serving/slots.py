@@ -1,34 +1,37 @@
 """The engine's compiled programs: a fixed number of slots, and one decode program for all of them.
 
-A prefilled prompt is inserted into a slot. It overwrites the slot's whole state, so nothing of the slot's last tenant
-is left. The sampling settings stay on the host and come with each dispatch, so an ended row costs no sampling.
+A slot's row has its keys and values in blocks of the pool; each dispatch says which. A prefilled prompt that is
+inserted overwrites the slot's whole state, so nothing of the slot's last tenant is left. The sampling settings stay on
+the host and come with each dispatch, so an ended row costs no sampling. All programs donate the pool.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ..backbone.block_pool import before, rows_of_blocks
-from ..backbone.cache import constrain_held, empty_held
+from ..backbone.cache import constrain_held
 from ..inference.draw import RowSampling, row_keys, sample
 from ..inference.logprobs import Logprobs, logprobs_of
-from ..model.adapted import DecodeState, decode_several, decode_step
-from ..model.blocks import Pool
+from ..model.adapted import DecodeState
+from ..model.blocks import Pool, decode_blocks
 from ..runtime.sharding import replicate, zeros
 
 
 class Slots(NamedTuple):
-    """All rows: the decode state, and each row's last token and number of tokens."""
+    """All rows, without their keys and values. Every array leads with the slots."""
 
-    state: DecodeState
+    adjustments: tuple
+    """per layer, as decode carries them"""
+    length: jax.Array
+    """int32: tokens in the pool"""
     token: jax.Array
-    """int32 [slots]"""
+    """int32: the last one, which is not in the pool yet"""
     position: jax.Array
-    """int32 [slots]"""
+    """int32: of the next one in its answer"""
 
 
 def empty_slots(row: DecodeState, slots: int) -> Slots:
@@ -37,42 +40,42 @@ def empty_slots(row: DecodeState, slots: int) -> Slots:
     Args:
         row: the abstract state of one row.
     """
-    cache = jax.tree.map(lambda leaf: empty_held((slots, *leaf.shape[1:]), leaf.dtype), row.cache)
     count = jax.ShapeDtypeStruct((1,), jnp.int32)
-    adjustments, length, token, position = zeros_of((row.adjustments, count, count, count), slots)
-    return Slots(DecodeState(cache, adjustments, length), token, position)
+    return Slots(*zeros_of((row.adjustments, count, count, count), slots))
 
 
-def constrain_slots(slots: Slots) -> Slots:
-    """The slots, sharded over the current mesh as empty ones are: keys and values by heads, and all else on every
-    device. Each program ends with it, so that the next one is compiled for one sharding alone."""
-    state, token, position = slots
-    adjustments, length, token, position = replicate((state.adjustments, state.length, token, position))
-    return Slots(DecodeState(constrain_held(state.cache), adjustments, length), token, position)
+def constrained(slots: Slots, pool: Pool) -> tuple[Slots, Pool]:
+    """The slots on every device of the current mesh, and the pool split by heads, as empty ones are. Each program ends
+    with it, so that the next one is compiled for one sharding alone."""
+    return replicate(slots), constrain_held(pool)
 
 
-@partial(jax.jit, donate_argnums=0)
-def insert(slots: Slots, slot, logits, row: DecodeState, sampling: RowSampling, allowed) -> tuple[Slots, jax.Array]:
-    """The slots with a prefilled row in `slot`, and its first token [1]. The given slots are donated; the row is not,
-    so it may be inserted again.
+@partial(jax.jit, donate_argnums=(0, 1))
+def insert(
+    slots: Slots, pool: Pool, slot, table, logits, row: DecodeState, sampling: RowSampling, allowed
+) -> tuple[Slots, Pool, jax.Array]:
+    """The slots with a prefilled row in `slot`, the pool with its keys and values, and its first token [1]. The row is
+    not donated, so it may be inserted again.
 
     Args:
+        table: int32 [T], the row's blocks; 0 from its end on.
         allowed: int32 [1, words], which tokens may be drawn, one bit each.
     """
 
-    def put(held, new):
-        room = [(0, 0), *((0, full - part) for full, part in zip(held.shape[1:], new.shape[1:], strict=True))]
-        return jax.lax.dynamic_update_slice_in_dim(held, jnp.pad(new, room), slot, 0)
+    def put(pool, new):
+        heads, size, width = pool.shape[1:]
+        count = -(-new.shape[2] // size)
+        parts = jnp.pad(new[0], ((0, 0), (0, count * size - new.shape[2]), (0, 0)))
+        return pool.at[table[:count]].set(parts.reshape(heads, count, size, width).swapaxes(0, 1))
 
-    token = drawn(logits, sampling, jnp.zeros(1, jnp.int32), allowed)
-    return constrain_slots(jax.tree.map(put, slots, Slots(row, token, jnp.ones(1, jnp.int32)))), token
+    pool = jax.tree.map(put, pool, row.cache)
+    slots, first = begun(slots, slot, logits, row.adjustments, row.length, sampling, allowed)
+    return *constrained(slots, pool), first
 
 
 class PrefilledPrompt(NamedTuple):
-    """A prompt with its blocks in a pool."""
+    """A prompt with its blocks in the pool."""
 
-    table: Any
-    """int32 [T], the prompt's blocks"""
     length: int
     """tokens"""
     row: int
@@ -83,24 +86,27 @@ class PrefilledPrompt(NamedTuple):
     """per layer, as decode carries them, with one leading row"""
 
 
-@partial(jax.jit, donate_argnums=0)
+@partial(jax.jit, donate_argnums=(0, 1))
 def insert_prompt(
-    slots: Slots, slot, pool: Pool, prompt: PrefilledPrompt, sampling: RowSampling, allowed
-) -> tuple[Slots, jax.Array]:
-    """`insert` for a prompt with its blocks in a pool."""
-    most = jax.tree.leaves(slots.state.cache)[0].shape[2]
+    slots: Slots, pool: Pool, slot, block, copy, prompt: PrefilledPrompt, sampling: RowSampling, allowed
+) -> tuple[Slots, Pool, jax.Array]:
+    """`insert` for a prompt with its blocks in the pool. The row shares them, but has a copy of an incomplete last one.
+
+    Args:
+        block, copy: that one, and where it is copied to; 0 where there is none.
+    """
+    pool = jax.tree.map(lambda held: held.at[copy].set(held[block]), pool)
     logits = jax.lax.dynamic_slice_in_dim(prompt.logits, prompt.row, 1)
     length = jnp.reshape(prompt.length, 1)
+    slots, first = begun(slots, slot, logits, prompt.adjustments, length, sampling, allowed)
+    return *constrained(slots, pool), first
 
-    def of_layer(pool):
-        keys, values = rows_of_blocks(pool, prompt.table[None])
-        inside = before(jnp.arange(keys.shape[2]), length)  # zero times NaN, from another prompt, would be NaN
-        return tuple(jnp.where(inside, held, 0)[:, :, :most] for held in (keys, values))
 
+def begun(slots: Slots, slot, logits, adjustments: tuple, length, sampling: RowSampling, allowed):
+    """The slots with a row that has drawn its first token [1], and this token."""
     first = drawn(logits, sampling, jnp.zeros(1, jnp.int32), allowed)
-    state = DecodeState(tuple(map(of_layer, pool)), prompt.adjustments, length)
     put = lambda held, new: jax.lax.dynamic_update_slice_in_dim(held, new.astype(held.dtype), slot, 0)  # noqa: E731
-    return constrain_slots(jax.tree.map(put, slots, Slots(state, first, jnp.ones(1, jnp.int32)))), first
+    return jax.tree.map(put, slots, Slots(adjustments, length, first, jnp.ones(1, jnp.int32))), first
 
 
 @partial(jax.jit, static_argnums=3)
@@ -110,58 +116,62 @@ def first_logprobs(logits, row, token, top: int) -> Logprobs:
     return logprobs_of(jax.lax.dynamic_slice_in_dim(logits, row, 1), token, top)
 
 
-@partial(jax.jit, static_argnums=(0, 5, 6), donate_argnums=2)
+@partial(jax.jit, static_argnums=(0, 7, 8), donate_argnums=(2, 3))
 def steps(
-    treedef, leaves, slots: Slots, sampling: RowSampling, live, count: int, top: int | None, allowed=None
-) -> tuple[Slots, tuple[jax.Array, Logprobs | None]]:
-    """Decodes `count` tokens in every slot, in one dispatch. Returns the slots, and the tokens [count, slots] with
-    their log-probabilities. The model is passed flat; the given slots are donated.
+    treedef, leaves, slots: Slots, pool: Pool, table, sampling: RowSampling, live, count: int, top: int | None,
+    allowed=None,
+) -> tuple[Slots, Pool, tuple[jax.Array, Logprobs | None]]:  # fmt: skip
+    """Decodes `count` tokens in every slot, in one dispatch. Returns the slots, the pool, and the tokens [count, slots]
+    with their log-probabilities. The model is passed flat.
 
     Args:
-        live: bool [slots]. The other slots take the length of the shortest live row, so the cache is read only from
+        table: int32 [slots, T], the blocks of each row; 0 from its end on.
+        live: bool [slots]. The other slots take the length of the shortest live row, so the pool is read only from
             where that row's window begins to the end of the longest one.
         top: alternatives per token; None: no log-probabilities.
         allowed: int32 [slots, words], which tokens may be drawn, one bit each; then `count` is 1. None: all.
     """
-    length = slots.state.length
-    shortest = jnp.min(jnp.where(live, length, length.max())) * live.any()  # 0 if no row is live
-    slots = slots._replace(state=slots.state._replace(length=jnp.where(live, length, shortest)))
+    shortest = jnp.min(jnp.where(live, slots.length, slots.length.max())) * live.any()  # 0 if no row is live
+    slots = slots._replace(length=jnp.where(live, slots.length, shortest))
 
-    def one(slots: Slots, _):
-        logits, state = decode_step(jax.tree.unflatten(treedef, leaves), slots.state, slots.token)
-        token = drawn(logits, sampling, slots.position, allowed)
-        logprobs = None if top is None else logprobs_of(logits, token, top)
-        slots = Slots(state, token, slots.position + 1)  # pyright: ignore[reportArgumentType]
-        return constrain_slots(slots), (token, logprobs)
+    def one(state, _):
+        slots, pool = state
+        adjustments, length, token, position = slots
+        model = jax.tree.unflatten(treedef, leaves)
+        logits, pool = decode_blocks(model, pool, table, length, adjustments, token[:, None])
+        token = drawn(logits[:, 0], sampling, position, allowed)
+        logprobs = None if top is None else logprobs_of(logits[:, 0], token, top)
+        return constrained(Slots(adjustments, length + 1, token, position + 1), pool), (token, logprobs)
 
-    return jax.lax.scan(one, slots, length=count)
+    (slots, pool), new = jax.lax.scan(one, (slots, pool), length=count)
+    return slots, pool, new
 
 
-@partial(jax.jit, static_argnums=(0, 6), donate_argnums=2)
+@partial(jax.jit, static_argnums=(0, 8), donate_argnums=(2, 3))
 def verify(
-    treedef, leaves, slots: Slots, sampling: RowSampling, live, drafts, top: int | None
-) -> tuple[Slots, tuple[jax.Array, Logprobs | None, jax.Array]]:
+    treedef, leaves, slots: Slots, pool: Pool, table, sampling: RowSampling, live, drafts, top: int | None
+) -> tuple[Slots, Pool, tuple[jax.Array, Logprobs | None, jax.Array]]:
     """One pass over the drafted tokens of every slot. Each row takes the drafted tokens that it draws itself, and one
-    more: the tokens that `steps` would give. Returns the slots, the tokens [drafted + 1, slots] with their
-    log-probabilities, and how many of them count, [slots]. The given slots are donated.
+    more: the tokens that `steps` would give. Returns the slots, the pool, and the tokens [drafted + 1, slots] with
+    their log-probabilities and how many of them count, [slots].
 
     Args:
+        table, top: as in `steps`.
         live: bool [slots]. No token of the other slots counts.
-        top: as in `steps`.
         drafts: int32 [slots, drafted], `speculation.NOTHING` where a row has none.
     """
-    state, position = slots.state, jnp.arange(drafts.shape[1] + 1)
-    tokens = jnp.concatenate([slots.token[:, None], jnp.maximum(drafts, 0)], axis=1)
-    logits, state = decode_several(jax.tree.unflatten(treedef, leaves), state, tokens)
+    adjustments, length, token, answered = slots
+    position, length = jnp.arange(drafts.shape[1] + 1), jnp.where(live, length, 0)
+    tokens = jnp.concatenate([token[:, None], jnp.maximum(drafts, 0)], axis=1)
+    logits, pool = decode_blocks(jax.tree.unflatten(treedef, leaves), pool, table, length, adjustments, tokens)
     logits = logits.swapaxes(0, 1)  # [drafted + 1, slots, vocab]
-    token = jax.lax.map(lambda at: drawn(at[0], sampling, slots.position + at[1]), (logits, position))
+    token = jax.lax.map(lambda at: drawn(at[0], sampling, answered + at[1]), (logits, position))
     logprobs = None if top is None else jax.lax.map(lambda at: logprobs_of(at[0], at[1], top), (logits, token))
     right = jnp.cumprod(token[:-1] == drafts.T, axis=0).sum(axis=0)
     count = jnp.where(live, right + 1, 0)
     last = jnp.take_along_axis(token, right[None], axis=0)[0]
-    most = jax.tree.leaves(state.cache)[0].shape[2]
-    state = state._replace(length=jnp.minimum(state.length + count, most))
-    return constrain_slots(Slots(state, last, slots.position + count)), (token, logprobs, count)
+    slots, pool = constrained(Slots(adjustments, length + count, last, answered + count), pool)
+    return slots, pool, (token, logprobs, count)
 
 
 def zeros_of(row, rows: int):

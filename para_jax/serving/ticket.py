@@ -66,6 +66,8 @@ class Sample:
         self.stops = frozenset(stops)
         self.key = prompt_key(entry.content if entry else None, ids, ticket.request.cache_salt)
         self.tokens: list[int] = []
+        self.reached = 0
+        """how many tokens it had when it last gave up its slot; the same ones come again"""
         self.logprobs: list[TokenLogprob] = []
         """of each of `tokens`, if the request asks for them"""
         self.kept_end = False
@@ -92,6 +94,7 @@ class Sample:
     def restart(self, tokenizer) -> None:
         """Forgets the tokens, which will be decoded again. Keeps the prompt's scores, which a stream may be about to
         show, unless the pass that gave them has to give its token too."""
+        self.reached = max(self.reached, len(self.tokens))
         self.tokens, self.logprobs, self.text, self.lookup = [], [], None, None
         if not self.decodes:
             self.prompt_logprobs = None

@@ -1,4 +1,4 @@
-"""Prompts prefilled in blocks: what prefill computes, in any cut, next to any other prompt, and the same bits."""
+"""The model over blocks: what prefill computes, in any cut, next to any other prompt, and the same bits."""
 
 import jax
 import jax.numpy as jnp
@@ -7,11 +7,12 @@ import pytest
 from golden_models import backbone, strong
 from long_cases import quick, slow
 
-from para_jax import Ia3Config, LoraConfig, ParaConfig, init_adapter, prefill, stack_adapters
+from para_jax import Ia3Config, LoraConfig, ParaConfig, init_adapter, pick, prefill, stack_adapters
 from para_jax.adapters.rows import Rows
 from para_jax.backbone import block_pool
 from para_jax.backbone.block_pool import rows_of_blocks
-from para_jax.model.blocks import Lanes, Tails, prefill_blocks
+from para_jax.model.adapted import decode_step
+from para_jax.model.blocks import Lanes, Tails, decode_blocks, prefill_blocks
 
 SIZE, LONGEST, BLOCKS, LANES, ROWS = 4, 6, 20, 3, 2
 FAMILIES = ["llama", "gemma3_text", "gemma2", "olmo2"]
@@ -22,7 +23,7 @@ chunk = jax.jit(prefill_blocks)
 @pytest.fixture(autouse=True, params=[8, 128], ids="span {}".format)
 def span(request, monkeypatch):
     """Tokens that attention reads at a time: with the smaller one, these prompts have several spans."""
-    monkeypatch.setattr(block_pool, "SPAN", request.param)
+    monkeypatch.setattr(block_pool, "CPU_SPAN", request.param)
     chunk.clear_cache()
 
 
@@ -155,3 +156,32 @@ def unshared(state, layer):
     """A layer's adjustment, also where it is one for all rows."""
     made = state.adjustments[layer]
     return getattr(made, "adjustment", made)
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [("llama", ParaConfig(r=4)), ("llama", LoraConfig(r=4)), ("gemma3_text", ParaConfig(r=4))],  # it has windows
+    ids=["PARA", "LoRA", "windows"],
+)
+def test_rows_decode_over_blocks_as_over_a_cache_of_their_own_and_several_tokens_as_one_by_one(family, config):
+    model = backbone(family)
+    rows = pick(stack_adapters([strong(init_adapter(config, model.config), 0, 0.3)]), [0, -1])
+    tokens = np.random.default_rng(0).integers(20, 250, (2, 16)).astype(np.int32)
+    _, state = prefill(model, rows, tokens[:, :8], [8, 6], max_length=20)
+    table = np.array([[3, 9, 1, 12, 7], [4, 2, 13, 5, 8]])
+    pool = pool_of(model, np.nan)
+
+    def put(held, row):
+        parts = row.reshape(2, row.shape[1], -1, SIZE, row.shape[3]).swapaxes(1, 2)  # [rows, blocks, heads, SIZE, width]
+        return held.at[table].set(parts)
+
+    pool, length = jax.tree.map(put, pool, state.cache), state.length
+    decode = jax.jit(decode_blocks)
+    logits, after = decode(model, pool, table, length, state.adjustments, tokens[:, 8:13])
+    for i in range(5):
+        one, state = decode_step(model, state, tokens[:, 8 + i])
+        alone, pool = decode(model, pool, table, length + i, state.adjustments, tokens[:, 8 + i : 9 + i])
+        np.testing.assert_allclose(alone[:, 0], one, atol=2e-4)
+        np.testing.assert_allclose(logits[:, i], one, atol=2e-4)
+    again, _ = decode(model, after, table, length + 3, state.adjustments, tokens[:, 11:13])
+    np.testing.assert_allclose(again, logits[:, 3:], atol=2e-4)  # tokens that did not count are written over

@@ -244,14 +244,14 @@ def forget_prompts(engine):
     answers(engine)
 
 
-def watch_state(monkeypatch):
-    """The states of the slots after each dispatch; all but the last are donated."""
+def watch_pools(monkeypatch):
+    """The pool after each dispatch; all but the last are donated."""
     seen, real = [], decoder.steps
 
     def watched(*arguments):
-        slots, tokens = real(*arguments)
-        seen.append(slots.state)
-        return slots, tokens
+        made = real(*arguments)
+        seen.append(made[1])
+        return made
 
     monkeypatch.setattr(decoder, "steps", watched)
     return seen
@@ -275,9 +275,9 @@ def test_a_hostile_tenant_affects_neither_its_slot_nor_its_neighbours(model, ten
     for i, name in enumerate(["A", None, "B", "A", None, "B"]):
         mixed.append(troubled.submit(Request(prompt(i), name, 6)))
         troubled.submit(Request(prompt(i), "hostile", 3, id=f"more {i}"))
-    state = watch_state(monkeypatch)
+    pools = watch_pools(monkeypatch)
     ended = {(one.id, one.index): one for one in troubled.step()}
-    assert any(not np.isfinite(values).all() for _, values in state[-1].cache)
+    assert any(not np.isfinite(values).all() for _, values in pools[-1])
     found = ended | answers(troubled)
     assert len(found) == SLOTS + 12
     assert [plain(found[id, 0]) for id in mixed] == [plain(expected[id, 0]) for id in ids]
@@ -441,8 +441,7 @@ def test_lora_joins_where_the_bank_lets_it_and_the_engine_says_so(model, tenants
     bank.add("A", tenants["A"]), bank.add("L", lora)
     engine = engine_of(model, bank)
     said = capsys.readouterr().err
-    assert "engine: 3 slots of 40 tokens" in said and "methods that may join: para, lora" in said
-    assert "such slots fit into the" in said
+    assert "engine: 3 slots of up to 40 tokens" in said and "methods that may join: para, lora" in said
     ids = [engine.submit(Request(prompt(i), name, 6)) for i, name in enumerate(["L", "A", None, "L"])]
     found = answers(engine)
     texts = generate(

@@ -80,7 +80,7 @@ def test_pieces_have_those_of_their_tokens(engine):
 
 def test_only_rounds_that_need_them_compute_them(engine, monkeypatch):
     real, seen = decoder.steps, []
-    monkeypatch.setattr(decoder, "steps", lambda *arguments: seen.append(arguments[6] is not None) or real(*arguments))
+    monkeypatch.setattr(decoder, "steps", lambda *arguments: seen.append(arguments[8] is not None) or real(*arguments))
     ask(engine, [Request(prompt(0), "para", 3, logprobs=0, id="asks"), Request(prompt(1), "para", 20, id="doesn't")])
     assert seen[0] and len(seen) > 3 and not any(seen[1:])
 

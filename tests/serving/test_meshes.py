@@ -30,7 +30,6 @@ from para_jax.adapters.adapter import Factors
 from para_jax.backbone.cache import HELD
 from para_jax.backbone.load import abstract_backbone
 from para_jax.inference.draw import row_sampling
-from para_jax.model.adapted import DecodeState
 from para_jax.model.blocks import Lanes
 from para_jax.runtime.sharding import partition
 from para_jax.serving import engine as engines
@@ -103,7 +102,7 @@ def test_an_engine_over_a_mesh_answers_as_one_device_does_and_compiles_nothing_a
         for mine, other in zip(one.prompt_logprobs or (), on_one[key].prompt_logprobs or (), strict=True):
             assert mine is other is None or abs(mine.logprob - other.logprob) < 2e-4
     assert engine.prefix_cache.hits > 0
-    for held in jax.tree.leaves((engine._decoder._state.state.cache, engine._prefills.pool)):
+    for held in jax.tree.leaves(engine._prefills.pool):
         heads = held.addressable_shards[0].data.shape[1]
         assert heads == (1 if sizes[2] == 2 else 2), "a mesh that divides the 2 heads splits keys and values"
 
@@ -159,14 +158,15 @@ def held(mesh, rows, length):
 
 
 @pytest.mark.long
-def test_on_a_tpu_decode_splits_the_cache_and_reduces_twice_per_layer(on_tpu):
+def test_on_a_tpu_decode_splits_the_pool_and_reduces_twice_per_layer(on_tpu):
     mesh, leaves, treedef = on_tpu
     everywhere = partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, PartitionSpec()))
     widths = {site: CONFIG.site_width(site) for site in SITES}
     factors = Factors({site: everywhere((ROWS, width), jnp.bfloat16) for site, width in widths.items()})
     count = everywhere((ROWS,), jnp.int32)
-    state = DecodeState(held(mesh, ROWS, LENGTH), (factors,) * CONFIG.num_layers, count)
-    given = Slots(state, count, count), row_sampling([None] * ROWS), np.ones(ROWS, bool), 1, None
+    slots, pool = Slots((factors,) * CONFIG.num_layers, count, count, count), held(mesh, ROWS * LENGTH // 64, 64)
+    table = np.zeros((ROWS, LENGTH // 64), np.int32)
+    given = slots, pool, table, row_sampling([None] * ROWS), np.ones(ROWS, bool), 1, None
     with jax.set_mesh(mesh):
         compiled = steps.lower(treedef, leaves, *given).compile()
     moved = collective_bytes(compiled.as_text())

@@ -76,12 +76,12 @@ def watch(monkeypatch, owner, name, log, note=lambda arguments: None):
 
 
 def require_idle(engine):
-    """No prompt at work refers to a block, and every block can be used again."""
+    """No row and no prompt at work refers to a block, and every block can be used again."""
     cache, kept = engine._prefills.cache, engine._prefills.table.kept.values()
     used = {block for prompt in kept if isinstance(prompt, ChunkedPrompt) for block in prompt.blocks}
     assert not engine._prefills.table.working and len(kept) <= ROWS
     assert {block for block, count in enumerate(cache._references) if count} == used
-    assert len(cache._free) + len(cache._idle) + len(used) >= cache.blocks
+    assert cache.available + len(used) == cache.blocks
 
 
 # ------------------------------------------------------------------------------------------------------------- answers
@@ -336,7 +336,6 @@ def test_one_of_two_samples_with_one_prompt_may_be_cancelled(model, bank):
 
 @pytest.mark.long
 def test_as_many_short_prompts_start_at_once_as_a_chunk_has_blocks(model, bank):
-    """Long ones fill the pool before: no more of their blocks are held than those of ROWS longest prompts."""
     sizes = {"slots": 10, "prefill_chunk": 10 * BLOCK}
     engine, alone = engine_of(model, bank, **sizes), engine_of(model, bank, 0)
     tenants = ("w1", None, "w4")
@@ -346,14 +345,11 @@ def test_as_many_short_prompts_start_at_once_as_a_chunk_has_blocks(model, bank):
     asked = [(ids_of(i, 1 + i % BLOCK), tenants[i % 3], 9) for i in range(10)]
     asked += [(ids_of(30 + i, (63, 2, 17)[i % 3]), tenants[i % 2], 1) for i in range(12)]
     short += [engine.submit(Request(*one)) for one in asked[10:]]
-    given, held = {}, []
+    given = {}
     while engine.open:
         given |= {completion.id: completion for completion in engine.step()}
-        prompts = [*engine._prefills.table.working.values(), *engine._prefills.table._kept_in_blocks()]
-        held.append(sum(len(prompt.blocks) for prompt in prompts))
     for id, one in zip(short, asked, strict=True):
         assert plain(given[id]) == answer(alone, *one)
-    assert max(held) <= ROWS * -(-64 // BLOCK)
     answer(engine, ids_of(99, 3))
     engine.step()
     assert len(engine._prefills.table.kept) <= ROWS + 1, "the others, and their adapters, are given up"
@@ -404,9 +400,10 @@ def test_a_prompt_that_always_fails_ends_alone(model, bank, monkeypatch):
 def test_the_reported_memory_of_the_pool_is_that_of_its_arrays(model):
     engine = engine_of(model, None)
     held, row = engine._prefills, engine._decoder.row
-    assert held.cache.blocks * held.size * token_bytes(row) == sum(leaf.nbytes for leaf in jax.tree.leaves(held.pool))
-    said = capacity(None, row, 2, 64, prompts=4, pool=10**7, cached=9)
-    assert f"a prefix cache of 9 tokens, {10**7 * token_bytes(row) / 1e9:.2f} GB" in said
+    every = (held.cache.blocks + 1) * held.size * token_bytes(row)  # block 0 is no row's
+    assert every == sum(leaf.nbytes for leaf in jax.tree.leaves(held.pool))
+    said = capacity(None, row, 2, 64, blocks=10**6, size=BLOCK)
+    assert f"1000000 blocks of {BLOCK} tokens, {10**6 * BLOCK * token_bytes(row) / 1e9:.2f} GB" in said
 
 
 # ------------------------------------------------------------------------------------------------- tenants that join

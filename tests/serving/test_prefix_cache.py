@@ -120,9 +120,9 @@ def test_any_use_keeps_every_block_in_one_place_and_every_key_true(steps):
             cache.clear()
             working = []
         used = [block for blocks in working for block in blocks]
-        assert [cache._references[block] for block in range(20)] == [used.count(block) for block in range(20)]
+        assert [cache._references[block] for block in range(1, 21)] == [used.count(block) for block in range(1, 21)]
         places = sorted([*cache._free, *cache._idle, *set(used)])
-        assert places == list(range(20))
+        assert places == list(range(1, 21)) and cache.available == 20 - len(set(used))
 
 
 def test_a_prompts_key_holds_everything_that_its_prefill_depends_on_and_no_ids():

@@ -1,26 +1,13 @@
 """Speculation gives the tokens that the engine gives without it, and only where it pays."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_models import FIXTURES, backbone, strong
+from golden_models import FIXTURES
 from tiny_engine import answers, answers_despite, bank_of, engine_of, fail_after, plain, prompt, tenants_of
 from tiny_run import tokenizer
 
-from para_jax import (
-    LoraConfig,
-    ParaConfig,
-    Request,
-    init_adapter,
-    load_backbone,
-    make_mesh,
-    pick,
-    prefill,
-    stack_adapters,
-)
+from para_jax import Request, load_backbone, make_mesh
 from para_jax.data.examples import encode_prompt
-from para_jax.model.adapted import decode_several, decode_step
 from para_jax.serving import decoder, rounds
 from para_jax.serving.speculation import UNMEASURED, Lookup
 
@@ -166,25 +153,6 @@ def test_a_mesh_speculates_as_one_device_does(both):
 def test_a_wrong_number_is_named(model, bank, count):
     with pytest.raises(ValueError, match=f"speculative_tokens.*{count}"):
         engine_of(model, bank, speculative_tokens=count)
-
-
-@pytest.mark.parametrize(
-    ("family", "config"),
-    [("llama", ParaConfig(r=4)), ("llama", LoraConfig(r=4)), ("gemma3_text", ParaConfig(r=4))],  # it has windows
-    ids=["PARA", "LoRA", "windows"],
-)
-def test_several_tokens_in_a_pass_equal_one_by_one(family, config):
-    model = backbone(family)
-    rows = pick(stack_adapters([strong(init_adapter(config, model.config), 0, 0.3)]), [0, -1])
-    tokens = jnp.asarray(np.random.default_rng(0).integers(20, 250, (2, 16)), jnp.int32)
-    _, state = prefill(model, rows, tokens[:, :8], [8, 6], max_length=20)
-    logits, after = jax.jit(decode_several)(model, state, tokens[:, 8:13])
-    for i in range(5):
-        one, state = decode_step(model, state, tokens[:, 8 + i])
-        np.testing.assert_allclose(logits[:, i], one, atol=2e-4)
-    assert after.length.tolist() == [8, 6]
-    again, _ = jax.jit(decode_several)(model, after._replace(length=state.length - 2), tokens[:, 11:13])
-    np.testing.assert_allclose(again, logits[:, 3:], atol=2e-4)  # tokens that did not count are written over
 
 
 # ------------------------------------------------------------------------------------------------------------- look-up

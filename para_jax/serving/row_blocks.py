@@ -1,0 +1,69 @@
+"""The blocks of the rows that decode: each row's table, which grows with its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .prefix_cache import PrefixCache
+from .prompt_table import PromptTable
+
+
+class RowBlocks:
+    """The pool's blocks of each slot, in the order of its tokens. Blocks of whole prompts are shared."""
+
+    def __init__(self, prompts: PromptTable, slots: int, longest: int):
+        """
+        Args:
+            longest: blocks of the longest row.
+        """
+        self._prompts, self._longest = prompts, longest
+        self._of: list[list[int]] = [[] for _ in range(slots)]
+
+    @property
+    def _cache(self) -> PrefixCache:
+        return self._prompts.cache
+
+    def begin(self, slot: int, prompt: Sequence[int], tokens: int) -> tuple[int, int]:
+        """Gives a slot the complete blocks of a prompt, and blocks of its own for its other tokens. Returns the
+        prompt's incomplete block and the row's own one in its place; 0 where there is none.
+
+        Args:
+            prompt: the prompt's blocks; empty where it has none in the pool.
+            tokens: of the prompt.
+        """
+        self.release(slot)
+        whole = prompt[: tokens // self._cache.size]
+        self._cache.share(whole)
+        self._of[slot] = list(whole)
+        self._take(slot, tokens)
+        last = len(whole)
+        return (prompt[last], self._of[slot][last]) if last < len(prompt) else (0, 0)
+
+    def grow(self, slot: int, tokens: int) -> bool:
+        """Makes room for so many tokens of a row. Returns False if the pool has none."""
+        if self._cache.blocks_of(tokens) - len(self._of[slot]) > self._prompts.room:
+            return False
+        self._take(slot, tokens)
+        return True
+
+    def release(self, slot: int) -> None:
+        """Takes a slot's blocks back."""
+        self._cache.release(self._of[slot])
+        self._of[slot] = []
+
+    def table(self) -> np.ndarray:
+        """int32 [slots, blocks of the longest row]; 0 from each row's end on."""
+        table = np.zeros((len(self._of), self._longest), np.int32)
+        for row, blocks in zip(table, self._of, strict=True):
+            row[: len(blocks)] = blocks
+        return table
+
+    def of(self, slot: int) -> np.ndarray:
+        """The row of the table."""
+        return self.table()[slot]
+
+    def _take(self, slot: int, tokens: int) -> None:
+        missing = self._cache.blocks_of(tokens) - len(self._of[slot])
+        self._of[slot] += [self._cache.take() for _ in range(missing)]
