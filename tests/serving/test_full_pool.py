@@ -50,13 +50,13 @@ def require_empty(engine):
     assert engine._prefills.cache.available == engine._prefills.cache.blocks - len(used)
 
 
-@pytest.mark.parametrize("blocks", [LEAST, LEAST + 3, 3 * LEAST])
+@pytest.mark.parametrize("blocks", [LEAST, LEAST + 3])
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "n": 3}], ids=["greedy", "samples"])
 def test_answers_are_those_of_a_pool_with_room_for_all(model, bank, blocks, options):
     asked = requests(14, **options)
     small, large = engine_with(model, bank, blocks), engine_of(model, bank)
     assert answered(small, asked) == answered(large, asked)
-    assert (small.preemptions > 0) == (blocks < 3 * LEAST) and large.preemptions == 0
+    assert small.preemptions > 0 and large.preemptions == 0
     require_empty(small)
 
 
