@@ -156,5 +156,6 @@ def engine_of(options, model, tokenizer, bank, tenants) -> tuple:
         slots=options.slots,
         max_length=shared.engine_length(options, model.config),
         max_prefill_tokens=options.max_prefill_tokens,
+        kv_cache_bytes=shared.bytes_of(options.kv_cache_gb),
     )
     return engine, Request("", tenants[0] if tenants else None, **sampling_of(options))

@@ -132,10 +132,13 @@ def add_chat_template_kwargs(group) -> None:
 
 
 def add_engine_size(group) -> None:
-    """The options --slots, --max-length and --max-prefill-tokens."""
+    """The options --slots, --max-length, --kv-cache-gb and --max-prefill-tokens."""
     option(group, "--slots", "rows that decode together", PositiveInt, SLOTS)
     text = f"tokens per row, prompt and answer (default: {MAX_LENGTH}, or the model's positions if it has fewer)"
     option(group, "--max-length", text, Annotated[int, Bounds(at_least=2)])
+    text = "memory for keys and values on each device, shared by the rows as they grow (default: enough for all slots "
+    text += "at their longest, but at most a quarter of a CPU's memory, or 0.9 of what is free on another device)"
+    option(group, "--kv-cache-gb", text, PositiveFloat, metavar="GB")
     add_prefill_tokens(group)
 
 
@@ -143,6 +146,10 @@ def add_prefill_tokens(group) -> None:
     text = "tokens of new prompts that are computed between steps of answers: more fill empty slots sooner, fewer "
     text += "keep the gaps in answers short (default: 1024 on a CPU, else 4096)"
     option(group, "--max-prefill-tokens", text, PositiveInt)
+
+
+def bytes_of(gb: float | None) -> int | None:
+    return None if gb is None else int(gb * 1e9)
 
 
 def engine_length(options, model_config) -> int:

@@ -107,7 +107,6 @@ def engine_of(options, sources: dict[str, str]):
     # a wrong adapter is found before weights are read
     found = dict(zip(sources, previews(sources.values(), load_model_config(options.backbone)), strict=True))
     model = shared.load_model(options, source=options.backbone, **shared.model_options(options))
-    gb = options.prefix_cache_gb
     return Engine(
         model,
         bank_of(options, found, model),
@@ -120,7 +119,8 @@ def engine_of(options, sources: dict[str, str]):
         queue_limit_per_tenant=options.queue_limit_per_tenant,
         seed=secrets.randbits(32),
         max_logprobs=options.max_logprobs,
-        prefix_cache_bytes=None if gb is None else int(gb * 1e9),
+        kv_cache_bytes=shared.bytes_of(options.kv_cache_gb),
+        prefix_cache_bytes=shared.bytes_of(options.prefix_cache_gb),
     )
 
 

@@ -118,6 +118,7 @@ class Metrics:
         counters = {
             "prefix_cache_queries": ("Prompt tokens that were looked for in the prefix cache.", cache.queries),
             "prefix_cache_hits": ("Prompt tokens that were found in the prefix cache.", cache.hits),
+            "num_preemptions": ("Samples that gave up their slot: no block was free.", engine.preemptions),
             "prompt_tokens": ("Tokens of prompts, with those from the prefix cache.", total.prompt_tokens),
             "spec_decode_num_drafts": ("Drafts that were verified.", speculation.drafts),
             "spec_decode_num_draft_tokens": ("Tokens of these drafts.", speculation.drafted),

@@ -27,10 +27,12 @@ def blocks_for(
     each, prefixes = size * token_bytes(row) // devices_of_heads(row), slots * longest // 2
     if prefix_bytes is not None:
         prefixes = prefix_bytes // each
-    # A row more, for a prompt that is prefilled while all slots decode
-    blocks, most = (slots + 1) * longest + prefixes, kv_bytes if kv_bytes is not None else default_bytes()
-    if kv_bytes is not None or (most is not None and most // each < blocks):
-        blocks = most // each - 1  # block 0 is no row's
+    wanted = (slots + 1) * longest + prefixes  # a row more, for a prompt that is prefilled while all slots decode
+    most = default_bytes() if kv_bytes is None else kv_bytes
+    if most is None:
+        return wanted
+    blocks = most // each - 1  # block 0 is no row's
+    blocks = min(blocks, wanted) if kv_bytes is None else blocks
     if blocks <= longest:  # a row has a copy of its prompt's last block
         raise ValueError(
             f"kv_cache_bytes: {most} bytes are {most // each} blocks of {size} tokens; give at least "

@@ -162,11 +162,14 @@ class Decoder:
         return prompt
 
     def blocks_to_begin(self, sample: Sample) -> int:
-        """How many blocks the pool must have to begin a sample: of its prompt, unless it is kept in the pool, of what
-        was decoded of its answer already, and one more."""
-        kept = self.prefills.table.kept.get(sample.key)
-        shared = len(sample.ids) // self.prefills.size if isinstance(kept, ChunkedPrompt) else 0
-        return self.prefills.cache.blocks_of(len(sample.ids) + sample.reached) - shared + 1
+        """How many blocks the pool must have to begin a sample: for what was decoded of its answer already and one
+        block more, up to its longest answer."""
+        cache, kept, prompt = self.prefills.cache, self.prefills.table.kept.get(sample.key), len(sample.ids)
+        longest = cache.blocks_of(prompt + sample.request.max_new_tokens - 1)
+        blocks = min(cache.blocks_of(prompt + sample.reached) + 1, longest)
+        if isinstance(kept, ChunkedPrompt):
+            return blocks - prompt // cache.size
+        return blocks + self.prefills.takes(sample.entry)  # the row copies its prompt's last block
 
     def insert(
         self,

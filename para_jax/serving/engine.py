@@ -176,9 +176,8 @@ class Engine:
 
     @property
     def kv_usage(self) -> float:
-        """The share of the KV cache's positions that running samples use for prompt and answer, from 0 to 1."""
-        used = sum(len(sample.ids) + len(sample.tokens) for sample in self._requests.running)
-        return min(used / (self._prefills.cache.blocks * self._prefills.size), 1.0)
+        """The share of the KV cache's blocks that hold running samples, from 0 to 1."""
+        return self._decoder.rows.used / self._prefills.cache.blocks
 
     @property
     def preemptions(self) -> int:

@@ -24,7 +24,6 @@ from .prefix_cache import PrefixCache
 from .prompt_table import ROWS, ChunkedPrompt, PromptTable
 from .slots import zeros_of
 
-
 #: Tokens of a piece, at most. A block has one piece or several: a short prompt shall not be padded to a block.
 PIECE = 16
 
@@ -177,8 +176,9 @@ class Prefills:
         number = len(prompt.blocks)
         if prompt.done % self.size or prompt.done + self.size >= len(prompt.ids) or number >= len(prompt.block_keys):
             return False
-        begun = (one for one in working if one.done % self.size and self.cache.enabled)
-        return any(one.block_keys[len(one.blocks) - 1 : len(one.blocks)] == [prompt.block_keys[number]] for one in begun)
+        begun = [one for one in working if one.done % self.size and self.cache.enabled]
+        coming = [one.block_keys[len(one.blocks) - 1] for one in begun if len(one.blocks) <= len(one.block_keys)]
+        return prompt.block_keys[number] in coming
 
     def _no_lanes(self) -> Lanes:
         row, number, count = (np.zeros(self.lanes, np.int32) for _ in range(3))

@@ -39,7 +39,7 @@ def prompt_key(adapter: str | None, ids: Sequence[int], salt: str | None = None)
 
 
 class PrefixCache:
-    """The blocks of a pool, from 1 on: block 0 is nobody's. Used by one thread at a time."""
+    """The blocks of a pool, from 1 on: block 0 is no row's. Used by one thread at a time."""
 
     def __init__(self, blocks: int, size: int, content: str, *, enabled: bool = True):
         """
@@ -68,7 +68,7 @@ class PrefixCache:
         return len(self._free) + len(self._idle)
 
     def blocks_of(self, tokens: int) -> int:
-        """How many blocks so many tokens take, with the last, incomplete one."""
+        """The number of blocks that a number of tokens takes, with the last, incomplete one."""
         return -(-tokens // self.size)
 
     def keys(self, ids: Sequence[int], salt: str | None = None) -> list[bytes]:

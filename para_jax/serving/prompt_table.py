@@ -14,8 +14,8 @@ from ..adapters.scope import scope_of
 from ..model.adapted import DecodeState
 from .prefix_cache import PrefixCache
 
-#: Prompts that are kept for the next request of the same one. Adapters act on ROWS at a time. So many prompts may be at
-#: work, or as many as have a lane in a chunk.
+#: Prompts that are kept for the next request of the same one. Adapters act on ROWS at a time. At
+#: least ROWS prompts may be at work.
 ROWS = 4
 
 

@@ -258,8 +258,7 @@ class Rounds:
         return sample if not sample.decodes or self._has_room(sample) else None
 
     def _has_room(self, sample: Sample) -> bool:
-        """Whether a sample may begin: there are blocks for it, and for each row to grow by one. Kept prompts make room.
-        """
+        """Whether there are blocks for a sample, and for each row to grow by one. Kept prompts make room."""
         live = sum(row is not None and not row.completion for row in self._rows)
         while self._prompts.room < self._decoder.blocks_to_begin(sample) + live:
             if not self._prompts.drop_kept(self._wanted | {sample.key}, left=0):

@@ -25,6 +25,11 @@ class RowBlocks:
     def _cache(self) -> PrefixCache:
         return self._prompts.cache
 
+    @property
+    def used(self) -> int:
+        """How many blocks the rows have. Any thread may ask."""
+        return len({block for blocks in self._of for block in list(blocks)})
+
     def begin(self, slot: int, prompt: Sequence[int], tokens: int) -> tuple[int, int]:
         """Gives a slot the complete blocks of a prompt, and blocks of its own for its other tokens. Returns the
         prompt's incomplete block and the row's own one in its place; 0 where there is none.
@@ -42,7 +47,7 @@ class RowBlocks:
         return (prompt[last], self._of[slot][last]) if last < len(prompt) else (0, 0)
 
     def grow(self, slot: int, tokens: int) -> bool:
-        """Makes room for so many tokens of a row. Returns False if the pool has none."""
+        """Makes room for this number of tokens of a row. Returns False if the pool has none."""
         if self._cache.blocks_of(tokens) - len(self._of[slot]) > self._prompts.room:
             return False
         self._take(slot, tokens)

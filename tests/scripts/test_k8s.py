@@ -27,7 +27,6 @@ from para_jax.server.app import create_app
 from para_jax.server.config import ServerConfig
 from para_jax.server.models import Models
 from para_jax.server.serve import LAST_BYTES_SECONDS
-from para_jax.serving.capacity import ROWS
 from para_jax.serving.speculation import SpeculationStats
 
 ROOT = Path(__file__).parents[2]
@@ -159,7 +158,7 @@ def test_the_server_s_options_probes_and_metrics_exist():
     ServerConfig(**{one.name: getattr(options, one.name) for one in fields(ServerConfig)})
     cache = SimpleNamespace(queries=0, hits=0)
     counts = {"running": {}, "waiting": {}, "kv_usage": 0.0, "prefix_cache": cache, "slots": 3}
-    counts["speculation"] = SpeculationStats(0, 0, 0)
+    counts |= {"speculation": SpeculationStats(0, 0, 0), "preemptions": 0}
     engine: Any = SimpleNamespace(tokenizer=tokenizer(), **counts)
     app = create_app(engine, models=Models(None, "the-base"))  # not started yet
     said = container(SERVE)
@@ -204,8 +203,8 @@ def test_the_server_s_slots_fit_its_chip():
     chip = scale.CHIP[KINDS[pod(SERVE)["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"]]]
     assert options.backbone.endswith("llama2-7b")
     model = load_model_config("meta-llama/Llama-2-7b-hf")
-    slots = (options.slots + ROWS) * options.max_length * scale.cache_bytes(model)
-    needed = scale.weight_bytes(model, options.quantize) + slots + 1e9 * options.prefix_cache_gb
+    needed = scale.weight_bytes(model, options.quantize) + 1e9 * options.kv_cache_gb
+    assert 1e9 * options.kv_cache_gb > options.slots * options.max_length / 2 * scale.cache_bytes(model)  # half full
     assert needed < 0.9 * USABLE * chip.memory
 
 

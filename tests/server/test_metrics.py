@@ -20,7 +20,11 @@ HISTOGRAMS = ("time_to_first_token", "inter_token_latency", "e2e_request_latency
 
 
 def metrics_of(running=None, waiting=None, names=("A", "B"), **options):
-    counts = {"prefix_cache": SimpleNamespace(queries=100, hits=40), "speculation": SpeculationStats(3, 9, 5)}
+    counts = {
+        "preemptions": 7,
+        "prefix_cache": SimpleNamespace(queries=100, hits=40),
+        "speculation": SpeculationStats(3, 9, 5),
+    }
     engine = SimpleNamespace(running=running or {}, waiting=waiting or {}, kv_usage=0.25, slots=3, **counts)
     return Metrics(engine, SimpleNamespace(base=BASE, names=names, has=names.__contains__), **options)
 
@@ -59,8 +63,8 @@ def test_the_names_and_types_are_those_of_vllm():
     _, types = read(metrics_of())
     kinds = {
         "gauge": "num_requests_running num_requests_waiting kv_cache_usage_perc lora_requests_info",
-        "counter": "prefix_cache_queries prefix_cache_hits prompt_tokens generation_tokens request_success "
-        "spec_decode_num_drafts spec_decode_num_draft_tokens spec_decode_num_accepted_tokens",
+        "counter": "num_preemptions prefix_cache_queries prefix_cache_hits prompt_tokens generation_tokens "
+        "request_success spec_decode_num_drafts spec_decode_num_draft_tokens spec_decode_num_accepted_tokens",
         "histogram": "time_to_first_token_seconds inter_token_latency_seconds e2e_request_latency_seconds "
         "request_queue_time_seconds request_prefill_time_seconds request_decode_time_seconds request_prompt_tokens "
         "request_generation_tokens",
@@ -75,6 +79,7 @@ def test_gauges_are_those_of_the_engine_now():
     assert found["vllm:num_requests_running", BASE] == 3 and found["vllm:num_requests_waiting", BASE] == 5
     assert found["vllm:kv_cache_usage_perc", BASE] == 0.25
     assert found["vllm:prefix_cache_queries_total", BASE] == 100 and found["vllm:prefix_cache_hits_total", BASE] == 40
+    assert found["vllm:num_preemptions_total", BASE] == 7
     assert found["vllm:spec_decode_num_accepted_tokens_total", BASE] == 5
     at = found["vllm:lora_requests_info", "3", "A", "B"]  # max_lora, running, waiting; "a,b" would be two names
     assert abs(at - time.time()) < 60

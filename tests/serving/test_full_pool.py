@@ -3,9 +3,19 @@
 import numpy as np
 import pytest
 from golden_models import FIXTURES
-from tiny_engine import BLOCK, LENGTH, answers, answers_despite, bank_of, block_bytes, engine_of, fail_after, plain
+from tiny_engine import (
+    BLOCK,
+    LENGTH,
+    answers,
+    answers_despite,
+    bank_of,
+    block_bytes,
+    engine_of,
+    fail_after,
+    plain,
+    tenants_of,
+)
 from tiny_engine import prompt as words_of
-from tiny_engine import tenants_of
 from tiny_run import tokenizer
 
 from para_jax import Request, load_backbone, make_mesh
@@ -65,6 +75,15 @@ def test_speculation_does_not_change_that(model, bank):
     small = engine_with(model, bank, LEAST + 2, speculative_tokens=3)
     small._decoder.verify_cost = {False: 0.0, True: 0.0}
     assert answered(small, asked) == answered(engine_of(model, bank), asked) and small.preemptions > 0
+
+
+@pytest.mark.parametrize("tokens", [LENGTH - 1, 2 * BLOCK, 2])
+@pytest.mark.parametrize("tenant", ["A", "R"])
+def test_a_kept_prompt_does_not_stand_in_its_own_way(model, bank, tokens, tenant):
+    ids = tuple(encode_prompt(tokenizer(), words_of(0, LENGTH)))[:tokens]
+    small = engine_with(model, bank, LEAST)
+    first, second = (answered(small, [Request(ids, tenant, LENGTH - tokens, ignore_eos=True)]) for _ in range(2))
+    assert first == second
 
 
 def test_without_shared_blocks_neither(model, bank):
