@@ -259,8 +259,8 @@ class Rounds:
 
     def _has_room(self, sample: Sample) -> bool:
         """Whether there are blocks for a sample, and for half of the rows to grow by one. Kept prompts make room."""
-        live = sum(row is not None and not row.completion for row in self._rows)
-        while self._prompts.room < self._decoder.blocks_to_begin(sample) + live // 2:  # fewer blocks: many preemptions
+        live = sum(row is not None and not row.completion for row in self._rows)  # if any: the oldest must go on
+        while self._prompts.room < self._decoder.blocks_to_begin(sample) + (live + 1) // 2:
             if not self._prompts.drop_kept(self._wanted | {sample.key}, left=0):
                 return False
         in_chunks = self._prefills.takes(sample.entry) and not self._decoder.keeps(sample)
