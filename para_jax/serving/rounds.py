@@ -259,7 +259,7 @@ class Rounds:
 
     def _has_room(self, sample: Sample) -> bool:
         """Whether there are blocks for a sample, and for half of the rows to grow by one. Kept prompts make room."""
-        live = sum(row is not None and not row.completion for row in self._rows)  # if any: the oldest must go on
+        live = sum(row is not None and not row.completion for row in self._rows)  # with less room, many are preempted
         while self._prompts.room < self._decoder.blocks_to_begin(sample) + (live + 1) // 2:
             if not self._prompts.drop_kept(self._wanted | {sample.key}, left=0):
                 return False
