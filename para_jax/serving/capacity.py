@@ -35,7 +35,7 @@ def blocks_for(
     blocks = min(blocks, wanted) if kv_bytes is None else blocks
     if blocks <= longest:  # a row has a copy of its prompt's last block
         raise ValueError(
-            f"kv_cache_bytes: {most} bytes are {most // each} blocks of {size} tokens; give at least "
+            f"kv_cache_bytes (--kv-cache-gb): {most} bytes are {most // each} blocks of {size} tokens; give at least "
             f"{(longest + 2) * each}, for one row of max_length, or lower max_length"
         )
     return blocks
