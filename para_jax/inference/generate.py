@@ -6,11 +6,13 @@ the state. Tokens stay on the device. A few steps' tokens are fetched at a time,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ..adapters.adapter import Adapter
@@ -21,11 +23,13 @@ from ..backbone.transformer import Transformer
 from ..data.batches import right_padded, rounded_up
 from ..data.examples import Prompt, encode_prompt, special_stop_ids, stop_token_ids, turn_stop_ids
 from ..io.checks import shorten
-from ..model.adapted import decode_step, prefill, stacked_state
+from ..model.adapted import StackedState, decode_step, prefill, stacked_state
 from ..runtime.processes import full_arrays
 from ..runtime.sharding import on_its_mesh
 from .answer_text import AnswerText
+from .beams import BeamSearch
 from .draw import NO_TOKEN, NO_TOKEN_MESSAGE, RowSampling, draw, greedy, row_keys, row_sampling
+from .logprobs import logprobs_of
 from .sampling import Sampling
 
 #: Steps between two looks at which rows have ended.
@@ -49,6 +53,8 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     stop: Sequence[str] = (),
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
 ) -> list[str]:
     """What the model writes after each prompt, in one batch: the text before an end token or a stop text, without the
     white space at its ends. Another number of prompts, or a longest one of another length (rounded up to 16 tokens), is
@@ -63,6 +69,8 @@ def generate(
         top_p: draw only from the likeliest tokens that together have this probability.
         seed: prompt i is drawn with seed + i, so its answer does not depend on the other prompts.
         stop: texts that end an answer, special tokens too.
+        num_beams: beams of a beam search; 1: none. It takes no temperature and no stop texts.
+        length_penalty: a beam's score is the sum of its log-probabilities / length**length_penalty.
 
     Raises ValueError, before anything is computed, for a wrong argument, for a prompt that is too long, and for one
     that does not end with its adapter's alora_invocation_tokens. Raises it later where an answer's logits are
@@ -75,7 +83,7 @@ def generate(
     """
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise ValueError(f"prompts is a {type(prompts).__name__}; give a list of texts or of message lists")
-    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, stop)
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, stop, num_beams, length_penalty)
     given, adapters = adapters, rows_of_tenants(adapters, tenants, len(prompts))
     ids = encoded_prompts(tokenizer, prompts)
     for i, (config, row) in enumerate(zip(prompt_configs(given, tenants, len(prompts)), ids, strict=False)):
@@ -97,8 +105,12 @@ def generate(
                     ended[i] = answer.add(token)
         return ended
 
-    watch = add_tokens if sampling.stop else None  # a stop text may end the answers before their end tokens do
-    add_tokens(generate_tokens(model, adapters, ids, sampling, stop_ids=stop_ids, ended=watch))
+    if num_beams > 1:
+        searches = beam_searches(model, adapters, ids, sampling, [{*stop_ids, *turn} for turn in turns])
+        add_tokens([before_stop(search.answers[0].tokens, stop_ids) for search in searches])
+    else:
+        watch = add_tokens if sampling.stop else None  # a stop text may end the answers before their end tokens do
+        add_tokens(generate_tokens(model, adapters, ids, sampling, stop_ids=stop_ids, ended=watch))
     for answer, over in zip(answers, ended, strict=True):
         if not over:
             answer.finish()
@@ -133,19 +145,13 @@ def generate_tokens(
     """
     most = [sampling.max_new_tokens] * len(prompt_ids) if most is None else most
     check_prompts(model, adapters, prompt_ids, most)
-    longest, last = max(map(len, prompt_ids)), sampling.max_new_tokens
-    length = length or int(rounded_up(longest, PROMPT_MULTIPLE))
-    tokens, lengths = right_padded(prompt_ids, len(prompt_ids), length)
-    needed = max(rounded_up(longest + last, CACHE_MULTIPLE), length)
-    logits, state = (begin or prefill)(model, adapters, tokens, lengths, max_length=max_length or needed)
-    if model.layout == "stacked":
-        state = stacked_state(state)
-    settings = None
+    logits, state = prefilled(model, adapters, prompt_ids, sampling, length, max_length, begin)
+    last, settings = sampling.max_new_tokens, None
     if sampling.temperature > 0:
-        settings = row_sampling([sampling.for_index(i) for i in range(len(tokens))])
+        settings = row_sampling([sampling.for_index(i) for i in range(len(prompt_ids))])
     leaves, treedef = jax.tree.flatten(model)
     token = choose(logits, settings, 0)
-    written, pending = np.zeros((len(tokens), 0), np.int32), [token]
+    written, pending = np.zeros((len(prompt_ids), 0), np.int32), [token]
     for position in range(1, last + 1):
         if position % FETCH_EVERY == 0 or position == last:
             written, pending = np.column_stack([written, *full_arrays(pending)]), []
@@ -159,6 +165,52 @@ def generate_tokens(
     return rows
 
 
+@on_its_mesh
+def beam_searches(
+    model: Transformer,
+    adapters: Adapter | Rows | None,
+    prompt_ids: Sequence[list[int]],
+    sampling: Sampling,
+    ends: Sequence[Collection[int]],
+) -> list[BeamSearch]:
+    """The beam search of each prompt, with its answers. Raises ValueError for logits that are not finite.
+
+    Args:
+        ends: ids of the tokens that end each prompt's answers.
+    """
+    check_prompts(model, adapters, prompt_ids, [sampling.max_new_tokens] * len(prompt_ids))
+    beams, searches = sampling.num_beams, [BeamSearch(sampling, each) for each in ends]
+    if isinstance(adapters, Rows):
+        adapters = replace(adapters, rows_each=adapters.rows_each * beams)
+    logits, state = prefilled(model, adapters, [ids for ids in prompt_ids for _ in range(beams)], sampling)
+    leaves, treedef = jax.tree.flatten(model)
+    top = min(max(search.most for search in searches), model.config.vocab_size)
+    found = likeliest(logits, top)
+    while True:
+        ids, logprobs = full_arrays(found)
+        tokens, parents = np.zeros(len(ids), np.int32), np.arange(len(ids))
+        for i, search in enumerate(searches):
+            if not search.over:
+                rows = slice(i * beams, (i + 1) * beams)
+                search.advance(ids[rows], logprobs[rows])
+                for row, beam in enumerate(search.running, i * beams):
+                    tokens[row], parents[row] = beam.tokens[-1], i * beams + beam.row
+        if all(search.over for search in searches):
+            return searches
+        found, state = next_likeliest(treedef, leaves, state, parents, tokens, top)
+
+
+def prefilled(model, adapters, prompt_ids, sampling: Sampling, length=None, max_length=None, begin=None) -> tuple:
+    """Logits at the last token of each prompt, and the state with which decode_step continues. For the arguments see
+    generate_tokens."""
+    longest = max(map(len, prompt_ids))
+    length = length or int(rounded_up(longest, PROMPT_MULTIPLE))
+    tokens, lengths = right_padded(prompt_ids, len(prompt_ids), length)
+    max_length = max_length or max(rounded_up(longest + sampling.max_new_tokens, CACHE_MULTIPLE), length)
+    logits, state = (begin or prefill)(model, adapters, tokens, lengths, max_length=max_length)
+    return logits, stacked_state(state) if model.layout == "stacked" else state
+
+
 # ------------------------------------------------------------------------------------------------------------ programs
 
 
@@ -167,6 +219,23 @@ def next_token(treedef, leaves, state, token, sampling, position):
     """Each row's next token after `token`, int32 [batch], and the next state; the given state is donated."""
     logits, state = decode_step(jax.tree.unflatten(treedef, leaves), state, token)
     return choose(logits, sampling, position), state
+
+
+@partial(jax.jit, static_argnums=(0, 5), donate_argnums=2)
+def next_likeliest(treedef, leaves, state, parents, tokens, top: int):
+    """`likeliest` after each row's token int32 [batch], which follows the tokens of the row parents[row] of the same
+    prompt, and the next state; the given state is donated."""
+    batch_axis = int(isinstance(state, StackedState))
+    cache = jax.tree.map(lambda leaf: jnp.take(leaf, parents, batch_axis), state.cache)
+    logits, state = decode_step(jax.tree.unflatten(treedef, leaves), state._replace(cache=cache), tokens)
+    return likeliest(logits, top), state
+
+
+@partial(jax.jit, static_argnums=1)
+def likeliest(logits, top: int):
+    """The ids and the log-probabilities of each row's likeliest tokens, both [batch, top]."""
+    found = logprobs_of(logits, jnp.zeros(len(logits), jnp.int32), top)
+    return found.top_ids, found.of_top
 
 
 @jax.jit

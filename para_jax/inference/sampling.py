@@ -37,9 +37,14 @@ class Sampling:
     seed: int = 0
     stop: str | Sequence[str] = ()
     """texts that end the answer, special tokens too; held as a tuple"""
+    num_beams: int = 1
+    """beams of a beam search (beams.py); 1: none"""
+    length_penalty: float = 1.0
+    """a beam's score is the sum of its log-probabilities / length**length_penalty: above 0 favors long answers"""
 
     def __post_init__(self):
-        for name, least, end in (("max_new_tokens", 1, 2**31), ("top_k", 0, 2**31), ("seed", 0, 2**32)):
+        ranges = {"max_new_tokens": (1, 2**31), "top_k": (0, 2**31), "seed": (0, 2**32), "num_beams": (1, 129)}
+        for name, (least, end) in ranges.items():
             value = getattr(self, name)
             if not is_whole(value) or not least <= value < end:
                 raise ValueError(f"{name} is {shorten(value)}; give a whole number from {least} to {end - 1}")
@@ -53,7 +58,12 @@ class Sampling:
         if not isinstance(texts, Sequence) or not all(isinstance(text, str) and text for text in texts):
             raise ValueError(f"stop is {shorten(self.stop)}; give texts that are not empty")
         object.__setattr__(self, "stop", tuple(texts))
-        for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed"):  # NumPy's small integers overflow
+        if not is_number(self.length_penalty) or not abs(self.length_penalty) <= 10:
+            raise ValueError(f"length_penalty is {shorten(self.length_penalty)}; give a number from -10 to 10")
+        if self.num_beams > 1 and (self.temperature > 0 or self.stop):
+            name = "stop" if self.stop else "temperature"
+            raise ValueError(f"num_beams is {self.num_beams}, and beam search takes no {name}; leave it out")
+        for name in (*ranges, "temperature", "top_p", "length_penalty"):  # NumPy's small integers overflow
             object.__setattr__(self, name, in_python_types(getattr(self, name)))
 
     def for_index(self, index: int) -> Sampling:

@@ -24,7 +24,7 @@ from para_jax import (
     stack_adapters,
 )
 from para_jax.inference.draw import NO_TOKEN, row_keys, sample
-from para_jax.inference.generate import generate_tokens
+from para_jax.inference.generate import beam_searches, generate_tokens
 from para_jax.inference.sampling import Sampling
 
 WORDS = ["<pad>", "<s>", "</s>"] + [f"w{i}" for i in range(3, 256)]
@@ -180,6 +180,16 @@ def test_text_ends_before_a_stop_string_that_spans_tokens(model, tokenizer):
     cut = generate(model, ["w7 w8 w9"], tokenizer=tokenizer, max_new_tokens=20, stop=["no such", end])[0]
     assert cut == whole[: whole.index(end)] and 0 < len(cut) < len(whole)
     assert generate(model, ["w7 w8 w9"], tokenizer=tokenizer, max_new_tokens=20, stop=words[0])[0] == ""
+
+
+def test_beams_write_the_best_answer_up_to_its_end(model, tokenizer, tenants):
+    texts, rows = ["w7 w8 w9", "w5"], pick(stack_adapters(tenants), [0, 1])
+    settings = {"num_beams": 3, "length_penalty": 0.5}
+    searches = beam_searches(model, rows, [[7, 8, 9], [5]], Sampling(8, **settings), [{2}, {2}])
+    best = [search.answers[0].tokens for search in searches]
+    given = {"tokenizer": tokenizer, "adapters": rows, "max_new_tokens": 8}
+    assert generate(model, texts, **given, **settings) == ["".join(f"w{i}" for i in row if i != 2) for row in best]
+    assert generate(model, texts, **given, **settings) != generate(model, texts, **given)
 
 
 @pytest.mark.parametrize("named", [True, False])
