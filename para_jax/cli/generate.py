@@ -106,7 +106,9 @@ def sampling_of(options) -> dict:
     from ..inference.sampling import Sampling
 
     stop = [shared.with_newlines(text) for text in options.stop]
-    return vars(Sampling(options.max_new_tokens, options.temperature, options.top_k, options.top_p, options.seed, stop))
+    beams = options.num_beams, options.length_penalty
+    drawn = options.temperature, options.top_k, options.top_p, options.seed
+    return vars(Sampling(options.max_new_tokens, *drawn, stop, *beams))
 
 
 def answer_prompts(options, model, tokenizer, bank, tenants) -> None:
@@ -157,5 +159,6 @@ def engine_of(options, model, tokenizer, bank, tenants) -> tuple:
         max_length=shared.engine_length(options, model.config),
         max_prefill_tokens=options.max_prefill_tokens,
         kv_cache_bytes=shared.bytes_of(options.kv_cache_gb),
+        max_logprobs=20,  # for beams
     )
     return engine, Request("", tenants[0] if tenants else None, **sampling_of(options))

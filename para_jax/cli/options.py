@@ -239,6 +239,9 @@ def sampling() -> argparse.ArgumentParser:
     text = "prompt i is drawn with SEED + i; a line of --input without a seed derives its own from SEED and the line's "
     option(group, "--seed", text + "number", int, 0, metavar="SEED")
     repeated(group, "--stop", "text that ends an answer; may be repeated", "TEXT")
+    option(group, "--num-beams", "beams of a beam search; 1: none", int, 1, metavar="K")
+    text = "a beam's score is the sum of its log-probabilities / length**P; above 0 favors long answers"
+    option(group, "--length-penalty", text, float, 1.0, metavar="P")
     return shared
 
 

@@ -52,7 +52,7 @@ def engine_requests(body: Body, tenant: str | None, engine: Engine, salt: str | 
                 prompt,
                 tenant,
                 max_new_tokens=max(1, engine.max_length - len(prompt)) if new is None else new,
-                temperature=body.temperature,
+                temperature=0 if body.use_beam_search else body.temperature,
                 top_p=body.top_p,
                 top_k=max(0, body.top_k),
                 stop=tuple(body.stop),
@@ -60,6 +60,8 @@ def engine_requests(body: Body, tenant: str | None, engine: Engine, salt: str | 
                 ignore_eos=body.ignore_eos or one_token_is_scored(body),
                 seed=None if body.seed is None else (body.seed + i * body.n) % 2**32,
                 n=body.n,
+                num_beams=body.n if body.use_beam_search else 1,
+                length_penalty=body.length_penalty,
                 strip=False,
                 logprobs=body.alternatives,
                 prompt_logprobs=(0 if body.only_echoes else body.alternatives) if body.echo else None,
@@ -134,6 +136,7 @@ def refused(error: ValueError, body: Body, max_length: int) -> ApiError:
     message = re.sub(r"\b(prompt_)?logprobs\b", scores, str(error).replace("max_new_tokens", tokens))
     form = "response_format" if body.form else "tools" if body.structure is None else "structured_outputs"
     message = message.replace("structured_outputs", form)
+    message = re.sub("^num_beams", "n", message).replace("num_beams", "use_beam_search")
     param = message.split(":")[0].split(" ")[0]
     if param not in type(body).model_fields:
         param = "prompt"  # what the tokenizer or its chat template says of it

@@ -230,6 +230,9 @@ class Body(Fields):
     """vLLM's -1 is all tokens, as 0 is"""
     n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] = 1
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    use_beam_search: bool = False
+    """vLLM's: the answers are the best of n beams; temperature, top_p, top_k and seed have no effect"""
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] = 1.0
     stop: Annotated[list[StopText], Field(max_length=16), FailFast(), BeforeValidator(listed)] = []
     stop_token_ids: Annotated[list[Count], Field(max_length=1000), FailFast()] = []
     ignore_eos: bool = False
@@ -252,8 +255,8 @@ class Body(Fields):
     neutral = {
         "stop": ("",),
         **dict.fromkeys(("frequency_penalty", "presence_penalty", "min_p", "min_tokens", "priority"), (0,)),
-        **dict.fromkeys(("repetition_penalty", "length_penalty"), (1,)),
-        **dict.fromkeys(("use_beam_search", "include_stop_str_in_output", "return_token_ids"), (False,)),
+        "repetition_penalty": (1,),
+        **dict.fromkeys(("include_stop_str_in_output", "return_token_ids"), (False,)),
         **dict.fromkeys(("skip_special_tokens", "spaces_between_special_tokens"), (True,)),
         "logit_bias": ({},),
     }

@@ -10,6 +10,7 @@ from ..backbone.transformer import Transformer
 from ..data.examples import Ids, Prompt, encode_prompt, most_characters, special_stop_ids, turn_stop_ids
 from ..inference.grammar import Grammars
 from ..io.checks import shorten
+from .prefix_cache import PrefixCache
 from .request import Request, check_request
 from .ticket import Sample, Ticket
 
@@ -25,14 +26,17 @@ class Admission:
         max_length: int,
         max_logprobs: int,
         ends: Iterable[int],
+        slots: int,
+        cache: PrefixCache,
     ):
         """
         Args:
             max_length: tokens per row, prompt and answer.
             max_logprobs: alternatives per token; 0: no log-probabilities.
             ends: token ids that end every answer.
+            slots, cache: the rows that decode together, and the blocks that they share.
         """
-        self.max_logprobs = max_logprobs
+        self.max_logprobs, self.ends, self.slots, self.cache = max_logprobs, frozenset(ends), slots, cache
         self.bank, self.tokenizer, self.max_length = bank, tokenizer, max_length
         self.vocab_size = model.config.vocab_size
         turn = turn_stop_ids(tokenizer, [{"role": "user", "content": "a"}]) if tokenizer.chat_template else ()
@@ -62,12 +66,32 @@ class Admission:
         stops = special_stop_ids(self.tokenizer, request.stop_texts) + tuple(request.stop_token_ids)
         stops += () if request.ignore_eos else turn_stop_ids(self.tokenizer, request.prompt)
         stops += () if request.structured_outputs is None else self.grammars.ends
+        self._check_beams(request, ids, {*stops, *(() if request.ignore_eos else self.ends)})
         samples = [Sample(ticket, index, ids, entry, stops) for index in range(request.n)]
         guide = None if request.structured_outputs is None else self.grammars.guide(request.structured_outputs)
         for sample in samples:
             sample.follow_text(self.tokenizer)
             sample.guide = guide and guide.copy()
         return samples
+
+    def _check_beams(self, request: Request, ids: list[int], ends: set[int]) -> None:
+        beams, prompt = request.num_beams, len(ids)
+        if beams == 1:
+            return
+        if beams > self.slots:
+            raise ValueError(f"num_beams is {beams}; give at most the engine's slots, {self.slots}")
+        if beams > (most := max(self.max_logprobs - len(ends), 1)):
+            raise ValueError(
+                f"num_beams is {beams}; give at most {most}, the engine's max_logprobs {self.max_logprobs} without "
+                f"{len(ends)} end tokens"
+            )
+        whole = prompt // self.cache.size
+        blocks = whole + 1 + beams * (self.cache.blocks_of(prompt + request.max_new_tokens - 1) - whole)
+        if blocks > self.cache.blocks:
+            raise ValueError(
+                f"num_beams: {beams} answers of {request.max_new_tokens} tokens need {blocks} blocks of the KV cache, "
+                f"which has {self.cache.blocks}; ask for fewer tokens or beams"
+            )
 
     def _check_logprobs(self, request: Request, ids: list[int], entry: Entry | None) -> None:
         for name in ("logprobs", "prompt_logprobs"):

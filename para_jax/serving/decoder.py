@@ -4,7 +4,7 @@ time may use it."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ from .prefills import Prefills
 from .prompt_table import ChunkedPrompt, WholePrompt
 from .row_blocks import RowBlocks
 from .scoring import ScoredPrompt, score_prompt
-from .slots import PrefilledPrompt, empty_slots, first_logprobs, insert, insert_prompt, steps, verify
+from .slots import PrefilledPrompt, empty_slots, first_logprobs, fork, insert, insert_prompt, steps, verify
 from .speculation import UNMEASURED, draft_array
 from .ticket import Sample
 
@@ -118,6 +118,7 @@ class Decoder:
         # with and without log-probabilities are two programs, and so are guided and free rounds
         asked = [False, True] if self.top else [False]
         variants = list(product(asked, [None, masks] if self.guided else [None]))
+        variants += [(True, masks)] * (self.top > 0 and not self.guided)  # for beams
         passes = asked if self.drafted else []
         programs = len(buckets) + len(scored) + 1 + len(variants) + len(passes)
         with Progress("warming up the engine", programs, unit="program") as bar:
@@ -133,6 +134,7 @@ class Decoder:
             for logprobs, allowed in variants:
                 jax.block_until_ready(self.decode([None] * self.slots, logprobs=logprobs, allowed=allowed))
                 bar.advance()
+            self.fork([], [], [])
             for logprobs in passes:
                 jax.block_until_ready(self.verify([None] * self.slots, {}, logprobs=logprobs))
                 bar.advance()
@@ -163,13 +165,13 @@ class Decoder:
 
     def blocks_to_begin(self, sample: Sample) -> int:
         """How many blocks the pool must have to begin a sample: for what was decoded of its answer already and one
-        block more, up to its longest answer."""
+        block more, up to its longest answer. Beams share the complete blocks of their prompt."""
         cache, kept, prompt = self.prefills.cache, self.prefills.table.kept.get(sample.key), len(sample.ids)
-        longest = cache.blocks_of(prompt + sample.request.max_new_tokens - 1)
-        blocks = min(cache.blocks_of(prompt + sample.reached) + 1, longest)
+        longest, whole = cache.blocks_of(prompt + sample.request.max_new_tokens - 1), prompt // cache.size
+        own = sample.rows * (min(cache.blocks_of(prompt + sample.reached) + 1, longest) - whole)
         if isinstance(kept, ChunkedPrompt):
-            return blocks - prompt // cache.size
-        return blocks + self.prefills.takes(sample.entry)  # the row copies its prompt's last block
+            return own
+        return own + whole + self.prefills.takes(sample.entry)  # the row copies its prompt's last block
 
     def insert(
         self,
@@ -180,6 +182,7 @@ class Decoder:
         *,
         logprobs: bool,
         allowed: np.ndarray | None = None,
+        sharing: int | None = None,
     ) -> tuple[jax.Array, Logprobs | None]:
         """Puts a prefilled prompt into a slot, and returns its first token [1] and its log-probabilities. The pool must
         have room for its blocks.
@@ -188,6 +191,7 @@ class Decoder:
             tokens: of the prompt.
             logprobs: whether they are asked for.
             allowed: int32 [words], the tokens that may be drawn; None: all.
+            sharing: a slot with the same prompt, whose blocks this one shares.
         """
         drawn, allowed = row_sampling([sampling]), (self.all_tokens if allowed is None else allowed)[None]
         if isinstance(prefilled, ChunkedPrompt):
@@ -200,7 +204,7 @@ class Decoder:
             )
         else:
             row, logits = 0, prefilled.logits
-            self.rows.begin(slot, (), tokens)
+            self.rows.begin(slot, () if sharing is None else self.rows.of_slot(sharing), tokens)
             self._state, self.prefills.pool, token = insert(
                 self._state, self.prefills.pool, slot, self.rows.of(slot), *prefilled, drawn, allowed
             )
@@ -216,6 +220,14 @@ class Decoder:
         count, top = STEPS if allowed is None else 1, self.top if logprobs else None
         self._state, self.prefills.pool, new = steps(*self._given(rows), count, top, allowed)
         return Decoded(new[0], new[1], np.full(self.slots, count))
+
+    def fork(self, slots: Sequence[int], parents: Sequence[int], tokens: Sequence[int]) -> None:
+        """Lets each of these slots continue the row of the slot parents[i] with a token. Rows that exchange their
+        blocks have the same adjustments."""
+        last, copies = np.full(self.slots, -1, np.int32), np.zeros((2, self.slots), np.int32)
+        if slots:
+            last[slots], copies[:, slots] = tokens, np.transpose(self.rows.fork(slots, parents))
+        self._state, self.prefills.pool = fork(self._state, self.prefills.pool, last, *copies)
 
     def verify(self, rows: list[Sampling | None], drafts: dict[int, list[int]], *, logprobs: bool) -> Decoded:
         """The next tokens of all slots from one pass over drafts: one of each slot, and those that were drafted right.

@@ -124,7 +124,6 @@ class Engine:
         self.queue_limit, self.queue_limit_per_tenant = queue_limit, queue_limit_per_tenant
         self.max_logprobs = max_logprobs
         self.stop_ids = ends
-        self._admission = Admission(model, bank, tokenizer, max_length, max_logprobs, ends)
         mesh = mesh_of(model)
         if mesh is not None and mesh.is_multi_process:
             raise ValueError("Engine: the model lies on devices of several hosts; an engine serves from those of one")
@@ -143,6 +142,8 @@ class Engine:
                 drafted=speculative_tokens,
             )
             self._prefills = self._decoder.prefills
+            rows = slots, self._prefills.cache
+            self._admission = Admission(model, bank, tokenizer, max_length, max_logprobs, ends, *rows)
             say(capacity(bank, self._decoder.row, slots, max_length, self._prefills.cache.blocks, block_size))
 
         self._requests = OpenRequests(tokenizer, seed, queue_limit, queue_limit_per_tenant)

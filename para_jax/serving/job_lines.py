@@ -24,7 +24,8 @@ from .request import Request, check_request
 URLS = ("/v1/chat/completions", "/v1/completions")
 #: The fields of the short form.
 FIELDS = (
-    "custom_id prompt messages tenant max_new_tokens temperature top_k top_p seed stop n structured_outputs".split()
+    "custom_id prompt messages tenant max_new_tokens temperature top_k top_p seed stop n num_beams length_penalty "
+    "structured_outputs".split()
 )
 #: Characters of an error in an answer.
 MAX_ERROR = 1000
@@ -78,7 +79,7 @@ class Reader(NamedTuple):
 
 
 def job_settings(engine: Engine) -> dict:
-    """What the answers of a job depend on besides its lines and adapters."""
+    """What the answers of a job depend on next_tos its lines and adapters."""
     return {
         "version": [__version__, ANSWERS_VERSION],
         "backbone": backbone_content(engine.model),

@@ -98,10 +98,11 @@ class OpenRequests:
                 if not ticket.streamed:
                     self.done[first] = Completion(ticket.id, 0, "", [], "error", error)
                 return
+            ticket.samples = samples
             for sample in samples:
                 sample.number = first if sample is samples[0] else next(self._sample_numbers)
-                self.queue.put(tenant, sample.number, sample)
-            ticket.samples = samples
+                if sample not in samples[0].followers:
+                    self.queue.put(tenant, sample.number, sample)
             self.tickets[ticket.id] = ticket
 
     @interrupts_held_back()
@@ -110,11 +111,13 @@ class OpenRequests:
         with self.lock:
             if sample.completion is not None:
                 return
+            for follower in sample.followers if error is not None else ():
+                self.end(follower, reason, error)
             if error is None and sample.text is not None and sample.text.finish():
                 reason = "stop"
             text = sample.full_text(self.tokenizer, partial=error is not None)
             logprobs = None if sample.request.logprobs is None else sample.logprobs
-            found = sample.tokens, reason, error, logprobs, sample.prompt_logprobs, len(sample.ids)
+            found = sample.tokens, reason, error, logprobs, sample.prompt_logprobs, len(sample.ids), sample.score
             completion = Completion(sample.ticket.id, sample.index, text, *found)
             self.queue.remove(sample.request.tenant, sample.number)
             if not sample.ticket.streamed:
@@ -150,8 +153,7 @@ class OpenRequests:
         """The samples that have left the queue and have no answer."""
         with self.lock:
             waiting = set(self.queue)
-            samples = [sample for ticket in self.tickets.values() for sample in ticket.samples]
-            return [sample for sample in samples if sample.completion is None and sample not in waiting]
+            return [sample for sample in self._open if sample not in waiting]
 
     @property
     def waiting(self) -> list[Sample]:
@@ -163,17 +165,22 @@ class OpenRequests:
         """Queues all samples without an answer again, in the order they came. They start from their prompts; sampling
         depends on seed and position only, so their tokens will be the same."""
         self.queue = FairQueue()
-        for ticket in self.tickets.values():
-            for sample in ticket.samples:
-                if sample.completion is None:
-                    sample.restart(self.tokenizer)  # the new tokens replace those it had
-                    self.queue.put(sample.request.tenant, sample.number, sample)
+        for sample in self._open:
+            sample.restart(self.tokenizer)  # the new tokens replace those it had
+            self.queue.put(sample.request.tenant, sample.number, sample)
 
     def put_back(self, sample: Sample) -> None:
         """Queues a sample again that has given up its slot, as its tenant's next one."""
         with self.lock:
             sample.restart(self.tokenizer)
             self.queue.put(sample.request.tenant, sample.number, sample, first=True)
+
+    @property
+    def _open(self) -> list[Sample]:
+        """The samples without an answer that wait or decode."""
+        samples = [one for ticket in self.tickets.values() for one in ticket.samples if one.completion is None]
+        following = {follower for one in samples for follower in one.followers}
+        return [one for one in samples if one not in following]
 
     def _close(self, ticket: Ticket) -> None:
         ticket.times.ended = time.monotonic()

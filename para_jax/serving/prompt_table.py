@@ -4,8 +4,8 @@ computes those in blocks."""
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 
@@ -13,6 +13,9 @@ from ..adapters.bank import Entry
 from ..adapters.scope import scope_of
 from ..model.adapted import DecodeState
 from .prefix_cache import PrefixCache
+
+if TYPE_CHECKING:
+    from .ticket import Sample
 
 #: Prompts that are kept for the next request of the same one. Adapters act on ROWS at a time. At
 #: least ROWS prompts may be at work.
@@ -73,6 +76,8 @@ class PromptTable:
         """prompts at work, at most"""
         self.working: dict[tuple, ChunkedPrompt] = {}
         """by Sample.key"""
+        self.waiting: dict[int, Sample] = {}
+        """by slot: samples that will decode there once their prompts are prefilled"""
         self.kept: OrderedDict[tuple, WholePrompt | ChunkedPrompt] = OrderedDict()
         """finished prompts by Sample.key, the most recently used last"""
         self._suspects: dict[tuple, int] = {}
@@ -94,10 +99,10 @@ class PromptTable:
 
     @property
     def room(self) -> int:
-        """How many blocks can be taken, without those that the prompts at work will take: none of them ever waits for a
-        block. Each counts one more, for the row that it begins."""
-        wanted = (self.cache.blocks_of(len(one.ids)) + 1 - len(one.blocks) for one in self.working.values())
-        return self.cache.available - sum(wanted)
+        """How many blocks can be taken, without those that the prompts at work will take, and one for each slot that
+        waits: none of them ever waits for a block."""
+        wanted = (self.cache.blocks_of(len(one.ids)) - len(one.blocks) for one in self.working.values())
+        return self.cache.available - sum(wanted) - len(self.waiting)
 
     @property
     def has_row(self) -> bool:
@@ -113,10 +118,16 @@ class PromptTable:
         prompt.block_keys = self.cache.keys(ids[: prompt.plain], key[-1])  # key[-1] is the salt
         self.cache.queries += len(ids)
 
-    def keep(self, wanted: Collection[tuple]) -> None:
-        """Drops prompts at work, unless they have one of these keys."""
+    @property
+    def wanted(self) -> set[tuple]:
+        """The keys of the prompts that samples wait for."""
+        return {sample.key for sample in self.waiting.values()}
+
+    def keep_wanted(self) -> None:
+        """Drops prompts at work that no sample waits for; one that has ended does not wait."""
+        self.waiting = {slot: sample for slot, sample in self.waiting.items() if not sample.completion}
         for prompt in list(self.working.values()):
-            if prompt.key not in wanted:
+            if prompt.key not in self.wanted:
                 self._drop(prompt)
 
     def turn(self) -> list[ChunkedPrompt]:
@@ -139,10 +150,10 @@ class PromptTable:
                 del self._suspects[prompt.key]  # a later request of the same prompt is tried again
                 raise PromptFailed(prompt, error)
 
-    def drop_kept(self, wanted: Collection[tuple], left: int = ROWS) -> bool:
-        """Drops the least recently used kept prompt, unless only `left` are kept. Those with these keys stay. Returns
-        whether one was dropped."""
-        key = next((key for key in self.kept if key not in wanted), None)
+    def drop_kept(self, *, left: int = ROWS, but: tuple | None = None) -> bool:
+        """Drops the least recently used kept prompt, unless only `left` are kept. Those that are wanted and the one of
+        the key `but` stay. Returns whether one was dropped."""
+        key = next((key for key in self.kept if key not in self.wanted | {but}), None)
         if key is None or len(self.kept) <= left:
             return False
         prompt = self.kept[key]

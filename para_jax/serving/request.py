@@ -38,6 +38,12 @@ class Request:
     n: int = 1
     """samples, at most 128. The engine keeps the last 4 prompts, so the prompt is prefilled again for a sample that
     starts after 4 others"""
+    num_beams: int = 1
+    """beams of a beam search, whose `n` best answers are given; 1: none. Each beam takes a slot, all begin together,
+    and while they decode, every row decodes one token per round. The engine's max_logprobs must be num_beams and the
+    number of end tokens, at least"""
+    length_penalty: float = 1.0
+    """a beam's score is the sum of its log-probabilities / length**length_penalty"""
     id: Hashable = None
     """None: the engine gives a number"""
     stop_token_ids: tuple[int, ...] = ()
@@ -76,7 +82,8 @@ class Request:
     def sampling(self) -> Sampling:
         """The fields that say how answers are sampled. Raises ValueError for a wrong one."""
         seed = 0 if self.seed is None else self.seed
-        return Sampling(self.most_tokens, self.temperature, self.top_k, self.top_p, seed, self.stop)
+        beams = self.num_beams, self.length_penalty
+        return Sampling(self.most_tokens, self.temperature, self.top_k, self.top_p, seed, self.stop, *beams)
 
     @property
     def most_tokens(self) -> int:
@@ -108,6 +115,8 @@ class Completion(NamedTuple):
     """of each token of the prompt; the first is None"""
     prompt_tokens: int = 0
     """tokens of the prompt; 0 for a request that was refused"""
+    score: float | None = None
+    """of an answer of a beam search"""
 
 
 class Piece(NamedTuple):
@@ -134,6 +143,13 @@ def check_request(request: Request) -> None:
         raise ValueError(f"n is {shorten(n)}; give a whole number from 1 to {MAX_SAMPLES}")
     if scored and n > 1:
         raise ValueError(f"prompt_logprobs: the prompt of {n} samples is the same; ask for them with n=1")
+    if request.num_beams > 1:
+        given = {"structured_outputs": request.structured_outputs, "prompt_logprobs": request.prompt_logprobs}
+        given |= {"logprobs": request.logprobs}
+        if n > request.num_beams:
+            raise ValueError(f"n is {n}; give at most num_beams, {request.num_beams}")
+        if wrong := [name for name, value in given.items() if value is not None]:
+            raise ValueError(f"{wrong[0]} and num_beams do not go together; leave one of them out")
     if request.structured_outputs is not None and (scored or request.ignore_eos):
         name = "prompt_logprobs" if scored else "ignore_eos"
         raise ValueError(f"structured_outputs and {name} do not go together; leave one of them out")

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import jax
 import numpy as np
 
+from ..inference.beams import BeamSearch
 from ..inference.draw import NO_TOKEN, NO_TOKEN_MESSAGE
 from ..inference.logprobs import TokenLogprob
 from ..inference.sampling import Sampling
@@ -55,6 +56,11 @@ class Started:
     def has_room(self, tokens: int) -> bool:
         return self.tokens + tokens <= self.limit
 
+    def take(self, slots: int) -> list[int]:
+        """Takes free slots."""
+        taken, self.free = self.free[:slots], self.free[slots:]
+        return taken
+
 
 class Rounds:
     """What the rounds of one engine share. One thread at a time makes a round."""
@@ -76,8 +82,6 @@ class Rounds:
         self._driving = threading.Lock()
         """held during a round; guards the decoder and what follows"""
         self._rows: list[Sample | None] = [None] * decoder.slots
-        self._waiting: dict[int, Sample] = {}
-        """by slot: samples that will decode there once their prompts are prefilled"""
 
     def warm_up(self) -> None:
         """Compiles everything. Raises ValueError while requests are open."""
@@ -90,7 +94,7 @@ class Rounds:
     def keeps_ended(self) -> bool:
         """Whether slots still have samples that were cancelled after the last round. The next round lets go of them and
         of their adapters."""
-        return any(sample and sample.completion for sample in (*self._rows, *self._waiting.values()))
+        return any(sample and sample.completion for sample in (*self._rows, *self._prompts.waiting.values()))
 
     def make(self, wait: bool = True) -> bool:
         """Fills free slots, decodes a few tokens, and adds them to the answers. Returns False, without `wait`, if
@@ -107,7 +111,8 @@ class Rounds:
                 self._start_again()
                 return True
             self._make_room(started)
-            active = [(slot, sample) for slot, sample in enumerate(self._rows) if sample and not sample.completion]
+            self._fork_beams(started)
+            active = self._active
             drafts = self._drafts(active, started.first)
             speculates = self._pays(active, drafts)
             # dispatched, not yet waited for
@@ -120,14 +125,19 @@ class Rounds:
                 for (sample, _), prompt in zip(scored, prompts, strict=True):
                     self._give_scores(sample, prompt)
                 for slot, sample in active:
+                    if sample.search:
+                        continue
                     tokens, records = new_tokens(sample, first.get(slot), decoded, slot)
                     if slot in drafts:
                         self._learn(sample, drafts[slot], tokens, speculates)
                     self._extend(sample, tokens, records)
+                for sample, search, slots in beams_of(active):
+                    found = decoded.logprobs
+                    self._extend_beams(sample, search, found.top_ids[0, slots], found.of_top[0, slots])
             with self._requests.lock:
                 self._let_go()
                 self._requests.news.notify_all()
-        if started.failed and not (active or scored or self._waiting):  # the device may be lost
+        if started.failed and not (active or scored or self._prompts.waiting):  # the device may be lost
             raise started.failed[0]
         return True
 
@@ -142,33 +152,33 @@ class Rounds:
                 self._rows[slot] = None
                 self._blocks.release(slot)
 
+    @property
+    def _active(self) -> list[tuple[int, Sample]]:
+        """The samples that decode, with their slots."""
+        return [(slot, sample) for slot, sample in enumerate(self._rows) if sample and not sample.completion]
+
     def _make_room(self, started: Started) -> None:
         """Gives each row blocks for the tokens of this round, the oldest first."""
         new = max(STEPS, self._decoder.drafted + 1)
-        rows = [(slot, sample) for slot, sample in enumerate(self._rows) if sample and not sample.completion]
-        for slot, sample in sorted(rows, key=lambda row: row[1].number):
+        for slot, sample in sorted(self._active, key=lambda row: row[1].number):
             most = len(sample.ids) + sample.request.max_new_tokens - 1  # the last token is never in the pool
-            tokens = min(len(sample.ids) + max(len(sample.tokens) - 1, 0) + new, most)
+            tokens = min(len(sample.ids) + max(sample.length - 1, 0) + (1 if sample.search else new), most)
             while self._rows[slot] is sample and not self._blocks.grow(slot, tokens):
-                if not self._prompts.drop_kept(self._wanted, left=0):
+                if not self._prompts.drop_kept(left=0):
                     self._preempt(started)
 
     def _preempt(self, started: Started) -> None:
-        """Takes the slot of the youngest sample. The oldest one always stays: the pool has room for any single one."""
-        held = {slot: sample for slot, sample in enumerate(self._rows) if sample and not sample.completion}
-        slot, sample = max((held | self._waiting).items(), key=lambda row: row[1].number)
-        self._requests.put_back(sample)
+        """Takes the slots of the youngest sample. The oldest one always stays: the pool has room for any single one."""
+        held = dict(self._active) | self._prompts.waiting
+        youngest = max(held.values(), key=lambda sample: sample.number)
+        self._requests.put_back(youngest)
         self.preempted += 1
-        self._waiting.pop(slot, None)
-        self._prompts.keep(self._wanted)
-        self._rows[slot] = None
-        started.first.pop(slot, None)
-        self._blocks.release(slot)
-
-    @property
-    def _wanted(self) -> set[tuple]:
-        """The keys of the prompts that samples wait for."""
-        return {sample.key for sample in self._waiting.values()}
+        for slot in [slot for slot, sample in held.items() if sample is youngest]:
+            self._prompts.waiting.pop(slot, None)
+            self._rows[slot] = None
+            started.first.pop(slot, None)
+            self._blocks.release(slot)
+        self._prompts.keep_wanted()
 
     @contextmanager
     def _round(self, wait: bool = True) -> Iterator[bool]:
@@ -191,7 +201,8 @@ class Rounds:
     def _start_again(self) -> None:
         """Empties the slots and queues the samples without an answer again."""
         with self._requests.lock:
-            self._rows, self._waiting = [None] * len(self._rows), {}
+            self._rows = [None] * len(self._rows)
+            self._prompts.waiting = {}
             self._requests.requeue()
         self._decoder.drop()  # the next round makes its state again, when the exception's frames hold no memory
 
@@ -203,9 +214,8 @@ class Rounds:
         Args:
             empty: slots that do not decode.
         """
-        self._waiting = {slot: sample for slot, sample in self._waiting.items() if not sample.completion}
-        self._prompts.keep(self._wanted)
-        started.free = [slot for slot in empty if slot not in self._waiting]
+        self._prompts.keep_wanted()
+        started.free = [slot for slot in empty if slot not in self._prompts.waiting]
         while True:  # whole prompts and chunks take turns, so that neither uses up the tokens of the other
             before = started.tokens
             self._start_samples(started)
@@ -238,7 +248,7 @@ class Rounds:
                     continue
                 if in_chunks and not known:  # its slot is reserved while others start
                     self._prompts.start(sample.key, sample.ids, sample.entry)
-                    self._waiting[started.free.pop(0)] = sample
+                    self._prompts.waiting |= dict.fromkeys(started.take(sample.rows), sample)
                     continue
                 prefilled = self._decoder.prefilled(sample)
             except Exception as error:
@@ -247,7 +257,7 @@ class Rounds:
                 started.failed.append(error)  # nothing that others use has changed
                 self._fail(sample, error)
                 continue
-            self._insert(started.free.pop(0), sample, prefilled, started)
+            self._insert(started.take(sample.rows), sample, prefilled, started)
 
     def _next(self, started: Started) -> Sample | None:
         """The sample that starts next: the one whose turn it is, or None if it can't start yet. While no slot is free,
@@ -255,13 +265,15 @@ class Rounds:
         sample = self._requests.queue.head(lambda sample: bool(started.free) or not sample.decodes)
         if sample is None or (started.wholes and not started.has_room(self._decoder.whole_tokens(sample))):
             return None
-        return sample if not sample.decodes or self._has_room(sample) else None
+        if sample.decodes and (len(started.free) < sample.rows or not self._has_room(sample)):
+            return None  # the others wait too, or many small ones would hold up a large one for ever
+        return sample
 
     def _has_room(self, sample: Sample) -> bool:
         """Whether there are blocks for a sample, and for half of the rows to grow by one. Kept prompts make room."""
         live = sum(row is not None and not row.completion for row in self._rows)  # with less room, many are preempted
         while self._prompts.room < self._decoder.blocks_to_begin(sample) + (live + 1) // 2:
-            if not self._prompts.drop_kept(self._wanted | {sample.key}, left=0):
+            if not self._prompts.drop_kept(left=0, but=sample.key):
                 return False
         in_chunks = self._prefills.takes(sample.entry) and not self._decoder.keeps(sample)
         return not in_chunks or sample.key in self._prompts.working or self._prompts.has_row
@@ -274,37 +286,70 @@ class Rounds:
         try:
             computed = self._prefills.advance()
         except PromptFailed as failed:
-            for sample in [sample for sample in self._waiting.values() if sample.key == failed.key]:
+            for sample in [sample for sample in self._prompts.waiting.values() if sample.key == failed.key]:
                 self._fail(sample, failed)
             with self._requests.lock:
                 self._requests.news.notify_all()
             return False
         started.tokens += computed
         started.chunks += computed > 0
-        for slot, sample in list(self._waiting.items()):  # entries are deleted on the way
-            if self._decoder.keeps(sample) and self._prompts.room >= 1:
+        for sample in dict.fromkeys(self._prompts.waiting.values()):
+            if self._decoder.keeps(sample):
                 prompt = self._decoder.prefilled(sample)
                 assert isinstance(prompt, ChunkedPrompt)
                 if sample.ticket.cached_tokens is None:  # the first of several samples of one request says it
                     sample.ticket.cached_tokens = prompt.found
-                self._insert(slot, sample, prompt, started)
-                del self._waiting[slot]
-        while self._prompts.drop_kept(self._wanted):
+                slots = [slot for slot, waiting in self._prompts.waiting.items() if waiting is sample]
+                for slot in slots:
+                    del self._prompts.waiting[slot]  # it has room for one block from now on
+                self._insert(slots, sample, prompt, started)
+        while self._prompts.drop_kept():
             pass
         return True
 
-    def _insert(self, slot: int, sample: Sample, prefilled: WholePrompt | ChunkedPrompt, started: Started) -> None:
-        asked = sample.request.logprobs is not None
-        allowed = sample.guide and sample.guide.first
-        tokens, sampling = len(sample.ids), sample.sampling
-        first = self._decoder.insert(slot, prefilled, tokens, sampling, logprobs=asked, allowed=allowed)
-        started.first[slot] = first
-        self._rows[slot] = sample
+    def _insert(
+        self, slots: list[int], sample: Sample, prefilled: WholePrompt | ChunkedPrompt, started: Started
+    ) -> None:
+        if sample.rows > 1:
+            ends = sample.stops | (frozenset() if sample.request.ignore_eos else self._stops)
+            sample.search = BeamSearch(sample.sampling, ends)
+        logprobs, allowed = sample.request.logprobs is not None or sample.rows > 1, sample.guide and sample.guide.first
+        for slot in slots:
+            sharing = None if slot == slots[0] else slots[0]
+            given = prefilled, len(sample.ids), sample.sampling
+            first = self._decoder.insert(slot, *given, logprobs=logprobs, allowed=allowed, sharing=sharing)
+            started.first[slot] = first
+            self._rows[slot] = sample
+
+    def _fork_beams(self, started: Started) -> None:
+        """Gives each beam its last token, behind the row of the beam that it continues."""
+        slots, parents, tokens = [], [], []
+        for sample, search, own in beams_of(self._active):
+            if own[0] in started.first:
+                _, found = jax.device_get(started.first[own[0]])
+                self._extend_beams(sample, search, found.top_ids, found.of_top)
+            if sample.completion is None:
+                slots += own
+                parents += [own[beam.row] for beam in search.running]
+                tokens += [beam.tokens[-1] for beam in search.running]
+        if slots:
+            self._decoder.fork(slots, parents, tokens)
+
+    def _extend_beams(self, sample: Sample, search: BeamSearch, ids: np.ndarray, logprobs: np.ndarray) -> None:
+        """Extends a sample's beams by a token, and gives the answers when they are found."""
+        try:
+            search.advance(ids, logprobs)
+        except ValueError as error:
+            self._requests.end(sample, "error", str(error))
+        if search.over:
+            for one, answer in zip([sample, *sample.followers], search.answers, strict=False):
+                one.score = answer.score
+                self._extend(one, answer.tokens, [])
 
     def _drafts(self, active: list[tuple[int, Sample]], first: dict[int, tuple]) -> dict[int, list[int]]:
         """The drafts by slot. A row that begins has none, because its first token is still on the device. If any row
-        follows a grammar, no row has one: a mask holds for one step."""
-        if not self._decoder.drafted or any(sample.guide for _, sample in active):
+        follows a grammar or is a beam, no row has one: they decode one token."""
+        if not self._decoder.drafted or any(sample.guide or sample.search for _, sample in active):
             return {}
         drafts = {}
         for slot, sample in active:
@@ -334,16 +379,16 @@ class Rounds:
         rows: list[Sampling | None] = [None] * len(self._rows)
         for slot, sample in active:
             rows[slot] = sample.sampling
-        logprobs = any(sample.request.logprobs is not None for _, sample in active)
+        logprobs = any(sample.search or sample.request.logprobs is not None for _, sample in active)
         if drafts:
             return self._decoder.verify(rows, drafts, logprobs=logprobs)
         return self._decoder.decode(rows, logprobs=logprobs, allowed=self._allowed(active, first))
 
     def _allowed(self, active: list[tuple[int, Sample]], first: dict[int, tuple]) -> np.ndarray | None:
-        """Which tokens each slot may draw next, int32 [slots, words]; None if no answer follows a grammar. A row that
-        begins waits for its first token here, on which its second one depends."""
+        """Which tokens each slot may draw next, int32 [slots, words]; None if no answer follows a grammar and no row is
+        a beam. A row that begins waits for its first token here, on which its second one depends."""
         guided = [(slot, sample, sample.guide) for slot, sample in active if sample.guide]
-        if not guided:
+        if not guided and not beams_of(active):
             return None
         allowed = np.tile(self._decoder.all_tokens, (len(self._rows), 1))
         begun = jax.device_get({slot: first[slot][0] for slot, *_ in guided if slot in first})
@@ -405,6 +450,12 @@ class Rounds:
                     raise
                 message = f"the answer's tokens have no text: {shorten(str(error), 200)}"
                 self._requests.end(sample, "error", message)
+
+
+def beams_of(active: list[tuple[int, Sample]]) -> list[tuple[Sample, BeamSearch, list[int]]]:
+    """The samples that search with beams, and their slots."""
+    samples = {sample: sample.search for _, sample in active if sample.search}
+    return [(one, search, [slot for slot, row in active if row is one]) for one, search in samples.items()]
 
 
 def new_tokens(

@@ -53,6 +53,27 @@ class RowBlocks:
         self._take(slot, tokens)
         return True
 
+    def fork(self, slots: Sequence[int], parents: Sequence[int]) -> list[tuple[int, int]]:
+        """Each of these slots continues the row of the slot parents[i], which is one of them: it shares that row's
+        blocks but the last one. That stays with one of its children; the others get the last blocks of rows without
+        children, as copies. Returns each slot's block to copy and its copy; 0 where there is none."""
+        held = {slot: self._of[slot] for slot in slots}
+        free, taken, copies = [held[slot][-1] for slot in slots if slot not in parents], set(), []
+        for slot, parent in zip(slots, parents, strict=True):
+            *shared, last = held[parent]
+            own = free.pop() if parent in taken else last
+            taken.add(parent)
+            self._cache.share(shared)
+            self._of[slot] = [*shared, own]
+            copies.append((last, own) if own != last else (0, 0))
+        for blocks in held.values():
+            self._cache.release(blocks[:-1])
+        return copies
+
+    def of_slot(self, slot: int) -> list[int]:
+        """A slot's blocks."""
+        return self._of[slot]
+
     def release(self, slot: int) -> None:
         """Takes a slot's blocks back."""
         self._cache.release(self._of[slot])

@@ -102,6 +102,17 @@ def insert_prompt(
     return *constrained(slots, pool), first
 
 
+@partial(jax.jit, donate_argnums=(0, 1))
+def fork(slots: Slots, pool: Pool, tokens, block, copy) -> tuple[Slots, Pool]:
+    """The slots with these last tokens, int32 [slots], -1 where a slot's own stays, and the pool with copies of blocks.
+
+    Args:
+        block, copy: int32 [slots], which blocks are copied to where; 0 where none is.
+    """
+    pool = jax.tree.map(lambda held: held.at[copy].set(held[block]), pool)
+    return constrained(slots._replace(token=jnp.where(tokens < 0, slots.token, tokens)), pool)
+
+
 def begun(slots: Slots, slot, logits, adjustments: tuple, length, sampling: RowSampling, allowed):
     """The slots with a row that has drawn its first token [1], and this token."""
     first = drawn(logits, sampling, jnp.zeros(1, jnp.int32), allowed)

@@ -8,6 +8,7 @@ from functools import cached_property
 
 from ..adapters.bank import Entry
 from ..inference.answer_text import AnswerText, text_of, word_tokens
+from ..inference.beams import BeamSearch
 from ..inference.grammar import Guide
 from ..inference.logprobs import TokenLogprob
 from ..inference.sampling import Sampling
@@ -78,6 +79,10 @@ class Sample:
         """what its tokens may be, if the request asks for structured outputs"""
         self.lookup: Lookup | None = None
         """what may follow its tokens, where the engine speculates"""
+        self.search: BeamSearch | None = None
+        """its beams while they decode, if the request asks for them. The other samples get their answers from it too"""
+        self.score: float | None = None
+        """of its answer in the beam search"""
         self.text: AnswerText | None = None
         """the text of the tokens so far, kept only where it is needed before the end: for stop texts and streams"""
         self.completion: Completion | None = None
@@ -91,16 +96,31 @@ class Sample:
         """How its tokens are drawn. The request has its seed once it is queued."""
         return self.request.sampling.for_index(self.index)
 
+    @property
+    def rows(self) -> int:
+        """How many slots it needs."""
+        return int(self.request.num_beams)
+
+    @property
+    def followers(self) -> list[Sample]:
+        """The samples that get their answers from this one's beam search. They are never queued."""
+        return self.ticket.samples[1:] if self.rows > 1 and self.index == 0 else []
+
     def restart(self, tokenizer) -> None:
         """Forgets the tokens, which will be decoded again. Keeps the prompt's scores, which a stream may be about to
         show, unless the pass that gave them has to give its token too."""
-        self.reached = max(self.reached, len(self.tokens))
-        self.tokens, self.logprobs, self.text, self.lookup = [], [], None, None
+        self.reached = max(self.reached, self.length)
+        self.tokens, self.logprobs, self.text, self.lookup, self.search = [], [], None, None, None
         if not self.decodes:
             self.prompt_logprobs = None
         if self.guide is not None:
             self.guide.restart()
         self.follow_text(tokenizer)
+
+    @property
+    def length(self) -> int:
+        """Tokens of its answer so far, or of its beams'."""
+        return len(self.search.running[0].tokens if self.search else self.tokens)
 
     @property
     def unscored(self) -> bool:

@@ -8,6 +8,8 @@ from tiny_run import tokenizer, words
 from para_jax import AdapterBank, Engine, Ia3Config, ParaConfig, init_adapter
 
 SLOTS, LENGTH, BLOCK = 3, 40, 4
+LEAST = -(-LENGTH // BLOCK) + 2
+"""blocks of the smallest pool: those of a longest row, a copy of its prompt's last one, and block 0"""
 CONFIGS = {
     "A": ParaConfig(r=4),
     "B": ParaConfig(r=2, target_modules=("q_proj", "up_proj")),
@@ -39,6 +41,12 @@ def block_bytes(model):
     """Bytes of a block of such an engine."""
     config = model.config
     return BLOCK * 2 * config.num_layers * config.kv_width * model.dtype.itemsize
+
+
+def require_empty(engine):
+    """Only kept prompts hold blocks."""
+    used = {block for prompt in engine._prefills.table.kept.values() for block in getattr(prompt, "blocks", ())}
+    assert engine._prefills.cache.available == engine._prefills.cache.blocks - len(used)
 
 
 def prompt(seed, length=6):

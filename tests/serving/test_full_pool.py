@@ -5,6 +5,7 @@ import pytest
 from golden_models import FIXTURES
 from tiny_engine import (
     BLOCK,
+    LEAST,
     LENGTH,
     answers,
     answers_despite,
@@ -13,6 +14,7 @@ from tiny_engine import (
     engine_of,
     fail_after,
     plain,
+    require_empty,
     tenants_of,
 )
 from tiny_engine import prompt as words_of
@@ -21,9 +23,6 @@ from tiny_run import tokenizer
 from para_jax import Request, load_backbone, make_mesh
 from para_jax.data.examples import encode_prompt
 from para_jax.serving import decoder
-
-LEAST = -(-LENGTH // BLOCK) + 2
-"""blocks of the smallest pool: those of a longest row, a copy of its prompt's last one, and block 0"""
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +51,6 @@ def answered(engine, asked):
     ids = [engine.submit(request) for request in asked]
     found = answers(engine)
     return [plain(found[id, i]) for id, request in zip(ids, asked, strict=True) for i in range(request.n)]
-
-
-def require_empty(engine):
-    """Only kept prompts hold blocks."""
-    used = {block for prompt in engine._prefills.table.kept.values() for block in getattr(prompt, "blocks", ())}
-    assert engine._prefills.cache.available == engine._prefills.cache.blocks - len(used)
 
 
 @pytest.mark.parametrize("blocks", [LEAST, LEAST + 3])
