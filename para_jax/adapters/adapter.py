@@ -37,10 +37,6 @@ class BiasParam(AdapterParam):
     """A trained constant that is added to what a prompt makes. It has no weight decay."""
 
 
-class Statistic(Lazy):
-    """A value that is measured before training and stored with the adapter. It is never trained."""
-
-
 class Backbone(NamedTuple):
     """The shape of the backbone that an adapter was made for."""
 
@@ -115,15 +111,6 @@ class Adapter(nnx.Module):
     def reads_prompt(self) -> bool:
         """Whether the adjustment depends on the prompt."""
         return not self.shared
-
-    @property
-    def needs_statistics(self) -> bool:
-        """Whether statistics of prompt summaries must be measured before training."""
-        return False
-
-    def with_statistics(self: Kind, summaries: Float[Array, "layers prompts width"]) -> Kind:
-        """The adapter with the statistics of these summaries, which the backbone alone gives for training prompts."""
-        return self
 
 
 class Adjustment:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..config import ModelConfig, ParaConfig
 from ..runtime.sharding import is_variable
-from .adapter import Adapter, AdapterParam, BiasParam, Factors, Statistic, describe, named_leaves, token_at
+from .adapter import Adapter, AdapterParam, BiasParam, Factors, describe, named_leaves, token_at
 from .formats.own import ValueCounts, join_layers, layer_name
 from .method import Method
 
@@ -62,12 +62,6 @@ class Para(Adapter):
             )
         if config.pooler == "constant":
             self.constant = AdapterParam(jax.random.normal(rngs.params(), (model.width,), jnp.float32), axes=("width",))
-        if config.summary == "standardised":
-            self.mean = Statistic(jnp.zeros(model.width, jnp.float32), axes=("width",))
-            self.scale = Statistic(jnp.ones(1, jnp.float32), axes=(None,))
-        if config.activation == "rational":
-            self.numerator = AdapterParam(jnp.array(GELU_NUMERATOR), axes=(None,))
-            self.denominator = AdapterParam(jnp.array(GELU_DENOMINATOR), axes=(None,))
         self.config = config
         self.backbone = describe(model)
 
@@ -92,7 +86,9 @@ class Para(Adapter):
         """The factors, made in float32 on every device. JAX's default precision rounds the operands of a product to
         bfloat16 on a TPU and to TF32 on a GPU. This runs once per prompt, so full precision costs next to nothing."""
         summary = self.constant[...] if self.config.pooler == "constant" else summary.astype(jnp.float32)
-        hidden = self.activate(exact_product(self.summarise(summary), self.down[...]))
+        if self.config.summary == "rms":  # [C]: from layer to layer it grows from 0.1 to 29
+            summary = summary * jax.lax.rsqrt(jnp.mean(summary * summary) + 1e-6)
+        hidden = ACTIVATIONS[self.config.activation](exact_product(summary, self.down[...]))
         distance = {site: exact_product(hidden, up[...]) for site, up in self.up.items()}
         if self.config.up_bias:
             distance = {site: self.up_bias[site][...] + of_prompt for site, of_prompt in distance.items()}
@@ -128,15 +124,14 @@ class Para(Adapter):
         return normal
 
     def in_all_layers(self) -> Para:
-        """The adapter with zeros, and statistics of one, in the layers without a generator: their factors are one."""
+        """The adapter with zeros in the layers without a generator: their factors are one."""
         layers = self.config.layers_to_transform
         if layers is None:
             return self
 
         def spread(variable):
             held = variable.get_value()
-            fill = 1.0 if isinstance(variable, Statistic) else 0.0
-            filled = jnp.full((self.backbone.num_layers, *held.shape[1:]), fill, held.dtype)
+            filled = jnp.zeros((self.backbone.num_layers, *held.shape[1:]), held.dtype)
             return variable.replace(filled.at[np.array(layers)].set(held))
 
         return jax.tree.map(spread, self, is_leaf=is_variable)
@@ -144,39 +139,6 @@ class Para(Adapter):
     @property
     def reads_prompt(self) -> bool:
         return self.config.pooler != "constant"
-
-    @property
-    def needs_statistics(self) -> bool:
-        return self.config.summary == "standardised"
-
-    def with_statistics(self, summaries: Float[Array, "layers prompts width"]) -> Para:
-        """The adapter with one mean [width] and one scale [1] per layer, from the summaries of training prompts [C].
-
-        Summaries that differ by rounding only (the prompts end in the same token, so the first layer sees one
-        embedding) get the scale 1.
-        """
-        mean = summaries.mean(axis=1)
-        spread = jnp.sqrt(jnp.mean((summaries - mean[:, None]) ** 2, axis=(1, 2)))[:, None]
-        size = jnp.sqrt(jnp.mean(mean**2, axis=1))[:, None]
-        layers = np.array(self.layers(self.config, len(mean)))
-        filled = jax.tree.map(lambda leaf: leaf, self)
-        filled.mean[...] = mean[layers]
-        filled.scale[...] = jnp.where(spread > 1e-5 * size, spread, 1.0)[layers]
-        return filled
-
-    def summarise(self, summary: Float[Array, " width"]) -> Float[Array, " width"]:
-        """The summary at a scale that suits one learning rate in all layers [C]: its RMS goes from 0.1 in the first
-        layer to 29 in the last."""
-        if self.config.summary == "rms":
-            return summary * jax.lax.rsqrt(jnp.mean(summary * summary) + 1e-6)
-        if self.config.summary == "standardised":
-            return (summary - jax.lax.stop_gradient(self.mean[...])) / jax.lax.stop_gradient(self.scale[...])
-        return summary
-
-    def activate(self, x: Float[Array, " rank"]) -> Float[Array, " rank"]:
-        if self.config.activation == "rational":
-            return rational(x, self.numerator[...], self.denominator[...])
-        return ACTIVATIONS[self.config.activation](x)
 
 
 def exact_product(x: Float[Array, " in"], weights: Float[Array, "in out"]) -> Float[Array, " out"]:
@@ -192,10 +154,6 @@ def mean(x: Float[Array, "length width"], prompt_length, start=0) -> Float[Array
     return jnp.sum(jnp.where(in_prompt(x, prompt_length, start), x.astype(jnp.float32), 0), axis=0) / prompt_length
 
 
-def maximum(x: Float[Array, "length width"], prompt_length, start=0) -> Float[Array, " width"]:
-    return jnp.max(jnp.where(in_prompt(x, prompt_length, start), x, -jnp.inf), axis=0)
-
-
 def in_prompt(x: Float[Array, "length width"], prompt_length, start) -> Bool[Array, "length 1"]:
     after = jnp.arange(x.shape[0]) - start
     return ((after >= 0) & (after < prompt_length))[:, None]
@@ -203,7 +161,7 @@ def in_prompt(x: Float[Array, "length width"], prompt_length, start) -> Bool[Arr
 
 #: Poolers: (x [length, width], length of the prompt, position of its first token) -> [width]. For `constant` the result
 #: is not used.
-POOLERS: dict[str, Callable] = {"last": last, "mean": mean, "max": maximum, "constant": last}
+POOLERS: dict[str, Callable] = {"last": last, "mean": mean, "constant": last}
 
 ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -212,19 +170,6 @@ ACTIVATIONS = {
     "relu": jax.nn.relu,
     "identity": lambda x: x,
 }
-
-
-# A least-squares fit of GELU (erf) on [-6, 6]; the largest error there is 0.0035 [C].
-GELU_NUMERATOR = (0.0, 0.5, 0.4122052, 0.10771265, 0.00535864, -0.00155836, -0.00016396)
-GELU_DENOMINATOR = (-2.56e-06, 0.21542737, -6.1e-07, -0.00311664, 0.0)
-
-
-def rational(
-    x: Float[Array, " rank"], numerator: Float[Array, " 7"], denominator: Float[Array, " 5"]
-) -> Float[Array, " rank"]:
-    """The learned rational function of PEDRO (arXiv:2409.17834) and MiLoRA (arXiv:2410.18035), m = 6 and n = 5:
-    (a_0 + ... + a_6 x^6) / (1 + |b_1 x + ... + b_5 x^5|). The absolute value, which avoids poles, is [C]."""
-    return jnp.polyval(numerator[::-1], x) / (1 + jnp.abs(x * jnp.polyval(denominator[::-1], x)))
 
 
 #: The rate at which the raw summary learnt best on a Gemma model, on three tasks (scripts/experiments/README.md).
@@ -246,16 +191,6 @@ def raw_on_gemma(config: ParaConfig, model: ModelConfig, rate: float) -> str | N
 # ----------------------------------------------------------------------------------------------------------- the folder
 
 
-#: Arrays that only some configs have, and their names in the file.
-EXTRAS = {
-    "constant": "para_constant",
-    "mean": "para_summary_mean",
-    "scale": "para_summary_scale",
-    "numerator": "para_numerator",
-    "denominator": "para_denominator",
-}
-
-
 def para_tensors(adapter: Adapter) -> dict[str, jax.Array | np.ndarray]:
     """The tensors by name, [out, in]; the rows of para_up.weight are in the order of the sites."""
     config, leaves, count = adapter.config, named_leaves(adapter), adapter.backbone.num_layers
@@ -268,7 +203,8 @@ def para_tensors(adapter: Adapter) -> dict[str, jax.Array | np.ndarray]:
         if config.up_bias:
             biases = [leaves[f"up_bias.{site}"][place] for site in config.target_modules]
             tensors[layer_name(i, "para_up.bias")] = jnp.concatenate(biases)
-        tensors |= {layer_name(i, name): leaves[key][place] for key, name in EXTRAS.items() if key in leaves}
+        if config.pooler == "constant":
+            tensors[layer_name(i, "para_constant")] = leaves["constant"][place]
     return tensors
 
 
@@ -283,7 +219,9 @@ def para_leaves(
         biases = np.split(stacked["para_up.bias"], ends, axis=1)
         leaves |= {f"up_bias.{site}": bias for site, bias in zip(config.target_modules, biases, strict=True)}
     leaves["down"] = stacked["para_down.weight"].swapaxes(1, 2)
-    return config, leaves | {key: stacked[name] for key, name in EXTRAS.items() if name in stacked}
+    if config.pooler == "constant":
+        leaves["constant"] = stacked["para_constant"]
+    return config, leaves
 
 
 def in_array_rank(name: str, tensor: np.ndarray, rank: int) -> np.ndarray:
@@ -302,10 +240,6 @@ def para_values(config: ParaConfig, backbone: dict, read_shapes: Callable) -> Va
     vectors = carried if config.up_bias else 0
     if config.pooler == "constant":
         vectors += width
-    if config.summary == "standardised":
-        vectors += width + 1
-    if config.activation == "rational":
-        vectors += 7 + 5
     each = width + carried  # numbers per rank of a layer
     return ValueCounts(matrices=config.total_rank(count) * each, vectors=layers * vectors, carried=count * carried)
 

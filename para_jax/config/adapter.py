@@ -41,12 +41,12 @@ class ParaConfig(AdapterConfig):
     default_learning_rate: ClassVar[float] = 1e-3
     r: Rank = 12
     """the generator's rank"""
-    pooler: Literal["last", "mean", "max", "constant"] = "last"
+    pooler: Literal["last", "mean", "constant"] = "last"
     """constant learns one vector per layer instead of reading the prompt: the control that shows what reading the
-    prompt is worth [our choice: all four]"""
-    summary: Literal["raw", "rms", "standardised"] = "raw"
-    """how the pooled state is normalised [our choice: all three]"""
-    activation: Literal["gelu", "gelu_tanh", "silu", "relu", "identity", "rational"] = "gelu"
+    prompt is worth [our choice: all three]"""
+    summary: Literal["raw", "rms"] = "raw"
+    """how the pooled state is normalised [our choice: both]"""
+    activation: Literal["gelu", "gelu_tanh", "silu", "relu", "identity"] = "gelu"
     """gelu is the exact form, with erf"""
     target_modules: tuple[str, ...] = ("q_proj", "v_proj", "up_proj")
     """the linear layers whose outputs are scaled"""
@@ -65,9 +65,6 @@ class ParaConfig(AdapterConfig):
                 f"scope response reads the last prompt token alone: pooler ({self.pooler}) must be last or constant, "
                 f"and scope_window ({self.scope_window}) must be 1 for PARA"
             )
-        if self.late_r is not None:  # a zero has to stay zero where a layer's rank ends
-            expected = "another one with late_r; rational maps zero to a learned number"
-            require(self.activation != "rational", "activation", self.activation, expected)
         if (layers := self.layers_to_transform) is not None:
             rise = bool(layers) and layers[0] >= 0 and layers == tuple(sorted(set(layers)))
             expected = "None (all layers) or rising whole numbers of at least 0, such as (20, 21, 22)"

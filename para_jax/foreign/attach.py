@@ -54,8 +54,8 @@ def attach(
         backbone: the same backbone as para_jax loads it. A warning tells if the two compute different functions.
 
     Raises ValueError for a model that is attached already, for an adapter of another backbone, for sites that a layer
-    lacks, for an adapter with statistics (summary=standardised), and, with layers that are one module for a scan, for
-    layers_to_transform. Calls raise ValueError where prompt_end or tenants are missing.
+    lacks, and, with layers that are one module for a scan, for layers_to_transform. Calls raise ValueError where
+    prompt_end or tenants are missing.
 
     >>> attached = attach(their_model, ParaConfig(r=12), prompts=LeftPadded(4), config=model.config, family=family)
     >>> attached is their_model, attached(tokens).shape
@@ -174,8 +174,6 @@ def hook(module: nnx.Module | None, hook: Callable, spec: Any, **methods: Callab
 
 def check_layers(weights: Adapter, layers: list, scanned: bool, config: ModelConfig, family: Family) -> None:
     """Raises ValueError where the adapter does not fit the model's layers."""
-    if weights.needs_statistics:
-        raise ValueError("summary=standardised has statistics that Tunix's weight sync refuses; use raw or rms")
     if scanned and len(weights.layers(weights.config, config.num_layers)) < config.num_layers:
         raise ValueError("layers_to_transform: the model's layers are one module for a scan; leave it out")
     if not scanned and len(layers) != config.num_layers:

@@ -103,8 +103,8 @@ def forward(
     Args:
         adapters: None, one adapter for all rows, Rows, or Adjustments. With None, prompt_length is ignored.
         tokens: int32 [batch, T], padded on the right.
-        prompt_length: int or int32 [batch]. The prompt's last token, prompt_length - 1, gives the summary; the mean and
-            max poolers read the whole prompt.
+        prompt_length: int or int32 [batch]. The prompt's last token, prompt_length - 1, gives the summary; the mean
+            pooler reads the whole prompt.
         length: int or int32 [batch]: each row's tokens without padding; default T. Logits at padding are finite but
             mean nothing.
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..adapters.adapter import Adapter
-from ..data.batches import Batch, Bucket
+from ..data.batches import Batch
 from ..data.packing import Packed
 from ..data.schedule import Schedule, StepBatch, Turn, admitted, batch_shares, prefetch
 from ..evaluation.shapes import say_evaluation
@@ -30,7 +30,6 @@ from ..training.log import Done
 from ..training.optimizer import LearningRates, learning_rates
 from ..training.passes import Layout
 from ..training.prompt_cache import PromptCache
-from ..training.statistics import standardise, statistics_batches
 from ..training.step import TrainState, put_tenant, train_step
 from ..training.stop import Interrupted, stop_signals
 from . import scoring
@@ -236,13 +235,7 @@ def fresh_adapter(run: TrainingRun, tenant: Tenant) -> Adapter:
         like = jax.eval_shape(lambda: init_adapter(run.config.adapter, run.model.config))
         read = partial(initial_adapter, tenant.config, run.model.config, model=run.model)
         return read_everywhere(read, like)
-    made = init_adapter(run.config.adapter, run.model.config, seed=tenant.config.seed)
-    if made.needs_statistics:
-        longest, seed = run.plan.buckets[-1], tenant.config.seed
-        bucket = Bucket(longest.length, longest.completion)
-        statistics = statistics_batches(tenant.data.examples, bucket, run.layout.rows, seed)
-        made = standardise(run.model, made, *statistics)
-    return full_arrays(made)
+    return full_arrays(init_adapter(run.config.adapter, run.model.config, seed=tenant.config.seed))
 
 
 def shape_of(run: TrainingRun, coming: StepBatch) -> str:

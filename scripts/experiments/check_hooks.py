@@ -28,7 +28,7 @@ CONFIGS = {
     "r=4": ParaConfig(r=4, scope="response"),
     "six sites": ParaConfig(r=4, late_r=6, up_bias=True, target_modules=SIX, summary="rms", scope="response"),
     "constant": ParaConfig(r=3, pooler="constant", activation="silu", layers_to_transform=(0, 2), scope="response"),
-    "rational": ParaConfig(r=3, activation="rational", summary="standardised", scope="response"),
+    "rms": ParaConfig(r=3, activation="silu", summary="rms", scope="response"),
     "o_proj": ParaConfig(r=2, activation="gelu_tanh", target_modules=("o_proj", "up_proj"), scope="response"),
     "relu": ParaConfig(r=2, activation="relu", scope="response"),
 }

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from para_jax.adapters.adapter import Adjustment, Shared, Statistic
+from para_jax.adapters.adapter import Adjustment, Lazy, Shared
 from para_jax.adapters.lora import Lora, LowRank
 
 
@@ -29,7 +29,7 @@ class RaggedLora(Lora):
         """
         self.a, self.b, self.config, self.backbone = adapters.a, adapters.b, adapters.config, adapters.backbone
         layers = self.backbone.num_layers
-        self.index = Statistic(jnp.broadcast_to(jnp.asarray(index, jnp.int32), (layers, len(index))))
+        self.index = Lazy(jnp.broadcast_to(jnp.asarray(index, jnp.int32), (layers, len(index))))
 
     def condition(self, summary: jax.Array) -> Ragged:
         made: LowRank = super().condition(summary)

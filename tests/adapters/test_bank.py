@@ -25,7 +25,7 @@ from para_jax import (
 from para_jax.adapters.adapter import named_leaves
 from para_jax.config import SITES
 
-NAMES = ["para", "ia3", None, "wide", "input", "standardised", "last layer", "bias"]
+NAMES = ["para", "ia3", None, "wide", "input", "rms", "last layer", "bias"]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def tenants(model):
     configs = {
         "para": ParaConfig(r=4),
         "wide": ParaConfig(r=8, target_modules=("q_proj", "up_proj")),
-        "standardised": ParaConfig(r=3, summary="standardised", activation="rational"),
+        "rms": ParaConfig(r=3, summary="rms", activation="silu"),
         "last layer": ParaConfig(r=5, layers_to_transform=(2,)),
         "bias": ParaConfig(r=4, up_bias=True, target_modules=("v_proj", "up_proj")),
         "ia3": Ia3Config(target_modules=("q_proj", "v_proj")),
@@ -50,8 +50,6 @@ def tenants(model):
     made = {
         name: strong(init_adapter(config, model.config, seed=i), i) for i, (name, config) in enumerate(configs.items())
     }
-    made["standardised"].mean[...] = jnp.full_like(made["standardised"].mean[...], 0.1)
-    made["standardised"].scale[...] = jnp.full_like(made["standardised"].scale[...], 2.0)
     return made
 
 
@@ -75,7 +73,7 @@ def lora_bank(model, tenants):
 @pytest.mark.long
 def test_a_fitting_bank_has_the_programs_of_all_its_adapters_whichever_it_holds(model, tenants):
     """The shapes of its rows are those of a bank that holds everything, so a row has the same bits."""
-    names = ["para", "wide", "standardised", "input", "lora"]
+    names = ["para", "wide", "rms", "input", "lora"]
     configs = [tenants[name].normal(model.config).config for name in names]
     whole = AdapterBank.holding({name: tenants[name] for name in names}, model.config)
     rows = whole.rows([None, "wide"])
@@ -113,7 +111,7 @@ def test_the_batched_pass_equals_the_vmapped_reference(model, lora_bank):
 
 @pytest.mark.long
 def test_decode_equals_the_teacher_forced_pass(model, lora_bank):
-    names = ["lora", "para", None, "input", "rslora", "standardised"]
+    names = ["lora", "para", None, "input", "rslora", "rms"]
     tokens, rows = prompts(model, len(names)), lora_bank.rows(names)
     expected = forward(model, rows, tokens, 8)
     logits, state = prefill(model, rows, tokens[:, :8], 8, max_length=12)
@@ -124,7 +122,7 @@ def test_decode_equals_the_teacher_forced_pass(model, lora_bank):
 
 def test_para_ia3_and_base_rows_share_one_decode_program(model, bank):
     states = []
-    for names in (["para", "wide"], ["ia3", None], [None, None], ["standardised", "input"]):
+    for names in (["para", "wide"], ["ia3", None], [None, None], ["rms", "input"]):
         states.append(
             jax.eval_shape(lambda rows: prefill(model, rows, prompts(model, 2), 8, max_length=16)[1], bank.rows(names))
         )
@@ -350,8 +348,8 @@ def test_an_unused_config_is_dropped_and_its_rows_still_work(model):
     bank = AdapterBank(model.config, max_r=4)
     bank.add("a", strong(init_adapter(ParaConfig(r=4), model.config), 1, 0.3))
     fresh = len(bank.rows(["a"]).stacks)
-    for i, pooler in enumerate(("mean", "max", "constant")):
-        bank.add(f"t{i}", strong(init_adapter(ParaConfig(r=4, pooler=pooler), model.config), i, 0.3))
+    for i, options in enumerate(({"pooler": "mean"}, {"summary": "rms"}, {"pooler": "constant"})):
+        bank.add(f"t{i}", strong(init_adapter(ParaConfig(r=4, **options), model.config), i, 0.3))
     bank.replace("t0", init_adapter(ParaConfig(r=2), model.config))
     kept = bank.entry("t1")
     assert len(bank.rows(["a"]).stacks) == fresh + 2

@@ -130,5 +130,5 @@ def test_adapters_from_before_and_after_tunix_is_imported_are_alike(own):
     trees = []
     for eager in (True, False):
         with nnx.use_eager_sharding(eager):
-            trees.append(init_adapter(ParaConfig(r=2, summary="standardised", up_bias=True), CONFIG))
+            trees.append(init_adapter(ParaConfig(r=2, summary="rms", up_bias=True), CONFIG))
     jax.tree.map(np.testing.assert_array_equal, *trees)

@@ -237,12 +237,8 @@ def test_packed_rows_are_refused_by_name():
 
 def test_what_attach_cannot_do_is_refused_by_name():
     model, own = models("llama3")
-    for adapter, name in [
-        (ParaConfig(r=4, summary="standardised"), "standardised"),
-        (init_adapter(ParaConfig(r=4), models("gemma3")[1].config), "another backbone"),
-    ]:
-        with pytest.raises(ValueError, match=name):
-            attach(model, adapter)
+    with pytest.raises(ValueError, match="another backbone"):
+        attach(model, init_adapter(ParaConfig(r=4), models("gemma3")[1].config))
     with pytest.raises(ValueError, match="Linear.*family"):
         attach(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), ParaConfig(r=4))
     with pytest.raises(ValueError, match="has no adapter"):

@@ -14,8 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from para_jax import ParaConfig, init_adapter, load_backbone, save_adapter
 from para_jax.config import RunConfig, TrainSection, load_config
 
-#: Statistics and weight decay are on, so that every test of a step sees that the ones are left alone by the other.
-ADAPTER = ParaConfig(r=4, summary="standardised")
+ADAPTER = ParaConfig(r=4, summary="rms")
 #: adam_eps is large: Adam's first steps then depend smoothly on the gradient, and close gradients give close updates.
 TRAIN = TrainSection(
     learning_rate=3e-2, schedule="linear", warmup_ratio=0.3, max_steps=6, weight_decay=0.1, adam_eps=1e-3
@@ -72,7 +71,7 @@ def run_config(folder: Path, *overrides: str) -> RunConfig:
         f"backbone.source={folder / 'backbone'}",
         f"data.train={folder / 'data'}",
         f"output_dir={folder / 'run'}",
-        "adapter.r=4", "adapter.summary=standardised", "data.buckets=1", "mesh.data=1",
+        "adapter.r=4", "adapter.summary=rms", "data.buckets=1", "mesh.data=1",
         f"train.learning_rate={TRAIN.learning_rate}", f"train.warmup_ratio={TRAIN.warmup_ratio}", "train.max_steps=6",
         f"train.weight_decay={TRAIN.weight_decay}", f"train.adam_eps={TRAIN.adam_eps}",
         "eval.every=3", "eval.metric=loss", "eval.batch_size=8", "eval.max_new_tokens=4",

@@ -172,7 +172,7 @@ def test_a_fresh_adapter_is_the_backbone_bit_for_bit():
     base = forward(model, None, tokens, None)
     for config in (
         ParaConfig(),
-        ParaConfig(activation="rational", summary="standardised"),
+        ParaConfig(activation="silu", summary="rms"),
         ParaConfig(pooler="constant"),
         ParaConfig(up_bias=True),
     ):
@@ -218,15 +218,13 @@ def test_adapt_shares_the_arrays_of_the_backbone():
 OPTIONS = (
     {},
     {"pooler": "mean", "activation": "silu"},
-    {"pooler": "max", "summary": "rms"},
     {"pooler": "constant"},
-    {"summary": "standardised", "activation": "rational"},
     {"summary": "rms", "up_bias": True},
     {"target_modules": ("k_proj", "o_proj", "gate_proj", "down_proj"), "activation": "identity", "summary": "rms"},
 )
 
 
-@pytest.mark.parametrize("options", quick(OPTIONS, OPTIONS[5]), ids=str)
+@pytest.mark.parametrize("options", quick(OPTIONS, OPTIONS[3]), ids=str)
 def test_decoding_with_the_cache_equals_the_teacher_forced_pass(options):
     model = backbone("gemma3_text" if not options else "llama")  # Gemma's window of 5 tokens is left behind on the way
     rows = pick(stack_adapters(two_tenants(model, **options)), [0, 1, -1])
@@ -322,7 +320,7 @@ def test_gradients_are_per_tenant_and_zero_for_absent_ones():
 @pytest.mark.long
 def test_a_base_row_brings_no_nan_into_gradients():
     model, tokens = backbone("llama"), prompts(backbone("llama"))
-    stack = stack_adapters(two_tenants(model, summary="standardised", activation="rational"))
+    stack = stack_adapters(two_tenants(model, summary="rms"))
     gradient = jax.grad(lambda stack: forward(model, pick(stack, [-1, -1, 1]), tokens, 7).var())(stack)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 

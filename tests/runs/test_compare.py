@@ -55,7 +55,7 @@ def test_each_method_has_its_own_defaults_and_the_given_fields_are_those_of_adap
     for method, own in made.items():
         assert own.train.learning_rate == ADAPTER_CONFIGS[method].default_learning_rate
         assert own.output_dir == str(tmp_path / method) and own.data == config.data
-    assert made["para"].adapter == ParaConfig(r=4, summary="standardised") and made["lora"].adapter == LoraConfig()
+    assert made["para"].adapter == ParaConfig(r=4, summary="rms") and made["lora"].adapter == LoraConfig()
     rated = method_configs(methods_config(folder, tmp_path, "sweep.method=[para, lora]", "train.learning_rate=0.5"))
     assert [own.train.learning_rate for own in rated.values()] == [0.5, LoraConfig.default_learning_rate]
     swept = methods_config(folder, tmp_path, "sweep.method=[para, lora]", "sweep.learning_rate=[0.1, 0.2]")

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from golden_models import FIXTURES, backbone
+from golden_models import FIXTURES
 from long_cases import long
 from lowering import lowered
 from safetensors.numpy import load_file, save_file
@@ -24,15 +24,12 @@ from tiny_scores import score
 from para_jax import (
     ParaConfig,
     Transformer,
-    init_adapter,
     load_adapter,
     load_backbone,
     load_model_config,
     train,
 )
 from para_jax.config import CheckpointSection, load_config
-from para_jax.data.batches import Bucket, plan_buckets
-from para_jax.data.examples import Example
 from para_jax.evaluation import likelihood as evaluation
 from para_jax.evaluation.score import Score
 from para_jax.evaluation.scoring import Tasks
@@ -46,7 +43,6 @@ from para_jax.runs.tenants import steps_of, tenant_configs
 from para_jax.runtime import devices
 from para_jax.runtime.devices import matrix_weights
 from para_jax.training.log import TIMES
-from para_jax.training.statistics import standardise, statistics_batches
 from para_jax.training.stop import Stopped
 
 
@@ -144,7 +140,6 @@ def test_the_kept_adapter_scores_what_the_run_says(whole):
     config, result = whole
     model, kept = load_backbone(config.backbone.source), kept_adapter(config)
     assert_same_arrays(kept, result.adapter)
-    assert kept.mean[...].any() and (kept.scale[...] != 1).all()  # the statistics were measured and stored
     found = score(model, kept, task_of_run(config, "validation", tokenizer()), tokenizer())
     assert found.loss == pytest.approx(-result.best_score, abs=1e-5)
     card = (result.output_dir / "adapter" / "README.md").read_text()
@@ -341,36 +336,6 @@ def test_a_longer_run_goes_on_and_the_config_says_so(config, monkeypatch):
     assert load_config(Path(config.output_dir) / "config.yaml").train.max_steps == 8
     with pytest.raises(ValueError, match="train.max_steps: .*6 steps.* has done 8"):
         train(config)
-
-
-def test_statistics_are_of_prompts_whatever_the_lengths_of_completions():
-    examples = [Example([5] * 2, [6] * 12), Example([5] * 40, [6] * 2)]
-    buckets = plan_buckets(examples, 2)
-    (found,), count = statistics_batches(examples, buckets[-1], 2, seed=0)
-    assert found.prompt_length.tolist() == found.length.tolist() == [40, 2] and count == 2
-
-
-def test_statistics_do_not_depend_on_how_a_batch_is_cut():
-    model = backbone("llama", "stacked")
-    draw = np.random.default_rng(0)
-    examples = [Example(draw.integers(3, 256, 3 + i % 5).tolist(), [6]) for i in range(100)]
-    fresh = init_adapter(ParaConfig(r=4, summary="standardised"), model.config)
-    one, *others = (
-        standardise(model, fresh, *statistics_batches(examples, Bucket(8, 1), rows, seed=3)) for rows in (48, 16, 64)
-    )
-    for other in others:
-        np.testing.assert_allclose(other.mean[...], one.mean[...], atol=1e-6)
-        np.testing.assert_allclose(other.scale[...], one.scale[...], rtol=1e-6)
-
-
-def test_statistics_are_of_prompts_drawn_from_the_whole_file_by_the_seed():
-    examples = [Example([3 + i // 100], [6]) for i in range(10_000)]  # sorted by class
-
-    def drawn(seed):
-        batches, count = statistics_batches(examples, Bucket(8, 1), 48, seed)
-        return np.concatenate([batch.tokens[:, 0] for batch in batches])[:count]
-
-    assert len(drawn(0)) == 64 and len(set(drawn(0).tolist())) > 32 and not np.array_equal(drawn(0), drawn(1))
 
 
 def test_a_token_that_the_backbone_lacks_is_named(config, folder, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from golden_models import backbone, strong
 
 from para_jax import Ia3Config, LoraConfig, ParaConfig, init_adapter
-from para_jax.adapters.adapter import AdapterParam, BiasParam, Statistic, named_leaves
+from para_jax.adapters.adapter import AdapterParam, BiasParam, named_leaves
 from para_jax.config import TrainSection, allowed_values
 from para_jax.runtime.sharding import is_variable
 from para_jax.training.optimizer import clipped, decayed, learning_rates, make_direction
@@ -32,7 +32,7 @@ def schedule(total, **settings):
 
 @pytest.fixture(scope="module")
 def adapter():
-    config = ParaConfig(r=2, summary="standardised", activation="rational", up_bias=True)
+    config = ParaConfig(r=2, up_bias=True)
     return strong(init_adapter(config, backbone("llama").config))
 
 
@@ -94,13 +94,13 @@ def test_the_first_update_is_adamw_by_hand(adapter):
     np.testing.assert_allclose(update.down[...], expected, rtol=1e-4)
 
 
-def test_weight_decay_leaves_statistics_and_biases_alone(adapter):
+def test_weight_decay_leaves_biases_alone(adapter):
     update = first_update(jax.tree.map(jnp.zeros_like, adapter), adapter, weight_decay=0.5)
     moved = optax.apply_updates(adapter, update)
     for before, after in zip(variables(adapter), variables(moved), strict=True):
-        factor = {AdapterParam: 0.95, BiasParam: 1.0, Statistic: 1.0}[type(before)]
+        factor = {AdapterParam: 0.95, BiasParam: 1.0}[type(before)]
         np.testing.assert_allclose(after.get_value(), factor * before.get_value(), rtol=1e-6)
-    assert {type(v) for v in variables(adapter)} == {AdapterParam, BiasParam, Statistic}
+    assert {type(v) for v in variables(adapter)} == {AdapterParam, BiasParam}
 
 
 def test_weight_decay_draws_ia3_to_the_vectors_that_change_nothing():
@@ -115,9 +115,8 @@ def test_weight_decay_draws_ia3_to_the_vectors_that_change_nothing():
 
 def test_a_tree_says_what_has_weight_decay(adapter):
     says = decayed(adapter)
-    assert not says.mean.get_value() and not says.scale.get_value()
     assert not any(bias.get_value() for bias in says.up_bias.values())
-    assert says.down.get_value() and says.numerator.get_value() and all(up.get_value() for up in says.up.values())
+    assert says.down.get_value() and all(up.get_value() for up in says.up.values())
 
 
 def test_gradients_are_clipped_by_their_norm_over_all_weights():

@@ -24,7 +24,7 @@ SHAPE = RowShape(24, 9, 4)
 # Windows: a layer's (mistral), some layers' (gemma 2 and 3; qwen2's variant); soft caps: gemma 2
 CASES = [
     ("llama", None, ParaConfig(r=4, up_bias=True)),
-    long("qwen3", None, ParaConfig(r=4, pooler="max", target_modules=("k_proj", "o_proj", "gate_proj", "down_proj"))),
+    long("qwen3", None, ParaConfig(r=4, pooler="mean", target_modules=("k_proj", "o_proj", "gate_proj", "down_proj"))),
     long("llama", None, LoraConfig(r=4)),
     long("llama", None, Ia3Config()),
     long("llama", None, ParaConfig(r=4, scope="prompt")),
