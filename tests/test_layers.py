@@ -36,8 +36,8 @@ HEAVY += "torch starlette uvicorn httptools prometheus_client pydantic ray".spli
 
 #: What may only go down, except by what an issue names.
 MOST = {
-    "lines of the package": 34_131,
-    "lines of tests": 37_967,
+    "lines of the package": 34_169,
+    "lines of tests": 37_987,
     "loose modules": 0,
     "modules and packages at the top": 20,
     "checks per 1000 lines": 19,

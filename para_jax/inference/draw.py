@@ -89,6 +89,15 @@ def draw(logits: jax.Array, keys: jax.Array, temperature, top_k, top_p) -> jax.A
     return jnp.where(jnp.isfinite(most), drawn, NO_TOKEN)
 
 
+def only_allowed(logits: jax.Array, allowed) -> jax.Array:
+    """Logits [batch, vocab], -inf for the tokens whose bit in `allowed`, int32 [batch, words], is 0. None: all of them
+    are allowed."""
+    if allowed is None:
+        return logits
+    bits = (allowed[:, :, None] >> jnp.arange(32)) & 1
+    return jnp.where(bits.reshape(len(bits), -1)[:, : logits.shape[1]] == 1, logits, -jnp.inf)
+
+
 def greedy(logits: jax.Array) -> jax.Array:
     """The first of each row's largest logits, int32 [batch], or NO_TOKEN. On a CPU, two plain reductions are several
     times faster than an argmax."""

@@ -28,7 +28,8 @@ from ..runtime.processes import full_arrays
 from ..runtime.sharding import on_its_mesh
 from .answer_text import AnswerText
 from .beams import BeamSearch
-from .draw import NO_TOKEN, NO_TOKEN_MESSAGE, RowSampling, draw, greedy, row_keys, row_sampling
+from .draw import NO_TOKEN, NO_TOKEN_MESSAGE, RowSampling, draw, greedy, only_allowed, row_keys, row_sampling
+from .grammar import Grammars, Guide
 from .logprobs import logprobs_of
 from .sampling import Sampling
 
@@ -55,6 +56,7 @@ def generate(
     stop: Sequence[str] = (),
     num_beams: int = 1,
     length_penalty: float = 1.0,
+    structured_outputs: dict | None = None,
 ) -> list[str]:
     """What the model writes after each prompt, in one batch: the text before an end token or a stop text, without the
     white space at its ends. Another number of prompts, or a longest one of another length (rounded up to 16 tokens), is
@@ -71,6 +73,8 @@ def generate(
         stop: texts that end an answer, special tokens too.
         num_beams: beams of a beam search; 1: none. It takes no temperature and no stop texts.
         length_penalty: a beam's score is the sum of its log-probabilities / length**length_penalty.
+        structured_outputs: what every answer must be, as in Request: {"json": schema}, {"regex": pattern}, ... An
+            answer that max_new_tokens cuts is the beginning of one.
 
     Raises ValueError, before anything is computed, for a wrong argument, for a prompt that is too long, and for one
     that does not end with its adapter's alora_invocation_tokens. Raises it later where an answer's logits are
@@ -92,6 +96,13 @@ def generate(
     stop_ids = stop_token_ids(tokenizer, model.config.eos_token_ids) + special_stop_ids(tokenizer, sampling.stop)
     if len(set(turns)) == 1:
         stop_ids += turns[0]
+    allow = None
+    if structured_outputs is not None:
+        if num_beams > 1:
+            raise ValueError("structured_outputs and num_beams do not go together; leave one of them out")
+        stop_ids += tuple({token for turn in turns for token in turn})
+        guide = Grammars(tokenizer, model.config.vocab_size, stop_ids).guide(structured_outputs)
+        allow = allowed_by([guide.copy() for _ in prompts])
     answers = [AnswerText(tokenizer, tuple(sampling.stop)) for _ in prompts]
     ended = [False] * len(answers)
 
@@ -110,7 +121,7 @@ def generate(
         add_tokens([before_stop(search.answers[0].tokens, stop_ids) for search in searches])
     else:
         watch = add_tokens if sampling.stop else None  # a stop text may end the answers before their end tokens do
-        add_tokens(generate_tokens(model, adapters, ids, sampling, stop_ids=stop_ids, ended=watch))
+        add_tokens(generate_tokens(model, adapters, ids, sampling, stop_ids=stop_ids, ended=watch, allow=allow))
     for answer, over in zip(answers, ended, strict=True):
         if not over:
             answer.finish()
@@ -130,6 +141,7 @@ def generate_tokens(
     max_length: int | None = None,
     begin: Callable | None = None,
     most: Sequence[int] | None = None,
+    allow: Callable[[list[list[int]] | None], np.ndarray] | None = None,
 ) -> list[list[int]]:
     """The token ids that follow each prompt, up to the first of `stop_ids`. A row whose logits are not finite ends with
     NO_TOKEN.
@@ -150,17 +162,17 @@ def generate_tokens(
     if sampling.temperature > 0:
         settings = row_sampling([sampling.for_index(i) for i in range(len(prompt_ids))])
     leaves, treedef = jax.tree.flatten(model)
-    token = choose(logits, settings, 0)
+    token = choose(logits, settings, 0, allow and allow(None))
     written, pending = np.zeros((len(prompt_ids), 0), np.int32), [token]
     for position in range(1, last + 1):
-        if position % FETCH_EVERY == 0 or position == last:
+        if allow or position % FETCH_EVERY == 0 or position == last:
             written, pending = np.column_stack([written, *full_arrays(pending)]), []
             rows = [up_to_no_token(before_stop(row, stop_ids)) for row in written.tolist()]
             enough = ended(rows) if ended else [len(row) >= count for row, count in zip(rows, most, strict=True)]
             if all(len(row) < written.shape[1] or over for row, over in zip(rows, enough, strict=True)):
                 break
         if position < last:
-            token, state = next_token(treedef, leaves, state, token, settings, position)
+            token, state = next_token(treedef, leaves, state, token, settings, position, allow and allow(rows))
             pending.append(token)
     return rows
 
@@ -215,10 +227,10 @@ def prefilled(model, adapters, prompt_ids, sampling: Sampling, length=None, max_
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def next_token(treedef, leaves, state, token, sampling, position):
+def next_token(treedef, leaves, state, token, sampling, position, allowed=None):
     """Each row's next token after `token`, int32 [batch], and the next state; the given state is donated."""
     logits, state = decode_step(jax.tree.unflatten(treedef, leaves), state, token)
-    return choose(logits, sampling, position), state
+    return choose(logits, sampling, position, allowed), state
 
 
 @partial(jax.jit, static_argnums=(0, 5), donate_argnums=2)
@@ -239,8 +251,9 @@ def likeliest(logits, top: int):
 
 
 @jax.jit
-def choose(logits, sampling: RowSampling | None, position):
-    """Each row's token at `position` of its answer; greedy without `sampling`."""
+def choose(logits, sampling: RowSampling | None, position, allowed=None):
+    """Each row's token at `position` of its answer, of those that are allowed; greedy without `sampling`."""
+    logits = only_allowed(logits, allowed)
     if sampling is None:
         return greedy(logits)
     keys = row_keys(sampling.seeds, position)
@@ -293,6 +306,24 @@ def check_prompts(model, adapters, prompt_ids: Sequence[list[int]], most: Sequen
                 f"prompt {i}: {len(ids)} tokens and max_new_tokens {max_new_tokens} are more than the model's "
                 f"{model.config.max_positions} positions; shorten the prompt or lower max_new_tokens"
             )
+
+
+def allowed_by(guides: Sequence[Guide]) -> Callable[[list[list[int]] | None], np.ndarray]:
+    """generate_tokens' `allow` of answers that follow their guides. After its end a row may have any token."""
+
+    def allow(rows: list[list[int]] | None) -> np.ndarray:
+        nonlocal steps
+        steps += rows is not None
+        masks = np.stack([guide.first for guide in guides])
+        for guide, row, mask in zip(guides, rows or (), masks, strict=False):
+            if len(row) < steps or NO_TOKEN in row:
+                mask[:] = -1
+            else:
+                guide.allow(row, mask)
+        return masks
+
+    steps = 0
+    return allow
 
 
 def before_stop(tokens: list[int], stop_ids: Sequence[int]) -> list[int]:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from ..backbone.cache import constrain_held
-from ..inference.draw import RowSampling, row_keys, sample
+from ..inference.draw import RowSampling, only_allowed, row_keys, sample
 from ..inference.logprobs import Logprobs, logprobs_of
 from ..model.adapted import DecodeState
 from ..model.blocks import Pool, decode_blocks
@@ -196,8 +196,6 @@ def zeros_of(row, rows: int):
 
 def drawn(logits, sampling: RowSampling, position, allowed=None) -> jax.Array:
     """Each row's token at `position` of its answer, int32 [rows], of those that are allowed."""
-    if allowed is not None:
-        bits = (allowed[:, :, None] >> jnp.arange(32)) & 1
-        logits = jnp.where(bits.reshape(len(bits), -1)[:, : logits.shape[1]] == 1, logits, -jnp.inf)
+    logits = only_allowed(logits, allowed)
     keys = row_keys(jnp.asarray(sampling.seeds), position)  # so a restart draws the same tokens
     return sample(logits, keys, sampling.temperature, sampling.top_k, sampling.top_p)

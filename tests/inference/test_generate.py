@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from characters import character_tokenizer
 from golden_models import backbone, golden, golden_tenants, strong
 from long_cases import long
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -302,3 +303,22 @@ def test_wrong_tenants_of_a_bank_are_refused_before_anything_is_computed(
     bank = AdapterBank.holding({"a": tenants[0]}, model.config)
     with pytest.raises(ValueError, match=message):
         generate(model, ["w7", "w8"], tokenizer=tokenizer, adapters=bank, tenants=names)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_structured_answers_are_the_engines(model, tenants, temperature):
+    tokenizer, named = character_tokenizer(), ["A", None, "B"]
+    bank = AdapterBank(model.config, max_r=4)
+    bank.add("A", tenants[0])
+    bank.add("B", tenants[1])
+    prompts = ["give", "an answer", [{"role": "user", "content": "x"}]]
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    engine = Engine(model, bank, tokenizer, slots=2, max_length=96)
+    for structure in ({"regex": "[a-f]{2,4}"}, {"choice": ["yes", "no, never"]}, {"regex": "<[xy]{20,}"}):
+        given = {"max_new_tokens": 12, "temperature": temperature, "structured_outputs": structure}
+        texts = generate(model, prompts, tokenizer=tokenizer, adapters=bank, tenants=named, seed=3, **given)
+        for i, (prompt, tenant) in enumerate(zip(prompts, named, strict=True)):
+            engine.submit(Request(prompt, tenant, seed=3 + i, id=i, **given))
+        assert texts == [answer.text for answer in sorted(engine.run(), key=lambda one: one.id)] and all(texts)
+    with pytest.raises(ValueError, match="num_beams"):
+        generate(model, prompts[:1], tokenizer=tokenizer, num_beams=2, structured_outputs=structure)
