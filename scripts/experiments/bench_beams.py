@@ -94,7 +94,7 @@ def serve(pipe, backbone: str, method: str, beams: int, rows: int, tenants: int,
     generate()
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew, without the loader's and the compiler's
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins again, without the loader's and the compiler's
     pipe.send(True)
     while pipe.recv():
         seconds = generate()
