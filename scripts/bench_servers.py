@@ -60,7 +60,7 @@ COMPARED = {
 
 
 class Server(NamedTuple):
-    """A running server, and how it is told the tenant."""
+    """A running server, and how a request names its tenant."""
 
     url: str
     group: int
@@ -111,10 +111,11 @@ def bench_servers(
         draw = np.random.default_rng(0)
         begin = draw.integers(3, vocabulary, system).tolist()
 
-        def measure(server: Server, tenants: int, clients: int) -> float:
-            count = max(8, 2 * clients)
+        def measure(server: Server, number: int, among: int) -> float:
+            """Tokens per second with this number of tenants (0: the backbone) and of clients."""
+            count = max(8, 2 * among)
             prompts = [begin + draw.integers(3, vocabulary, prompt).tolist() for _ in range(count)]
-            answers = sent(server, prompts, [i % tenants if tenants else None for i in range(count)], answer, clients)
+            answers = sent(server, prompts, [i % number if number else None for i in range(count)], answer, among)
             assert all(one.tokens == answer for one in answers)
             return count * answer / (max(one.ended for one in answers) - min(one.sent for one in answers))
 

@@ -36,12 +36,12 @@ HEAVY += "torch starlette uvicorn httptools prometheus_client pydantic ray".spli
 
 #: What may only go down, except by what an issue names.
 MOST = {
-    "lines of the package": 34_169,
+    "lines of the package": 34_162,
     "lines of tests": 37_987,
     "loose modules": 0,
     "modules and packages at the top": 20,
     "checks per 1000 lines": 19,
-    "words of docs": 26_876,
+    "words of docs": 26_868,
     "megabytes of results": 2.4,
 }
 

@@ -96,13 +96,13 @@ def generate(
     stop_ids = stop_token_ids(tokenizer, model.config.eos_token_ids) + special_stop_ids(tokenizer, sampling.stop)
     if len(set(turns)) == 1:
         stop_ids += turns[0]
-    allow = None
+    guides = None
     if structured_outputs is not None:
         if num_beams > 1:
             raise ValueError("structured_outputs and num_beams do not go together; leave one of them out")
         stop_ids += tuple({token for turn in turns for token in turn})
         guide = Grammars(tokenizer, model.config.vocab_size, stop_ids).guide(structured_outputs)
-        allow = allowed_by([guide.copy() for _ in prompts])
+        guides = [guide.copy() for _ in prompts]
     answers = [AnswerText(tokenizer, tuple(sampling.stop)) for _ in prompts]
     ended = [False] * len(answers)
 
@@ -121,7 +121,7 @@ def generate(
         add_tokens([before_stop(search.answers[0].tokens, stop_ids) for search in searches])
     else:
         watch = add_tokens if sampling.stop else None  # a stop text may end the answers before their end tokens do
-        add_tokens(generate_tokens(model, adapters, ids, sampling, stop_ids=stop_ids, ended=watch, allow=allow))
+        add_tokens(generate_tokens(model, adapters, ids, sampling, stop_ids=stop_ids, ended=watch, guides=guides))
     for answer, over in zip(answers, ended, strict=True):
         if not over:
             answer.finish()
@@ -141,7 +141,7 @@ def generate_tokens(
     max_length: int | None = None,
     begin: Callable | None = None,
     most: Sequence[int] | None = None,
-    allow: Callable[[list[list[int]] | None], np.ndarray] | None = None,
+    guides: Sequence[Guide] | None = None,
 ) -> list[list[int]]:
     """The token ids that follow each prompt, up to the first of `stop_ids`. A row whose logits are not finite ends with
     NO_TOKEN.
@@ -154,6 +154,7 @@ def generate_tokens(
         begin: is called instead of `prefill`, with its arguments.
         most: the new tokens of each prompt that count, at most those of `sampling`, which is the default. A row may go
             on after them.
+        guides: what each answer must follow. Each step then waits for the tokens of the last one.
     """
     most = [sampling.max_new_tokens] * len(prompt_ids) if most is None else most
     check_prompts(model, adapters, prompt_ids, most)
@@ -162,17 +163,18 @@ def generate_tokens(
     if sampling.temperature > 0:
         settings = row_sampling([sampling.for_index(i) for i in range(len(prompt_ids))])
     leaves, treedef = jax.tree.flatten(model)
-    token = choose(logits, settings, 0, allow and allow(None))
+    token = choose(logits, settings, 0, guides and allowed_tokens(guides, [[] for _ in guides]))
     written, pending = np.zeros((len(prompt_ids), 0), np.int32), [token]
     for position in range(1, last + 1):
-        if allow or position % FETCH_EVERY == 0 or position == last:
+        if guides or position % FETCH_EVERY == 0 or position == last:
             written, pending = np.column_stack([written, *full_arrays(pending)]), []
             rows = [up_to_no_token(before_stop(row, stop_ids)) for row in written.tolist()]
             enough = ended(rows) if ended else [len(row) >= count for row, count in zip(rows, most, strict=True)]
             if all(len(row) < written.shape[1] or over for row, over in zip(rows, enough, strict=True)):
                 break
         if position < last:
-            token, state = next_token(treedef, leaves, state, token, settings, position, allow and allow(rows))
+            allowed = guides and allowed_tokens(guides, rows)
+            token, state = next_token(treedef, leaves, state, token, settings, position, allowed)
             pending.append(token)
     return rows
 
@@ -308,22 +310,13 @@ def check_prompts(model, adapters, prompt_ids: Sequence[list[int]], most: Sequen
             )
 
 
-def allowed_by(guides: Sequence[Guide]) -> Callable[[list[list[int]] | None], np.ndarray]:
-    """generate_tokens' `allow` of answers that follow their guides. After its end a row may have any token."""
-
-    def allow(rows: list[list[int]] | None) -> np.ndarray:
-        nonlocal steps
-        steps += rows is not None
-        masks = np.stack([guide.first for guide in guides])
-        for guide, row, mask in zip(guides, rows or (), masks, strict=False):
-            if len(row) < steps or NO_TOKEN in row:
-                mask[:] = -1
-            else:
-                guide.allow(row, mask)
-        return masks
-
-    steps = 0
-    return allow
+def allowed_tokens(guides: Sequence[Guide], rows: Sequence[list[int]]) -> np.ndarray:
+    """Which tokens may follow each row's answer so far, int32 [batch, words] with one bit a token."""
+    masks = np.full((len(guides), len(guides[0].first)), -1, np.int32)
+    for guide, row, mask in zip(guides, rows, masks, strict=True):
+        if NO_TOKEN not in row:
+            guide.allow(row, mask)
+    return masks
 
 
 def before_stop(tokens: list[int], stop_ids: Sequence[int]) -> list[int]:

@@ -307,7 +307,7 @@ def test_wrong_tenants_of_a_bank_are_refused_before_anything_is_computed(
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_structured_answers_are_the_engines(model, tenants, temperature):
-    tokenizer, named = character_tokenizer(), ["A", None, "B"]
+    tokenizer, named = deepcopy(character_tokenizer()), ["A", None, "B"]
     bank = AdapterBank(model.config, max_r=4)
     bank.add("A", tenants[0])
     bank.add("B", tenants[1])

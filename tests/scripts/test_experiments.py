@@ -18,7 +18,7 @@ from para_jax.evaluation.score_plots import Bar
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = ROOT / "scripts" / "experiments"
-sys.path.insert(0, str(EXPERIMENTS))
+sys.path[:0] = str(EXPERIMENTS), str(EXPERIMENTS.parent)
 
 import bench_prefix  # noqa: E402
 import compare_cells  # noqa: E402
@@ -40,7 +40,7 @@ def unpacked(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("script", sorted(EXPERIMENTS.glob("*.py")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("script", sorted(EXPERIMENTS.parent.rglob("*.py")), ids=lambda file: file.stem)
 def test_every_script_finds_what_it_imports(script, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # one script sets it for its process
     if script.stem.startswith("tunix_"):
